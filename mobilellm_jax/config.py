@@ -1,0 +1,341 @@
+"""Every setting of a run: frozen dataclasses, their defaults and the rules they must obey.
+
+The defaults are MobileLLM-125M and its recipe (Liu et al. 2024, arXiv:2402.14905, Table 9 and
+Sec. 3.1). A `ConfigDict` exists only at the edge (`configs/*.py` and the command line);
+`from_config_dict` turns it into a `Config` once, checks every rule that needs neither a file nor a
+device, and lists all violations together. Rules that do need one are in `pretrain.preflight`.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
+
+from ml_collections import ConfigDict
+
+Sharing = Literal["immediate", "repeat_all", "reverse"]
+Activation = Literal["swiglu", "relu", "gelu"]
+Remat = Literal["none", "dots", "full"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "xla"]
+Boundaries = Literal["concat", "document_mask"]
+OptimizerName = Literal["adamw"]
+Schedule = Literal["cosine", "wsd", "constant"]
+
+
+class ConfigError(ValueError):
+    """A setting breaks a rule; the message names the field, its value, the rule and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture. Applied depth is `num_blocks * num_repeats` (paper Sec. 2.5)."""
+
+    vocab_size: int = 32_000  # tokens; must equal the tokenizer's
+    embed_dim: int = 576  # width of the residual stream
+    num_blocks: int = 30  # unique blocks, each with weights of its own
+    num_repeats: int = 1  # times each block is applied (layer sharing); 1 = no sharing
+    sharing: Sharing = "immediate"  # order of the repeats: 1122, 1212 (repeat_all), 1221 (reverse)
+    num_heads: int = 9  # query heads; a multiple of num_kv_heads
+    num_kv_heads: int = 3  # key and value heads
+    head_dim: int = 64  # even (RoPE rotates pairs); need not be embed_dim / num_heads
+    ffn_dim: int = 1536  # hidden width of the feed-forward
+    activation: Activation = "swiglu"  # swiglu has three matrices, relu and gelu two
+    tie_embeddings: bool = True  # logits from the transposed embedding table (paper Sec. 2.3)
+    max_seq_len: int = 2048  # longest sequence in tokens that the model is meant for
+    rope_theta: float = 10_000.0  # base of the rotary angles
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    attention: Attention = "auto"  # kernel
+    remat: Remat = "none"  # what the backward pass computes again: nothing, all but dots, all
+    scan_unroll: int = 1  # blocks per iteration of the scan; num_blocks = no loop at all
+    compute_dtype: ComputeDtype = "auto"  # of activations and products; parameters stay float32
+
+    @property
+    def applied_depth(self) -> int:
+        """Blocks that a token passes through, repeats included."""
+        return self.num_blocks * self.num_repeats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and in which windows."""
+
+    path: str = ""  # folder that `prepare` wrote
+    source: str = ""  # made by `prepare --source=...` when `path` is missing; "" = never
+    seq_len: int = 2048  # targets per window; at most model.max_seq_len
+    boundaries: Boundaries = "concat"  # document_mask: attention and positions reset per document
+    seed: int = 0  # of the window permutation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with decoupled decay on matrices only, and its schedule."""
+
+    name: OptimizerName = "adamw"
+    peak_lr: float = 2e-3  # for 1024 sequences of 2048 tokens; never scaled for you
+    schedule: Schedule = "cosine"  # wsd: constant, then linear over the last fifth
+    warmup_steps: int = 1000  # linear from 0
+    min_lr_ratio: float = 0.1  # final learning rate / peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on every matrix, embeddings included; not on norms
+    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch and rhythm of a run. Intervals are in optimizer steps."""
+
+    steps: int = 480_000
+    global_batch: int = 1024  # sequences per optimizer step, over all devices
+    accumulation_steps: int = 1  # micro-batches per step; divides global_batch
+    init_from: str = ""  # a CKPT whose parameters start the run; "" = random
+    log_every: int = 10
+    eval_every: int = 1000  # validation loss; 0 = only before the first and after the last step
+    eval_batches: int = 0  # validation batches per evaluation; 0 = the whole split
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3  # newest ones kept
+    keep_every: int = 0  # also keep every multiple of this step for good; 0 = none
+    max_bad_steps: int = 10  # non-finite steps in a row (each skipped) before the run stops
+    loss_chunk: int = 1024  # tokens of a sequence whose logits exist at once, at most
+    seed: int = 0  # of initialisation and sampling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is looked at during training, besides the validation loss."""
+
+    every: int = 0  # steps between samples written to samples.txt; 0 = never
+    samples: int = 2  # texts sampled each time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; exactly one may be -1, meaning what is left."""
+
+    data: int = -1  # batch split, parameters copied
+    fsdp: int = 1  # batch split, parameters split too
+    tensor: int = 1  # heads, feed-forward and vocabulary split
+    sequence: int = 1  # tokens of a sequence split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A complete, checked run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        violations = [*_type_violations(self), *_rule_violations(self)]
+        if violations:
+            raise ConfigError("\n".join(violations))
+
+
+def to_config_dict(config: Config | None = None) -> ConfigDict:
+    """Returns the editable, locked form of `config` (the defaults if None) for `configs/*.py`."""
+    return ConfigDict(dataclasses.asdict(config or Config())).lock()
+
+
+def from_config_dict(config_dict: ConfigDict) -> Config:
+    """Returns the checked `Config`.
+
+    Raises:
+      ConfigError: for unknown keys, wrong types and broken rules, all of them listed.
+    """
+    return _from_mapping(config_dict.to_dict())
+
+
+def to_json(config: Config) -> str:
+    """Returns the complete config as indented JSON; `from_json` is its inverse."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Returns the checked `Config` of a `config.json`.
+
+    Raises:
+      ConfigError: as `from_config_dict`; for text that is not a JSON object too.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config.json is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config.json must hold an object, not {type(values).__name__}.")
+    return _from_mapping(values)
+
+
+def near_miss(name: str, candidates: typing.Iterable[str]) -> str:
+    """Returns ' Did you mean ...?' for the candidate closest to `name`, or ''."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns {dotted field: (old value, new value)} for every field that differs."""
+    old_flat, new_flat = dict(_fields(old)), dict(_fields(new))
+    return {k: (old_flat[k], new_flat[k]) for k in old_flat if old_flat[k] != new_flat[k]}
+
+
+def field_types() -> dict[str, Any]:
+    """Returns {dotted field: annotated type} of every leaf of `Config`."""
+    groups = typing.get_type_hints(Config)
+    return {
+        f"{group}.{name}": hint
+        for group, cls in groups.items()
+        for name, hint in typing.get_type_hints(cls).items()
+    }
+
+
+def _fields(config: Config) -> Iterator[tuple[str, Any]]:
+    for group in dataclasses.fields(config):
+        node = getattr(config, group.name)
+        for field in dataclasses.fields(node):
+            yield f"{group.name}.{field.name}", getattr(node, field.name)
+
+
+def _from_mapping(values: Mapping[str, Any]) -> Config:
+    hints = typing.get_type_hints(Config)
+    known = [*hints, *field_types()]
+    violations: list[str] = []
+    groups: dict[str, Any] = {}
+    for group, entries in values.items():
+        if group not in hints:
+            violations.append(f"{group}: unknown config group.{near_miss(group, known)}")
+            continue
+        if not isinstance(entries, Mapping):
+            violations.append(f"{group}={entries!r} must be a group of fields.")
+            continue
+        names = {f.name for f in dataclasses.fields(hints[group])}
+        for name in entries:
+            if name not in names:
+                dotted = f"{group}.{name}"
+                violations.append(f"{dotted}: unknown config key.{near_miss(dotted, known)}")
+        accepted = {k: _as_annotated(hints[group], k, v) for k, v in entries.items() if k in names}
+        groups[group] = hints[group](**accepted)
+    try:
+        config = Config(**groups)
+    except ConfigError as error:
+        raise ConfigError("\n".join([*violations, str(error)])) from None
+    if violations:
+        raise ConfigError("\n".join(violations))
+    return config
+
+
+def _as_annotated(cls: type, name: str, value: Any) -> Any:
+    """An int where a float belongs (JSON and Python both write 1 for 1.0) becomes that float."""
+    if typing.get_type_hints(cls)[name] is float and type(value) is int:
+        return float(value)
+    return value
+
+
+def _type_violations(config: Config) -> Iterator[str]:
+    types_of = field_types()
+    for dotted, value in _fields(config):
+        expected = types_of[dotted]
+        if typing.get_origin(expected) is Literal:
+            choices = get_args(expected)
+            if value not in choices:
+                yield f"{dotted}={value!r} must be one of {', '.join(choices)}." + (
+                    near_miss(value, choices) if isinstance(value, str) else ""
+                )
+        elif type(value) is not expected:
+            yield f"{dotted}={value!r} must be of type {expected.__name__}, not {_name(value)}."
+
+
+def _name(value: Any) -> str:
+    return "None" if isinstance(value, types.NoneType) else type(value).__name__
+
+
+_AT_LEAST_ONE = (
+    *("model.vocab_size", "model.embed_dim", "model.num_blocks", "model.num_repeats"),
+    *("model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
+    *("model.max_seq_len", "model.scan_unroll", "data.seq_len"),
+    *("train.steps", "train.global_batch", "train.accumulation_steps", "train.log_every"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.max_bad_steps"),
+    "train.loss_chunk",
+)
+_NOT_NEGATIVE = (
+    *("data.seed", "train.seed", "optimizer.warmup_steps", "optimizer.weight_decay"),
+    *("optimizer.clip_norm", "train.eval_every", "train.eval_batches", "train.keep_every"),
+    *("evaluate.every", "evaluate.samples"),
+)
+_POSITIVE = ("model.rope_theta", "model.norm_eps", "optimizer.peak_lr", "optimizer.eps")
+
+
+def _rule_violations(config: Config) -> Iterator[str]:
+    """Yields one message per broken rule; values of a wrong type are left to the type check."""
+    value = dict(_fields(config))
+    types_of = field_types()
+    sound = {k for k, v in value.items() if type(v) is types_of[k]}
+
+    def broken(names: tuple[str, ...], holds: typing.Callable[[Any], bool], rule: str) -> list[str]:
+        wrong = [n for n in names if n in sound and not holds(value[n])]
+        return [f"{n}={value[n]!r} must be {rule}." for n in wrong]
+
+    yield from broken(_AT_LEAST_ONE, lambda v: v >= 1, "at least 1")
+    yield from broken(_NOT_NEGATIVE, lambda v: v >= 0, "at least 0")
+    yield from broken(_POSITIVE, lambda v: v > 0, "greater than 0")
+    yield from broken(("optimizer.min_lr_ratio",), lambda v: 0 <= v <= 1, "between 0 and 1")
+    betas = ("optimizer.beta1", "optimizer.beta2")
+    yield from broken(betas, lambda v: 0 <= v < 1, "at least 0 and less than 1")
+
+    model, data, train = config.model, config.data, config.train
+    mesh, optimizer = config.mesh, config.optimizer
+
+    def usable(*names: str) -> bool:
+        return all(n in sound and (n not in _AT_LEAST_ONE or value[n] >= 1) for n in names)
+
+    if usable("model.num_heads", "model.num_kv_heads") and model.num_heads % model.num_kv_heads:
+        divisors = [d for d in range(1, model.num_heads + 1) if model.num_heads % d == 0]
+        choices = ", ".join(map(str, divisors))
+        yield (
+            f"model.num_heads={model.num_heads} must be a multiple of "
+            f"model.num_kv_heads={model.num_kv_heads}; choose num_kv_heads from {choices}."
+        )
+    if usable("model.head_dim") and model.head_dim % 2:
+        yield (
+            f"model.head_dim={model.head_dim} must be even, because RoPE rotates pairs; "
+            f"choose {model.head_dim - 1 or 2} or {model.head_dim + 1}."
+        )
+    if usable("model.scan_unroll", "model.num_blocks") and model.scan_unroll > model.num_blocks:
+        yield (
+            f"model.scan_unroll={model.scan_unroll} must be at most "
+            f"model.num_blocks={model.num_blocks}."
+        )
+    if usable("data.seq_len", "model.max_seq_len") and data.seq_len > model.max_seq_len:
+        yield (
+            f"data.seq_len={data.seq_len} must be at most model.max_seq_len={model.max_seq_len}; "
+            "shorten the windows or raise model.max_seq_len."
+        )
+    if usable("train.global_batch", "train.accumulation_steps") and (
+        train.global_batch % train.accumulation_steps
+    ):
+        yield (
+            f"train.global_batch={train.global_batch} must be a multiple of "
+            f"train.accumulation_steps={train.accumulation_steps}."
+        )
+    if usable("optimizer.warmup_steps", "train.steps") and optimizer.warmup_steps > train.steps:
+        yield (
+            f"optimizer.warmup_steps={optimizer.warmup_steps} must be at most "
+            f"train.steps={train.steps}; shorten the warm-up or train longer."
+        )
+    sizes = {f"mesh.{f.name}": getattr(mesh, f.name) for f in dataclasses.fields(mesh)}
+    if usable(*sizes):
+        yield from [
+            f"{name}={size} must be at least 1, or -1 for what is left."
+            for name, size in sizes.items()
+            if size < 1 and size != -1
+        ]
+        free = [name for name, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            yield f"{' and '.join(free)} are -1, but only one mesh axis can take what is left."
