@@ -1,0 +1,110 @@
+"""Grouped-query causal attention (paper Sec. 2.4; Ainslie et al. 2023, arXiv:2305.13245)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.model.cache import KVCache
+from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.rope import Rotation, rotate
+
+
+@struct.dataclass
+class AttentionContext:
+    """What every layer of one forward pass shares."""
+
+    rotation: Rotation
+    positions_BT: Int[Array, "#B T"]  # where this call's tokens stand in the cache
+    mask_BTS: Bool[Array, "#B T S"]  # True where the query may see the key
+
+
+def causal_mask(
+    segments_BT: Int[Array, "B T"] | None, length: int
+) -> Bool[Array, "#B {length} {length}"]:
+    """Returns the mask under which a token sees itself and earlier ones of its own segment."""
+    causal_1TS = jnp.tril(jnp.ones((1, length, length), bool))
+    if segments_BT is None:
+        return causal_1TS
+    return causal_1TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "#B T S"],
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v, with G = N / K neighbouring query heads per key head.
+
+    Scores and softmax are float32 whatever the type of the operands.
+    """
+    batch, length, num_heads, head_dim = q_BTNH.shape
+    num_kv_heads = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scores_BKGTS = jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    scores_BKGTS = scores_BKGTS * (head_dim**-0.5)
+    lowest = jnp.finfo(jnp.float32).min
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None, :, :], scores_BKGTS, lowest)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
+    return out_BTKGH.reshape(batch, length, num_heads, head_dim)
+
+
+class Attention(nn.Module):
+    """Projects to heads, rotates, attends and projects back; no biases."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: AttentionContext,
+        cache: KVCache | None,
+        slot: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Attends among the T tokens given, or, with a cache, to what it holds and them.
+
+        With a cache, the new keys and values are first written to `slot` at
+        `context.positions_BT`, which the caller keeps within the cache's length.
+        """
+        config = self.config
+        dtype = compute_dtype(config)
+        width, head_dim = config.embed_dim, config.head_dim
+
+        def project(name: str, heads: int, axis: str) -> Float[Array, "B T heads H"]:
+            init = nn.with_logical_partitioning(INIT, ("embed", axis, "head_dim"))
+            kernel = self.param(name, init, (width, heads, head_dim), jnp.float32)
+            return jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel.astype(dtype))
+
+        q_BTNH = rotate(project("query", config.num_heads, "heads"), context.rotation)
+        k_BTKH = rotate(project("key", config.num_kv_heads, "kv_heads"), context.rotation)
+        v_BTKH = project("value", config.num_kv_heads, "kv_heads")
+        q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads", "head_dim"))
+
+        k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        if cache is not None:
+            rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+            cache = cache.replace(
+                k_LBSKH=cache.k_LBSKH.at[slot, rows_B1, context.positions_BT].set(
+                    k_BTKH.astype(cache.k_LBSKH.dtype)
+                ),
+                v_LBSKH=cache.v_LBSKH.at[slot, rows_B1, context.positions_BT].set(
+                    v_BTKH.astype(cache.v_LBSKH.dtype)
+                ),
+            )
+            k_BSKH, v_BSKH = cache.k_LBSKH[slot].astype(dtype), cache.v_LBSKH[slot].astype(dtype)
+
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, context.mask_BTS)
+        init = nn.with_logical_partitioning(INIT, ("heads", "head_dim", "embed"))
+        kernel_NHD = self.param("output", init, (config.num_heads, head_dim, width), jnp.float32)
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, kernel_NHD.astype(dtype)), cache
+
+
+INIT = nn.initializers.normal(stddev=0.02)
+"""Of every matrix and of the embedding table, with no scaling by depth (paper's configs)."""

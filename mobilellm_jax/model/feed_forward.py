@@ -1,0 +1,42 @@
+"""The feed-forward: SwiGLU (Shazeer 2020, arXiv:2002.05202), or the paper's two-matrix baseline.
+
+SwiGLU is the first step of the paper's roadmap (Sec. 2.1, Table 10): silu(x gate) * (x up), then
+down. `relu` and `gelu` have no gate: act(x up), then down.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.model.attention import INIT
+from mobilellm_jax.model.precision import compute_dtype
+
+
+class FeedForward(nn.Module):
+    """Widens to ffn_dim, applies the activation and narrows again; no biases."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        config = self.config
+        dtype = compute_dtype(config)
+        width, hidden = config.embed_dim, config.ffn_dim
+
+        def widen(name: str) -> Float[Array, "B T F"]:
+            init = nn.with_logical_partitioning(INIT, ("embed", "mlp"))
+            kernel_DF = self.param(name, init, (width, hidden), jnp.float32)
+            return jnp.einsum("BTD,DF->BTF", x_BTD, kernel_DF.astype(dtype))
+
+        if config.activation == "swiglu":
+            hidden_BTF = jax.nn.silu(widen("gate")) * widen("up")
+        elif config.activation == "relu":
+            hidden_BTF = jax.nn.relu(widen("up"))
+        else:
+            hidden_BTF = jax.nn.gelu(widen("up"), approximate=False)
+        hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "mlp"))
+        init = nn.with_logical_partitioning(INIT, ("mlp", "embed"))
+        kernel_FD = self.param("down", init, (hidden, width), jnp.float32)
+        return jnp.einsum("BTF,FD->BTD", hidden_BTF, kernel_FD.astype(dtype))

@@ -1,0 +1,95 @@
+"""Layer sharing (paper Sec. 2.5 and Fig. 6): every block applied R times, in one of three orders.
+
+Sharing is data, not control flow: one scan over the unique blocks' stacked weights. Under
+`immediate` (1 1 2 2) the scan's body applies its block R times; under `repeat_all` (1 2 1 2) the
+scan itself runs R times; under `reverse` (1 2 2 1) every second scan runs backwards. The parameters
+have the same shapes for every order and count.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from mobilellm_jax.config import ModelConfig, Sharing
+from mobilellm_jax.model.attention import AttentionContext
+from mobilellm_jax.model.block import Block
+from mobilellm_jax.model.cache import KVCache
+
+Carry = tuple[Float[Array, "B T D"], KVCache | None]
+
+_REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+
+
+def application_order(num_blocks: int, num_repeats: int, sharing: Sharing) -> tuple[int, ...]:
+    """Returns the block of every applied layer, first to last.
+
+    >>> application_order(3, 2, "immediate")
+    (0, 0, 1, 1, 2, 2)
+    >>> application_order(3, 2, "repeat_all")
+    (0, 1, 2, 0, 1, 2)
+    >>> application_order(3, 3, "reverse")
+    (0, 1, 2, 2, 1, 0, 0, 1, 2)
+    """
+    blocks = range(num_blocks)
+    if sharing == "immediate":
+        return tuple(b for b in blocks for _ in range(num_repeats))
+    backwards = sharing == "reverse"
+    passes = [reversed(blocks) if backwards and r % 2 else blocks for r in range(num_repeats)]
+    return tuple(b for one_pass in passes for b in one_pass)
+
+
+def apply_blocks(
+    blocks: Block,
+    config: ModelConfig,
+    x_BTD: Float[Array, "B T D"],
+    context: AttentionContext,
+    cache: KVCache | None,
+) -> Carry:
+    """Runs all applied layers. `blocks` holds the stacked parameters of the unique blocks.
+
+    The cache's slot of a layer is its place in `application_order`.
+    """
+
+    def apply_block(block: Block, carry: Carry, slot: Int[Array, ""]) -> Carry:
+        x_BTD, cache = carry
+        return block(x_BTD, context, cache, slot)  # type: ignore[no-any-return]  # untyped linen
+
+    if config.remat != "none":
+        # prevent_cse=False: the scan already keeps the recomputation from being merged away.
+        apply_block = nn.remat(
+            apply_block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False
+        )
+
+    def body(block: Block, carry: Carry, slots_R: Int[Array, "R"]) -> tuple[Carry, None]:
+        for r in range(slots_R.shape[0]):
+            carry = apply_block(block, carry, slots_R[r])
+        return carry, None
+
+    def scan(carry: Carry, slots_UR: np.ndarray, reverse: bool) -> Carry:
+        scanned = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=config.num_blocks,
+            reverse=reverse,
+            unroll=config.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "blocks"},
+        )
+        carry, _ = scanned(blocks, carry, jnp.asarray(slots_UR, jnp.int32))
+        return carry
+
+    order = application_order(config.num_blocks, config.num_repeats, config.sharing)
+    slots_UR = np.stack([np.flatnonzero(np.equal(order, u)) for u in range(config.num_blocks)])
+    carry = (x_BTD, cache)
+    if config.sharing == "immediate":
+        return scan(carry, slots_UR, reverse=False)
+    for r in range(config.num_repeats):
+        carry = scan(carry, slots_UR[:, r : r + 1], reverse=config.sharing == "reverse" and r % 2 == 1)
+    return carry

@@ -1,0 +1,147 @@
+"""The whole decoder: embed, apply the blocks, norm, and score the vocabulary.
+
+Three ways through it: `hidden` for training (the loss scores the vocabulary itself, in chunks),
+`__call__` for logits of whole sequences, and `extend` for decoding with a cache.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.model.attention import INIT, AttentionContext, causal_mask
+from mobilellm_jax.model.block import Block
+from mobilellm_jax.model.cache import KVCache
+from mobilellm_jax.model.layer_sharing import apply_blocks
+from mobilellm_jax.model.norm import RMSNorm
+from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.rope import rotation
+
+Params = dict[str, "jax.Array | Params"]
+
+
+class Embedding(nn.Module):
+    """The token table; with embedding sharing (paper Sec. 2.3) also the head."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        init = nn.with_logical_partitioning(INIT, ("vocab", "embed"))
+        shape = (self.config.vocab_size, self.config.embed_dim)
+        table_VD: jax.Array = self.param("table", init, shape, jnp.float32)
+        return table_VD
+
+
+class Head(nn.Module):
+    """The output matrix of a model with untied embeddings."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "D V"]:
+        init = nn.with_logical_partitioning(INIT, ("embed", "vocab"))
+        shape = (self.config.embed_dim, self.config.vocab_size)
+        kernel_DV: jax.Array = self.param("kernel", init, shape, jnp.float32)
+        return kernel_DV
+
+
+class Transformer(nn.Module):
+    """A MobileLLM of any shape in `ModelConfig`."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.embedding = Embedding(self.config)
+        self.blocks = Block(self.config)
+        self.final_norm = RMSNorm(self.config.norm_eps)
+        if not self.config.tie_embeddings:
+            self.head = Head(self.config)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Returns float32 logits of the token after each position."""
+        x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
+        return self.logits(x_BTD)
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the normed last hidden states, in the compute dtype.
+
+        Args:
+          tokens_BT: token ids.
+          segments_BT: document of each token; a token attends within its own only. None: one.
+          positions_BT: position for RoPE. None: 0, 1, 2, ...
+        """
+        config = self.config
+        length = tokens_BT.shape[1]
+        if positions_BT is None:
+            positions_BT = jnp.arange(length, dtype=jnp.int32)[None, :]
+        context = AttentionContext(
+            rotation=rotation(positions_BT, config.head_dim, config.rope_theta),
+            positions_BT=positions_BT,
+            mask_BTS=causal_mask(segments_BT, length),
+        )
+        x_BTD, _ = apply_blocks(self.blocks, config, self._embed(tokens_BT), context, None)
+        return self.final_norm(x_BTD)
+
+    def extend(
+        self, tokens_BT: Int[Array, "B T"], cache: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Reads T more tokens per row; prefill is T = prompt, decoding T = 1.
+
+        The tokens of row b stand at positions `cache.length_B[b] + 0 ... T - 1`, which must fit
+        the cache; the returned cache is T longer. A row that was padded on the right is taken
+        back to its true length by replacing `length_B`.
+        """
+        config = self.config
+        length, capacity = tokens_BT.shape[1], cache.k_LBSKH.shape[2]
+        positions_BT = cache.length_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+        keys_11S = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
+        context = AttentionContext(
+            rotation=rotation(positions_BT, config.head_dim, config.rope_theta),
+            positions_BT=positions_BT,
+            mask_BTS=keys_11S <= positions_BT[:, :, None],
+        )
+        x_BTD, cache = apply_blocks(self.blocks, config, self._embed(tokens_BT), context, cache)
+        return self.final_norm(x_BTD), cache.replace(length_B=cache.length_B + length)
+
+    def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores the vocabulary, accumulating in float32; tied embeddings are not scaled."""
+        head_DV = self.embedding().T if self.config.tie_embeddings else self.head()
+        return jnp.einsum(
+            "BTD,DV->BTV", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+        )
+
+    def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x_BTD = self.embedding().astype(compute_dtype(self.config))[tokens_BT]
+        return nn.with_logical_constraint(x_BTD, ("batch", "length", "activation_embed"))
+
+
+def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
+    """Returns the matrix that scores the vocabulary, one row per token, from a parameter tree."""
+    if config.tie_embeddings:
+        return params["embedding"]["table"]
+    return params["head"]["kernel"].T
+
+
+def init_boxed(config: ModelConfig, key: PRNGKeyArray) -> Params:
+    """Returns a random parameter tree whose leaves carry their logical axes (flax boxes)."""
+    tokens_11 = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(config).init(key, tokens_11)["params"]
+
+
+def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
+    """Returns a random float32 parameter tree: matrices N(0, 0.02^2), norms 1."""
+    return jax.jit(lambda k: nn.unbox(init_boxed(config, k)))(key)
