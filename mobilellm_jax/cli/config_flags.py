@@ -1,0 +1,162 @@
+"""`--config=configs/x.py` and `--config.a.b=value`: from the command line to a checked `Config`.
+
+absl knows nothing of the overrides: `split_overrides` takes them out before it parses. A value is
+read as the type that its field has in `config.py`, not as what it looks like.
+"""
+
+import importlib.util
+import math
+import re
+import traceback
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from mobilellm_jax.cli.errors import UsageError
+from mobilellm_jax.config import Config, ConfigError, field_types, from_config_dict, near_miss
+
+_OVERRIDE = re.compile(r"--?config\.(?P<field>[^=]*)(=(?P<value>.*))?", re.DOTALL)
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+# What a config file can raise: a mistake in it is a mistake in the input.
+_FILE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns (overrides as "a.b=value", the other arguments).
+
+    Raises:
+      UsageError: for an override without a value.
+    """
+    overrides: list[str] = []
+    others: list[str] = []
+    waiting = list(args)
+    while waiting and waiting[0] != "--":
+        arg = waiting.pop(0)
+        match = _OVERRIDE.fullmatch(arg)
+        if match is None:
+            others.append(arg)
+            continue
+        field, value = match["field"], match["value"]
+        if value is None:
+            if not waiting or waiting[0].startswith("--"):
+                raise UsageError(f"--config.{field} has no value; write --config.{field}=VALUE.")
+            value = waiting.pop(0)
+        overrides.append(f"{field}={value}")
+    return overrides, others + waiting
+
+
+def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
+    """Returns the checked config of a `configs/*.py`, with `overrides` ("a.b=value") applied.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ConfigError: if the file fails, and for wrong overrides and broken rules, all of them listed.
+    """
+    groups = _get_config(Path(file)).to_dict()
+    problems = []
+    for override in overrides:
+        field, _, text = override.partition("=")
+        try:
+            value = _parse(field, text)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        group, _, name = field.partition(".")
+        fields = groups.setdefault(group, {})
+        if isinstance(fields, dict):  # from_config_dict refuses anything else, and says so
+            fields[name] = value
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return from_config_dict(ConfigDict(groups))
+
+
+def _get_config(path: Path) -> ConfigDict:
+    if not path.is_file():
+        raise FileNotFoundError(f"--config={path} is not a file.{_near_file(path)}")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path} must be a Python file: configs/NAME.py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config_dict = module.get_config() if hasattr(module, "get_config") else None
+    except _FILE_ERRORS as error:
+        raise ConfigError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
+    if not isinstance(config_dict, ConfigDict):
+        raise ConfigError(f"--config={path} must define a get_config() that returns a ConfigDict.")
+    return config_dict
+
+
+def _near_file(path: Path) -> str:
+    files = {file.stem: file for file in sorted(Path("configs").rglob("*.py"))}
+    hint = near_miss(path.stem, files)
+    for stem, file in files.items():
+        hint = hint.replace(f" {stem}?", f" --config={file}?")
+    return hint
+
+
+def _place(path: Path, error: BaseException) -> str:
+    """`path:line` of the line in the config file that the error comes from."""
+    if isinstance(error, SyntaxError):
+        return f"{path}:{error.lineno}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
+def _parse(field: str, text: str) -> Any:
+    """Returns `text` as the type of the field."""
+    types = field_types()
+    if field not in types:
+        inside = [name for name in types if name.startswith(f"{field}.")]
+        if inside:
+            raise ConfigError(f"{field} is a group of fields; set one, such as {inside[0]}.")
+        raise ConfigError(f"{field}: unknown config key.{near_miss(field, types)}")
+    expected = types[field]
+    if expected is str:
+        return text
+    if not text:
+        raise ConfigError(f"{field}= has no value; it must be {_describe(expected)}.")
+    value = _read(expected, text)
+    if value is None:
+        hint = near_miss(text, typing.get_args(expected)) or _whole_number(expected, text)
+        raise ConfigError(f"{field}={text} must be {_describe(expected)}.{hint}")
+    return value
+
+
+def _read(expected: Any, text: str) -> Any:
+    """Returns the value, or None where the text is not of the expected type."""
+    if typing.get_origin(expected) is Literal:
+        return text if text in typing.get_args(expected) else None
+    if expected is bool:
+        return _BOOLEANS.get(text.lower())
+    if expected is int and not re.fullmatch(r"[+-]?\d+(_\d+)*", text):
+        return None
+    try:
+        value = expected(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _describe(expected: Any) -> str:
+    if typing.get_origin(expected) is Literal:
+        return f"one of {', '.join(typing.get_args(expected))}"
+    return {int: "a whole number", float: "a finite number", bool: "true or false"}[expected]
+
+
+def _whole_number(expected: Any, text: str) -> str:
+    """Spells out 1e3 where an int belongs."""
+    number = _read(float, text) if expected is int else None
+    return f" Write {int(number)}." if number is not None and number == int(number) else ""

@@ -1,0 +1,150 @@
+"""`mobilellm COMMAND --flags`: finds the command, parses its flags, decides the exit code.
+
+Exit codes: 0 done; 1 failed while running (with a traceback); 2 bad input (one message, no
+traceback); 75 saved, start me again; 130 interrupted. absl's own `app.run` would end with 1 for bad
+flags, so the parsing is done here.
+"""
+
+import importlib
+import inspect
+import keyword
+import re
+import sys
+import textwrap
+from types import ModuleType
+from typing import Any, NoReturn
+
+from absl import flags
+
+from mobilellm_jax.cli.config_flags import split_overrides
+from mobilellm_jax.cli.errors import UsageError, is_bad_input, message
+from mobilellm_jax.config import near_miss
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+COMMANDS = {
+    "prepare": "turn text into token shards, with a tokenizer given or trained",
+    "train": "train from a config; the same command again resumes",
+    "evaluate": "measure the perplexity of a text",
+    "generate": "continue a prompt, or talk",
+    "import": "turn a Hugging Face directory into a run folder",
+    "export": "write a checkpoint in a format that others read",
+}
+
+_HELP = {"-h", "-help", "--help"}
+
+
+def run() -> int:
+    """Runs the command line of this process; the console script's entry point."""
+    return main(sys.argv[1:])
+
+
+def main(args: list[str]) -> int:
+    """Runs one command and returns the exit code; a failure while running is raised."""
+    name = ""
+    try:
+        if not args or args[0] in _HELP:
+            print(_overview())
+            return 0
+        name, *rest = args
+        command = _import_command(name)
+        if _asks_for_help(rest):
+            print(_usage(name, command))
+            return 0
+        overrides = _parse(name, command, rest)
+        return command.main([name, *overrides]) or 0
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        if not is_bad_input(error):
+            raise
+        lines = message(error).splitlines()
+        start = "\n  " if len(lines) > 1 else " "
+        print(f"mobilellm {name}:{start}" + "\n  ".join(lines), file=sys.stderr)
+        return BAD_INPUT
+
+
+def _import_command(name: str) -> ModuleType:
+    if name not in COMMANDS:
+        kind = "flag before the command" if name.startswith("-") else "command"
+        raise UsageError(
+            f"unknown {kind} {name}.{near_miss(name, COMMANDS)} "
+            f"The commands are {', '.join(COMMANDS)}."
+        )
+    file = f"{name}_" if keyword.iskeyword(name) else name
+    return importlib.import_module(f"mobilellm_jax.cli.{file}")
+
+
+def _own_flags(command: ModuleType) -> list[flags.Flag[Any]]:
+    """The flags that the command's file defines, in the order of their definition."""
+    return list(flags.FLAGS.get_flags_for_module(command.__name__))
+
+
+def _asks_for_help(args: list[str]) -> bool:
+    before_separator = args[: args.index("--")] if "--" in args else args
+    return not _HELP.isdisjoint(before_separator)
+
+
+def _parse(name: str, command: ModuleType, args: list[str]) -> list[str]:
+    """Sets the command's flags from `args` and returns its config overrides.
+
+    Raises:
+      UsageError: for unknown, missing and ill-valued flags and for stray arguments.
+    """
+    own = _own_flags(command)
+    names = [f"--{flag.name}" for flag in own]
+    overrides, args = split_overrides(args)
+    if overrides and "--config" not in names:
+        raise UsageError(f"unknown flag --config.{overrides[0]}; {name} takes no config.")
+    for flag in own:
+        flag.unparse()  # a second call in one process starts from the defaults again
+    try:
+        stray = flags.FLAGS([name, *args])[1:]
+    except flags.UnrecognizedFlagError as error:
+        flag_name = f"--{error.flagname}"
+        raise UsageError(
+            f"unknown flag {flag_name}.{near_miss(flag_name, names)} See mobilellm {name} --help."
+        ) from None
+    except flags.Error as error:
+        _explain(name, own, error)
+    if stray:
+        raise UsageError(f"stray argument {stray[0]!r}; flags are written --name=value.")
+    return overrides
+
+
+def _explain(name: str, own: list[flags.Flag[Any]], error: flags.Error) -> NoReturn:
+    missing = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
+    if not missing:
+        raise UsageError(f"{error}") from None
+    meaning = {flag.name: flag.help for flag in own}
+    lines = [f"--{m} is missing: {meaning.get(m, '')}" for m in missing]
+    raise UsageError("\n".join([*lines, f"See mobilellm {name} --help."])) from None
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    return "\n".join(
+        [
+            "Usage: mobilellm COMMAND --flag=value ...",
+            "",
+            *(f"  {name:<{width}}{line}" for name, line in COMMANDS.items()),
+            "",
+            "mobilellm COMMAND --help shows a command's flags, with examples.",
+        ]
+    )
+
+
+def _usage(name: str, command: ModuleType) -> str:
+    own = _own_flags(command)
+    lines = [f"Usage: mobilellm {name} --flag=value ...", "", inspect.getdoc(command) or ""]
+    lines += ["", "Flags:"]
+    for flag in own:
+        switch = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+        default = "" if flag.default in (None, "", []) else f" (default: {flag.default_as_str})"
+        lines.append(f"  {switch}")
+        lines.append(textwrap.indent(textwrap.fill(f"{flag.help}{default}", 90), "      "))
+        if flag.name == "config":
+            lines += ["  --config.GROUP.FIELD=VALUE", "      replaces one field of it; repeatable"]
+    return "\n".join(lines)

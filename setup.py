@@ -1,0 +1,65 @@
+"""Metadata and requirements of mobilellm-jax; the exact versions stand in `constraints/`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+RUNTIME = [
+    "jax>=0.10",  # arrays, compilation, gradients, meshes
+    "flax>=0.12",  # the model: linen modules and the scan over blocks
+    "optax>=0.2.8",  # AdamW, schedules, clipping
+    "orbax-checkpoint>=0.12",  # asynchronous checkpoints of sharded trees
+    "tensorflow-datasets>=4.9.10",  # the python_docs builder and tfds: sources
+    "importlib_resources>=7",  # tensorflow-datasets imports it and does not say so
+    "grain>=0.2.18",  # data loading that can start at any sample
+    "ml_collections>=1.1",  # the editable form of the configuration
+    "absl-py>=2.3",  # command-line flags
+    "numpy>=2.1",  # host-side arrays and token shards
+    "sentencepiece>=0.2.1",  # *.model tokenizers: training, encoding, decoding
+    "tokenizers>=0.22",  # tokenizer.json, read and written
+    "safetensors>=0.6",  # weights of Hugging Face directories
+    "tensorboard>=2.20",  # event files of the metrics
+    "tqdm>=4.67",  # the progress bar
+    "matplotlib>=3.10",  # loss.png
+    "jaxtyping>=0.3.3",  # array annotations, executed in tests
+]
+
+# By exactly this spelling: it is what launch/test.sh installs first, from a CPU build if there is
+# one, so that no later requirement brings CUDA libraries along.
+TORCH = "torch==2.13.0"
+
+EXTRAS = {
+    "gpu": ["jax[cuda13]>=0.10"],  # CUDA 13 libraries, from pip
+    "tpu": ["jax[tpu]>=0.10"],  # libtpu
+    "export": [TORCH],  # reads pytorch_model.bin
+    "test": [
+        TORCH,  # the independent implementation,
+        "transformers>=5.0",  # Hugging Face Llama,
+        "accelerate>=1.10",  # and what it loads weights with
+        "pytest>=9.0",
+        "pytest-xdist>=3.8",  # the suite on both cores
+        "beartype>=0.22",  # executes the array annotations
+    ],
+    "dev": [
+        "ruff>=0.14",  # format and lint
+        "mypy>=1.18",  # strict types
+        "pre-commit>=4.3",  # both of them before a commit
+        "types-tqdm>=4.67",
+    ],
+}
+
+setup(
+    name="mobilellm-jax",
+    version="0.1.0",
+    description="Train sub-billion-parameter language models (MobileLLM, arXiv:2402.14905) in JAX.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["mobilellm_jax", "mobilellm_jax.*"]),
+    package_data={"mobilellm_jax": ["py.typed"]},
+    install_requires=RUNTIME,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mobilellm = mobilellm_jax.cli.main:run"]},
+)
