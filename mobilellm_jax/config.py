@@ -101,7 +101,7 @@ class TrainConfig:
     keep_checkpoints: int = 3  # newest ones kept
     keep_every: int = 0  # also keep every multiple of this step for good; 0 = none
     max_bad_steps: int = 10  # non-finite steps in a row (each skipped) before the run stops
-    loss_chunk: int = 1024  # tokens of a sequence whose logits exist at once, at most
+    loss_chunk: int = 4096  # tokens per device whose logits exist at once
     seed: int = 0  # of initialisation and sampling
 
 
@@ -324,9 +324,9 @@ def _rule_violations(config: Config) -> Iterator[str]:
             f"train.global_batch={train.global_batch} must be a multiple of "
             f"train.accumulation_steps={train.accumulation_steps}."
         )
-    if usable("optimizer.warmup_steps", "train.steps") and optimizer.warmup_steps > train.steps:
+    if usable("optimizer.warmup_steps", "train.steps") and optimizer.warmup_steps >= train.steps:
         yield (
-            f"optimizer.warmup_steps={optimizer.warmup_steps} must be at most "
+            f"optimizer.warmup_steps={optimizer.warmup_steps} must be less than "
             f"train.steps={train.steps}; shorten the warm-up or train longer."
         )
     sizes = {f"mesh.{f.name}": getattr(mesh, f.name) for f in dataclasses.fields(mesh)}

@@ -125,7 +125,9 @@ class Transformer(nn.Module):
         )
 
     def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x_BTD = self.embedding().astype(compute_dtype(self.config))[tokens_BT]
+        # Gathered over `fsdp` before the lookup: GSPMD would otherwise copy the result everywhere.
+        table_VD = nn.with_logical_constraint(self.embedding(), ("vocab", "activation_embed"))
+        x_BTD = table_VD.astype(compute_dtype(self.config))[tokens_BT]
         return nn.with_logical_constraint(x_BTD, ("batch", "length", "activation_embed"))
 
 

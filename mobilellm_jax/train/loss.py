@@ -1,0 +1,124 @@
+"""Cross-entropy over the vocabulary without ever holding all logits.
+
+The sequence is scored in chunks of positions. `weighted_loss` is one scalar, so its gradient with
+respect to the hidden states and the head is known up to a factor as soon as a chunk's logits are:
+it is computed in the forward pass, while they exist, and only scaled in the backward pass. That is
+three products per chunk, where recomputing the logits in the backward pass takes four.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def weighted_loss(
+    x_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """Returns sum(weights * cross-entropy) in nats, float32.
+
+    Differentiable in `x_BTD` and `head_VD`. `chunk` positions of every row have their logits in
+    memory at once; it need not divide T. Products take the type of x, sums are float32.
+    """
+    return jnp.sum(token_losses(x_BTD, head_VD, targets_BT, chunk) * weights_BT)
+
+
+def token_losses(
+    x_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    chunk: int,
+) -> Float[Array, "B T"]:
+    """Returns the cross-entropy of every target in nats, float32; not meant for gradients."""
+    head_VD = head_VD.astype(x_BTD.dtype)
+
+    def score(_: None, chunk_xs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        x_BCD, targets_BC = chunk_xs
+        logits_BCV = _logits(x_BCD, head_VD)
+        return None, _losses(logits_BCV, jax.nn.logsumexp(logits_BCV, axis=-1), targets_BC)
+
+    _, losses_nBC = jax.lax.scan(score, None, (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk)))
+    return _unchunk(losses_nBC, targets_BT.shape[1])
+
+
+def _forward(
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    dtype = x_BTD.dtype
+    narrow_head_VD = head_VD.astype(dtype)
+
+    def score(
+        carry: tuple[jax.Array, jax.Array], chunk_xs: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        total, grad_head_VD = carry
+        x_BCD, targets_BC, weights_BC = chunk_xs
+        logits_BCV = _logits(x_BCD, narrow_head_VD)
+        log_normalizer_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        total += jnp.sum(_losses(logits_BCV, log_normalizer_BC, targets_BC) * weights_BC)
+        # d loss / d logits = softmax - one-hot; the comparison fuses where a scatter would not.
+        hit_BCV = jnp.arange(head_VD.shape[0])[None, None, :] == targets_BC[:, :, None]
+        softmax_BCV = jnp.exp(logits_BCV - log_normalizer_BC[:, :, None])
+        grad_BCV = ((softmax_BCV - hit_BCV) * weights_BC[:, :, None]).astype(dtype)
+        grad_x_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, narrow_head_VD)
+        grad_head_VD += jnp.einsum(
+            "BCV,BCD->VD", grad_BCV, x_BCD, preferred_element_type=jnp.float32
+        )
+        return (total, grad_head_VD), grad_x_BCD
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
+    xs = tuple(_chunks(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
+    (total, grad_head_VD), grad_x_nBCD = jax.lax.scan(score, start, xs)
+    grad_x_BTD = _unchunk(grad_x_nBCD, x_BTD.shape[1])
+    return total, (grad_x_BTD, grad_head_VD.astype(head_VD.dtype))
+
+
+def _backward(
+    chunk: int, gradients: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+    del chunk
+    grad_x_BTD, grad_head_VD = gradients
+    scaled_x_BTD = (grad_x_BTD * cotangent).astype(grad_x_BTD.dtype)
+    return scaled_x_BTD, (grad_head_VD * cotangent).astype(grad_head_VD.dtype), None, None
+
+
+weighted_loss.defvjp(_forward, _backward)
+
+
+def _logits(x_BCD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("BCD,VD->BCV", x_BCD, head_VD, preferred_element_type=jnp.float32)
+
+
+def _losses(
+    logits_BCV: jax.Array, log_normalizer_BC: jax.Array, targets_BC: jax.Array
+) -> jax.Array:
+    target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)
+    return log_normalizer_BC - target_BC1[:, :, 0]
+
+
+def _chunks(x_BT: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [n, B, C, ...], zero-padded (zero weight) to whole chunks.
+
+    Chunks run along the sequence, because flattening a batch that is split over devices and then
+    cutting it would gather it first.
+    """
+    batch, length = x_BT.shape[:2]
+    chunk = min(chunk, length)
+    padding = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x_BT.ndim - 2)
+    padded = jnp.pad(x_BT, padding)
+    split = padded.reshape(batch, padded.shape[1] // chunk, chunk, *x_BT.shape[2:])
+    return jnp.moveaxis(split, 1, 0)
+
+
+def _unchunk(x_nBC: jax.Array, length: int) -> jax.Array:
+    x_BnC = jnp.moveaxis(x_nBC, 0, 1)
+    return x_BnC.reshape(x_BnC.shape[0], -1, *x_BnC.shape[3:])[:, :length]

@@ -1,0 +1,66 @@
+"""What a run carries from step to step, and how it is spread over the mesh."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, UInt32
+
+from mobilellm_jax.config import Config
+from mobilellm_jax.model.transformer import Params, init_boxed
+from mobilellm_jax.sharding import Rules, use
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that the next step depends on, besides its batch."""
+
+    step: Int[Array, ""]  # optimizer steps taken, skipped ones included
+    params: Params  # float32
+    optimizer: optax.OptState
+    key_data: UInt32[Array, "words"]  # of the PRNG key that sampling during training folds
+    bad_steps: Int[Array, ""]  # non-finite steps in a row, up to now
+
+
+def _init_boxed(
+    config: Config, optimizer: optax.GradientTransformation, seed: jax.Array
+) -> TrainState:
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    params = init_boxed(config.model, init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=optimizer.init(params),
+        key_data=jax.random.key_data(run_key),
+        bad_steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def abstract_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
+) -> TrainState:
+    """Returns the state's shapes, types and shardings, without computing or allocating it."""
+    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    with use(mesh, rules):
+        boxed = jax.eval_shape(lambda s: _init_boxed(config, optimizer, s), seed)
+        specs = nn.get_partition_spec(boxed)
+        shardings = nn.logical_to_mesh_sharding(specs, mesh, list(rules))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        shardings,
+    )
+
+
+def init_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
+) -> TrainState:
+    """Returns a fresh state from `train.seed`, each device computing its own part."""
+    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, optimizer, mesh, rules))
+    with use(mesh, rules):
+        init = jax.jit(
+            lambda seed: nn.unbox(_init_boxed(config, optimizer, seed)), out_shardings=shardings
+        )
+        return init(jnp.uint32(config.train.seed))

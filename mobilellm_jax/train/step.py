@@ -1,0 +1,174 @@
+"""The training step: loss, gradient, update; pure, jitted, sharded, its state donated."""
+
+from collections.abc import Callable, Mapping
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from mobilellm_jax.config import Config
+from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
+from mobilellm_jax.sharding import (
+    BATCH_AXES,
+    Rules,
+    batch_sharding,
+    batch_shards,
+    replicated,
+    use,
+)
+from mobilellm_jax.train.loss import token_losses, weighted_loss
+from mobilellm_jax.train.optimizer import learning_rate
+from mobilellm_jax.train.state import TrainState
+
+Batch = Mapping[str, jax.Array]
+"""tokens, targets [B, T] int; weights [B, T] float, 0 where there is no target; and with document
+masking segments and positions [B, T] int."""
+
+
+class StepMetrics(TypedDict):
+    """What a step reports, as device scalars that the host reads one step late."""
+
+    loss: Float[Array, ""]  # nats per target
+    grad_norm: Float[Array, ""]  # before clipping
+    learning_rate: Float[Array, ""]
+    targets: Float[Array, ""]  # tokens that counted
+    skipped: Bool[Array, ""]  # loss or gradient was not finite; nothing was updated
+    bad_steps: Array  # skipped in a row
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+LossSums = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+
+
+def chunk_positions(config: Config, rows: int, shards: int) -> int:
+    """Returns how many positions of each row are scored at once (see `train.loss_chunk`)."""
+    rows_per_device = max(1, rows // shards)
+    return max(1, min(config.data.seq_len, config.train.loss_chunk // rows_per_device))
+
+
+def make_train_step(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: Rules,
+    state: TrainState,
+) -> TrainStep:
+    """Returns the jitted step. `state` tells the shardings: concrete or abstract.
+
+    The loss is the mean over all targets of the global batch, however it is split into
+    micro-batches and devices: each part is divided by the targets of the whole. A step whose loss
+    or gradient is not finite leaves parameters and optimizer as they were.
+    """
+    model = Transformer(config.model)
+    schedule = learning_rate(config.optimizer, config.train.steps)
+    accumulation = config.train.accumulation_steps
+    rows = config.train.global_batch // accumulation
+    chunk = chunk_positions(config, rows, batch_shards(mesh))
+
+    def loss_of(params: Params, batch: Batch, total: jax.Array) -> jax.Array:
+        x_BTD = model.apply({"params": params}, batch["tokens"], method="hidden", **_masks(batch))
+        head_VD = head_matrix(params, config.model)
+        return weighted_loss(x_BTD, head_VD, batch["targets"], batch["weights"], chunk) / total
+
+    def loss_and_gradient(
+        params: Params, batch: Batch, total: jax.Array
+    ) -> tuple[jax.Array, Params]:
+        if accumulation == 1:
+            return jax.value_and_grad(loss_of)(params, batch, total)
+
+        def add(
+            carry: tuple[jax.Array, Params], micro_batch: Batch
+        ) -> tuple[tuple[jax.Array, Params], None]:
+            part = jax.value_and_grad(loss_of)(params, micro_batch, total)
+            return jax.tree.map(jnp.add, carry, part), None
+
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        sums, _ = jax.lax.scan(add, zeros, _micro_batches(batch, accumulation, mesh))
+        return sums
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        targets = jnp.sum(batch["weights"])
+        loss, gradient = loss_and_gradient(state.params, batch, jnp.maximum(targets, 1.0))
+        grad_norm = optax.global_norm(gradient)
+        updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
+        new_params = optax.apply_updates(state.params, updates)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+        bad_steps = jnp.where(good, 0, state.bad_steps + 1)
+        new_state = state.replace(
+            step=state.step + 1,
+            params=jax.tree.map(keep, new_params, state.params),
+            optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
+            bad_steps=bad_steps,
+        )
+        return new_state, StepMetrics(
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=schedule(_updates_made(state.optimizer)),
+            targets=targets,
+            skipped=~good,
+            bad_steps=bad_steps,
+        )
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    def call(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        with use(mesh, rules):
+            return jitted(state, batch)
+
+    return call
+
+
+def make_loss_sums(config: Config, mesh: Mesh, rules: Rules, rows: int) -> LossSums:
+    """Returns a jitted function to (sum of losses in nats, number of targets) of a batch."""
+    model = Transformer(config.model)
+    chunk = chunk_positions(config, rows, batch_shards(mesh))
+
+    @jax.jit
+    def loss_sums(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        x_BTD = model.apply({"params": params}, batch["tokens"], method="hidden", **_masks(batch))
+        losses_BT = token_losses(
+            x_BTD, head_matrix(params, config.model), batch["targets"], chunk
+        )
+        return jnp.sum(losses_BT * batch["weights"]), jnp.sum(batch["weights"])
+
+    def call(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        with use(mesh, rules):
+            return loss_sums(params, batch)
+
+    return call
+
+
+def _updates_made(optimizer: optax.OptState) -> jax.Array:
+    """Optax counts in several places, all alike; a skipped step counts in none."""
+    (_, count), *_ = optax.tree_utils.tree_get_all_with_path(optimizer, "count")
+    return count
+
+
+def _masks(batch: Batch) -> dict[str, jax.Array]:
+    names = {"segments": "segments_BT", "positions": "positions_BT"}
+    return {argument: batch[name] for name, argument in names.items() if name in batch}
+
+
+def _micro_batches(batch: Batch, accumulation: int, mesh: Mesh) -> Batch:
+    """[B, T] -> [accumulation, B / accumulation, T].
+
+    Micro-batch a takes rows a, a + accumulation, ...: every device cuts the rows it already holds
+    and none moves.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, "sequence"))
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        parts = x_BT.reshape(-1, accumulation, *x_BT.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(parts, sharding)
+
+    return {name: split(x_BT) for name, x_BT in batch.items()}
