@@ -1,0 +1,413 @@
+"""Text from a model: prefill, then decoding with a KV cache, one compiled loop per chunk of tokens.
+
+Prompts of different lengths share a batch: they are padded on the right, read at once (prefill),
+and each row's cache is taken back to its true length. From then on the device draws a token,
+appends it and goes on without the host; the host hears of it once per chunk. Shapes are rounded up
+to powers of two, so that a session of many prompts compiles a handful of programs.
+
+A block that is applied R times (layer sharing, paper Sec. 2.5) has R slots in the cache, so cached
+decoding equals the full forward pass for every sharing order.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.model.cache import KVCache, init_cache
+from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.transformer import Params, Transformer
+
+_CHUNK = 64  # tokens per host round trip when nobody watches; also the loop's output buffer
+_STREAM_CHUNK = 8  # the same while text is shown as it comes
+_SMALLEST_BUCKET = 16  # tokens; below it programs differ more in compile time than in speed
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+_Method = Literal["greedy", "sample", "truncate"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; the default is LLaMA's.
+
+    The logits are divided by `temperature`; then all but the `top_k` likeliest tokens are dropped;
+    then the smallest set of likeliest tokens whose share of what is left reaches `top_p` is kept.
+    """
+
+    temperature: float = 0.8  # 0 = greedy: always the likeliest token
+    top_k: int = 0  # tokens; 0 = all
+    top_p: float = 0.95  # probability in (0, 1]; 1 = all
+    seed: int = 0  # of the draws, in [0, 2^32); row b of a batch draws from (seed, b)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(
+                f"temperature={self.temperature} must be a number of at least 0; 0 is greedy, "
+                "1 is the model's own distribution."
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0; 0 keeps every token.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p={self.top_p} must be greater than 0 and at most 1; 1 keeps every token."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be at least 0 and less than 2^32.")
+
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0)
+
+
+def generate(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    eos_id: int | None = None,
+) -> list[list[int]]:
+    """Returns the new tokens of each prompt: without the prompt, up to and without `eos_id`.
+
+    A greedy row depends on its own prompt only, and a sampled one on (its prompt, seed, its place
+    in the batch), not on its neighbours.
+
+    Args:
+      config: the architecture.
+      params: its parameters, on any device.
+      prompts: token ids, each with at least BOS.
+      max_new_tokens: at which a row ends that met no `eos_id`.
+      sampling: how tokens are drawn.
+      eos_id: the token that ends a row. None: none does.
+
+    Raises:
+      ValueError: for an empty prompt, or one that with `max_new_tokens` exceeds
+        `model.max_seq_len`.
+    """
+    rows: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(rows)
+    for new_BT in _chunks(config, params, prompts, max_new_tokens, sampling, eos_id, _CHUNK):
+        for b, row in enumerate(rows):
+            ids: list[int] = [] if ended[b] else new_BT[b].tolist()
+            if eos_id in ids:
+                ended[b] = True
+                ids = ids[: ids.index(eos_id)]
+            row.extend(ids)
+    return rows
+
+
+def stream(
+    config: ModelConfig,
+    params: Params,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    eos_id: int | None = None,
+) -> Iterator[list[int]]:
+    """Yields the tokens that `generate` returns for one prompt, a few at a time."""
+    for new_1T in _chunks(
+        config, params, [prompt], max_new_tokens, sampling, eos_id, _STREAM_CHUNK
+    ):
+        ids = new_1T[0].tolist()
+        yield ids[: ids.index(eos_id)] if eos_id in ids else ids
+
+
+def stream_text(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+) -> Iterator[str]:
+    """Yields the continuation of `prompt` as it comes; "" starts from BOS alone."""
+    ids = encode_prompt(tokenizer, prompt)
+    chunks = stream(
+        *(config, params, ids),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_id=tokenizer.eos_id,
+    )
+    yield from decode_stream(tokenizer, ids, chunks)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns BOS and the tokens of `prompt`, as training documents start."""
+    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+
+
+def decode_stream(
+    tokenizer: Tokenizer, prompt: Sequence[int], chunks: Iterable[Sequence[int]]
+) -> Iterator[str]:
+    """Yields the text that each chunk of new tokens adds to the text of `prompt`.
+
+    The pieces together are the text of all tokens after that of the prompt. No piece ends inside a
+    character: a character that several byte tokens spell is held back until its last byte is there,
+    and bytes that never become one are shown as U+FFFD at the end of their run.
+    """
+    ids = list(prompt)
+    text = tokenizer.decode(ids)
+    shown = len(text)
+    byte = _lone_byte(tokenizer)
+    for chunk in chunks:
+        ids.extend(chunk)
+        # Decoded whole: what a piece looks like depends on its neighbours (the space that starts a
+        # text is not part of it; the bytes of one character stand in several tokens).
+        text = tokenizer.decode(ids)
+        stable = len(text.rstrip(_REPLACEMENT))
+        if byte is not None:
+            # The `tokenizers` library shows a run of bytes that is not UTF-8 as U+FFFD throughout,
+            # whole characters included: none is safe while the next byte could spoil the run.
+            stable = min(stable, _common_prefix(text, tokenizer.decode([*ids, byte])))
+        if stable > shown:
+            yield text[shown:stable]
+            shown = stable
+    if len(text) > shown:
+        yield text[shown:]
+
+
+def truncate(
+    logits_BV: Float[Array, "B V"],
+    top_k: int | Int[Array, ""],
+    top_p: float | Float[Array, ""],
+) -> Float[Array, "B V"]:
+    """Sets the logits of tokens outside the top k, then outside the top p, to -infinity.
+
+    The likeliest token always stays. Among equal logits the lower token id counts as likelier.
+    """
+    vocab_size = logits_BV.shape[-1]
+    order_BV = jnp.argsort(logits_BV, axis=-1, descending=True)  # stable
+    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
+    rank_1V = jnp.arange(vocab_size)[None, :]
+    in_k_BV = rank_1V < jnp.where(top_k > 0, top_k, vocab_size)
+    probability_BV = jax.nn.softmax(jnp.where(in_k_BV, sorted_BV, -jnp.inf), axis=-1)
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    # A sum of float32 probabilities may stop short of 1, so 1 must not be left to the comparison.
+    in_p_BV = (before_BV < top_p) | (top_p >= 1) | (rank_1V == 0)
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    keep_BV = (
+        jnp.zeros_like(in_k_BV, shape=logits_BV.shape).at[rows_B1, order_BV].set(in_k_BV & in_p_BV)
+    )
+    return jnp.where(keep_BV, logits_BV, -jnp.inf)
+
+
+@struct.dataclass
+class _Draw:
+    """Sampling as arrays, so that another temperature or seed compiles nothing."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    keys_B: Key[Array, "B"]
+
+
+@struct.dataclass
+class _State:
+    """Where every row of a batch stands."""
+
+    cache: KVCache
+    token_B: Int[Array, "B"]  # drawn last, not yet in the cache
+    done_B: Bool[Array, "B"]
+    drawn: Int[Array, ""]  # tokens per row so far
+
+
+def _chunks(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_id: int | None,
+    chunk: int,
+) -> Iterator[np.ndarray]:
+    """Yields the drawn tokens, a column each, until every row is done; rows run on past EOS."""
+    if not prompts:
+        return
+    _check_lengths(config, prompts, max_new_tokens)
+    count = len(prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    batch, width = _power_of_two(count), _bucket(max(lengths))
+    tokens_BT = np.zeros((batch, width), np.int32)
+    lengths_B = np.ones((batch,), np.int32)
+    for b, prompt in enumerate(prompts):
+        tokens_BT[b, : lengths[b]] = prompt
+        lengths_B[b] = lengths[b]
+    stop = np.int32(-1 if eos_id is None else eos_id)  # no token is -1
+    done_B = np.arange(batch) >= count  # rows that only fill the batch
+    draw = _Draw(
+        temperature=jnp.float32(sampling.temperature),
+        top_k=jnp.int32(min(sampling.top_k, config.vocab_size)),
+        top_p=jnp.float32(sampling.top_p),
+        keys_B=_row_keys(np.uint32(sampling.seed), batch),
+    )
+    method = _method(sampling)
+    params = _to_compute_dtype(params, config)
+    capacity = _bucket(max(lengths) + max_new_tokens)
+    state = _prefill(
+        *(params, tokens_BT, lengths_B, done_B, stop, draw),
+        config=config,
+        capacity=capacity,
+        method=method,
+    )
+    yield np.asarray(state.token_B)[:count, None]
+    left = max_new_tokens - 1
+    while left and not np.asarray(state.done_B).all():
+        steps = min(chunk, left)
+        state, new_BT = _decode(
+            params, state, np.int32(steps), stop, draw, config=config, method=method
+        )
+        yield np.asarray(new_BT)[:count, :steps]
+        left -= steps
+
+
+def _check_lengths(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if not all(prompts):
+        raise ValueError("A prompt of no tokens has nothing to continue; start it with BOS.")
+    limit, longest = config.max_seq_len, max(len(prompt) for prompt in prompts)
+    if longest + max_new_tokens > limit:
+        room = limit - longest
+        remedy = "shorten the prompt" + (f", or ask for at most {room} new tokens" * (room > 0))
+        raise ValueError(
+            f"A prompt of {longest} tokens (BOS included) and max_new_tokens={max_new_tokens} "
+            f"exceed model.max_seq_len={limit}; {remedy}."
+        )
+
+
+def _lone_byte(tokenizer: Tokenizer) -> int | None:
+    """Returns the first token that is a part of a character, or None if there is none."""
+    ids = range(tokenizer.vocab_size)
+    return next((i for i in ids if tokenizer.decode([i]) == _REPLACEMENT), None)
+
+
+def _common_prefix(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _method(sampling: Sampling) -> _Method:
+    if sampling.temperature == 0:
+        return "greedy"
+    return "truncate" if sampling.top_k or sampling.top_p < 1 else "sample"
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
+
+
+def _bucket(tokens: int) -> int:
+    return max(_SMALLEST_BUCKET, _power_of_two(tokens))
+
+
+@functools.partial(jax.jit, static_argnames="batch")
+def _row_keys(seed: Int[Array, ""], batch: int) -> Key[Array, "B"]:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _to_compute_dtype(params: Params, config: ModelConfig) -> Params:
+    """Casts every matrix once instead of at every token; the model would cast it to the same.
+
+    Norm scales stay float32, since they are multiplied in float32.
+    """
+
+    def cast(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if path[-1].key == "scale" else leaf.astype(compute_dtype(config))
+
+    return jax.tree_util.tree_map_with_path(cast, params)  # type: ignore[no-any-return]  # untyped
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "method"))
+def _prefill(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    done_B: Bool[Array, "B"],
+    stop: Int[Array, ""],
+    draw: _Draw,
+    *,
+    config: ModelConfig,
+    capacity: int,
+    method: _Method,
+) -> _State:
+    """Reads the prompts, padded on the right, and draws the first token of each row."""
+    model, batch = Transformer(config).bind({"params": params}), tokens_BT.shape[0]
+    cache = init_cache(config, batch, capacity, compute_dtype(config))
+    x_BTD, cache = model.extend(tokens_BT, cache)
+    last_B1D = x_BTD[jnp.arange(batch)[:, None], lengths_B[:, None] - 1]
+    logits_B1V = model.logits(last_B1D)
+    drawn = jnp.zeros((), jnp.int32)
+    token_B = _next_token(logits_B1V[:, 0], draw, drawn, method)
+    # The padding's keys lie past the true length: masked, and overwritten one by one.
+    cache = dataclasses.replace(cache, length_B=lengths_B)
+    return _State(cache=cache, token_B=token_B, done_B=done_B | (token_B == stop), drawn=drawn + 1)
+
+
+# The cache is by far the largest array here; donated, the loop updates it in place.
+@functools.partial(jax.jit, static_argnames=("config", "method"), donate_argnames="state")
+def _decode(
+    params: Params,
+    state: _State,
+    steps: Int[Array, ""],
+    stop: Int[Array, ""],
+    draw: _Draw,
+    *,
+    config: ModelConfig,
+    method: _Method,
+) -> tuple[_State, Int[Array, "B T"]]:
+    """Draws up to `steps` tokens more per row, fewer if all rows are done.
+
+    The columns of the second result past those are `stop`.
+    """
+    model = Transformer(config).bind({"params": params})
+    first = state.drawn
+
+    def unfinished(carry: tuple[_State, jax.Array]) -> jax.Array:
+        state, _ = carry
+        return (state.drawn < first + steps) & ~jnp.all(state.done_B)
+
+    def one_token(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+        state, new_BT = carry
+        x_B1D, cache = model.extend(state.token_B[:, None], state.cache)
+        logits_B1V = model.logits(x_B1D)
+        token_B = _next_token(logits_B1V[:, 0], draw, state.drawn, method)
+        new_BT = new_BT.at[:, state.drawn - first].set(token_B)
+        state = _State(
+            cache=cache,
+            token_B=token_B,
+            done_B=state.done_B | (token_B == stop),
+            drawn=state.drawn + 1,
+        )
+        return state, new_BT
+
+    buffer_BT = jnp.full((state.token_B.shape[0], _CHUNK), stop, jnp.int32)
+    return jax.lax.while_loop(unfinished, one_token, (state, buffer_BT))
+
+
+def _next_token(
+    logits_BV: Float[Array, "B V"], draw: _Draw, drawn: Int[Array, ""], method: _Method
+) -> Int[Array, "B"]:
+    if method == "greedy":
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    # With the largest at 0, no temperature overflows.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits_BV = logits_BV / jnp.maximum(draw.temperature, 1e-30)
+    if method == "truncate":
+        logits_BV = truncate(logits_BV, draw.top_k, draw.top_p)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw.keys_B, drawn)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
