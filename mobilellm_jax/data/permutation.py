@@ -1,0 +1,41 @@
+"""A seeded permutation of 0..n-1 that is computed per index, so that it takes no memory.
+
+A Feistel network is a bijection of the 2h-bit numbers; indices that it sends to n or beyond are
+sent through it again until they fall below n (cycle walking; Black and Rogaway 2002, "Ciphers with
+arbitrary finite domains"), fewer than four times on average since 2^(2h) < 4n. The round function
+is the finaliser of SplitMix64 (Steele et al. 2014). Checkpoints rely on the order never changing.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDS = 8
+_MASK64 = (1 << 64) - 1
+
+
+def permuted(index_W: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Returns the images of indices in [0, n) under the permutation of (seed, epoch)."""
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low_bits = np.uint64((1 << int(half)) - 1)
+    key = _mix(_mix(seed & _MASK64) ^ (epoch & _MASK64))
+    keys = [np.uint64(_mix(key + i)) for i in range(_ROUNDS)]
+    image_W = index_W.astype(np.uint64)
+    outside_W = np.ones(image_W.shape, np.bool_)
+    while outside_W.any():
+        left, right = image_W[outside_W] >> half, image_W[outside_W] & low_bits
+        for round_key in keys:
+            left, right = right, left ^ (_mix_array(right ^ round_key) & low_bits)
+        image_W[outside_W] = (left << half) | right
+        outside_W = image_W >= np.uint64(n)
+    return image_W.astype(np.int64)
+
+
+def _mix(value: int) -> int:
+    return int(_mix_array(np.array([value & _MASK64], np.uint64))[0])
+
+
+def _mix_array(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    value = value + np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

@@ -1,0 +1,172 @@
+"""`python_docs`: the English text that ships with every CPython, as a TFDS dataset.
+
+Documents are the language-reference topics of `pydoc_data` and, per module of the standard
+library, its docstrings under headings as `pydoc` would write them. The sources are parsed and never
+imported, nothing is downloaded, and a docstring that occurs twice is kept once. The text depends on
+the Python release, so `identity` names it.
+"""
+
+import ast
+import hashlib
+import platform
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+_VERSION = "1.0.0"
+VALIDATION_PERCENT = 5
+
+# Not documentation of the library, or other projects' code that happens to lie in its folder.
+_SKIPPED_FOLDERS = frozenset(
+    "__phello__ __pycache__ dist-packages ensurepip idlelib lib2to3 pydoc_data site-packages test "
+    "tests turtledemo".split()
+)
+# Shorter modules hold boilerplate only: the 120 character-map codecs differ in one word.
+_MIN_CHARACTERS = 200
+
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class PythonDocs(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # TFDS has no types
+    """Topics of the language reference and docstrings of the running Python's library."""
+
+    VERSION = tfds.core.Version(_VERSION)
+    RELEASE_NOTES = {_VERSION: "First release."}  # noqa: RUF012  # TFDS declares it as a plain dict
+
+    def _info(self) -> Any:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {"id": tfds.features.Text(), "text": tfds.features.Text()}
+            ),
+            homepage="https://docs.python.org",
+            license="PSF-2.0",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing to download
+        found = list(documents(standard_library()))
+        return {
+            split: self._generate_examples([d for d in found if split_of(d[0]) == split])
+            for split in ("train", "validation")
+        }
+
+    def _generate_examples(self, found: list[tuple[str, str]]) -> Iterator[tuple[str, Any]]:
+        for name, text in found:
+            yield name, {"id": name, "text": text}
+
+
+def build(data_dir: Path) -> Any:
+    """Returns the builder, its array_record files written under `data_dir` if they are missing."""
+    builder = PythonDocs(data_dir=str(data_dir), file_format="array_record")
+    tfds.disable_progress_bar()
+    try:
+        builder.download_and_prepare()
+    finally:
+        tfds.enable_progress_bar()
+    return builder
+
+
+def identity() -> str:
+    """Returns a line that is equal for equal text: our version and Python's."""
+    return (
+        f"python_docs {_VERSION} of {platform.python_implementation()} {platform.python_version()}"
+    )
+
+
+def standard_library() -> Path:
+    """Returns the folder of the standard library's sources."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def split_of(name: str) -> str:
+    """Returns 'train' or 'validation' for a document, by a hash of its id alone."""
+    percent = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
+    return "validation" if percent < VALIDATION_PERCENT else "train"
+
+
+def documents(stdlib: Path) -> Iterator[tuple[str, str]]:
+    """Yields (id, text) in a fixed order: topics first, then modules by name.
+
+    Raises:
+      FileNotFoundError: if the topics or the library's sources are not installed.
+    """
+    topics = stdlib / "pydoc_data" / "topics.py"
+    if not topics.is_file():
+        raise FileNotFoundError(
+            f"{topics} is missing: this Python came without its documentation topics, which "
+            "python_docs is made of. Install the full standard library (Debian and Ubuntu: "
+            "libpython3-stdlib) or name other text with --source=text:GLOB."
+        )
+    for name, text in sorted(_topics(topics).items()):
+        yield f"topic/{name}", text
+    sources = sorted(
+        (_module_name(path.relative_to(stdlib)), path)
+        for path in stdlib.rglob("*.py")
+        if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(stdlib).parts)
+    )
+    if not sources:
+        raise FileNotFoundError(
+            f"{stdlib} holds no Python sources: this Python came with compiled files only. Use a "
+            "Python with its standard library's sources, or --source=text:GLOB."
+        )
+    seen: set[str] = set()
+    for name, path in sources:
+        text = _module_text(name, path, seen)
+        if len(text) >= _MIN_CHARACTERS:
+            yield f"module/{name}", text
+
+
+def _topics(path: Path) -> dict[str, str]:
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "topics":
+            return dict(ast.literal_eval(node.value))
+    raise FileNotFoundError(f"{path} defines no `topics`; reinstall this Python's library.")
+
+
+def _module_name(relative: Path) -> str:
+    parts = relative.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _module_text(name: str, path: Path, seen: set[str]) -> str:
+    """Returns the module's new docstrings under headings; adds them to `seen`."""
+    with warnings.catch_warnings():
+        # Old escapes in string literals are the library's business.
+        warnings.simplefilter("ignore")
+        tree = ast.parse(path.read_bytes())
+    sections = []
+    for heading, node in _documented(name, tree, ""):
+        docstring = ast.get_docstring(node)
+        if docstring and docstring not in seen:
+            seen.add(docstring)
+            sections.append(f"{heading}\n\n{docstring.strip()}\n")
+    return "\n".join(sections)
+
+
+def _documented(heading: str, node: _Documented, prefix: str) -> Iterator[tuple[str, _Documented]]:
+    """Yields (heading, node) for a module or class and everything public or not defined in it."""
+    yield heading, node
+    for child in _definitions(node):
+        name = prefix + child.name
+        if isinstance(child, ast.ClassDef):
+            bases = ", ".join(ast.unparse(base) for base in child.bases)
+            yield from _documented(f"class {name}({bases})", child, f"{name}.")
+        else:
+            yield f"{name}({ast.unparse(child.args)})", child
+
+
+def _definitions(
+    node: ast.AST,
+) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yields the classes and functions of a body, also those under `if` and `try`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        elif isinstance(child, ast.If | ast.Try | ast.ExceptHandler | ast.With):
+            yield from _definitions(child)
