@@ -95,7 +95,7 @@ class TrainConfig:
     accumulation_steps: int = 1  # micro-batches per step; divides global_batch
     init_from: str = ""  # a CKPT whose parameters start the run; "" = random
     log_every: int = 10
-    eval_every: int = 1000  # validation loss; 0 = only before the first and after the last step
+    eval_every: int = 1000  # validation loss, also before the first and after the last; 0 = never
     eval_batches: int = 0  # validation batches per evaluation; 0 = the whole split
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3  # newest ones kept

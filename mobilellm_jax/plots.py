@@ -19,7 +19,10 @@ def plot_losses(records: Sequence[Mapping[str, float]], path: Path, title: str) 
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    series = (("train/loss", "training", "tab:blue", "-"), ("validation/loss", "validation", "tab:orange", "o-"))
+    series = (
+        ("train/loss", "training", "tab:blue", "-"),
+        ("validation/loss", "validation", "tab:orange", "o-"),
+    )
     for name, label, color, style in series:
         points = [(r["step"], r[name]) for r in records if name in r]
         if points:

@@ -1,13 +1,17 @@
 """Grouped-query causal attention (paper Sec. 2.4; Ainslie et al. 2023, arXiv:2305.13245)."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.cache import KVCache
+from mobilellm_jax.model.parameters import matrix
 from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.rope import Rotation, rotate
 
@@ -48,7 +52,7 @@ def attend(
         "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
     scores_BKGTS = scores_BKGTS * (head_dim**-0.5)
-    lowest = jnp.finfo(jnp.float32).min
+    lowest = np.finfo(np.float32).min
     scores_BKGTS = jnp.where(mask_BTS[:, None, None, :, :], scores_BKGTS, lowest)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
@@ -78,9 +82,8 @@ class Attention(nn.Module):
         width, head_dim = config.embed_dim, config.head_dim
 
         def project(name: str, heads: int, axis: str) -> Float[Array, "B T heads H"]:
-            init = nn.with_logical_partitioning(INIT, ("embed", axis, "head_dim"))
-            kernel = self.param(name, init, (width, heads, head_dim), jnp.float32)
-            return jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel.astype(dtype))
+            kernel_DNH = matrix(self, name, (width, heads, head_dim), ("embed", axis, "head_dim"))
+            return jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel_DNH.astype(dtype))
 
         q_BTNH = rotate(project("query", config.num_heads, "heads"), context.rotation)
         k_BTKH = rotate(project("key", config.num_kv_heads, "kv_heads"), context.rotation)
@@ -90,7 +93,8 @@ class Attention(nn.Module):
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
             rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-            cache = cache.replace(
+            cache = dataclasses.replace(
+                cache,
                 k_LBSKH=cache.k_LBSKH.at[slot, rows_B1, context.positions_BT].set(
                     k_BTKH.astype(cache.k_LBSKH.dtype)
                 ),
@@ -101,10 +105,6 @@ class Attention(nn.Module):
             k_BSKH, v_BSKH = cache.k_LBSKH[slot].astype(dtype), cache.v_LBSKH[slot].astype(dtype)
 
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, context.mask_BTS)
-        init = nn.with_logical_partitioning(INIT, ("heads", "head_dim", "embed"))
-        kernel_NHD = self.param("output", init, (config.num_heads, head_dim, width), jnp.float32)
+        shape, axes = (config.num_heads, head_dim, width), ("heads", "head_dim", "embed")
+        kernel_NHD = matrix(self, "output", shape, axes)
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, kernel_NHD.astype(dtype)), cache
-
-
-INIT = nn.initializers.normal(stddev=0.02)
-"""Of every matrix and of the embedding table, with no scaling by depth (paper's configs)."""

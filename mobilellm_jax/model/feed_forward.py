@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.attention import INIT
+from mobilellm_jax.model.parameters import matrix
 from mobilellm_jax.model.precision import compute_dtype
 
 
@@ -26,8 +26,7 @@ class FeedForward(nn.Module):
         width, hidden = config.embed_dim, config.ffn_dim
 
         def widen(name: str) -> Float[Array, "B T F"]:
-            init = nn.with_logical_partitioning(INIT, ("embed", "mlp"))
-            kernel_DF = self.param(name, init, (width, hidden), jnp.float32)
+            kernel_DF = matrix(self, name, (width, hidden), ("embed", "mlp"))
             return jnp.einsum("BTD,DF->BTF", x_BTD, kernel_DF.astype(dtype))
 
         if config.activation == "swiglu":
@@ -37,6 +36,5 @@ class FeedForward(nn.Module):
         else:
             hidden_BTF = jax.nn.gelu(widen("up"), approximate=False)
         hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "mlp"))
-        init = nn.with_logical_partitioning(INIT, ("mlp", "embed"))
-        kernel_FD = self.param("down", init, (hidden, width), jnp.float32)
+        kernel_FD = matrix(self, "down", (hidden, width), ("mlp", "embed"))
         return jnp.einsum("BTF,FD->BTD", hidden_BTF, kernel_FD.astype(dtype))

@@ -59,13 +59,11 @@ def apply_blocks(
 
     def apply_block(block: Block, carry: Carry, slot: Int[Array, ""]) -> Carry:
         x_BTD, cache = carry
-        return block(x_BTD, context, cache, slot)  # type: ignore[no-any-return]  # untyped linen
+        return block(x_BTD, context, cache, slot)
 
     if config.remat != "none":
         # prevent_cse=False: the scan already keeps the recomputation from being merged away.
-        apply_block = nn.remat(
-            apply_block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False
-        )
+        apply_block = nn.remat(apply_block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
 
     def body(block: Block, carry: Carry, slots_R: Int[Array, "R"]) -> tuple[Carry, None]:
         for r in range(slots_R.shape[0]):
@@ -91,5 +89,7 @@ def apply_blocks(
     if config.sharing == "immediate":
         return scan(carry, slots_UR, reverse=False)
     for r in range(config.num_repeats):
-        carry = scan(carry, slots_UR[:, r : r + 1], reverse=config.sharing == "reverse" and r % 2 == 1)
+        carry = scan(
+            carry, slots_UR[:, r : r + 1], reverse=config.sharing == "reverse" and r % 2 == 1
+        )
     return carry

@@ -26,4 +26,4 @@ def resolve_compute_dtype(config: ModelConfig) -> ModelConfig:
 def compute_dtype(config: ModelConfig) -> jax.typing.DTypeLike:
     """Returns the JAX type of activations, resolving "auto" for the default device."""
     name = resolve_compute_dtype(config).compute_dtype
-    return jnp.bfloat16 if name == "bfloat16" else jnp.float32
+    return jnp.dtype(name)

@@ -4,21 +4,26 @@ Three ways through it: `hidden` for training (the loss scores the vocabulary its
 `__call__` for logits of whole sequences, and `extend` for decoding with a cache.
 """
 
+import dataclasses
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.attention import INIT, AttentionContext, causal_mask
+from mobilellm_jax.model.attention import AttentionContext, causal_mask
 from mobilellm_jax.model.block import Block
 from mobilellm_jax.model.cache import KVCache
 from mobilellm_jax.model.layer_sharing import apply_blocks
 from mobilellm_jax.model.norm import RMSNorm
+from mobilellm_jax.model.parameters import matrix
 from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.rope import rotation
 
-Params = dict[str, "jax.Array | Params"]
+Params = dict[str, Any]
+"""A nested dict of arrays; the names are those of the modules below."""
 
 
 class Embedding(nn.Module):
@@ -28,10 +33,8 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "V D"]:
-        init = nn.with_logical_partitioning(INIT, ("vocab", "embed"))
         shape = (self.config.vocab_size, self.config.embed_dim)
-        table_VD: jax.Array = self.param("table", init, shape, jnp.float32)
-        return table_VD
+        return matrix(self, "table", shape, ("vocab", "embed"))
 
 
 class Head(nn.Module):
@@ -41,10 +44,8 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "D V"]:
-        init = nn.with_logical_partitioning(INIT, ("embed", "vocab"))
         shape = (self.config.embed_dim, self.config.vocab_size)
-        kernel_DV: jax.Array = self.param("kernel", init, shape, jnp.float32)
-        return kernel_DV
+        return matrix(self, "kernel", shape, ("embed", "vocab"))
 
 
 class Transformer(nn.Module):
@@ -114,8 +115,10 @@ class Transformer(nn.Module):
             positions_BT=positions_BT,
             mask_BTS=keys_11S <= positions_BT[:, :, None],
         )
-        x_BTD, cache = apply_blocks(self.blocks, config, self._embed(tokens_BT), context, cache)
-        return self.final_norm(x_BTD), cache.replace(length_B=cache.length_B + length)
+        x_BTD, extended = apply_blocks(self.blocks, config, self._embed(tokens_BT), context, cache)
+        assert extended is not None, "a cache that goes in comes out"
+        longer = dataclasses.replace(extended, length_B=cache.length_B + length)
+        return self.final_norm(x_BTD), longer
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores the vocabulary, accumulating in float32; tied embeddings are not scaled."""
@@ -128,22 +131,23 @@ class Transformer(nn.Module):
         # Gathered over `fsdp` before the lookup: GSPMD would otherwise copy the result everywhere.
         table_VD = nn.with_logical_constraint(self.embedding(), ("vocab", "activation_embed"))
         x_BTD = table_VD.astype(compute_dtype(self.config))[tokens_BT]
-        return nn.with_logical_constraint(x_BTD, ("batch", "length", "activation_embed"))
+        axes = ("batch", "length", "activation_embed")
+        return cast(jax.Array, nn.with_logical_constraint(x_BTD, axes))
 
 
 def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
     """Returns the matrix that scores the vocabulary, one row per token, from a parameter tree."""
     if config.tie_embeddings:
-        return params["embedding"]["table"]
-    return params["head"]["kernel"].T
+        return cast(jax.Array, params["embedding"]["table"])
+    return cast(jax.Array, params["head"]["kernel"]).T
 
 
 def init_boxed(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Returns a random parameter tree whose leaves carry their logical axes (flax boxes)."""
     tokens_11 = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(key, tokens_11)["params"]
+    return cast(Params, Transformer(config).init(key, tokens_11)["params"])
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Returns a random float32 parameter tree: matrices N(0, 0.02^2), norms 1."""
-    return jax.jit(lambda k: nn.unbox(init_boxed(config, k)))(key)
+    return cast(Params, jax.jit(lambda k: nn.unbox(init_boxed(config, k)))(key))

@@ -97,7 +97,7 @@ def train_loop(
     train, steps = config.train, config.train.steps
     first = int(state.step)
     report = _Reporter(config, writer)
-    if first == 0:
+    if first == 0 and train.eval_every:
         report.validation(0, hooks.validate(state))
     saved = first
     with StopRequest() as stop:
@@ -113,7 +113,7 @@ def train_loop(
                 report.flush()
                 hooks.save(step, state)
                 saved = step
-            if step == steps or (train.eval_every and step % train.eval_every == 0):
+            if train.eval_every and (step % train.eval_every == 0 or step == steps):
                 report.flush()
                 report.validation(step, hooks.validate(state))
             if config.evaluate.every and (step % config.evaluate.every == 0 or step == steps):
@@ -153,7 +153,9 @@ class _Reporter:
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Records an evaluation; its time counts in no training rate."""
         self._writer.write(step, values)
-        shown = "  ".join(f"{name.removeprefix('validation/')} {v:.4f}" for name, v in values.items())
+        shown = "  ".join(
+            f"{name.removeprefix('validation/')} {v:.4f}" for name, v in values.items()
+        )
         self._writer.message(f"step {step}: validation {shown}")
         self.meter.reset()
 

@@ -108,7 +108,7 @@ class MetricsWriter:
             self._board.add_scalar(name, value, step)
 
     def progress(self, step: int, text: str, eta_sec: float, *, force: bool = False) -> None:
-        """Shows where the run is: on the bar, or as a line every 10 s where there is no terminal."""
+        """Shows where the run is: on the bar or, without a terminal, as a line every 10 s."""
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()

@@ -6,7 +6,7 @@ peak at the last step; the first update is therefore zero, as in Hugging Face's 
 paper's code uses.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import optax
@@ -38,12 +38,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def is_matrix(params: Params) -> Params:
     """Returns True at every leaf that weight decay applies to: all but the norms' scales."""
 
-
     def decays(path: tuple[Any, ...], _: jax.Array) -> bool:
         # A boxed leaf has the box's attribute as the last part of its path.
         return all(getattr(part, "key", None) != "scale" for part in path)
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return cast(Params, jax.tree_util.tree_map_with_path(decays, params))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

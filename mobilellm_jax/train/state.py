@@ -47,11 +47,12 @@ def abstract_state(
         boxed = jax.eval_shape(lambda s: _init_boxed(config, optimizer, s), seed)
         specs = nn.get_partition_spec(boxed)
         shardings = nn.logical_to_mesh_sharding(specs, mesh, list(rules))
-    return jax.tree.map(
+    state: TrainState = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.unbox(boxed),
         shardings,
     )
+    return state
 
 
 def init_state(
@@ -63,4 +64,5 @@ def init_state(
         init = jax.jit(
             lambda seed: nn.unbox(_init_boxed(config, optimizer, seed)), out_shardings=shardings
         )
-        return init(jnp.uint32(config.train.seed))
+        state: TrainState = init(jnp.uint32(config.train.seed))
+    return state

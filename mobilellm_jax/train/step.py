@@ -1,7 +1,8 @@
 """The training step: loss, gradient, update; pure, jitted, sharded, its state donated."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def make_train_step(
     chunk = chunk_positions(config, rows, batch_shards(mesh))
 
     def loss_of(params: Params, batch: Batch, total: jax.Array) -> jax.Array:
-        x_BTD = model.apply({"params": params}, batch["tokens"], method="hidden", **_masks(batch))
+        x_BTD = _hidden(model, params, batch)
         head_VD = head_matrix(params, config.model)
         return weighted_loss(x_BTD, head_VD, batch["targets"], batch["weights"], chunk) / total
 
@@ -98,7 +99,8 @@ def make_train_step(
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
-        new_state = state.replace(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=jax.tree.map(keep, new_params, state.params),
             optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
@@ -123,7 +125,7 @@ def make_train_step(
 
     def call(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         with use(mesh, rules):
-            return jitted(state, batch)
+            return cast(tuple[TrainState, StepMetrics], jitted(state, batch))
 
     return call
 
@@ -135,15 +137,13 @@ def make_loss_sums(config: Config, mesh: Mesh, rules: Rules, rows: int) -> LossS
 
     @jax.jit
     def loss_sums(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        x_BTD = model.apply({"params": params}, batch["tokens"], method="hidden", **_masks(batch))
-        losses_BT = token_losses(
-            x_BTD, head_matrix(params, config.model), batch["targets"], chunk
-        )
+        x_BTD = _hidden(model, params, batch)
+        losses_BT = token_losses(x_BTD, head_matrix(params, config.model), batch["targets"], chunk)
         return jnp.sum(losses_BT * batch["weights"]), jnp.sum(batch["weights"])
 
     def call(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         with use(mesh, rules):
-            return loss_sums(params, batch)
+            return cast(tuple[jax.Array, jax.Array], loss_sums(params, batch))
 
     return call
 
@@ -151,12 +151,18 @@ def make_loss_sums(config: Config, mesh: Mesh, rules: Rules, rows: int) -> LossS
 def _updates_made(optimizer: optax.OptState) -> jax.Array:
     """Optax counts in several places, all alike; a skipped step counts in none."""
     (_, count), *_ = optax.tree_utils.tree_get_all_with_path(optimizer, "count")
-    return count
+    return cast(jax.Array, count)
 
 
-def _masks(batch: Batch) -> dict[str, jax.Array]:
-    names = {"segments": "segments_BT", "positions": "positions_BT"}
-    return {argument: batch[name] for name, argument in names.items() if name in batch}
+def _hidden(model: Transformer, params: Params, batch: Batch) -> jax.Array:
+    x_BTD = model.apply(
+        {"params": params},
+        batch["tokens"],
+        segments_BT=batch.get("segments"),
+        positions_BT=batch.get("positions"),
+        method="hidden",
+    )
+    return cast(jax.Array, x_BTD)
 
 
 def _micro_batches(batch: Batch, accumulation: int, mesh: Mesh) -> Batch:
@@ -169,6 +175,6 @@ def _micro_batches(batch: Batch, accumulation: int, mesh: Mesh) -> Batch:
 
     def split(x_BT: jax.Array) -> jax.Array:
         parts = x_BT.reshape(-1, accumulation, *x_BT.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(parts, sharding)
+        return cast(jax.Array, jax.lax.with_sharding_constraint(parts, sharding))
 
     return {name: split(x_BT) for name, x_BT in batch.items()}

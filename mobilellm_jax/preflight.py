@@ -1,0 +1,152 @@
+"""What is checked before a run computes anything, where files or devices have a say.
+
+Rules that need neither are in `config.py`. Every function here raises `ConfigError` with the field,
+its value, the rule and the remedy, before anything compiles.
+"""
+
+import dataclasses
+import functools
+import sys
+import tempfile
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from mobilellm_jax import checkpoint, rundir
+from mobilellm_jax import config as config_lib
+from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.data.prepare import prepare
+from mobilellm_jax.data.shards import Dataset, open_tokens
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.model.precision import resolve_compute_dtype
+from mobilellm_jax.sharding import Rules, batch_shards, logical_rules, make_mesh
+
+# What may differ from the run that a folder holds: length, rhythm, and how the same numbers are
+# computed. Anything else would make the record of the run a lie.
+MAY_CHANGE = frozenset(
+    {
+        *("train.steps", "train.log_every", "train.eval_every", "train.eval_batches"),
+        *("train.checkpoint_every", "train.keep_checkpoints", "train.keep_every"),
+        *("train.max_bad_steps", "train.accumulation_steps", "train.loss_chunk"),
+        *("evaluate.every", "evaluate.samples", "model.remat", "model.scan_unroll"),
+        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"),
+        *("data.path", "data.source"),  # the same tokens in another place; preflight compares
+    }
+)
+
+
+def check_writable(workdir: Path) -> None:
+    """Makes the folder if it is missing and tries to write in it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"workdir={str(workdir)!r} cannot be written: {error.strerror}; choose another "
+            "--workdir or change its permissions."
+        ) from error
+
+
+def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
+    """Resolves "auto" values, and compares with the config of a run that is already there.
+
+    Args:
+      config: as asked for.
+      workdir: of the run.
+      resume_step: newest checkpoint in `workdir`, or None for a fresh run.
+    """
+    if resume_step is None:
+        model = dataclasses.replace(resolve_compute_dtype(config.model), attention="xla")
+        return dataclasses.replace(config, model=model)
+    old = config_lib.from_json((workdir / rundir.CONFIG).read_text("utf-8"))
+    if config.model.compute_dtype == "auto":
+        model = dataclasses.replace(config.model, compute_dtype=old.model.compute_dtype)
+        config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, attention=old.model.attention)
+    )
+    changed = config_lib.changed_fields(old, config)
+    refused = {name: change for name, change in changed.items() if name not in MAY_CHANGE}
+    if refused:
+        lines = [f"  {name}: {was!r} there, {now!r} here" for name, (was, now) in refused.items()]
+        raise ConfigError(
+            f"workdir={str(workdir)!r} holds a run with another config:\n" + "\n".join(lines) + "\n"
+            "Use its values to resume it, or another --workdir; to start from its weights, set "
+            f"--config.train.init_from={workdir}."
+        )
+    if not checkpoint.can_resume(workdir, resume_step):
+        raise ConfigError(
+            f"workdir={str(workdir)!r} holds a model without optimizer state (an import); train in "
+            f"another --workdir with --config.train.init_from={workdir}."
+        )
+    if resume_step > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps} is less than the {resume_step} steps that "
+            f"workdir={str(workdir)!r} has already taken; raise it to go on."
+        )
+    return config
+
+
+def open_or_prepare(config: Config) -> Dataset:
+    """Opens `data.path`, preparing it from `data.source` first if it is missing.
+
+    Raises:
+      ConfigError: if there is no path.
+      FileNotFoundError: if it is missing and there is no source.
+    """
+    if not config.data.path:
+        raise ConfigError("data.path is empty; name a folder that `mobilellm prepare` wrote.")
+    path = Path(config.data.path)
+    if not path.exists():
+        if not config.data.source:
+            raise FileNotFoundError(
+                f"data.path={config.data.path!r} does not exist; make it with "
+                f"`mobilellm prepare --source=... --output={config.data.path}`."
+            )
+        print(f"Preparing {path} from {config.data.source}", file=sys.stderr, flush=True)
+        prepare(
+            [config.data.source],
+            path,
+            vocab_size=config.model.vocab_size,
+            report=functools.partial(print, file=sys.stderr, flush=True),
+        )
+    return open_tokens(path)
+
+
+def check(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> tuple[Mesh, Rules]:
+    """Checks every rule that needs files or devices; returns the mesh and its sharding rules.
+
+    Raises:
+      ConfigError: listing what does not fit.
+    """
+    violations = []
+    if config.model.vocab_size != tokenizer.vocab_size:
+        violations.append(
+            f"model.vocab_size={config.model.vocab_size} must equal the vocabulary of the data in "
+            f"data.path={config.data.path!r}, which is {tokenizer.vocab_size}; set "
+            f"--config.model.vocab_size={tokenizer.vocab_size} or prepare the data anew."
+        )
+    mesh = make_mesh(config.mesh)
+    shards, train = batch_shards(mesh), config.train
+    if train.global_batch % (shards * train.accumulation_steps):
+        violations.append(
+            f"train.global_batch={train.global_batch} must be a multiple of mesh.data x mesh.fsdp "
+            f"({shards}) x train.accumulation_steps ({train.accumulation_steps}); choose a "
+            f"multiple of {shards * train.accumulation_steps}."
+        )
+    if config.data.seq_len % mesh.shape["sequence"]:
+        violations.append(
+            f"data.seq_len={config.data.seq_len} must be a multiple of "
+            f"mesh.sequence={mesh.shape['sequence']}."
+        )
+    validation = dataset.splits.get("validation")
+    if train.eval_every and (validation is None or validation.tokens < 2):
+        violations.append(
+            f"train.eval_every={train.eval_every} needs a validation split, and "
+            f"data.path={config.data.path!r} has none; prepare it with --validation_fraction "
+            "greater than 0, or set --config.train.eval_every=0."
+        )
+    if violations:
+        raise ConfigError("\n".join(violations))
+    return mesh, logical_rules(config.model, mesh.shape)

@@ -1,0 +1,230 @@
+"""One training run, told from top to bottom.
+
+Data, preflight, mesh, state (fresh, from another checkpoint, or resumed), loop. The same call on
+the same folder resumes: the data position is the global sample index, so the run goes on with the
+very batches that an uninterrupted one would have seen, on whatever devices there are now.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mobilellm_jax import checkpoint, preflight, rundir
+from mobilellm_jax import config as config_lib
+from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.data.loader import train_batches, validation_batches
+from mobilellm_jax.data.shards import Dataset
+from mobilellm_jax.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from mobilellm_jax.generate import Sampling, generate
+from mobilellm_jax.model.size import FLOP_CONVENTION, flops_per_token, parameter_count
+from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.open_model import open_model
+from mobilellm_jax.plots import plot_losses
+from mobilellm_jax.sharding import Rules, local_rows, put_batch
+from mobilellm_jax.train.loop import Hooks, train_loop
+from mobilellm_jax.train.metrics import MetricsWriter, read_metrics, stderr
+from mobilellm_jax.train.optimizer import make_optimizer
+from mobilellm_jax.train.state import TrainState, abstract_state, init_state
+from mobilellm_jax.train.step import make_loss_sums, make_train_step
+
+_SAMPLE_TOKENS = 64
+
+
+def pretrain(config: Config, workdir: Path) -> bool:
+    """Trains, or goes on training, the run in `workdir`.
+
+    Returns:
+      Whether the run reached `train.steps`; False if a signal stopped it, saved.
+
+    Raises:
+      ConfigError: for what config and files or devices do not agree on, before any compile.
+      FileNotFoundError: for missing data.
+    """
+    preflight.check_writable(workdir)
+    resume_step = checkpoint.latest_step(workdir)
+    config = preflight.settle(config, workdir, resume_step)
+    dataset = preflight.open_or_prepare(config)
+    tokenizer = load_tokenizer(dataset.tokenizer)
+    mesh, rules = preflight.check(config, dataset, tokenizer)
+    start_params = _initial_params(config, tokenizer) if resume_step is None else None
+
+    rundir.write_whole(workdir / rundir.CONFIG, config_lib.to_json(config))
+    copy_tokenizer(tokenizer, workdir)
+    _describe(config, dataset, mesh, resume_step)
+
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    abstract = abstract_state(config, optimizer, mesh, rules)
+    with checkpoint.CheckpointWriter(workdir, config, tokenizer) as checkpoints:
+        if resume_step is not None:
+            state = checkpoints.restore(resume_step, abstract)
+        else:
+            state = init_state(config, optimizer, mesh, rules)
+            if start_params is not None:
+                placed = jax.tree.map(
+                    lambda x, a: jax.device_put(x, a.sharding), start_params, abstract.params
+                )
+                state = dataclasses.replace(state, params=placed)
+        first_step = int(state.step)
+        batches = train_batches(
+            dataset,
+            config.data,
+            global_batch=config.train.global_batch,
+            first_sample=first_step * config.train.global_batch,
+            num_batches=config.train.steps - first_step,
+            rows=local_rows(mesh, config.train.global_batch),
+        )
+        _cut_samples(workdir, first_step)
+        with MetricsWriter(workdir, first_step, config.train.steps, stderr()) as writer:
+            hooks = Hooks(
+                put=functools.partial(put_batch, mesh=mesh, global_batch=config.train.global_batch),
+                save=checkpoints.save,
+                validate=_validator(config, dataset, mesh, rules, workdir),
+                sample=functools.partial(_write_samples, config, tokenizer, workdir),
+            )
+            step_fn = make_train_step(config, optimizer, mesh, rules, state)
+            state, finished = train_loop(config, state, step_fn, batches, hooks, writer)
+    _plot(workdir)
+    _summarize(workdir, finished)
+    return finished
+
+
+def _describe(config: Config, dataset: Dataset, mesh: Mesh, resume_step: int | None) -> None:
+    """Prints what is about to run, once, so that a log says what its numbers mean."""
+    if jax.process_index() != 0:
+        return
+    model, train = config.model, config.train
+    sharing = f" x {model.num_repeats} ({model.sharing})" if model.num_repeats > 1 else ""
+    split = dataset.manifest.splits["train"]
+    tokens_per_step = train.global_batch * config.data.seq_len
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    lines = [
+        f"model   {parameter_count(model):,} parameters, {model.num_blocks} blocks{sharing}, "
+        f"width {model.embed_dim}, {model.num_heads} heads over {model.num_kv_heads}",
+        f"compute {model.compute_dtype}, attention {model.attention}, remat {model.remat}, "
+        f"{flops_per_token(model, config.data.seq_len) / 1e6:,.1f} MFLOP per token "
+        f"({FLOP_CONVENTION})",
+        f"data    {split.tokens:,} tokens of {split.documents:,} documents in {dataset.path}, "
+        f"boundaries {config.data.boundaries}",
+        f"batch   {train.global_batch} x {config.data.seq_len} = {tokens_per_step:,} tokens, "
+        f"{train.steps:,} steps = {train.steps * tokens_per_step / split.tokens:.2f} epochs",
+        f"mesh    {axes} over {jax.device_count()} x {jax.devices()[0].device_kind}",
+    ]
+    if resume_step is not None:
+        lines.append(f"resume  from step {resume_step:,}")
+    print("\n".join(lines), file=stderr(), flush=True)
+
+
+def _summarize(workdir: Path, finished: bool) -> None:
+    """Prints where the run stands and what to do with it next."""
+    if jax.process_index() != 0:
+        return
+    records = read_metrics(workdir / rundir.METRICS)
+    measured = [r for r in records if "validation/bpb" in r]
+    lines = [f"{'Finished' if finished else 'Stopped, saved'}: {workdir}"]
+    if measured:
+        first, last = measured[0], measured[-1]
+        lines += [
+            f"  validation bits per byte: {first['validation/bpb']:.3f} at step {first['step']} -> "
+            f"{last['validation/bpb']:.3f} at step {last['step']}",
+            f"  validation loss:          {first['validation/loss']:.3f} -> "
+            f"{last['validation/loss']:.3f} nats per token",
+        ]
+    lines.append(f"  curves: {workdir / rundir.LOSS_PLOT}, tensorboard --logdir={workdir}")
+    if finished:
+        lines += [
+            f"  next:   mobilellm generate --checkpoint={workdir} --prompt='...'",
+            f"          mobilellm export --checkpoint={workdir} --format=hf --output=DIR",
+        ]
+    else:
+        lines.append("  next:   the same command again goes on")
+    print("\n".join(lines), file=stderr(), flush=True)
+
+
+def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
+    """Returns the parameters of `train.init_from`, checked against the model, or None."""
+    if not config.train.init_from:
+        return None
+    opened = open_model(config.train.init_from)
+    theirs, ours = dataclasses.asdict(opened.config), dataclasses.asdict(config.model)
+    free = ("attention", "remat", "scan_unroll", "compute_dtype", "max_seq_len")
+    different = [
+        f"  model.{name}: {theirs[name]!r} there, {ours[name]!r} here"
+        for name in ours
+        if theirs[name] != ours[name] and name not in free
+    ]
+    if opened.tokenizer.sha256 != tokenizer.sha256:
+        different.append(f"  tokenizer: {opened.tokenizer.file} there, {tokenizer.file} here")
+    if different:
+        raise ConfigError(
+            f"train.init_from={config.train.init_from!r} is another model:\n" + "\n".join(different)
+        )
+    params: Params = opened.params
+    return params
+
+
+def _validator(
+    config: Config, dataset: Dataset, mesh: Mesh, rules: Rules, workdir: Path
+) -> Callable[[TrainState], Mapping[str, float]]:
+    train = config.train
+    rows = train.global_batch // train.accumulation_steps
+    loss_sums = make_loss_sums(config, mesh, rules, rows)
+
+    def validate(state: TrainState) -> Mapping[str, float]:
+        batches = validation_batches(
+            dataset,
+            config.data,
+            batch=rows,
+            num_batches=train.eval_batches or None,
+            rows=local_rows(mesh, rows),
+        )
+        placed = (put_batch(batch, mesh, rows) for batch in batches)
+        sums = jax.device_get([loss_sums(state.params, batch) for batch in placed])
+        nats, targets = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
+        loss = nats / targets
+        split = dataset.manifest.splits["validation"]
+        bits = loss / math.log(2) * split.tokens / split.text_bytes
+        if int(state.step):
+            _plot(workdir)
+        return {"validation/loss": loss, "validation/bpb": bits}
+
+    return validate
+
+
+def _write_samples(
+    config: Config, tokenizer: Tokenizer, workdir: Path, step: int, state: TrainState
+) -> None:
+    count = config.evaluate.samples
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), step)
+    seed = int(jax.random.randint(key, (), 0, np.iinfo(np.int32).max))
+    texts = generate(
+        config.model,
+        state.params,
+        [[tokenizer.bos_id]] * count,
+        max_new_tokens=min(_SAMPLE_TOKENS, config.model.max_seq_len - 1),
+        sampling=Sampling(seed=seed),
+        eos_id=tokenizer.eos_id,
+    )
+    with (workdir / rundir.SAMPLES).open("a", encoding="utf-8") as file:
+        for ids in texts:
+            file.write(json.dumps({"step": step, "text": tokenizer.decode(ids)}) + "\n")
+
+
+def _cut_samples(workdir: Path, first_step: int) -> None:
+    path = workdir / rundir.SAMPLES
+    if path.exists():
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        rundir.write_whole(path, "".join(kept))
+
+
+def _plot(workdir: Path) -> None:
+    if jax.process_index() == 0:
+        records = read_metrics(workdir / rundir.METRICS)
+        plot_losses(records, workdir / rundir.LOSS_PLOT, workdir.name)
