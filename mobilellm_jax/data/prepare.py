@@ -29,7 +29,6 @@ from mobilellm_jax.data.tokenizer import (
     train_tokenizer,
 )
 
-VALIDATION_FRACTION = 0.01
 SHARD_TOKENS = 64_000_000
 
 # Enough for the merges of any vocabulary; SentencePiece trains on it for minutes, not hours.
@@ -45,7 +44,7 @@ def prepare(
     *,
     tokenizer: Path | None = None,
     vocab_size: int | None = None,
-    validation_fraction: float = VALIDATION_FRACTION,
+    validation_fraction: float = 0.01,
     shard_tokens: int = SHARD_TOKENS,
     report: Callable[[str], None] = _LOGGER.info,
 ) -> Manifest:

@@ -7,7 +7,9 @@ the Python release, so `identity` names it.
 """
 
 import ast
+import contextlib
 import hashlib
+import io
 import platform
 import sysconfig
 import warnings
@@ -66,7 +68,9 @@ def build(data_dir: Path) -> Any:
     builder = PythonDocs(data_dir=str(data_dir), file_format="array_record")
     tfds.disable_progress_bar()
     try:
-        builder.download_and_prepare()
+        # TFDS announces a download of unknown size, which this is not.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
     finally:
         tfds.enable_progress_bar()
     return builder

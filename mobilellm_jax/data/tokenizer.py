@@ -26,6 +26,7 @@ _PRIVATE_USE = range(0xE000, 0xF900)
 # SentencePiece ignores sentences beyond a length limit, so that lines are cut well below ours.
 _MAX_LINE_CHARACTERS = 8192
 _MAX_SENTENCE_BYTES = 4 * _MAX_LINE_CHARACTERS
+_BYTES_AND_SPECIAL = 256 + 3
 # Of all characters of the text; the rarest ones are left to byte fallback.
 _CHARACTER_COVERAGE = 0.9995
 # Where no tokenizer_config.json names them: Llama 1 and 2, Llama 3, Gemma, GPT-2 and NeoX.
@@ -105,6 +106,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> Toke
     Raises:
       ValueError: if `vocab_size` is too large or too small for the texts, or they are empty.
     """
+    if vocab_size <= _BYTES_AND_SPECIAL:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be greater than {_BYTES_AND_SPECIAL}: 256 bytes, 3 special "
+            "tokens and the text's characters."
+        )
     lines = [line for text in texts for line in _lines(text)]
     if not lines:
         raise ValueError("There is no text to train a tokenizer on; the sources are empty.")
