@@ -1,5 +1,6 @@
 """Metadata and requirements of mobilellm-jax; the exact versions stand in `constraints/`."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -48,11 +49,14 @@ EXTRAS = {
     ],
 }
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mobilellm_jax/__init__.py").read_text())
+
 setup(
     name="mobilellm-jax",
-    version="0.1.0",
+    version=VERSION[1],
     description="Train sub-billion-parameter language models (MobileLLM, arXiv:2402.14905) in JAX.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -39,11 +39,12 @@ constraints_for() {
 # install EXTRAS REQUIREMENT...: installs the REQUIREMENTs one after the other, then the package with
 # EXTRAS. Does nothing if the last install of EXTRAS was from the same setup.py and constraints.
 install() {
-  local extras=$1 python constraints stamp key requirement
+  local extras=$1 python output constraints stamp key requirement
   shift
   if ! suitable .venv/bin/python; then
     python=$(find_python)
-    "$python" -m venv --clear .venv || fail "$python could not make the virtual environment .venv."
+    output=$("$python" -m venv --clear .venv 2>&1) ||
+      fail "$python could not make the virtual environment .venv: ${output##*$'\n'}"
   fi
 
   constraints=$(constraints_for .venv/bin/python)

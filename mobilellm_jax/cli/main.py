@@ -97,7 +97,8 @@ def _parse(name: str, command: ModuleType, args: list[str]) -> list[str]:
     names = [f"--{flag.name}" for flag in own]
     overrides, args = split_overrides(args)
     if overrides and "--config" not in names:
-        raise UsageError(f"unknown flag --config.{overrides[0]}; {name} takes no config.")
+        field = overrides[0].partition("=")[0]
+        raise UsageError(f"unknown flag --config.{field}; {name} takes no config.")
     for flag in own:
         flag.unparse()  # a second call in one process starts from the defaults again
     try:

@@ -1,0 +1,169 @@
+import ast
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mobilellm_jax.cli import main as cli
+from mobilellm_jax.cli import train
+from mobilellm_jax.config import ConfigError
+
+CONFIG = "--config=configs/quickstart.py"
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def train_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[str]], object]], None]:
+    """Replaces what `mobilellm train` does, but not its flags."""
+    return lambda function: monkeypatch.setattr(train, "main", function)
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_overview_lists_the_commands(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(args) == 0
+    out = capsys.readouterr().out
+    for name, line in cli.COMMANDS.items():
+        assert f"  {name} " in out and line in out
+
+
+def test_overview_imports_no_command() -> None:
+    script = (
+        "import sys; from mobilellm_jax.cli.main import main; main([]);"
+        "print([m for m in sys.modules if m.startswith('mobilellm_jax.cli.') or m == 'jax'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = ast.literal_eval(result.stdout.splitlines()[-1])
+    expected = {f"mobilellm_jax.cli.{name}" for name in ("config_flags", "errors", "main")}
+    assert set(loaded) == expected
+
+
+def test_help_shows_examples_and_only_own_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--workdir=x", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "mobilellm train --config=configs/quickstart.py" in out
+    switches = [line.split("=")[0].strip() for line in out.splitlines() if line.startswith("  --")]
+    assert switches == ["--config", "--config.GROUP.FIELD", "--workdir"]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["trian"], "mobilellm trian: unknown command trian. Did you mean train?"),
+        (["--workdir=x"], "unknown flag before the command --workdir=x."),
+        (
+            ["train", CONFIG, "--workdri=x"],
+            "mobilellm train: unknown flag --workdri. Did you mean --workdir?",
+        ),
+        (["train", CONFIG, "--workdir=x", "stray"], "stray argument 'stray'"),
+        (["train", CONFIG], "--workdir is missing: run folder"),
+        (["train", CONFIG, "--workdir=x", "--config.train.steps"], "has no value"),
+        (
+            ["train", CONFIG, "--workdir=x", "--config.trian.steps=3"],
+            "trian.steps: unknown config key. Did you mean train.steps?",
+        ),
+        (
+            ["train", "--config=configs/quikstart.py", "--workdir=x"],
+            "Did you mean --config=configs/quickstart.py?",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_command_line(
+    args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(args) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert captured.out == ""
+
+
+def test_all_missing_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train"]) == 2
+    err = capsys.readouterr().err
+    assert "--config is missing" in err and "--workdir is missing" in err
+
+
+def test_overrides_reach_the_command(train_with: Callable[..., None]) -> None:
+    received: list[list[str]] = []
+    train_with(received.append)
+    overrides = ["--config.train.steps=5", "--config.mesh.data", "-1"]
+    assert cli.main(["train", CONFIG, *overrides, "--workdir=x"]) == 0
+    assert received == [["train", "train.steps=5", "mesh.data=-1"]]
+
+
+def test_overrides_are_refused_without_config(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ModuleType("mobilellm_jax.cli.plain")
+    monkeypatch.setitem(cli.COMMANDS, "plain", "has no flags")
+    monkeypatch.setitem(sys.modules, command.__name__, command)
+    assert cli.main(["plain", "--config.train.steps=5"]) == 2
+    assert "unknown flag --config.train.steps; plain takes no config." in capsys.readouterr().err
+
+
+def test_flags_start_from_their_defaults_each_time(train_with: Callable[..., None]) -> None:
+    train_with(lambda argv: None)
+    assert cli.main(["train", CONFIG, "--workdir=x"]) == 0
+    assert cli.main(["train", CONFIG]) == 2
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (75, 75)])
+def test_exit_code_of_a_command(
+    returned: int | None, code: int, train_with: Callable[..., None]
+) -> None:
+    train_with(lambda argv: returned)
+    assert cli.main(["train", CONFIG, "--workdir=x"]) == code
+
+
+def test_interrupted(train_with: Callable[..., None]) -> None:
+    def interrupt(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    train_with(interrupt)
+    assert cli.main(["train", CONFIG, "--workdir=x"]) == 130
+
+
+def test_bad_input_is_one_message(
+    train_with: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(argv: list[str]) -> None:
+        raise ConfigError("train.steps=0 must be at least 1.")
+
+    train_with(refuse)
+    assert cli.main(["train", CONFIG, "--workdir=x"]) == 2
+    assert capsys.readouterr().err == "mobilellm train: train.steps=0 must be at least 1.\n"
+
+
+def test_a_failure_while_running_is_raised(train_with: Callable[..., None]) -> None:
+    def fail(argv: list[str]) -> None:
+        raise RuntimeError("out of memory")
+
+    train_with(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cli.main(["train", CONFIG, "--workdir=x"])
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "expected"),
+    [
+        (["--help"], 0, ""),
+        (["train", "--config=none.py", "--workdir=x"], 2, "mobilellm train: --config=none.py"),
+    ],
+)
+def test_exit_code_of_the_process(args: list[str], code: int, expected: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "mobilellm_jax", *args], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == code
+    assert result.stderr.startswith(expected)
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,56 @@
+"""What holds for every test: CPU with eight devices, no network, annotations executed.
+
+Everything is set through the environment before jax is imported, and jax is not imported here: a
+test that needs none does not pay for it, and the subprocesses of tests inherit the settings.
+"""
+
+import ipaddress
+import os
+import socket
+from typing import Any
+
+import jaxtyping
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+# From here on an array of another rank or dtype than annotated is refused in these packages.
+jaxtyping.install_import_hook(
+    ["mobilellm_jax.model", "mobilellm_jax.train", "mobilellm_jax.quantize"], "beartype.beartype"
+)
+
+_connect = socket.socket.connect
+_resolve = socket.getaddrinfo
+
+
+class NetworkBlockedError(RuntimeError):
+    """A test tried to reach another machine."""
+
+
+def _is_local(host: Any) -> bool:
+    if host in (None, "", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and not _is_local(address[0]):
+            raise NetworkBlockedError(f"connect to {address}")
+        _connect(self, address)
+
+    def resolve(host: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_local(host):
+            raise NetworkBlockedError(f"look up {host}")
+        return _resolve(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)

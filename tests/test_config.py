@@ -1,0 +1,193 @@
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mobilellm_jax.config import (
+    Config,
+    ConfigError,
+    changed_fields,
+    field_types,
+    from_config_dict,
+    from_json,
+    near_miss,
+    to_config_dict,
+    to_json,
+)
+
+
+def changed(**fields: Any) -> Config:
+    """The default config with {"group__field": value} replaced."""
+    config_dict = to_config_dict().unlock()
+    for name, value in fields.items():
+        group, field = name.split("__")
+        # Around ConfigDict's own type check: the rules here must not lean on it.
+        with config_dict[group].ignore_type():
+            config_dict[group][field] = value
+    return from_config_dict(config_dict)
+
+
+def violations(**fields: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        changed(**fields)
+    return str(caught.value).splitlines()
+
+
+def test_defaults_are_the_papers_recipe() -> None:
+    config = Config()
+    assert (config.optimizer.beta1, config.optimizer.beta2) == (0.9, 0.95)
+    assert (config.optimizer.peak_lr, config.optimizer.weight_decay) == (2e-3, 0.1)
+    tokens = config.train.steps * config.train.global_batch * config.data.seq_len
+    assert tokens == pytest.approx(1.0066e12, rel=1e-4)
+
+
+def test_config_dict_round_trip() -> None:
+    config = changed(model__num_repeats=2, optimizer__peak_lr=1e-3)
+    assert config != Config()
+    assert from_config_dict(to_config_dict(config)) == config
+
+
+def test_json_round_trip() -> None:
+    config = changed(model__sharing="reverse", data__path="somewhere", train__steps=7_000)
+    assert config != Config()
+    assert from_json(to_json(config)) == config
+
+
+def test_json_of_an_int_where_a_float_belongs() -> None:
+    text = to_json(Config()).replace('"clip_norm": 1.0', '"clip_norm": 1')
+    assert text != to_json(Config())
+    clip_norm = from_json(text).optimizer.clip_norm
+    assert (clip_norm, type(clip_norm)) == (1.0, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "config.json is not JSON: Expecting"),
+        ("[]", "config.json must hold an object, not list."),
+        ('{"model": 3}', "model=3 must be a group of fields."),
+        ('{"modle": {}}', "modle: unknown config group. Did you mean model?"),
+        (
+            '{"model": {"num_hedas": 3}}',
+            "model.num_hedas: unknown config key. Did you mean model.num_heads?",
+        ),
+    ],
+)
+def test_bad_json(text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_json(text)
+    assert str(caught.value).startswith(expected)
+
+
+def test_the_edge_is_locked() -> None:
+    with pytest.raises(AttributeError, match="num_heads"):
+        to_config_dict().model.num_hedas = 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"model__num_kv_heads": 4},
+            "model.num_heads=9 must be a multiple of model.num_kv_heads=4; "
+            "choose num_kv_heads from 1, 3, 9.",
+        ),
+        (
+            {"model__head_dim": 63},
+            "model.head_dim=63 must be even, because RoPE rotates pairs; choose 62 or 64.",
+        ),
+        ({"model__vocab_size": 0}, "model.vocab_size=0 must be at least 1."),
+        ({"model__norm_eps": 0.0}, "model.norm_eps=0.0 must be greater than 0."),
+        ({"model__scan_unroll": 31}, "model.scan_unroll=31 must be at most model.num_blocks=30."),
+        (
+            {"model__sharing": "imediate"},
+            "model.sharing='imediate' must be one of immediate, repeat_all, reverse. "
+            "Did you mean immediate?",
+        ),
+        ({"model__num_heads": 9.0}, "model.num_heads=9.0 must be of type int, not float."),
+        (
+            {"model__tie_embeddings": 1},
+            "model.tie_embeddings=1 must be of type bool, not int.",
+        ),
+        ({"data__path": None}, "data.path=None must be of type str, not None."),
+        (
+            {"data__seq_len": 4096},
+            "data.seq_len=4096 must be at most model.max_seq_len=2048; "
+            "shorten the windows or raise model.max_seq_len.",
+        ),
+        ({"optimizer__min_lr_ratio": 1.5}, "optimizer.min_lr_ratio=1.5 must be between 0 and 1."),
+        ({"optimizer__beta2": 1.0}, "optimizer.beta2=1.0 must be at least 0 and less than 1."),
+        (
+            {"optimizer__weight_decay": -0.1},
+            "optimizer.weight_decay=-0.1 must be at least 0.",
+        ),
+        (
+            {"train__steps": 1000},
+            "optimizer.warmup_steps=1000 must be less than train.steps=1000; "
+            "shorten the warm-up or train longer.",
+        ),
+        (
+            {"train__accumulation_steps": 3},
+            "train.global_batch=1024 must be a multiple of train.accumulation_steps=3.",
+        ),
+        ({"mesh__fsdp": 0}, "mesh.fsdp=0 must be at least 1, or -1 for what is left."),
+        (
+            {"mesh__fsdp": -1},
+            "mesh.data and mesh.fsdp are -1, but only one mesh axis can take what is left.",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_broken_rule(fields: dict[str, Any], expected: str) -> None:
+    assert violations(**fields) == [expected]
+
+
+def test_all_violations_are_listed() -> None:
+    lines = violations(model__num_kv_heads=4, train__steps=0, optimizer__eps="1e-8")
+    starts = ("optimizer.eps='1e-8' ", "train.steps=0 ", "model.num_heads=9 ")
+    assert len(lines) == 3
+    assert all(any(line.startswith(start) for line in lines) for start in starts)
+
+
+def test_a_frozen_config_checks_itself() -> None:
+    config = Config()
+    with pytest.raises(ConfigError, match="model.num_heads=8 must be a multiple"):
+        dataclasses.replace(config, model=dataclasses.replace(config.model, num_heads=8))
+
+
+def test_applied_depth() -> None:
+    assert changed(model__num_blocks=5, model__num_repeats=3).model.applied_depth == 15
+
+
+def test_changed_fields() -> None:
+    new = changed(train__steps=500_000, model__num_repeats=2)
+    assert changed_fields(Config(), new) == {
+        "model.num_repeats": (1, 2),
+        "train.steps": (480_000, 500_000),
+    }
+
+
+def test_field_types_name_every_leaf() -> None:
+    types = field_types()
+    leaves = [
+        f"{group.name}.{field.name}"
+        for group in dataclasses.fields(Config)
+        for field in dataclasses.fields(getattr(Config(), group.name))
+    ]
+    assert sorted(types) == sorted(leaves)
+    assert types["train.steps"] is int
+    assert typing.get_args(types["model.sharing"]) == ("immediate", "repeat_all", "reverse")
+
+
+def test_near_miss() -> None:
+    assert near_miss("trian", ["prepare", "train"]) == " Did you mean train?"
+    assert near_miss("qqq", ["prepare", "train"]) == ""
+
+
+def test_defaults_are_written_once() -> None:
+    """No file but config.py falls back on a default of its own."""
+    package = Path(__file__).parent.parent / "mobilellm_jax"
+    readers = [f for f in package.rglob("*.py") if "config.get(" in f.read_text()]
+    assert readers == []
