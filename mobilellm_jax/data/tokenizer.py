@@ -108,7 +108,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> Toke
     """
     if vocab_size <= _BYTES_AND_SPECIAL:
         raise ValueError(
-            f"vocab_size={vocab_size} must be greater than {_BYTES_AND_SPECIAL}: 256 bytes, 3 special "
+            f"vocab_size={vocab_size} must exceed {_BYTES_AND_SPECIAL}: 256 bytes, 3 special "
             "tokens and the text's characters."
         )
     lines = [line for text in texts for line in _lines(text)]
@@ -167,6 +167,9 @@ class SentencePieceTokenizer:
 
     def __init__(self, file: Path) -> None:
         content = file.read_bytes()
+        if not content:
+            # SentencePiece takes it for a model without pieces, and answers with defaults.
+            raise ValueError(f"{file} is not a SentencePiece model: it is empty.")
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:

@@ -1,0 +1,134 @@
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mobilellm_jax.data import shards
+
+DOCUMENTS = [[1, 10, 11, 2], [1, 2], [1, 12, 13, 14, 2], [1, 15, 2], [1, 16, 17, 18, 19, 20, 2]]
+STREAM = [token for document in DOCUMENTS for token in document]
+STARTS = [0, 4, 6, 11, 14]
+
+
+def test_files_hold_what_the_layout_says(write_tokens: Any) -> None:
+    """Read raw: documents end their shard once it holds 6 tokens."""
+    path = write_tokens(train=DOCUMENTS, shard_tokens=6).path
+    assert {file.name for file in path.iterdir()} == {
+        "manifest.json",
+        "tokenizer.model",
+        *(f"train-0000{i}-of-00003.{suffix}" for i in range(3) for suffix in ("tokens", "offsets")),
+    }
+    raw = [np.fromfile(path / f"train-0000{i}-of-00003.tokens", "<u2").tolist() for i in range(3)]
+    assert raw == [STREAM[:6], STREAM[6:14], STREAM[14:]]
+    offsets = [
+        np.fromfile(path / f"train-0000{i}-of-00003.offsets", "<u8").tolist() for i in range(3)
+    ]
+    assert offsets == [[0, 4], [0, 5], [0]]
+    manifest = json.loads((path / "manifest.json").read_text())
+    split = manifest["splits"]["train"]
+    assert (split["documents"], split["tokens"], split["text_bytes"]) == (5, 21, 63)
+    first = (path / "train-00000-of-00003.tokens").read_bytes()
+    assert split["shards"][0] == {
+        "name": "train-00000-of-00003",
+        "documents": 2,
+        "tokens": 6,
+        "tokens_bytes": 12,
+        "tokens_sha256": hashlib.sha256(first).hexdigest(),
+        "offsets_bytes": 16,
+        "offsets_sha256": hashlib.sha256(np.array([0, 4], "<u8").tobytes()).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(65_535, "uint16"), (65_536, "uint32"), (128_000, "uint32")]
+)
+def test_width_of_ids(write_tokens: Any, vocab_size: int, dtype: str) -> None:
+    path = write_tokens(train=[[1, vocab_size - 1, 2]], vocab_size=vocab_size).path
+    assert json.loads((path / "manifest.json").read_text())["dtype"] == dtype
+    raw = np.fromfile(path / "train-00000-of-00001.tokens", np.dtype(dtype).newbyteorder("<"))
+    assert raw.tolist() == [1, vocab_size - 1, 2]
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 6, 8, 100])
+def test_every_range_of_the_stream(write_tokens: Any, shard_tokens: int) -> None:
+    stream = write_tokens(train=DOCUMENTS, shard_tokens=shard_tokens).splits["train"]
+    assert (stream.tokens, stream.documents) == (21, 5)
+    for start in range(22):
+        for stop in range(start, 22):
+            assert stream.read(start, stop).tolist() == STREAM[start:stop]
+            starts = [s for s in STARTS if start <= s < stop]
+            assert stream.document_starts(start, stop).tolist() == starts
+
+
+@pytest.mark.parametrize(("suffix", "found"), [("tokens", 11), ("offsets", 15)])
+def test_a_truncated_shard_is_refused(write_tokens: Any, suffix: str, found: int) -> None:
+    path = write_tokens(train=DOCUMENTS, shard_tokens=6).path
+    file = path / f"train-00000-of-00003.{suffix}"
+    file.write_bytes(file.read_bytes()[:-1])
+    message = rf"train-00000-of-00003\.{suffix} has {found} bytes, expected {found + 1}"
+    with pytest.raises(ValueError, match=message):
+        shards.open_tokens(path)
+
+
+def test_a_missing_shard_is_refused(write_tokens: Any) -> None:
+    path = write_tokens(train=DOCUMENTS, shard_tokens=6).path
+    (path / "train-00002-of-00003.offsets").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-00002-of-00003\.offsets is missing"):
+        shards.open_tokens(path)
+
+
+def test_another_tokenizer_is_refused(write_tokens: Any) -> None:
+    path = write_tokens(train=DOCUMENTS).path
+    (path / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(ValueError, match=hashlib.sha256(b"another").hexdigest()):
+        shards.open_tokens(path)
+    (path / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.model is missing"):
+        shards.open_tokens(path)
+
+
+def test_only_the_manifest_makes_a_folder_complete(write_tokens: Any, tmp_path: Path) -> None:
+    path = write_tokens(train=DOCUMENTS).path
+    (path / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"incomplete: it has no manifest\.json"):
+        shards.open_tokens(path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist.*mobilellm prepare"):
+        shards.open_tokens(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format_version": 1, "spl', "is damaged"),
+        ('{"format_version": 1, "splits": {}}', "is damaged"),
+        ("[]", "is damaged"),
+        ('{"format_version": 2}', "format_version=2 must be 1"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(write_tokens: Any, content: str, message: str) -> None:
+    path = write_tokens(train=DOCUMENTS).path
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        shards.open_tokens(path)
+
+
+def test_checksums_find_a_changed_token(write_tokens: Any) -> None:
+    dataset = write_tokens(train=DOCUMENTS, shard_tokens=6)
+    shards.verify_checksums(dataset)
+    file = dataset.path / "train-00001-of-00003.tokens"
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-00001-of-00003\.tokens has SHA-256"):
+        shards.verify_checksums(shards.open_tokens(dataset.path))
+
+
+def test_the_manifest_survives_a_round_trip(write_tokens: Any) -> None:
+    dataset = write_tokens(train=DOCUMENTS, validation=DOCUMENTS[:1], shard_tokens=6)
+    before = (dataset.path / "manifest.json").read_bytes()
+    shards.write_manifest(dataset.path, shards.read_manifest(dataset.path))
+    assert (dataset.path / "manifest.json").read_bytes() == before
+    assert dataset.manifest.splits["validation"].tokens == 4
