@@ -120,4 +120,6 @@ def test_failing_venv_is_one_line(checkout: Path) -> None:
     put(checkout, "python3", script)
     result = install(checkout, '""')
     assert result.returncode == 1
-    assert result.stderr == ("install.sh: python3 could not make the virtual environment .venv.\n")
+    assert result.stderr == (
+        "install.sh: python3 could not make the virtual environment .venv: disk full\n"
+    )
