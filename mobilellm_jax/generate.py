@@ -29,7 +29,7 @@ from mobilellm_jax.model.transformer import Params, Transformer
 
 _CHUNK = 64  # tokens per host round trip when nobody watches; also the loop's output buffer
 _STREAM_CHUNK = 8  # the same while text is shown as it comes
-_SMALLEST_BUCKET = 16  # tokens; below it programs differ more in compile time than in speed
+_SMALLEST_BUCKET = 64  # tokens; compiling another program takes longer than so much padding
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

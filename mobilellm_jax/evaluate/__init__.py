@@ -1,1 +1,1 @@
-"""How good a model is: functions of (model config, parameters, data), with no flags and no files."""
+"""How good a model is: functions of (model config, parameters, data), without flags or files."""

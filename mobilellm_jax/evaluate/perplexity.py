@@ -57,7 +57,8 @@ def perplexity(
       ValueError: if the text is shorter than a window.
       FloatingPointError: if the model gives no finite loss.
     """
-    windows_WT = _windows(config, tokenizer, text)
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    windows_WT = _windows(config, ids)
     count, length = windows_WT.shape
     batch = min(batch_size or max(1, _BATCH_TOKENS // length), count)
     params = jax.device_put(params)  # once, if they come from the host
@@ -71,18 +72,21 @@ def perplexity(
         raise FloatingPointError(
             f"The loss of the text is {total}: the parameters are not finite, or overflow."
         )
+    # Not scored: the first token of each window (BOS in the first), and what follows the last.
+    unscored = [*windows_WT[1:, 0].tolist(), *ids[windows_WT.size :]]
+    scored_bytes = len(text.encode("utf-8")) - sum(_byte_lengths(tokenizer, unscored))
     tokens = count * (length - 1)
     loss = total / tokens
     return PerplexityResult(
         loss=loss,
         perplexity=math.exp(loss),
-        bits_per_byte=total / math.log(2) / _scored_bytes(tokenizer, text, windows_WT),
+        bits_per_byte=total / math.log(2) / scored_bytes,
         tokens=tokens,
         windows=count,
     )
 
 
-def _windows(config: ModelConfig, tokenizer: Tokenizer, text: str) -> np.ndarray:
+def _windows(config: ModelConfig, ids: list[int]) -> np.ndarray:
     """Returns the full windows, a row each."""
     length = config.max_seq_len
     if length < 2:
@@ -90,7 +94,6 @@ def _windows(config: ModelConfig, tokenizer: Tokenizer, text: str) -> np.ndarray
             f"model.max_seq_len={length} must be at least 2 to score a text: a window's first "
             "token is not scored."
         )
-    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
     count = len(ids) // length
     if count == 0:
         raise ValueError(
@@ -108,17 +111,6 @@ def _losses(
     model = Transformer(config).bind({"params": params})
     x_BTD = model.hidden(tokens_BT[:, :-1])
     return token_losses(x_BTD, head_matrix(params, config), tokens_BT[:, 1:], _LOSS_CHUNK)
-
-
-def _scored_bytes(tokenizer: Tokenizer, text: str, windows_WT: np.ndarray) -> int:
-    """Returns how many UTF-8 bytes of `text` the scored tokens stand for.
-
-    They are all but those of the tokens that are not scored: the first of each window but the
-    first (which starts with BOS), and those after the last window.
-    """
-    ids = tokenizer.encode(text)
-    unscored = [*windows_WT[1:, 0].tolist(), *ids[windows_WT.size - 1 :]]
-    return len(text.encode("utf-8")) - sum(_byte_lengths(tokenizer, unscored))
 
 
 def _byte_lengths(tokenizer: Tokenizer, ids: list[int]) -> list[int]:

@@ -1,0 +1,493 @@
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from mobilellm_jax import generate as generate_module
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from mobilellm_jax.generate import (
+    GREEDY,
+    Sampling,
+    decode_stream,
+    encode_prompt,
+    generate,
+    stream,
+    stream_text,
+    truncate,
+)
+from mobilellm_jax.model.cache import KVCache, init_cache
+from mobilellm_jax.model.transformer import Params, Transformer, init_params
+
+TINY = ModelConfig(
+    vocab_size=300,
+    embed_dim=32,
+    num_blocks=2,
+    num_repeats=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    max_seq_len=128,
+    compute_dtype="float32",
+)
+SHARINGS = [(s, r) for s in ("immediate", "repeat_all", "reverse") for r in (2, 3)]
+# Both sides are float32 and sum at most 128 products per logit in another order.
+LOGIT_TOLERANCE = 2e-5
+PLAIN = Sampling(temperature=1.0, top_p=1.0)
+
+
+def lively_params(config: ModelConfig) -> Params:
+    """Weights so large that the next token depends on the whole context."""
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path[-1].key == "scale":
+            return np.ones(leaf.shape, np.float32)
+        # Small against what the blocks add, or a tied head would repeat the last token.
+        deviation = 0.05 if path[-1].key == "table" else 0.3
+        return (deviation * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def full_forward(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    return Transformer(config).apply({"params": params}, tokens_BT)
+
+
+def next_logits(params: Params, ids: list[int], config: ModelConfig = TINY) -> np.ndarray:
+    padded_1T = np.zeros((1, config.max_seq_len), np.int32)
+    padded_1T[0, : len(ids)] = ids  # causal: what follows is not seen
+    return np.asarray(full_forward(params, padded_1T, config))[0, len(ids) - 1]
+
+
+def naive_greedy(params: Params, prompt: list[int], count: int, config: ModelConfig) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(np.argmax(next_logits(params, ids, config))))
+    return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return lively_params(TINY)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    text = "the cat sat on the mat and the dog ran to the cat\n" * 20
+    return train_tokenizer([text], 300, tmp_path_factory.mktemp("sp") / "tokenizer.model")
+
+
+@pytest.mark.parametrize(("sharing", "repeats"), SHARINGS)
+def test_cached_decoding_equals_full_forward_at_every_position(sharing: str, repeats: int) -> None:
+    config = dataclasses.replace(TINY, sharing=sharing, num_repeats=repeats)
+    params = lively_params(config)
+    length = config.max_seq_len
+    tokens_1T = np.random.default_rng(0).integers(0, config.vocab_size, (1, length), np.int32)
+
+    @jax.jit
+    def cached(params: Params, tokens_1T: jax.Array) -> jax.Array:
+        model = Transformer(config).bind({"params": params})
+
+        def step(cache: KVCache, token_B: jax.Array) -> tuple[KVCache, jax.Array]:
+            x_B1D, cache = model.extend(token_B[:, None], cache)
+            return cache, model.logits(x_B1D)[:, 0]
+
+        cache = init_cache(config, 1, length, jnp.float32)
+        _, logits_T1V = jax.lax.scan(step, cache, tokens_1T.T)
+        return logits_T1V.swapaxes(0, 1)
+
+    expected_1TV = np.asarray(full_forward(params, tokens_1T, config))
+    tolerance = LOGIT_TOLERANCE * np.abs(expected_1TV).max()
+    np.testing.assert_allclose(cached(params, tokens_1T), expected_1TV, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("sharing", "repeats"), SHARINGS)
+def test_greedy_equals_argmax_over_full_forwards(sharing: str, repeats: int) -> None:
+    config = dataclasses.replace(TINY, sharing=sharing, num_repeats=repeats)
+    params = lively_params(config)
+    prompt = [1, 5, 7, 200, 31]
+    [ids] = generate(config, params, [prompt], max_new_tokens=64, sampling=GREEDY)
+    assert len(set(ids)) > 8, "weights that only repeat a token would test nothing"
+    assert ids == naive_greedy(params, prompt, 64, config)
+
+
+def test_untied_model_in_bfloat16_generates_what_the_full_forward_says() -> None:
+    config = dataclasses.replace(
+        TINY, num_repeats=1, tie_embeddings=False, compute_dtype="bfloat16"
+    )
+    params = lively_params(config)
+    [ids] = generate(config, params, [[1, 2, 3]], max_new_tokens=12, sampling=GREEDY)
+    # The winner may change hands where bfloat16 (8 bits) rounds another order of sums.
+    for n, token in enumerate(ids):
+        logits_V = next_logits(params, [1, 2, 3, *ids[:n]], config)
+        assert logits_V[token] >= logits_V.max() - 0.05 * np.abs(logits_V).max()
+
+
+def test_batch_of_different_lengths_equals_each_alone(params: Params) -> None:
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, 300, n).tolist() for n in (1, 40, 3, 17, 16)]
+    together = generate(TINY, params, prompts, max_new_tokens=20, sampling=GREEDY)
+    alone = [generate(TINY, params, [p], max_new_tokens=20, sampling=GREEDY)[0] for p in prompts]
+    assert len({tuple(ids) for ids in alone}) == len(prompts)
+    assert together == alone
+
+
+def test_sampled_row_does_not_depend_on_its_neighbours(params: Params) -> None:
+    a, b, c = [1, 20], [1, 30, 31, 32, 33], [1] * 30
+    first = generate(TINY, params, [a, b, a], max_new_tokens=20, sampling=PLAIN)
+    second = generate(TINY, params, [a, c, b], max_new_tokens=20, sampling=PLAIN)
+    assert first[0] == second[0]
+    assert first[1] != second[2]  # another place in the batch draws other numbers
+
+
+def test_row_ends_before_its_eos_and_others_go_on(params: Params) -> None:
+    prompts = [[1, 5, 7, 200, 31], [1, 2, 3]]
+    free = generate(TINY, params, prompts, max_new_tokens=100, sampling=GREEDY)
+    eos = free[0][10]
+    cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in free]
+    assert len(cut[0]) <= 10 < len(cut[1])
+    stopped = generate(TINY, params, prompts, max_new_tokens=100, sampling=GREEDY, eos_id=eos)
+    assert stopped == cut
+    pieces = stream(TINY, params, prompts[0], max_new_tokens=100, sampling=GREEDY, eos_id=eos)
+    assert list(itertools.chain(*pieces)) == cut[0]
+
+
+def test_eos_as_first_token_gives_no_tokens(params: Params) -> None:
+    [[first]] = generate(TINY, params, [[1, 2, 3]], max_new_tokens=1, sampling=GREEDY)
+    kwargs = {"max_new_tokens": 30, "sampling": GREEDY, "eos_id": first}
+    assert generate(TINY, params, [[1, 2, 3]], **kwargs) == [[]]
+    assert list(itertools.chain(*stream(TINY, params, [1, 2, 3], **kwargs))) == []
+
+
+def test_decoding_stops_early_when_all_rows_are_done(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = [1, 5, 7, 200, 31]
+    [ids] = generate(TINY, params, [prompt], max_new_tokens=100, sampling=GREEDY)
+    calls: list[int] = []
+    decode = generate_module._decode
+
+    def counted(*args: object, **kwargs: object) -> object:
+        state, new_BT = decode(*args, **kwargs)
+        calls.append(int(state.drawn))
+        return state, new_BT
+
+    monkeypatch.setattr(generate_module, "_decode", counted)
+    eos = ids[10]
+    generate(TINY, params, [prompt], max_new_tokens=100, sampling=GREEDY, eos_id=eos)
+    assert calls == [ids.index(eos) + 1]
+
+
+def test_stream_of_any_length_equals_generate(params: Params) -> None:
+    prompt = [1] * 62
+    for count in (3, 8, 9, 10, 65, 66):
+        [whole] = generate(TINY, params, [prompt], max_new_tokens=count, sampling=PLAIN)
+        pieces = list(stream(TINY, params, prompt, max_new_tokens=count, sampling=PLAIN))
+        assert list(itertools.chain(*pieces)) == whole
+        assert len(whole) == count
+        assert len(pieces) == 1 + -(-(count - 1) // 8)
+
+
+def naive_support(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
+    """Token by token, in float64, from the definition."""
+    order = sorted(range(len(logits)), key=lambda v: (-logits[v], v))
+    if top_k:
+        order = order[:top_k]
+    weights = np.exp(logits[order].astype(np.float64) - logits.max())
+    weights /= weights.sum()
+    support: set[int] = set()
+    reached = 0.0
+    for token, weight in zip(order, weights, strict=True):
+        if reached >= top_p and support and top_p < 1:
+            break
+        support.add(token)
+        reached += weight
+    return support
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 17, 64, 1000])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999, 1.0])
+def test_truncate_keeps_what_the_definition_keeps(top_k: int, top_p: float) -> None:
+    rng = np.random.default_rng(top_k)
+    logits_BV = (3 * rng.standard_normal((4, 64))).astype(np.float32)
+    logits_BV[1] = np.round(logits_BV[1])  # ties
+    logits_BV[2, 10] = 40.0  # one token has it all
+    kept_BV = np.asarray(truncate(jnp.asarray(logits_BV), top_k, top_p))
+    for row_V, kept_V in zip(logits_BV, kept_BV, strict=True):
+        support = naive_support(row_V, top_k, top_p)
+        assert set(np.flatnonzero(np.isfinite(kept_V))) == support
+        tokens = sorted(support)
+        np.testing.assert_array_equal(kept_V[tokens], row_V[tokens])
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 7, 1.0), (1.5, 0, 0.8), (1.3, 20, 0.7)],
+)
+def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
+    config = dataclasses.replace(TINY, vocab_size=40, num_blocks=1, num_repeats=1)
+    params = lively_params(config)
+    rows, prompt = 1024, [1, 5, 9]
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=3)
+    drawn = generate(config, params, [prompt] * rows, max_new_tokens=1, sampling=sampling)
+    counts_V = np.bincount(np.ravel(drawn), minlength=40)
+
+    scaled_V = next_logits(params, prompt, config).astype(np.float64) / temperature
+    support = sorted(naive_support(scaled_V, top_k, top_p))
+    expected_V = np.zeros(40)
+    expected_V[support] = np.exp(scaled_V[support] - scaled_V.max())
+    expected_V *= rows / expected_V.sum()
+    assert counts_V.sum() == rows
+    assert set(np.flatnonzero(counts_V)) <= set(support)
+    # Chi-square over the cells of at least 5, the rest pooled into one.
+    large = expected_V >= 5
+    observed = np.append(counts_V[large], counts_V[~large].sum())
+    expected = np.append(expected_V[large], expected_V[~large].sum() + 1e-9)
+    statistic = float(((observed - expected) ** 2 / np.maximum(expected, 1)).sum())
+    degrees = int(large.sum())
+    assert degrees >= 4
+    assert statistic < degrees + 4 * np.sqrt(2 * degrees)  # mean + 4 standard deviations
+
+
+def test_every_step_and_row_draws_anew() -> None:
+    config = dataclasses.replace(TINY, vocab_size=16, num_blocks=1, num_repeats=1)
+    uniform = jax.tree.map(jnp.zeros_like, init_params(config, jax.random.key(0)))
+    ids_BT = np.array(generate(config, uniform, [[1]] * 64, max_new_tokens=63, sampling=PLAIN))
+    share = 1 / 16
+    deviation = np.sqrt(share * (1 - share) / ids_BT.size)
+    frequency_V = np.bincount(ids_BT.ravel(), minlength=16) / ids_BT.size
+    assert np.abs(frequency_V - share).max() < 4.5 * deviation
+    equal_to_last = np.mean(ids_BT[:, 1:] == ids_BT[:, :-1])
+    equal_to_next_row = np.mean(ids_BT[1:] == ids_BT[:-1])
+    assert abs(equal_to_last - share) < 4.5 * deviation
+    assert abs(equal_to_next_row - share) < 4.5 * deviation
+
+
+def test_same_seed_same_tokens_other_seed_others(params: Params) -> None:
+    def draw(seed: int) -> list[list[int]]:
+        sampling = Sampling(temperature=1.0, top_p=1.0, seed=seed)
+        return generate(TINY, params, [[1, 2]] * 3, max_new_tokens=30, sampling=sampling)
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert draw(7)[0] != draw(7)[1]
+    assert draw(2**32 - 1) != draw(7)
+
+
+def test_lowest_temperature_and_top_k_1_are_greedy(params: Params) -> None:
+    def first(sampling: Sampling) -> list[list[int]]:
+        return generate(TINY, params, [[1, 4]], max_new_tokens=30, sampling=sampling)
+
+    greedy = first(GREEDY)
+    assert first(Sampling(temperature=1e-30)) == greedy
+    assert first(Sampling(temperature=5.0, top_k=1, top_p=1.0)) == greedy
+    assert first(Sampling(temperature=5.0, top_p=1e-9)) == greedy
+    assert first(Sampling(temperature=0.0, top_p=0.5)) == greedy
+    assert first(Sampling(temperature=1.0, top_p=0.99)) != greedy
+
+
+def test_other_lengths_and_settings_compile_nothing_new(params: Params) -> None:
+    def run(length: int, new: int, **settings: float) -> None:
+        sampling = Sampling(**settings)  # type: ignore[arg-type]  # numbers of both kinds
+        generate(TINY, params, [[1] * length], max_new_tokens=new, sampling=sampling)
+
+    def programs() -> tuple[int, int]:
+        return generate_module._prefill._cache_size(), generate_module._decode._cache_size()
+
+    run(2, 20)
+    before = programs()
+    run(1, 60, temperature=0.3, seed=5)
+    run(50, 14, top_k=4)
+    run(25, 10, top_p=0.2)
+    assert programs() == before
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "message"),
+    [
+        ([[1] * 100], 29, r"100 tokens.*max_new_tokens=29.*max_seq_len=128.*at most 28 new"),
+        ([[1], [1] * 128], 1, r"128 tokens.*max_new_tokens=1 .*max_seq_len=128; shorten the"),
+        ([[1]], 0, r"max_new_tokens=0 must be at least 1"),
+        ([[1], []], 5, r"start it with BOS"),
+    ],
+)
+def test_requests_that_do_not_fit_are_refused(
+    prompts: list[list[int]], new: int, message: str, params: Params
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(TINY, params, prompts, max_new_tokens=new)
+
+
+def test_longest_request_that_fits_is_served(params: Params) -> None:
+    prompt = [1] + [5] * 99
+    [ids] = generate(TINY, params, [prompt], max_new_tokens=28, sampling=GREEDY)
+    assert ids == naive_greedy(params, prompt, 28, TINY)
+
+
+def test_no_prompts_give_no_rows(params: Params) -> None:
+    assert generate(TINY, params, [], max_new_tokens=5) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature=-0.1 must be"),
+        ({"temperature": float("nan")}, "temperature=nan must be"),
+        ({"temperature": float("inf")}, "temperature=inf must be"),
+        ({"top_k": -1}, "top_k=-1 must be at least 0"),
+        ({"top_p": 0.0}, "top_p=0.0 must be greater than 0"),
+        ({"top_p": 1.01}, "top_p=1.01 must be"),
+        ({"seed": -1}, "seed=-1 must be"),
+        ({"seed": 2**32}, "seed=4294967296 must be"),
+    ],
+)
+def test_sampling_refuses_what_means_nothing(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)  # type: ignore[arg-type]  # numbers of both kinds
+
+
+def byte_fallback_json(folder: Path) -> Path:
+    """A tokenizer.json laid out like Llama's: byte tokens, decoded by run."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    pieces += ["\u2581", "a", "b", "\u2581a", "é", "\ufffd"]
+    model = tokenizers.models.BPE(
+        {p: i for i, p in enumerate(pieces)},
+        [("\u2581", "a")],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    built = tokenizers.Tokenizer(model)
+    built.add_special_tokens(["<unk>", "<s>", "</s>"])
+    built.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    built.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    built.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def byte_level_json(folder: Path) -> Path:
+    """A tokenizer.json laid out like GPT-2's: every byte is a character of a piece."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pieces = ["<s>", "</s>", *alphabet, "ðŁ", "Ġa"]
+    merges = [("ð", "Ł"), ("Ġ", "a")]
+    built = tokenizers.Tokenizer(
+        tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, merges)
+    )
+    built.add_special_tokens(["<s>", "</s>"])
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    built.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(params=["sentencepiece", "byte_fallback", "byte_level"])
+def any_tokenizer(
+    request: pytest.FixtureRequest, tmp_path: Path, tokenizer: Tokenizer
+) -> Tokenizer:
+    if request.param == "sentencepiece":
+        return tokenizer
+    build = byte_fallback_json if request.param == "byte_fallback" else byte_level_json
+    return load_tokenizer(build(tmp_path))
+
+
+def cut(ids: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
+
+
+HOSTILE = [
+    "plain words",
+    "  two spaces, then\n\n\ttabs ",
+    "é ü ß 日本語 العربية",
+    "😀👩\u200d👩\u200d👧 flags 🇩🇪",
+    "a\u0301 combining, \x00 \x1b control",
+    "\U0010ffff\ud7ff end of the range",
+    "",
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+@pytest.mark.parametrize("text", HOSTILE)
+def test_streamed_text_is_whole_characters_and_the_whole_text(
+    text: str, size: int, any_tokenizer: Tokenizer
+) -> None:
+    for prompt in ("", "a b", "日"):
+        before = encode_prompt(any_tokenizer, prompt)
+        new = any_tokenizer.encode(prompt + text)[len(before) - 1 :]
+        pieces = list(decode_stream(any_tokenizer, before, cut(new, size)))
+        assert prompt + "".join(pieces) == any_tokenizer.decode([*before, *new])
+        assert prompt + "".join(pieces) == prompt + text
+        assert all(pieces)
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_streaming_shows_a_character_with_its_last_byte(tokenizer: Tokenizer) -> None:
+    new = tokenizer.encode("x😀y")[-6:]  # x is a byte too, or a piece
+    assert tokenizer.decode(new[-5:-1]) == "😀"
+    shown = []
+    chunks = iter([[i] for i in new[-5:]])
+    for piece in decode_stream(tokenizer, [tokenizer.bos_id], chunks):
+        shown.append((piece, len(list(chunks)) if piece == "😀" else 0))
+    assert shown == [("😀", 1)]  # all but the last token were taken when it came
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_streamed_text_of_random_tokens_adds_up(seed: int, any_tokenizer: Tokenizer) -> None:
+    rng = np.random.default_rng(seed)
+    bytes_first = min(262, any_tokenizer.vocab_size)
+    new = rng.integers(3, bytes_first if seed % 2 else any_tokenizer.vocab_size, 60).tolist()
+    before = encode_prompt(any_tokenizer, "a")
+    pieces = list(decode_stream(any_tokenizer, before, cut(new, 1 + seed % 4)))
+    assert "a" + "".join(pieces) == any_tokenizer.decode([*before, *new])
+
+
+def test_streaming_keeps_real_replacement_characters(any_tokenizer: Tokenizer) -> None:
+    new = any_tokenizer.encode("a\ufffdb\ufffd")
+    assert "".join(decode_stream(any_tokenizer, [any_tokenizer.bos_id], cut(new, 1))) == (
+        "a\ufffdb\ufffd"
+    )
+
+
+def test_stream_text_is_the_text_of_generate(params: Params, tokenizer: Tokenizer) -> None:
+    ids = encode_prompt(tokenizer, "the cat")
+    assert ids[0] == tokenizer.bos_id
+    assert ids[1:] == tokenizer.encode("the cat")
+    for seed in range(3):
+        sampling = Sampling(seed=seed, temperature=1.0)
+        [new] = generate(
+            *(TINY, params, [ids]),
+            max_new_tokens=60,
+            sampling=sampling,
+            eos_id=tokenizer.eos_id,
+        )
+        pieces = stream_text(
+            *(TINY, params, tokenizer, "the cat"), max_new_tokens=60, sampling=sampling
+        )
+        assert "the cat" + "".join(pieces) == tokenizer.decode([*ids, *new])
+
+
+def test_empty_prompt_continues_bos(params: Params, tokenizer: Tokenizer) -> None:
+    [new] = generate(
+        TINY, params, [[tokenizer.bos_id]], max_new_tokens=20, sampling=GREEDY, eos_id=2
+    )
+    text = "".join(stream_text(TINY, params, tokenizer, "", max_new_tokens=20, sampling=GREEDY))
+    assert text == tokenizer.decode(new)
