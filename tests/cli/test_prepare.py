@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import pytest
+
+from mobilellm_jax.cli.main import main
+from mobilellm_jax.data.shards import open_tokens
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"The text of {name} is about the river. " * 20)
+    return ["prepare", f"--source=text:{tmp_path}/[ab].txt", f"--output={tmp_path / 'data'}"]
+
+
+def test_prepare_and_prepare_again(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [f"--source=text:{tmp_path}/c.txt", "--vocab_size=290", "--validation_fraction=0.4"]
+    assert main([*arguments, *more]) == 0
+    manifest = open_tokens(tmp_path / "data").manifest
+    assert manifest.vocab_size == 290
+    assert manifest.settings["validation_fraction"] == 0.4
+    assert [source["spec"] for source in manifest.sources] == [
+        f"text:{tmp_path}/{pattern}.txt" for pattern in ("[ab]", "c")
+    ]
+    tokens = manifest.splits["train"].tokens
+    assert f"{tokens:,} tokens" in capsys.readouterr().out
+    assert main([*arguments, *more]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    reuse = [f"--output={tmp_path / 'more'}", f"--tokenizer={tmp_path / 'data'}"]
+    assert main([*arguments, *reuse]) == 0
+    assert open_tokens(tmp_path / "more").manifest.tokenizer_sha256 == manifest.tokenizer_sha256
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "give exactly one"),
+        (["--vocab_size=290", "--tokenizer=x.model"], "give exactly one"),
+        (["--tokenizer=x.model"], "tokenizer='x.model': no tokenizer file there"),
+        (["--vocab_size=9999"], "vocab_size=9999 is too large for this text"),
+        (["--vocab_size=290", "--source=txt:*"], "Did you mean text?"),
+        (["--vocab_size=290", "--source=text:nowhere/*"], "the pattern matches nothing"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    arguments: list[str],
+    more: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*arguments, *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "data").exists()
