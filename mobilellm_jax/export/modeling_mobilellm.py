@@ -1,0 +1,326 @@
+"""MobileLLM (Liu et al. 2024, arXiv:2402.14905) for transformers, shared blocks stored once.
+
+This file travels with the weights: `AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True)` runs it. It stands alone on torch and transformers (4.46 or newer).
+
+A block that is applied several times sees other inputs each time, so every application has a slot
+of its own in the key-value cache. With shared embeddings there is no head: the logits are the
+product with the embedding table.
+"""
+# mypy: ignore-errors
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+_ACTIVATIONS = {"silu": functional.silu, "relu": functional.relu, "gelu": functional.gelu}
+
+
+class MobileLLMConfig(PretrainedConfig):
+    """Shape of the model. `num_hidden_layers` counts stored blocks, repeats not included."""
+
+    model_type = "mobilellm"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  # a list to transformers
+
+    def __init__(
+        self,
+        vocab_size=32000,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        hidden_act="silu",
+        gated_mlp=True,
+        share_embedding=True,
+        layer_sharing=False,
+        layer_sharing_repeats=2,
+        layer_sharing_order="immediate",
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        initializer_range=0.02,
+        use_cache=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.hidden_act = hidden_act
+        self.gated_mlp = gated_mlp
+        self.share_embedding = share_embedding
+        self.layer_sharing = layer_sharing
+        self.layer_sharing_repeats = layer_sharing_repeats
+        self.layer_sharing_order = layer_sharing_order
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        kwargs["tie_word_embeddings"] = share_embedding
+        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
+
+    @property
+    def application_order(self):
+        """The stored block of every applied layer, first to last."""
+        blocks = list(range(self.num_hidden_layers))
+        if not self.layer_sharing:
+            return blocks
+        repeats = self.layer_sharing_repeats
+        if self.layer_sharing_order == "immediate":
+            return [block for block in blocks for _ in range(repeats)]
+        backwards = self.layer_sharing_order == "reverse"
+        return [
+            b for r in range(repeats) for b in (blocks[::-1] if backwards and r % 2 else blocks)
+        ]
+
+
+class MobileLLMRMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class MobileLLMAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, head_dim = config.hidden_size, config.head_dim
+        self.head_dim = head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=False)
+
+    def forward(self, x, rotation, mask, cache, slot):
+        batch, length, _ = x.shape
+        # (batch, heads, tokens, head_dim)
+        q, k, v = (
+            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            k, v = cache.update(k, v, slot)
+        k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+class MobileLLMMLP(nn.Module):
+    """act(x gate) * (x up), or act(x up) without a gate; then down."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.act = _ACTIVATIONS[config.hidden_act]
+        self.gate_proj = nn.Linear(width, hidden, bias=False) if config.gated_mlp else None
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MobileLLMBlock(nn.Module):
+    """Attention and feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = MobileLLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MobileLLMAttention(config)
+        self.post_attention_layernorm = MobileLLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MobileLLMMLP(config)
+
+    def forward(self, x, rotation, mask, cache, slot):
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache, slot)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class MobileLLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the classes below."""
+
+    config_class = MobileLLMConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["MobileLLMBlock"]  # noqa: RUF012  # a list to transformers
+    _supports_sdpa = True
+    _supports_cache_class = True
+    _supports_static_cache = False
+
+
+class MobileLLMModel(MobileLLMPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MobileLLMBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = MobileLLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_hidden_states=None,
+        **kwargs,
+    ):
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        if past_key_values is not None:
+            add_slots(past_key_values, len(self.config.application_order))
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        standing = torch.arange(seen, seen + x.shape[1], device=x.device)
+        if position_ids is None:
+            position_ids = standing[None]
+        rotation = rotation_at(position_ids, self.config.head_dim, self.config.rope_theta)
+        mask = causal_mask(standing, attention_mask)
+        states = []
+        for slot, block in enumerate(self.config.application_order):
+            states.append(x)
+            x = self.layers[block](x, rotation, mask, past_key_values, slot)
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*states, x) if output_hidden_states else None,
+        )
+
+
+class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
+    """The decoder with its head, which is the embedding table where `share_embedding` says so."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MobileLLMModel(config)
+        if not config.share_embedding:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.model.embed_tokens if self.config.share_embedding else self.lm_head
+
+    def set_output_embeddings(self, value):
+        if self.config.share_embedding:
+            self.model.embed_tokens = value
+        else:
+            self.lm_head = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        output_hidden_states=None,
+        return_dict=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        x = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = functional.linear(x[:, kept], self.get_output_embeddings().weight)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+def add_slots(cache, count):
+    """Gives `cache`, made by transformers for the stored layers, a slot per applied layer."""
+    if not isinstance(cache, DynamicCache):
+        raise ValueError("Only a dynamic cache is supported; leave cache_implementation unset.")
+    layers = getattr(cache, "layers", None)
+    if layers:  # without, the cache was made without a config, and grows by itself
+        layers.extend(type(layers[0])() for _ in range(count - len(layers)))
+
+
+def rotation_at(position_ids, head_dim, theta):
+    """Cosine and sine of position * theta^(-2i / head_dim), float32, both halves alike."""
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rotation):
+    """Rotates the pairs (i, i + head_dim / 2) of every head, in float32."""
+    cos, sin = rotation
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def causal_mask(standing, attention_mask):
+    """True where a query may see a key: an earlier one that is no padding, or its own.
+
+    A padding token sees itself, so that no softmax is empty.
+    """
+    keys = torch.arange(int(standing[-1]) + 1, device=standing.device)
+    mask = (keys[None, :] <= standing[:, None])[None, None]
+    if attention_mask is not None:
+        own = keys[None, :] == standing[:, None]
+        mask = (mask & attention_mask[:, None, None, : len(keys)].bool()) | own
+    return mask
