@@ -1,0 +1,131 @@
+"""One way to open any checkpoint: a run folder, one of its steps, or a Hugging Face directory."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from mobilellm_jax import rundir
+from mobilellm_jax.checkpoint import latest_step, restore_model, steps
+from mobilellm_jax.config import Config, ConfigError, ModelConfig, near_miss
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.export.huggingface import CONFIG as HUGGINGFACE_CONFIG
+from mobilellm_jax.export.huggingface import read_huggingface
+from mobilellm_jax.model.transformer import Params
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+_LAYOUTS = (
+    f"a run folder ({rundir.CHECKPOINTS}/STEP/ in it), a step folder "
+    f"(RUN/{rundir.CHECKPOINTS}/STEP) or a Hugging Face directory "
+    f"({HUGGINGFACE_CONFIG} and weights)"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model that is ready for use, wherever it came from."""
+
+    config: ModelConfig  # compute_dtype is "auto": that of this device, not of the training one
+    params: Params  # float32, on the default device
+    tokenizer: Tokenizer
+    run_config: Config | None  # None: from a Hugging Face directory
+    step: int | None  # optimizer steps taken; None as above
+    origin: str  # what was opened, for messages and records
+
+
+def open_model(ckpt: str | Path) -> OpenedModel:
+    """Opens a checkpoint; of a run folder, the latest complete step.
+
+    Raises:
+      FileNotFoundError: if there is no such folder, or a run in it has no complete step yet.
+      ValueError: if the folder is none of the three, or what it holds cannot be used.
+    """
+    folder = Path(ckpt)
+    if not folder.is_dir():
+        raise _missing(folder)
+    # Resolved, so that "." and a link to a step ("best") count by what they are.
+    run = folder.resolve().parent.parent
+    if folder.resolve().parent.name == rundir.CHECKPOINTS and folder.resolve().name.isdecimal():
+        return _open_step(run, int(folder.resolve().name))
+    if (folder / rundir.CHECKPOINTS).is_dir():
+        step = latest_step(folder)
+        if step is None:
+            raise FileNotFoundError(
+                f"checkpoint={str(ckpt)!r} is a run with no complete checkpoint yet; let it train "
+                "until train.checkpoint_every."
+            )
+        return _open_step(folder, step)
+    if (folder / HUGGINGFACE_CONFIG).is_file() and any(
+        next(folder.glob(pattern), None) for pattern in _WEIGHTS
+    ):
+        return _open_huggingface(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    found = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+    raise ValueError(f"checkpoint={str(ckpt)!r} must be {_LAYOUTS}; it holds {found or 'nothing'}.")
+
+
+def _open_step(run: Path, step: int) -> OpenedModel:
+    restored = restore_model(run, step)
+    return _checked(
+        config=restored.config.model,
+        params=restored.params,
+        tokenizer=restored.tokenizer,
+        run_config=restored.config,
+        step=step,
+        origin=str(run / rundir.CHECKPOINTS / str(step)),
+    )
+
+
+def _open_huggingface(folder: Path) -> OpenedModel:
+    imported = read_huggingface(folder)
+    if imported.tokenizer_file is None:
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer; put its {' or '.join(rundir.TOKENIZER_FILES)} there."
+        )
+    return _checked(
+        config=imported.config,
+        params=jax.device_put(imported.params),
+        tokenizer=load_tokenizer(imported.tokenizer_file),
+        run_config=None,
+        step=None,
+        origin=str(folder),
+    )
+
+
+def _checked(
+    *,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    run_config: Config | None,
+    step: int | None,
+    origin: str,
+) -> OpenedModel:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{origin}: its tokenizer {tokenizer.file.name} has {tokenizer.vocab_size} tokens, but "
+            f"the model only model.vocab_size={config.vocab_size}; put the tokenizer that it was "
+            "trained with there."
+        )
+    return OpenedModel(
+        config=dataclasses.replace(config, compute_dtype="auto"),
+        params=params,
+        tokenizer=tokenizer,
+        run_config=run_config,
+        step=step,
+        origin=origin,
+    )
+
+
+def _missing(folder: Path) -> FileNotFoundError:
+    """A step that a run lacks is answered with its steps, any other name with the closest one."""
+    parent = folder.parent
+    if parent.name == rundir.CHECKPOINTS and (there := steps(parent.parent)):
+        remedy = f" {parent.parent} has the steps {', '.join(map(str, there))}."
+    elif parent.is_dir():
+        siblings = [path.name for path in parent.iterdir() if path.is_dir()]
+        remedy = near_miss(folder.name, siblings) or f" It must be {_LAYOUTS}."
+    else:
+        remedy = f" Neither does {parent}."
+    what = "is a file, not a folder" if folder.is_file() else "does not exist"
+    return FileNotFoundError(f"checkpoint={str(folder)!r} {what}.{remedy}")
