@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mobilellm_jax.cli.main import COMMANDS
+
 PACKAGE = "mobilellm_jax"
 ROOT = Path(__file__).parent.parent
 
@@ -130,9 +132,22 @@ def test_training_is_handed_its_data_and_its_saving(file: Path) -> None:
     assert rooms.isdisjoint({"data", "checkpoint"})
 
 
+def needs_an_extra(file: Path) -> bool:
+    """Whether the file is for PyTorch's users, as the modelling file of an export is."""
+    return "torch" in {module.split(".")[0] for module in imports(file, file.read_text())}
+
+
 def test_importing_starts_no_backend() -> None:
     # A platform that does not exist: whatever starts a backend fails.
-    script = f"import {', '.join(module_name(f) for f in FILES if f.stem != '__main__')}"
+    commands = [f"{PACKAGE}.cli.{name}" for name in (*COMMANDS, "import_")]
+    modules = [module_name(file) for file in FILES if not needs_an_extra(file)]
+    script = "\n".join(
+        [
+            "from mobilellm_jax.cli.main import COMMANDS, import_command",
+            *(f"import {module}" for module in modules if module not in commands),
+            "for command in COMMANDS: import_command(command)",
+        ]
+    )
     environment = {**os.environ, "JAX_PLATFORMS": "none_such"}
     command = [sys.executable, "-W", "ignore", "-c", script]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)

@@ -12,7 +12,6 @@ import re
 import sys
 import textwrap
 from types import ModuleType
-from typing import Any, NoReturn
 
 from absl import flags
 
@@ -33,6 +32,7 @@ COMMANDS = {
 }
 
 _HELP = {"-h", "-help", "--help"}
+_flags_of: dict[str, flags.FlagValues] = {}  # by command, of those imported so far
 
 
 def run() -> int:
@@ -48,12 +48,7 @@ def main(args: list[str]) -> int:
             print(_overview())
             return 0
         name, *rest = args
-        command = _import_command(name)
-        if _asks_for_help(rest):
-            print(_usage(name, command))
-            return 0
-        overrides = _parse(name, command, rest)
-        return command.main([name, *overrides]) or 0
+        return _run(name, rest)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -66,7 +61,14 @@ def main(args: list[str]) -> int:
         return BAD_INPUT
 
 
-def _import_command(name: str) -> ModuleType:
+def import_command(name: str) -> ModuleType:
+    """Returns the command's module, its flags taken out of absl's global ones.
+
+    Two commands may then both have an `--output`, also in one process, as the tests have them.
+
+    Raises:
+      UsageError: if there is no such command.
+    """
     if name not in COMMANDS:
         kind = "flag before the command" if name.startswith("-") else "command"
         raise UsageError(
@@ -74,12 +76,29 @@ def _import_command(name: str) -> ModuleType:
             f"The commands are {', '.join(COMMANDS)}."
         )
     file = f"{name}_" if keyword.iskeyword(name) else name
-    return importlib.import_module(f"mobilellm_jax.cli.{file}")
+    command = importlib.import_module(f"mobilellm_jax.cli.{file}")
+    if name not in _flags_of:
+        own = flags.FlagValues()  # type: ignore[no-untyped-call]  # absl's stub leaves it untyped
+        for flag in flags.FLAGS.get_flags_for_module(command.__name__):
+            own[flag.name] = flag
+        flags.FLAGS.remove_flag_values(own)
+        _flags_of[name] = own
+    return command
 
 
-def _own_flags(command: ModuleType) -> list[flags.Flag[Any]]:
-    """The flags that the command's file defines, in the order of their definition."""
-    return list(flags.FLAGS.get_flags_for_module(command.__name__))
+def _run(name: str, args: list[str]) -> int:
+    command = import_command(name)
+    own = _flags_of[name]
+    if _asks_for_help(args):
+        print(_usage(name, command, own))
+        return 0
+    overrides = _parse(name, own, args)
+    flags.FLAGS.append_flag_values(own)  # where the command reads them
+    flags.FLAGS.mark_as_parsed()
+    try:
+        return command.main([name, *overrides]) or 0
+    finally:
+        flags.FLAGS.remove_flag_values(own)
 
 
 def _asks_for_help(args: list[str]) -> bool:
@@ -87,41 +106,33 @@ def _asks_for_help(args: list[str]) -> bool:
     return not _HELP.isdisjoint(before_separator)
 
 
-def _parse(name: str, command: ModuleType, args: list[str]) -> list[str]:
+def _parse(name: str, own: flags.FlagValues, args: list[str]) -> list[str]:
     """Sets the command's flags from `args` and returns its config overrides.
 
     Raises:
       UsageError: for unknown, missing and ill-valued flags and for stray arguments.
     """
-    own = _own_flags(command)
-    names = [f"--{flag.name}" for flag in own]
     overrides, args = split_overrides(args)
-    if overrides and "--config" not in names:
+    if overrides and "config" not in own:
         field = overrides[0].partition("=")[0]
         raise UsageError(f"unknown flag --config.{field}; {name} takes no config.")
     for flag in own:
-        flag.unparse()  # a second call in one process starts from the defaults again
+        own[flag].unparse()  # a second call in one process starts from the defaults again
     try:
-        stray = flags.FLAGS([name, *args])[1:]
+        stray = own([name, *args])[1:]
     except flags.UnrecognizedFlagError as error:
-        flag_name = f"--{error.flagname}"
-        raise UsageError(
-            f"unknown flag {flag_name}.{near_miss(flag_name, names)} See mobilellm {name} --help."
-        ) from None
+        unknown = f"--{error.flagname}"
+        hint = near_miss(unknown, [f"--{flag}" for flag in own])
+        raise UsageError(f"unknown flag {unknown}.{hint} See mobilellm {name} --help.") from None
     except flags.Error as error:
-        _explain(name, own, error)
+        missing = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
+        if not missing:
+            raise UsageError(str(error)) from None
+        lines = [f"--{flag} is missing: {own[flag].help}" for flag in missing]
+        raise UsageError("\n".join([*lines, f"See mobilellm {name} --help."])) from None
     if stray:
         raise UsageError(f"stray argument {stray[0]!r}; flags are written --name=value.")
     return overrides
-
-
-def _explain(name: str, own: list[flags.Flag[Any]], error: flags.Error) -> NoReturn:
-    missing = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
-    if not missing:
-        raise UsageError(f"{error}") from None
-    meaning = {flag.name: flag.help for flag in own}
-    lines = [f"--{m} is missing: {meaning.get(m, '')}" for m in missing]
-    raise UsageError("\n".join([*lines, f"See mobilellm {name} --help."])) from None
 
 
 def _overview() -> str:
@@ -137,11 +148,10 @@ def _overview() -> str:
     )
 
 
-def _usage(name: str, command: ModuleType) -> str:
-    own = _own_flags(command)
+def _usage(name: str, command: ModuleType, own: flags.FlagValues) -> str:
     lines = [f"Usage: mobilellm {name} --flag=value ...", "", inspect.getdoc(command) or ""]
     lines += ["", "Flags:"]
-    for flag in own:
+    for flag in map(own.__getitem__, own):
         switch = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
         default = "" if flag.default in (None, "", []) else f" (default: {flag.default_as_str})"
         lines.append(f"  {switch}")

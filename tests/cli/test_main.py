@@ -117,6 +117,15 @@ def test_flags_start_from_their_defaults_each_time(train_with: Callable[..., Non
     assert cli.main(["train", CONFIG]) == 2
 
 
+def test_two_commands_may_have_a_flag_of_the_same_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command, own in (("evaluate", "--perplexity"), ("generate", "--top_k")):
+        assert cli.main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "  --checkpoint\n" in out and f"  {own}\n" in out
+
+
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (75, 75)])
 def test_exit_code_of_a_command(
     returned: int | None, code: int, train_with: Callable[..., None]
@@ -144,12 +153,15 @@ def test_bad_input_is_one_message(
     assert capsys.readouterr().err == "mobilellm train: train.steps=0 must be at least 1.\n"
 
 
-def test_a_failure_while_running_is_raised(train_with: Callable[..., None]) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("bug elsewhere")])
+def test_a_failure_while_running_is_raised(
+    error: Exception, train_with: Callable[..., None]
+) -> None:
     def fail(argv: list[str]) -> None:
-        raise RuntimeError("out of memory")
+        raise error  # not a frame of the package, so not its refusal
 
     train_with(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(type(error), match=str(error)):
         cli.main(["train", CONFIG, "--workdir=x"])
 
 

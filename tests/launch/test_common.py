@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 TOOLS = ("basename", "bash", "cat", "cksum", "dirname", "env", "mkdir", "cp", "chmod")
 
-TOO_OLD = "#!/bin/sh\nexit 1\n"
+FAILS = "#!/bin/sh\nexit 1\n"
+# Runs the check for real, on an interpreter that says it is older.
+TOO_OLD = f"""#!/bin/sh
+exec {sys.executable} -c "import sys; sys.version_info = (3, 10, 14); exec(sys.argv[1])" "$2"
+"""
 # Says yes to every `-c`, makes an environment whose python is itself, and has the pip given.
 SUITABLE = """#!/bin/sh
 case "$*" in
@@ -67,7 +72,7 @@ def test_no_suitable_python(script: str, names: tuple[str, ...], checkout: Path)
 
 
 def test_a_python_that_fails_is_passed_over(checkout: Path) -> None:
-    put(checkout, "python3.12", TOO_OLD)
+    put(checkout, "python3.12", FAILS)
     put(checkout, "python3.11", SUITABLE.format(minor=11, pip=":"))
     result = install(checkout, "test torch==2.13.0")
     assert (result.returncode, result.stderr) == (0, "")
@@ -115,7 +120,7 @@ def test_failing_pip_is_one_line_that_names_the_log(checkout: Path) -> None:
 
 def test_failing_venv_is_one_line(checkout: Path) -> None:
     script = SUITABLE.format(minor=12, pip=":").replace(
-        "mkdir -p .venv/bin &&", "echo two lines; echo disk full; exit 1;"
+        "mkdir -p .venv/bin &&", "(echo two lines; echo disk full) >&2; exit 1;"
     )
     put(checkout, "python3", script)
     result = install(checkout, '""')
