@@ -22,6 +22,7 @@ from mobilellm_jax import rundir
 from mobilellm_jax.data.tokenizer import TOKENIZER_CONFIG, Tokenizer, copy_tokenizer
 
 _SPACE = "\u2581"
+_ALL = 1_000_000
 _proto: Any = sentencepiece_model_pb2  # its classes exist only at run time
 _Piece = _proto.ModelProto.SentencePiece
 _REMEDY = (
@@ -103,18 +104,23 @@ def convert_sentencepiece(file: Path) -> tokenizers.Tokenizer:
             byte_fallback=trainer.byte_fallback,
         )
     )
-    steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    steps: list[Any] = []
     if normalizer.remove_extra_whitespaces:
-        steps += [
-            normalizers.Replace(Regex(f"^{_SPACE}+|{_SPACE}+$"), ""),
-            normalizers.Replace(Regex(f"{_SPACE}{{2,}}"), _SPACE),
-        ]
+        # Here U+2581 counts as a space behind and before which spaces go, but not as one to go.
+        steps.append(normalizers.Replace(Regex(f"^ +|(?<=[ {_SPACE}]) +"), ""))
+        steps.append(normalizers.Replace(Regex(f"[ {_SPACE}]+$"), ""))
+    steps.append(normalizers.Replace(" ", _SPACE))
     if normalizer.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     fast.normalizer = normalizers.Sequence(steps)
-    strip = [decoders.Strip(" ", 1, 0)] if normalizer.add_dummy_prefix else []
+    leading = _ALL if normalizer.remove_extra_whitespaces else int(normalizer.add_dummy_prefix)
     fast.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        [
+            decoders.Replace(_SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", leading, 0),
+        ]
     )
     special = [p.piece for p in proto.pieces if p.type in (_Piece.UNKNOWN, _Piece.CONTROL)]
     fast.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
