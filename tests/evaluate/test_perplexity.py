@@ -1,0 +1,202 @@
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import transformers
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from mobilellm_jax.evaluate.perplexity import PerplexityResult, perplexity
+from mobilellm_jax.export.huggingface import write_huggingface
+from mobilellm_jax.model.transformer import Params, Transformer, init_params
+
+torch.set_num_threads(1)  # two pools of threads on one machine wait for each other
+TINY = ModelConfig(
+    vocab_size=300,
+    embed_dim=32,
+    num_blocks=2,
+    num_repeats=2,
+    sharing="reverse",
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    max_seq_len=32,
+    compute_dtype="float32",
+)
+# Characters of one to four bytes, spaces in rows, a BOS that is plain text: 10 windows and a rest.
+TEXT = "the cat  sat on the mat, na\u00efve \u2581 \u65e5\u672c \U0001f600\n<s>\tthe dog\r\n" * 8
+# A float32 log-softmax over 300 tokens, two implementations; the mean over 300 is better still.
+LOSS_TOLERANCE = 2e-6
+
+
+@functools.cache
+def params_of(config: ModelConfig) -> Params:
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    text = "the cat sat on the mat and the dog ran to the cat\n" * 20
+    return train_tokenizer([text], 300, tmp_path_factory.mktemp("sp") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def result(tokenizer: Tokenizer) -> PerplexityResult:
+    return perplexity(TINY, params_of(TINY), tokenizer, TEXT)
+
+
+def windows(tokenizer: Tokenizer, text: str, length: int = TINY.max_seq_len) -> np.ndarray:
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    cut = [ids[i : i + length] for i in range(0, len(ids), length)]
+    return np.array([window for window in cut if len(window) == length])
+
+
+def piece_bytes(tokenizer: Tokenizer) -> list[int]:
+    """Bytes of each token from its piece, as SentencePiece lists it."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.file))
+    return [
+        1
+        if model.is_byte(i)
+        else 0
+        if model.is_control(i)
+        else len(model.id_to_piece(i).replace("\u2581", " ").encode())
+        for i in range(tokenizer.vocab_size)
+    ]
+
+
+def test_loss_equals_the_papers_loop_over_huggingface_llama(
+    result: PerplexityResult, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    write_huggingface(TINY, params_of(TINY), tokenizer, tmp_path / "hf", layout="hf")
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert llama.config.num_hidden_layers == 4
+    losses = []
+    for window in windows(tokenizer, TEXT):
+        tokens = torch.tensor(window[None])
+        with torch.no_grad():
+            losses.append(llama(tokens, labels=tokens).loss.double().item())
+    assert result.windows == len(losses) >= 10
+    assert result.loss == pytest.approx(np.mean(losses), abs=LOSS_TOLERANCE)
+    assert result.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=LOSS_TOLERANCE)
+    assert result.loss > math.log(300)  # not the loss of a model that knows nothing
+
+
+def test_loss_equals_float64_log_softmax_of_the_logits(
+    result: PerplexityResult, tokenizer: Tokenizer
+) -> None:
+    tokens_WT = windows(tokenizer, TEXT)
+    forward = jax.jit(lambda p, t: Transformer(TINY).apply({"params": p}, t))
+    logits_WTV = np.asarray(forward(params_of(TINY), tokens_WT), np.float64)[:, :-1]
+    log_sum_WT = np.log(np.exp(logits_WTV).sum(-1))
+    target_WT = np.take_along_axis(logits_WTV, tokens_WT[:, 1:, None], -1)[..., 0]
+    assert result.loss == pytest.approx((log_sum_WT - target_WT).mean(), abs=LOSS_TOLERANCE)
+    assert result.tokens == target_WT.size == result.windows * 31
+
+
+def test_bits_per_byte_counts_the_bytes_of_the_scored_tokens(
+    result: PerplexityResult, tokenizer: Tokenizer
+) -> None:
+    sizes = piece_bytes(tokenizer)
+    ids = tokenizer.encode(TEXT)
+    assert sum(sizes[i] for i in ids) == len(TEXT.encode()) + 1  # the space before the first word
+    firsts = windows(tokenizer, TEXT)[1:, 0]
+    assert any(sizes[i] > 1 for i in firsts) and any(sizes[i] == 1 and i < 259 for i in firsts)
+    scored = sum(sizes[i] for i in windows(tokenizer, TEXT)[:, 1:].ravel()) - 1
+    assert scored < len(TEXT.encode()) - 20
+    bits = result.loss * result.tokens / math.log(2)
+    assert result.bits_per_byte == pytest.approx(bits / scored, rel=1e-12)
+
+
+@pytest.mark.parametrize("cut", range(0, 40, 3))
+def test_bytes_are_exact_wherever_the_text_ends(cut: int, tokenizer: Tokenizer) -> None:
+    text = TEXT[: len(TEXT) - cut]
+    config = dataclasses.replace(TINY, max_seq_len=9)
+    result = perplexity(config, params_of(config), tokenizer, text, batch_size=8)
+    sizes = piece_bytes(tokenizer)
+    scored = sum(sizes[i] for i in windows(tokenizer, text, 9)[:, 1:].ravel()) - 1
+    bits = result.loss * result.tokens / math.log(2)
+    assert round(bits / result.bits_per_byte, 6) == scored
+
+
+def test_last_partial_window_is_dropped(tokenizer: Tokenizer, result: PerplexityResult) -> None:
+    rest = 1 + len(tokenizer.encode(TEXT)) - 32 * result.windows
+    assert 0 < rest < 32
+    longer = perplexity(TINY, params_of(TINY), tokenizer, TEXT + "\x01" * (31 - rest))
+    assert (longer.loss, longer.tokens) == (result.loss, result.tokens)
+    assert longer.bits_per_byte == result.bits_per_byte
+    more = perplexity(TINY, params_of(TINY), tokenizer, TEXT + "\x01" * (32 - rest))
+    assert more.windows == result.windows + 1
+    assert more.loss != result.loss
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batch_size_changes_nothing(
+    batch_size: int, result: PerplexityResult, tokenizer: Tokenizer
+) -> None:
+    assert result.windows % 4 != 0  # the last batch is padded
+    other = perplexity(TINY, params_of(TINY), tokenizer, TEXT, batch_size=batch_size)
+    assert other.loss == pytest.approx(result.loss, abs=LOSS_TOLERANCE)
+    assert dataclasses.replace(other, loss=0, perplexity=0, bits_per_byte=0) == (
+        dataclasses.replace(result, loss=0, perplexity=0, bits_per_byte=0)
+    )
+
+
+def test_model_that_knows_nothing_has_the_vocabulary_as_perplexity(tokenizer: Tokenizer) -> None:
+    nothing = jax.tree.map(np.zeros_like, params_of(TINY))
+    result = perplexity(TINY, nothing, tokenizer, TEXT)
+    assert result.loss == pytest.approx(math.log(300), abs=1e-6)
+    assert result.perplexity == pytest.approx(300, rel=1e-6)
+
+
+def test_text_of_exactly_one_window_is_scored_and_a_shorter_one_refused(
+    tokenizer: Tokenizer,
+) -> None:
+    one, short = "z" * 30, "z" * 29  # a byte each, and the space before them
+    assert [len(tokenizer.encode(text)) for text in (one, short)] == [31, 30]
+    assert perplexity(TINY, params_of(TINY), tokenizer, one).windows == 1
+    with pytest.raises(ValueError, match=r"31 tokens, BOS included.*32 of one window.*longer text"):
+        perplexity(TINY, params_of(TINY), tokenizer, short)
+    with pytest.raises(ValueError, match=r"The text has 1 tokens"):
+        perplexity(TINY, params_of(TINY), tokenizer, "")
+
+
+def test_windows_without_a_scored_token_are_refused(tokenizer: Tokenizer) -> None:
+    config = dataclasses.replace(TINY, max_seq_len=1)
+    with pytest.raises(ValueError, match=r"max_seq_len=1 must be at least 2"):
+        perplexity(config, params_of(config), tokenizer, TEXT)
+
+
+def test_parameters_that_are_not_numbers_fail(tokenizer: Tokenizer) -> None:
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params_of(TINY))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        perplexity(TINY, broken, tokenizer, TEXT)
+
+
+def test_byte_level_tokenizer_counts_the_same_bytes(tmp_path: Path) -> None:
+    import tokenizers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE(
+        {p: i for i, p in enumerate(["<s>", "</s>", *alphabet, "\u0120t"])}, [("\u0120", "t")]
+    )
+    built = tokenizers.Tokenizer(model)
+    built.add_special_tokens(["<s>", "</s>"])
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    built.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    result = perplexity(TINY, params_of(TINY), tokenizer, TEXT)
+    # One piece of two bytes, all others of one.
+    pairs = int((windows(tokenizer, TEXT)[:, 1:] == tokenizer.vocab_size - 1).sum())
+    assert pairs > 5
+    bits = result.loss * result.tokens / math.log(2)
+    assert round(bits / result.bits_per_byte, 6) == result.tokens + pairs
