@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+import torch
+import transformers
 
 from mobilellm_jax import generate as generate_module
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from mobilellm_jax.export.huggingface import write_huggingface
 from mobilellm_jax.generate import (
     GREEDY,
     Sampling,
@@ -26,6 +29,7 @@ from mobilellm_jax.generate import (
 from mobilellm_jax.model.cache import KVCache, init_cache
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 
+torch.set_num_threads(1)  # two pools of threads on one machine wait for each other
 TINY = ModelConfig(
     vocab_size=300,
     embed_dim=32,
@@ -120,6 +124,29 @@ def test_greedy_equals_argmax_over_full_forwards(sharing: str, repeats: int) -> 
     [ids] = generate(config, params, [prompt], max_new_tokens=64, sampling=GREEDY)
     assert len(set(ids)) > 8, "weights that only repeat a token would test nothing"
     assert ids == naive_greedy(params, prompt, 64, config)
+
+
+@pytest.mark.parametrize(("sharing", "repeats"), SHARINGS)
+def test_greedy_equals_transformers_generate_on_the_export(
+    sharing: str, repeats: int, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(TINY, sharing=sharing, num_repeats=repeats)
+    params = lively_params(config)
+    prompt = [1, 5, 7, 200, 31]
+    [ids] = generate(config, params, [prompt], max_new_tokens=64, sampling=GREEDY)
+    write_huggingface(config, params, tokenizer, tmp_path / "hf", layout="hf")
+    llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert llama.config.num_hidden_layers == 2 * repeats
+    tokens = torch.tensor([prompt])
+    theirs = llama.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=64,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert theirs[0, len(prompt) :].tolist() == ids
 
 
 def test_untied_model_in_bfloat16_generates_what_the_full_forward_says() -> None:

@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mobilellm_jax.checkpoint import save_model
+from mobilellm_jax.cli import main as cli
+from mobilellm_jax.config import Config, DataConfig, ModelConfig
+from mobilellm_jax.data.tokenizer import train_tokenizer
+from mobilellm_jax.evaluate.perplexity import perplexity
+from mobilellm_jax.export.huggingface import write_huggingface
+from mobilellm_jax.model.transformer import init_params
+from mobilellm_jax.open_model import open_model
+
+TEXT = "the cat sat\r\non the mat \u00e9\n" * 12
+TINY = ModelConfig(
+    vocab_size=300,
+    embed_dim=16,
+    num_blocks=1,
+    num_repeats=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    ffn_dim=32,
+    max_seq_len=64,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a run, its export `hf`, and text.txt."""
+    folder = tmp_path_factory.mktemp("runs")
+    text = "the cat sat on the mat and the dog ran to the cat\n" * 20
+    tokenizer = train_tokenizer([text], 300, folder / "tokenizer.model")
+    shapes = jax.eval_shape(lambda key: init_params(TINY, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+    config = Config(model=TINY, data=DataConfig(seq_len=64))
+    save_model(folder / "run", config, params, tokenizer)
+    write_huggingface(TINY, params, tokenizer, folder / "hf")
+    (folder / "text.txt").write_bytes(TEXT.encode())
+    return folder
+
+
+def test_run_step_and_export_give_the_same_result(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = open_model(folder / "run")
+    expected = perplexity(model.config, model.params, model.tokenizer, TEXT)
+    assert expected.windows > 1
+    for name in ("run", "run/checkpoints/0", "hf"):
+        output = tmp_path / "result.json"
+        args = [f"--checkpoint={folder / name}", f"--perplexity={folder / 'text.txt'}"]
+        assert cli.main(["evaluate", *args, f"--output={output}"]) == 0
+        out = capsys.readouterr().out
+        assert output.read_text() == out
+        record = json.loads(out)
+        # An export applies copies of a block; the order of float32 sums may differ.
+        assert record["loss"] == pytest.approx(expected.loss, abs=1e-6)
+        assert record["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+        assert record["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
+        assert (record["tokens"], record["windows"]) == (expected.tokens, expected.windows)
+        assert record["file"] == str(folder / "text.txt")
+        origin = folder / ("hf" if name == "hf" else "run/checkpoints/0")
+        assert record["checkpoint"] == str(origin)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--perplexity=gone.txt"], "--perplexity=gone.txt does not exist"),
+        (["--perplexity=."], "--perplexity=. is a folder"),
+        (["--perplexity=latin.txt"], "latin.txt must be UTF-8, but byte 3 is 0xe9"),
+        (["--perplexity=short.txt"], "tokens, BOS included, and must have at least the 64"),
+        (["--perplexity=text.txt", "--output=no/such/x.json"], "the folder no/such does not exist"),
+        (["--perplexity=text.txt", "--output=."], "--output=. is a folder"),
+        (["--perplexity=text.txt", "--checkpoint=rum"], "'rum' does not exist. Did you mean run?"),
+        ([], "--perplexity is missing: text file in UTF-8"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_message(
+    args: list[str],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder)
+    Path("latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    Path("short.txt").write_text("the cat")
+    before = sorted(folder.iterdir())
+    assert cli.main(["evaluate", "--checkpoint=run", *args]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert sorted(folder.iterdir()) == before

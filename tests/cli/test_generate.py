@@ -1,0 +1,194 @@
+import dataclasses
+import io
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mobilellm_jax.checkpoint import save_model
+from mobilellm_jax.cli import generate as command
+from mobilellm_jax.cli import main as cli
+from mobilellm_jax.config import Config, DataConfig, ModelConfig
+from mobilellm_jax.data.tokenizer import train_tokenizer
+from mobilellm_jax.generate import GREEDY, Sampling, generate, stream_text
+from mobilellm_jax.model.transformer import init_params
+from mobilellm_jax.open_model import OpenedModel, open_model
+
+TINY = ModelConfig(
+    vocab_size=300,
+    embed_dim=16,
+    num_blocks=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    ffn_dim=32,
+    max_seq_len=64,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    text = "the cat sat on the mat and the dog ran to the cat\n" * 20
+    tokenizer = train_tokenizer([text], 300, folder / "tokenizer.model")
+    shapes = jax.eval_shape(lambda key: init_params(TINY, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+    config = Config(model=TINY, data=DataConfig(seq_len=64))
+    save_model(folder / "run", config, params, tokenizer)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> OpenedModel:
+    return open_model(run)
+
+
+def continuation(model: OpenedModel, prompt: str, count: int, sampling: Sampling) -> str:
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]
+    [new] = generate(
+        *(model.config, model.params, [ids]),
+        max_new_tokens=count,
+        sampling=sampling,
+        eos_id=model.tokenizer.eos_id,
+    )
+    return model.tokenizer.decode([*ids, *new])
+
+
+def test_flags_have_the_defaults_of_sampling() -> None:
+    flags = {
+        "temperature": command._TEMPERATURE.default,
+        "top_k": command._TOP_K.default,
+        "top_p": command._TOP_P.default,
+        "seed": command._SEED.default,
+    }
+    assert flags == dataclasses.asdict(Sampling())
+
+
+def test_prompt_is_continued(
+    run: Path, model: OpenedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["generate", f"--checkpoint={run}", "--prompt=the cat", "--max_new_tokens=30"]
+    assert cli.main([*args, "--temperature=0"]) == 0
+    out, err = capsys.readouterr()
+    assert out == continuation(model, "the cat", 30, GREEDY) + "\n"
+    assert out.startswith("the cat")
+    assert re.search(r"\[30 tokens in [\d.]+ s, [\d.]+ tokens/s once compiled\]", err)
+    assert cli.main([*args, "--temperature=1.5", "--top_k=9", "--top_p=0.8", "--seed=4"]) == 0
+    sampling = Sampling(temperature=1.5, top_k=9, top_p=0.8, seed=4)
+    assert capsys.readouterr().out == continuation(model, "the cat", 30, sampling) + "\n"
+
+
+def test_default_length_fits_the_model(
+    run: Path, model: OpenedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "the cat sat"
+    used = 1 + len(model.tokenizer.encode(prompt))
+    assert cli.main(["generate", f"--checkpoint={run}", f"--prompt={prompt}"]) == 0
+    expected = continuation(model, prompt, 64 - used, Sampling())
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_piped_lines_are_continued_each(
+    run: Path,
+    model: OpenedModel,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n\nthe dog"))
+    args = ["generate", f"--checkpoint={run}", "--max_new_tokens=12", "--seed=1"]
+    assert cli.main(args) == 0
+    texts = [continuation(model, p, 12, Sampling(seed=1)) for p in ("the cat", "", "the dog")]
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in texts)
+
+
+def test_piped_line_that_does_not_fit_ends_with_2(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("z" * 70))
+    assert cli.main(["generate", f"--checkpoint={run}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "model.max_seq_len=64; shorten the prompt." in err
+
+
+def test_piped_bytes_that_are_not_utf8_end_with_2(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    assert cli.main(["generate", f"--checkpoint={run}"]) == 2
+    assert "standard input must be UTF-8" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_conversation_goes_on_after_a_mistake_until_the_end_of_input(
+    run: Path,
+    model: OpenedModel,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = iter(["z" * 70, "the dog"])
+
+    def answer(prompt: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", answer)
+    args = ["generate", f"--checkpoint={run}", "--max_new_tokens=9", "--temperature=0"]
+    assert cli.main(args) == 0
+    out, err = capsys.readouterr()
+    assert out == continuation(model, "the dog", 9, GREEDY) + "\n"
+    assert "shorten the prompt" in err
+
+
+def test_control_characters_are_harmless_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, file = Terminal(), io.StringIO()
+    for output in (terminal, file):
+        monkeypatch.setattr(sys, "stdout", output)
+        command._show("a\x1b[2Jb\x00\x7f\n\t\u00e9")
+    assert terminal.getvalue() == "a\u241b[2Jb\u2400\u2421\n\t\u00e9"
+    assert file.getvalue() == "a\x1b[2Jb\x00\x7f\n\t\u00e9"
+
+
+def test_text_appears_while_it_is_drawn(
+    run: Path, model: OpenedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(command, "_show", shown.append)
+    args = ["generate", f"--checkpoint={run}", "--prompt=the", "--max_new_tokens=40"]
+    assert cli.main(args) == 0
+    pieces = stream_text(*(model.config, model.params, model.tokenizer, "the"), max_new_tokens=40)
+    assert shown == ["the", *pieces]
+    assert len(shown) > 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--temperature=-1", "temperature=-1.0 must be a number of at least 0"),
+        ("--top_p=0", "top_p=0.0 must be greater than 0"),
+        ("--top_k=-3", "top_k=-3 must be at least 0"),
+        ("--seed=-1", "seed=-1 must be at least 0"),
+        ("--max_new_tokens=0", "max_new_tokens"),
+        ("--max_new_tokens=64", "max_new_tokens=64 exceed model.max_seq_len=64"),
+        ("--checkpoint=nowhere", "checkpoint='nowhere' does not exist"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_message(
+    flag: str, message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", f"--checkpoint={run}", "--prompt=a", flag]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
