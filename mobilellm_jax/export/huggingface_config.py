@@ -88,6 +88,11 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     Raises:
       ValueError: for whatever this package would compute differently, all of it listed.
     """
+    if "model_type" not in values:
+        raise ValueError(
+            f"{file} has no model_type, so it is not Hugging Face's; a run folder is used as it "
+            "is, without an import."
+        )
     problems = list(_unsupported(values))
     problems += [
         f"{key}={values.get(key)!r} must be a whole number above 0."

@@ -106,8 +106,8 @@ def convert_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     )
     steps: list[Any] = []
     if normalizer.remove_extra_whitespaces:
-        # Here U+2581 counts as a space behind and before which spaces go, but not as one to go.
-        steps.append(normalizers.Replace(Regex(f"^ +|(?<=[ {_SPACE}]) +"), ""))
+        # At the end, and only there, U+2581 in the text goes too.
+        steps.append(normalizers.Replace(Regex("^ +|(?<= ) +"), ""))
         steps.append(normalizers.Replace(Regex(f"[ {_SPACE}]+$"), ""))
     steps.append(normalizers.Replace(" ", _SPACE))
     if normalizer.add_dummy_prefix:

@@ -273,6 +273,7 @@ def test_keys_of_the_papers_code(tokenizer, tmp_path):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention are not"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 must be 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
+        ({"model_type": KEY_ABSENT}, "has no model_type, so it is not Hugging Face's"),
         ({"model_type": "qwen2"}, "model_type='qwen2' must be llama or mobilellm"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM or Mobile"),
         ({"hidden_size": KEY_ABSENT}, "hidden_size=None must be a whole number above 0"),

@@ -1,0 +1,50 @@
+"""Turns a Hugging Face directory into a run folder, which train.init_from can start from.
+
+  mobilellm import --source=downloads/MobileLLM-125M --output=runs/mobilellm_125m
+  mobilellm import --source=exported/ls --output=runs/ls
+
+The directory holds a LlamaForCausalLM, a MobileLLM in the layout of the paper's code, or what
+`mobilellm export` wrote: config.json, the weights (safetensors, or pytorch_model.bin where torch is
+installed) and tokenizer.model or tokenizer.json. Other models are refused, with what is in the way.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+_SOURCE = flags.DEFINE_string("source", None, "Hugging Face directory", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "run folder to make", required=True)
+
+
+def main(argv: list[str]) -> None:
+    """Imports."""
+    del argv  # no config, no overrides
+    from mobilellm_jax.checkpoint import save_model
+    from mobilellm_jax.config import Config, DataConfig
+    from mobilellm_jax.data.tokenizer import load_tokenizer
+    from mobilellm_jax.export.huggingface import read_huggingface
+    from mobilellm_jax.model.size import parameter_count
+    from mobilellm_jax.rundir import whole_directory
+
+    source, output = Path(_SOURCE.value), Path(_OUTPUT.value)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output={output} exists; name a new folder, or delete this one first.")
+    imported = read_huggingface(source)
+    model = imported.config
+    tokenizer = load_tokenizer(imported.tokenizer_file)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{imported.tokenizer_file} has {tokenizer.vocab_size} tokens, but the model only "
+            f"vocab_size={model.vocab_size}; put the tokenizer that it was trained with there."
+        )
+    seq_len = min(DataConfig().seq_len, model.max_seq_len)
+    config = Config(model=model, data=DataConfig(seq_len=seq_len))
+    with whole_directory(output) as folder:
+        save_model(folder, config, imported.params, tokenizer)
+    print(
+        f"{output}: step 0",
+        f"{parameter_count(model):,} parameters, {model.num_blocks} blocks, each applied "
+        f"{model.num_repeats} times" + (f" ({model.sharing})" if model.num_repeats > 1 else ""),
+        f"weights were {imported.dtype}: export --dtype={imported.dtype} gives their bits back",
+        sep="\n  ",
+    )

@@ -1,0 +1,109 @@
+"""`mobilellm import` and `mobilellm export`, there and back."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mobilellm_jax.cli import main as cli
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.tokenizer import train_tokenizer
+from mobilellm_jax.export.huggingface import read_huggingface, write_huggingface
+from mobilellm_jax.model.transformer import init_params
+from mobilellm_jax.open_model import open_model
+
+CONFIG = ModelConfig(
+    vocab_size=300,
+    embed_dim=16,
+    num_blocks=2,
+    num_repeats=3,
+    sharing="reverse",
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=24,
+    max_seq_len=64,
+)
+BLOCK_BYTES = 4 * (2 * 16 * 8 * (4 + 2) + 3 * 16 * 24 + 2 * 16)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    tokenizer = train_tokenizer(["the quick brown fox"] * 9, 290, tmp_path / "x.model")
+    params = init_params(CONFIG, jax.random.key(0))
+    write_huggingface(CONFIG, params, tokenizer, tmp_path / "source", layout="mobilellm")
+    return tmp_path / "source"
+
+
+def test_import_then_export_gives_the_files_back(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, back, plain = tmp_path / "run", tmp_path / "back", tmp_path / "plain"
+    assert cli.main(["import", f"--source={source}", f"--output={run}"]) == 0
+    out = capsys.readouterr().out
+    assert "2 blocks, each applied 3 times (reverse)" in out and "float32" in out
+    opened = open_model(run)
+    assert opened.step == 0
+    assert opened.config == read_huggingface(source).config
+
+    flags = [f"--checkpoint={run}", "--format=mobilellm", f"--output={back}"]
+    assert cli.main(["export", *flags]) == 0
+    assert f"once: {4 * BLOCK_BYTES:,} bytes less than --format=hf" in capsys.readouterr().out
+    for file in source.iterdir():
+        assert (back / file.name).read_bytes() == file.read_bytes(), file.name
+
+    assert cli.main(["export", f"--checkpoint={run}", f"--output={plain}"]) == 0
+    out = capsys.readouterr().out
+    assert f"{4 * BLOCK_BYTES:,} bytes more than --format=mobilellm" in out
+    assert "6 layers stored, 6 applied" in out
+    assert json.loads((plain / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_export_of_a_huggingface_directory_in_bfloat16(source: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    flags = ["--format=mobilellm", "--dtype=bfloat16", f"--output={half}"]
+    assert cli.main(["export", f"--checkpoint={source}", *flags]) == 0
+    found, given = read_huggingface(half), read_huggingface(source)
+    assert found.dtype == "bfloat16"
+    exact = given.params["embedding"]["table"]
+    np.testing.assert_allclose(found.params["embedding"]["table"], exact, rtol=2**-8)
+    assert not np.array_equal(found.params["embedding"]["table"], exact)
+
+
+def test_bad_input_has_a_message_and_makes_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    full = f"--output={tmp_path}"
+    for args, message in (
+        (["import", f"--source={tmp_path / 'no'}", f"--output={new}"], "no Hugging Face directory"),
+        (["import", f"--source={source}", full], "exists; name a new folder"),
+        (["export", f"--checkpoint={source}", full], "exists; give a new folder"),
+        (["export", f"--checkpoint={source}", "--format=gguf", f"--output={new}"], "hf|mobilellm"),
+        (["export", f"--checkpoint={source}"], "--output is missing: folder to make"),
+    ):
+        assert cli.main(args) == 2
+        assert message in capsys.readouterr().err
+    tokenizer_sized = json.loads((source / "config.json").read_text()) | {"vocab_size": 280}
+    (source / "config.json").write_text(json.dumps(tokenizer_sized))
+    assert cli.main(["import", f"--source={source}", f"--output={new}"]) == 2
+    assert "of another shape: model.embed_tokens.weight (300, 16), not (280, 16)" in (
+        capsys.readouterr().err
+    )
+    assert not new.exists()
+
+
+def test_import_refuses_a_tokenizer_larger_than_the_model(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    # 290 are possible with the fixture's text, 310 with this one.
+    texts = ["sphinx of black quartz, judge my vow; pack my box with five dozen liquor jugs"] * 9
+    (source / "tokenizer.model").unlink()
+    train_tokenizer(texts, 310, source / "tokenizer.model")
+    assert cli.main(["import", f"--source={source}", f"--output={tmp_path / 'run'}"]) == 2
+    assert "has 310 tokens, but the model only vocab_size=300" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
