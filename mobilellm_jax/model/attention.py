@@ -43,20 +43,34 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, with G = N / K neighbouring query heads per key head.
 
-    Scores and softmax are float32 whatever the type of the operands.
+    Scores and softmax are float32 whatever the type of the operands. The G heads of a group and the
+    T queries are the rows (M) of one matrix product per key head, and the softmax is normalised
+    after the product with v, on T x H numbers instead of T x S: on a CPU both save passes over the
+    scores, which cost more than the products.
     """
     batch, length, num_heads, head_dim = q_BTNH.shape
-    num_kv_heads = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
-    scores_BKGTS = scores_BKGTS * (head_dim**-0.5)
+    keys, num_kv_heads = k_BSKH.shape[1:3]
+    group = num_heads // num_kv_heads
+    rows = group * length
+    q_BTKGH = q_BTNH.reshape(batch, length, num_kv_heads, group, head_dim)
+    q_BKMH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, rows, head_dim)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+
+    scores_BKMS = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGTS = scores_BKMS.reshape(batch, num_kv_heads, group, length, keys)
     lowest = np.finfo(np.float32).min
     scores_BKGTS = jnp.where(mask_BTS[:, None, None, :, :], scores_BKGTS, lowest)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(batch, length, num_heads, head_dim)
+    highest_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
+    weights_BKGTS = jnp.exp((scores_BKGTS - highest_BKGT1) * head_dim**-0.5)
+    total_BKM1 = jnp.sum(weights_BKGTS, axis=-1).reshape(batch, num_kv_heads, rows, 1)
+
+    weights_BKMS = weights_BKGTS.reshape(batch, num_kv_heads, rows, keys).astype(v_BSKH.dtype)
+    out_BKMH = jnp.einsum(
+        "BKMS,BKSH->BKMH", weights_BKMS, v_BKSH, preferred_element_type=jnp.float32
+    )
+    out_BKMH = (out_BKMH / total_BKM1).astype(q_BTNH.dtype)
+    out_BKGTH = out_BKMH.reshape(batch, num_kv_heads, group, length, head_dim)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, head_dim)
 
 
 class Attention(nn.Module):
