@@ -104,8 +104,8 @@ class _TfdsSource(Source):
     def identity(self) -> str:
         info = self._builder.info
         splits = ", ".join(
-            f"{name}: {self._builder.info.splits[name].num_examples} in "
-            f"{self._builder.info.splits[name].num_bytes} bytes"
+            f"{name}: {info.splits[name].num_examples} records, "
+            f"{int(info.splits[name].num_bytes)} bytes"
             for name in ([self._split] if self._split else self.splits())
         )
         return f"tfds {info.full_name} ({splits})"
@@ -120,8 +120,10 @@ class _TfdsSource(Source):
     @functools.cached_property
     def _builder(self) -> Any:
         try:
-            builder = tfds.builder(self._name, file_format="array_record")
-            builder.download_and_prepare()
+            builder = tfds.builder(self._name)  # in whatever format it lies there
+            if not builder.is_prepared():
+                builder = tfds.builder(self._name, file_format="array_record")
+                builder.download_and_prepare()
         except tfds.core.DatasetNotFoundError as error:
             hint = config.near_miss(self._name, tfds.list_builders(with_community_datasets=False))
             raise ValueError(f"source={self.spec!r}: TFDS knows no such dataset.{hint}") from error

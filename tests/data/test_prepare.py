@@ -108,12 +108,17 @@ def test_python_docs_keep_their_own_split(
 ) -> None:
     docs = [(f"module/{i}", f"docs of module number {i} are here\n") for i in range(60)]
     monkeypatch.setattr(python_docs, "documents", lambda stdlib: iter(docs))
-    manifest = prepare(["python_docs", f"text:{corpus}/00.txt"], tmp_path / "data", vocab_size=290)
+    sources = ["python_docs", f"text:{corpus}/00.txt"]
+    manifest = prepare(sources, tmp_path / "data", vocab_size=295)
     held_out = {text for name, text in docs if python_docs.split_of(name) == "validation"}
     assert 0 < len(held_out) < 60
     assert set(texts_in(tmp_path / "data", "validation")) == held_out
     # A single file is not held out where there is validation text already.
     assert manifest.sources[1]["documents"] == {"train": 1, "validation": 0}
+    sources = ["python_docs", f"text:{corpus}/0*.txt"]
+    half = prepare(sources, tmp_path / "half", vocab_size=295, validation_fraction=0.5)
+    assert half.sources[0] == manifest.sources[0]
+    assert 0 < half.sources[1]["documents"]["validation"] < 10
 
 
 def test_a_given_tokenizer_is_used_and_copied(

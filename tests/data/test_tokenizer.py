@@ -61,7 +61,7 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     model.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=350,
-        special_tokens=["<s>", "</s>"],
+        special_tokens=["<s>", "</s>", "<pad>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -197,6 +197,7 @@ def test_a_special_token_in_a_text_is_text(byte_level: Tokenizer) -> None:
     raw.no_padding()
     assert raw.encode("a<s>b", add_special_tokens=False).ids.count(0) == 1  # what must not happen
     assert byte_level.encode("a<s>b").count(0) == 0
+    assert byte_level.decode([0, 2, 1]) == "<pad>"  # only BOS and EOS are dropped
     assert byte_level.encode("ab, ba!") == raw.encode("ab, ba!", add_special_tokens=False).ids
 
 
@@ -212,7 +213,7 @@ def renamed(byte_level: Tokenizer, folder: Path, names: dict[str, str]) -> Path:
 def test_bos_and_eos_of_a_tokenizer_json(byte_level: Tokenizer, tmp_path: Path) -> None:
     assert (byte_level.bos_id, byte_level.eos_id, byte_level.vocab_size) == (0, 1, 350)
     file = renamed(byte_level, tmp_path, {"<s>": "<start>", "</s>": "<stop>"})
-    with pytest.raises(ValueError, match=r"special tokens are <start>, <stop>\. Put a"):
+    with pytest.raises(ValueError, match=r"special tokens are <start>, <stop>, <pad>\. Put a"):
         load_tokenizer(file)
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"bos_token": {"content": "<start>"}, "eos_token": "<stop>"}))
