@@ -105,8 +105,7 @@ def _stream(dataset: Dataset, split: str) -> TokenStream:
     if stream is None or stream.tokens < 2:
         tokens = 0 if stream is None else stream.tokens
         remedy = (
-            "prepare it again with a larger --validation_fraction, or train with "
-            "train.eval_every=0 where no validation is wanted"
+            "prepare it again with a larger --validation_fraction"
             if split == VALIDATION
             else "prepare it again from sources with text"
         )
