@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 # A room is a file or a folder directly under the package.
 FLOORS = {
     "config": 1,
+    "host_memory": 1,
     "rundir": 1,
     "architectures": 2,
     "data": 2,

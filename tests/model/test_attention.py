@@ -1,0 +1,48 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobilellm_jax.model.attention import attend, causal_mask
+
+
+def naive(
+    q_BTNH: np.ndarray, k_BSKH: np.ndarray, v_BSKH: np.ndarray, mask_BTS: np.ndarray
+) -> np.ndarray:
+    """One query at a time, in float64, straight from the definition."""
+    batch, length, heads, head_dim = q_BTNH.shape
+    group = heads // k_BSKH.shape[2]
+    out_BTNH = np.zeros(q_BTNH.shape)
+    for b, t, n in np.ndindex(batch, length, heads):
+        seen_S = mask_BTS[b if len(mask_BTS) > 1 else 0, t]
+        k_SH, v_SH = k_BSKH[b, seen_S, n // group], v_BSKH[b, seen_S, n // group]
+        scores_S = k_SH @ q_BTNH[b, t, n] / np.sqrt(head_dim)
+        weights_S = np.exp(scores_S - scores_S.max())
+        out_BTNH[b, t, n] = weights_S @ v_SH / weights_S.sum()
+    return out_BTNH
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
+def test_equals_the_definition(heads: int, kv_heads: int) -> None:
+    rng = np.random.default_rng(heads)
+    q = rng.normal(size=(2, 7, heads, 8)) * 3
+    k, v = rng.normal(size=(2, 2, 7, kv_heads, 8))
+    segments_BT = np.array([[1, 1, 1, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 2]], np.int32)
+    mask = causal_mask(jnp.asarray(segments_BT), 7)
+    out = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask)
+    # float32 over sums of 7 terms of size 3.
+    np.testing.assert_allclose(out, naive(q, k, v, np.asarray(mask)), atol=2e-6)
+
+
+def test_large_scores_stay_finite() -> None:
+    q = jnp.full((1, 3, 1, 4), 1e4)
+    value = attend(q, q, q, causal_mask(None, 3))
+    gradient = jax.grad(lambda x: attend(x, x, x, causal_mask(None, 3)).sum())(q)
+    np.testing.assert_allclose(value, 1e4)
+    assert jnp.isfinite(gradient).all()
+
+
+def test_mask_is_causal_and_keeps_documents_apart() -> None:
+    mask = causal_mask(jnp.asarray([[1, 1, 2, 2]], jnp.int32), 4)
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    np.testing.assert_array_equal(mask[0], np.array(expected, bool))

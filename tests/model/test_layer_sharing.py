@@ -1,0 +1,114 @@
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobilellm_jax.config import ModelConfig, Sharing
+from mobilellm_jax.model.attention import AttentionContext, causal_mask
+from mobilellm_jax.model.block import Block
+from mobilellm_jax.model.layer_sharing import application_order
+from mobilellm_jax.model.rope import rotation
+from mobilellm_jax.model.transformer import Params, Transformer, init_params
+
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
+SHARED = [(s, r) for s in ("immediate", "repeat_all", "reverse") for r in (2, 3)]
+
+
+def logits(config: ModelConfig, params: Params) -> jax.Array:
+    return jax.jit(lambda p, t: Transformer(config).apply({"params": p}, t))(params, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("sharing", "two", "three"),
+    [
+        ("immediate", "0011", "000111222"),
+        ("repeat_all", "0101", "012012012"),
+        ("reverse", "0110", "012210012"),
+    ],
+)
+def test_order_is_the_papers(sharing: Sharing, two: str, three: str) -> None:
+    # Fig. 6 shows two blocks twice: 1 1 2 2, 1 2 1 2, 1 2 2 1.
+    assert "".join(map(str, application_order(2, 2, sharing))) == two
+    assert "".join(map(str, application_order(3, 3, sharing))) == three
+
+
+@pytest.mark.parametrize(("sharing", "repeats"), SHARED)
+def test_shared_equals_unshared_with_copied_blocks(
+    tiny: Callable[..., ModelConfig],
+    strong_params: Callable[..., Params],
+    sharing: Sharing,
+    repeats: int,
+) -> None:
+    shared = tiny(sharing=sharing, num_repeats=repeats)
+    unshared = tiny(num_blocks=3 * repeats)
+    params = strong_params(shared)
+    order = np.array(application_order(3, repeats, sharing))
+    copied = {**params, "blocks": jax.tree.map(lambda x: x[order], params["blocks"])}
+    # The same float32 sums in the same order, but for how XLA fuses two different loops.
+    np.testing.assert_allclose(logits(shared, params), logits(unshared, copied), atol=3e-5)
+    other = logits(tiny(), params)
+    assert float(jnp.abs(other - logits(shared, params)).max()) > 0.1
+
+
+@pytest.mark.parametrize("unroll", [1, 2, 3])
+def test_scan_equals_an_unrolled_loop(
+    tiny: Callable[..., ModelConfig], strong_params: Callable[..., Params], unroll: int
+) -> None:
+    config = tiny(sharing="reverse", num_repeats=2, scan_unroll=unroll)
+    params = strong_params(config)
+
+    def by_hand(params: Params, tokens: jax.Array) -> jax.Array:
+        """Calls a plain block layer after layer, with no scan anywhere."""
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        context = AttentionContext(
+            rotation=rotation(positions, config.head_dim, config.rope_theta),
+            positions_BT=positions,
+            mask_BTS=causal_mask(None, tokens.shape[1]),
+        )
+        x = params["embedding"]["table"][tokens]
+        for u in application_order(3, 2, "reverse"):
+            block = jax.tree.map(lambda leaf, u=u: leaf[u], params["blocks"])
+            x, _ = Block(config).apply({"params": block}, x, context, None, jnp.int32(0))
+        x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps)
+        return x * params["final_norm"]["scale"][None, None, :] @ params["embedding"]["table"].T
+
+    expected = jax.jit(by_hand)(params, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(logits(config, params), expected, atol=3e-5)
+
+
+def test_repeats_change_no_parameter(tiny: Callable[..., ModelConfig]) -> None:
+    key = jax.random.key(0)
+    plain = init_params(tiny(), key)
+    for sharing, repeats in SHARED:
+        shared = init_params(tiny(sharing=sharing, num_repeats=repeats), key)
+        jax.tree.map(np.testing.assert_array_equal, plain, shared)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("sharing", ["immediate", "reverse"])
+def test_remat_changes_no_gradient(
+    tiny: Callable[..., ModelConfig],
+    strong_params: Callable[..., Params],
+    remat: str,
+    sharing: Sharing,
+) -> None:
+    plain = tiny(sharing=sharing, num_repeats=2)
+    recomputed = tiny(sharing=sharing, num_repeats=2, remat=remat)
+    assert plain.remat != recomputed.remat
+    params = strong_params(plain)
+
+    def gradient(config: ModelConfig) -> tuple[Params, str]:
+        def loss(params: Params) -> jax.Array:
+            return jnp.sum(
+                jnp.square(Transformer(config).apply({"params": params}, jnp.asarray(TOKENS)))
+            )
+
+        function = jax.jit(jax.grad(loss))
+        return function(params), function.lower(params).as_text()
+
+    (expected, plain_text), (found, text) = gradient(plain), gradient(recomputed)
+    assert text.count("dot_general") > plain_text.count("dot_general")  # it does compute again
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), expected, found)
