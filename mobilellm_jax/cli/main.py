@@ -5,6 +5,7 @@ traceback); 75 saved, start me again; 130 interrupted. absl's own `app.run` woul
 flags, so the parsing is done here.
 """
 
+import collections
 import importlib
 import inspect
 import keyword
@@ -32,7 +33,8 @@ COMMANDS = {
 }
 
 _HELP = {"-h", "-help", "--help"}
-_flags_of: dict[str, flags.FlagValues] = {}  # by command, of those imported so far
+_PACKAGE = "mobilellm_jax.cli"
+_flags_of: dict[str, flags.FlagValues] = collections.defaultdict(flags.FlagValues)  # by module
 
 
 def run() -> int:
@@ -61,8 +63,8 @@ def main(args: list[str]) -> int:
         return BAD_INPUT
 
 
-def import_command(name: str) -> ModuleType:
-    """Returns the command's module, its flags taken out of absl's global ones.
+def import_command(name: str) -> tuple[ModuleType, flags.FlagValues]:
+    """Returns the command's module, and its flags taken out of absl's global ones.
 
     Two commands may then both have an `--output`, also in one process, as the tests have them.
 
@@ -76,19 +78,23 @@ def import_command(name: str) -> ModuleType:
             f"The commands are {', '.join(COMMANDS)}."
         )
     file = f"{name}_" if keyword.iskeyword(name) else name
-    command = importlib.import_module(f"mobilellm_jax.cli.{file}")
-    if name not in _flags_of:
-        own = flags.FlagValues()  # type: ignore[no-untyped-call]  # absl's stub leaves it untyped
-        for flag in flags.FLAGS.get_flags_for_module(command.__name__):
-            own[flag.name] = flag
-        flags.FLAGS.remove_flag_values(own)
-        _flags_of[name] = own
-    return command
+    _set_flags_aside()
+    command = importlib.import_module(f"{_PACKAGE}.{file}")
+    _set_flags_aside()
+    return command, _flags_of[command.__name__]
+
+
+def _set_flags_aside() -> None:
+    """Takes the flags of every command imported so far out of absl's global ones."""
+    for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
+        if module.startswith(f"{_PACKAGE}.") and defined:
+            for flag in defined:
+                _flags_of[module][flag.name] = flag
+            flags.FLAGS.remove_flag_values(_flags_of[module])
 
 
 def _run(name: str, args: list[str]) -> int:
-    command = import_command(name)
-    own = _flags_of[name]
+    command, own = import_command(name)
     if _asks_for_help(args):
         print(_usage(name, command, own))
         return 0
