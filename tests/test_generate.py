@@ -165,9 +165,9 @@ def test_batch_of_different_lengths_equals_each_alone(params: Params) -> None:
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 300, n).tolist() for n in (1, 40, 3, 17, 16)]
     together = generate(TINY, params, prompts, max_new_tokens=70, sampling=GREEDY)
-    alone = [generate(TINY, params, [p], max_new_tokens=70, sampling=GREEDY)[0] for p in prompts]
+    alone = [naive_greedy(params, prompt, 40, TINY) for prompt in prompts]
     assert len({tuple(ids) for ids in alone}) == len(prompts)
-    assert together == alone
+    assert [ids[:40] for ids in together] == alone
 
 
 def test_sampled_row_does_not_depend_on_its_neighbours(params: Params) -> None:
