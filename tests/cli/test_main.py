@@ -126,6 +126,17 @@ def test_two_commands_may_have_a_flag_of_the_same_name(
         assert "  --checkpoint\n" in out and f"  {own}\n" in out
 
 
+def test_a_command_imported_directly_is_not_in_the_way() -> None:
+    script = (
+        "import mobilellm_jax.cli.evaluate; from mobilellm_jax.cli.main import main;"
+        "raise SystemExit(main(['generate', '--help']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (75, 75)])
 def test_exit_code_of_a_command(
     returned: int | None, code: int, train_with: Callable[..., None]
