@@ -93,7 +93,9 @@ def test_files_of_a_plain_llama(tiny_config, tiny_params, tokenizer, output):
     ]
     theirs = LlamaConfig.from_pretrained(output)
     assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
-    assert values_of(output)["rope_theta"] == 500.0  # for transformers 4
+    values = values_of(output)
+    assert values["rope_parameters"] == theirs.rope_parameters
+    assert values["rope_theta"] == 500.0  # for transformers 4
     assert theirs.dtype == torch.bfloat16
     assert GenerationConfig.from_pretrained(output).eos_token_id == tokenizer.eos_id
     assert {t.dtype for t in tensors_of(output).values()} == {np.dtype(ml_dtypes.bfloat16)}
@@ -338,8 +340,9 @@ def test_head_beside_tied_embeddings_must_equal_them(folder):
 
 
 def test_weights_of_several_dtypes_count_as_float32(folder):
+    half = {name: tensor.astype(np.float16) for name, tensor in tensors_of(folder).items()}
     norm_D = tensors_of(folder)["model.norm.weight"].astype(ml_dtypes.bfloat16)
-    drop_tensors(folder, **{"model.norm.weight": norm_D})
+    drop_tensors(folder, **half | {"model.norm.weight": norm_D})
     found = read_huggingface(folder)
     assert found.dtype == "float32"
     np.testing.assert_array_equal(found.params["final_norm"]["scale"], norm_D.astype(np.float32))
