@@ -1,6 +1,7 @@
 """`mobilellm import` and `mobilellm export`, there and back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -29,12 +30,18 @@ CONFIG = ModelConfig(
 BLOCK_BYTES = 4 * (2 * 16 * 8 * (4 + 2) + 3 * 16 * 24 + 2 * 16)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    tokenizer = train_tokenizer(["the quick brown fox"] * 9, 290, tmp_path / "x.model")
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    tokenizer = train_tokenizer(["the quick brown fox"] * 9, 290, folder / "x.model")
     params = init_params(CONFIG, jax.random.key(0))
-    write_huggingface(CONFIG, params, tokenizer, tmp_path / "source", layout="mobilellm")
-    return tmp_path / "source"
+    write_huggingface(CONFIG, params, tokenizer, folder / "source", layout="mobilellm")
+    return folder / "source"
+
+
+@pytest.fixture
+def source(exported: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(exported, tmp_path / "source")
 
 
 def test_import_then_export_gives_the_files_back(

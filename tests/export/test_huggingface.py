@@ -206,6 +206,21 @@ def test_import_of_what_transformers_saved(tokenizer, tmp_path):
     assert (tmp_path / "untied, plain, sharded" / "model.safetensors.index.json").is_file()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_transformers_saved_goes_back_bit_by_bit(dtype, tokenizer, tmp_path):
+    model = random_llama(num_key_value_heads=2).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "theirs")
+    copy_tokenizer(tokenizer, tmp_path / "theirs")
+    found = read_huggingface(tmp_path / "theirs")
+    assert found.dtype == dtype
+    write_huggingface(found.config, found.params, tokenizer, tmp_path / "ours", dtype=found.dtype)
+    theirs, ours = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "ours")
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        assert ours[name].tobytes() == tensor.tobytes(), name
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_import_of_torch_weights(tied, tokenizer, tmp_path):
     model = random_llama(tie_word_embeddings=tied)
