@@ -1,6 +1,6 @@
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import pytest
@@ -27,13 +27,16 @@ def tiny() -> Callable[..., ModelConfig]:
     return lambda **fields: dataclasses.replace(TINY, **fields)
 
 
+@functools.cache
+def _strong_params() -> Params:
+    params: Params = init_params(TINY, jax.random.key(0))
+    return jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, params)
+
+
 @pytest.fixture
-def strong_params() -> Callable[..., Params]:
-    """Parameters large enough that every part of the model matters to the logits."""
+def strong_params() -> Params:
+    """Parameters of the tiny config, so large that every part of it matters to the logits.
 
-    def make(config: ModelConfig, seed: int = 0) -> Any:
-        return jax.tree.map(
-            lambda x: x * 8 if x.ndim > 2 else x, init_params(config, jax.random.key(seed))
-        )
-
-    return make
+    Repeats and their order change no shape, so they serve every way of sharing.
+    """
+    return _strong_params()

@@ -21,10 +21,10 @@ def apply(config: ModelConfig, params: Params, **arguments: Any) -> jax.Array:
 
 
 def test_logits_see_the_past_and_never_the_future(
-    tiny: Callable[..., ModelConfig], strong_params: Callable[..., Params]
+    tiny: Callable[..., ModelConfig], strong_params: Params
 ) -> None:
     config = tiny(num_repeats=2)
-    params = strong_params(config)
+    params = strong_params
     forward = jax.jit(lambda t: Transformer(config).apply({"params": params}, t))
     before = forward(TOKENS)
     for t in range(10):
@@ -36,10 +36,10 @@ def test_logits_see_the_past_and_never_the_future(
 
 
 def test_documents_in_one_window_do_not_see_each_other(
-    tiny: Callable[..., ModelConfig], strong_params: Callable[..., Params]
+    tiny: Callable[..., ModelConfig], strong_params: Params
 ) -> None:
     config = tiny(sharing="reverse", num_repeats=2)
-    params = strong_params(config)
+    params = strong_params
     segments = np.array([[1] * 4 + [2] * 6, [1] * 9 + [2]], np.int32)
     positions = np.array([[*range(4), *range(6)], [*range(9), 0]], np.int32)
     forward = jax.jit(
@@ -103,10 +103,10 @@ def test_every_parameter_has_logical_axes(tiny: Callable[..., ModelConfig]) -> N
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_logits(
-    tiny: Callable[..., ModelConfig], strong_params: Callable[..., Params]
+    tiny: Callable[..., ModelConfig], strong_params: Params
 ) -> None:
     wide, narrow = tiny(), tiny(compute_dtype="bfloat16")
-    params = strong_params(wide)
+    params = strong_params
     assert apply(narrow, params, method="hidden").dtype == jnp.bfloat16
     expected, found = apply(wide, params), apply(narrow, params)
     assert found.dtype == jnp.float32
