@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Self
 
 import jax
 import numpy as np
@@ -42,7 +41,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._old: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         # Python delivers signals to the main thread only, and refuses handlers set elsewhere.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):

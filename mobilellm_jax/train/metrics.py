@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import TextIO
 
 import jax
 from tensorboard.summary import Writer
@@ -87,7 +87,7 @@ class MetricsWriter:
         )
         self._printed = -math.inf
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(
