@@ -1,27 +1,32 @@
 """What a run carries from step to step, and how it is spread over the mesh."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, UInt32
 
 from mobilellm_jax.config import Config
 from mobilellm_jax.model.transformer import Params, init_boxed
 from mobilellm_jax.sharding import Rules, use
 
 
+Leaf = Any
+"""An array or, in an abstract state, its `jax.ShapeDtypeStruct`."""
+
+
 @struct.dataclass
 class TrainState:
     """Everything that the next step depends on, besides its batch."""
 
-    step: Int[Array, ""]  # optimizer steps taken, skipped ones included
+    step: Leaf  # int32 scalar: optimizer steps taken, skipped ones included
     params: Params  # float32
     optimizer: optax.OptState
-    key_data: UInt32[Array, "words"]  # of the PRNG key that sampling during training folds
-    bad_steps: Int[Array, ""]  # non-finite steps in a row, up to now
+    key_data: Leaf  # uint32 words of the PRNG key that sampling during training folds
+    bad_steps: Leaf  # int32 scalar: non-finite steps in a row, up to now
 
 
 def _init_boxed(

@@ -1,0 +1,322 @@
+"""A run from the command line to its checkpoint: resumed, extended, refused."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mobilellm_jax import checkpoint, pretrain
+from mobilellm_jax.cli.main import main
+from mobilellm_jax.config import Config, ConfigError, from_json
+from mobilellm_jax.data.prepare import prepare
+
+ROOT = Path(__file__).parent.parent
+STEPS = 16
+CONFIG = f"""
+from mobilellm_jax.config import to_config_dict
+
+def get_config():
+    config = to_config_dict()
+    config.model.update(vocab_size=300, embed_dim=16, num_blocks=2, num_repeats=2, num_heads=2,
+                        num_kv_heads=1, head_dim=8, ffn_dim=24, max_seq_len=64)
+    config.data.update(path=DATA, seq_len=16)
+    config.optimizer.update(peak_lr=1e-2, warmup_steps=2)
+    config.train.update(steps={STEPS}, global_batch=8, log_every=1, eval_every=8, eval_batches=2,
+                        checkpoint_every=3, keep_checkpoints=3)
+    config.evaluate.update(every=8, samples=1)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["thin", "deep", "block", "shared", "twice", "phone", "small", "model"]
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)) + ".\n")
+    output = folder / "tokens"
+    prepare([f"text:{folder}/*.txt"], output, vocab_size=300, validation_fraction=0.1)
+    return output
+
+
+@pytest.fixture
+def config_file(data: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "config.py"
+    path.write_text(f"DATA = {str(data)!r}\n{CONFIG}")
+    return path
+
+
+def command(config_file: Path, workdir: Path, *overrides: str) -> list[str]:
+    flags = [f"--config={config_file}", f"--workdir={workdir}", *overrides]
+    return [sys.executable, "-m", "mobilellm_jax", "train", *flags]
+
+
+def run(config_file: Path, workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(config_file, workdir, *overrides),
+        cwd=ROOT,
+        env=one_device(),
+        capture_output=True,
+        text=True,
+    )
+
+
+def one_device() -> dict[str, str]:
+    """The environment of a laptop; what one run compiles, the next finds in the cache."""
+    cache = Path(tempfile.gettempdir()) / f"mobilellm-test-cache-{os.getpid()}"
+    return {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r}
+
+
+def validations(workdir: Path) -> dict[int, float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r["validation/bpb"] for r in map(json.loads, lines) if "validation/bpb" in r}
+
+
+def stored(workdir: Path, step: int) -> dict[str, Any]:
+    """Everything that a step holds, read by Orbax itself: parameters, optimizer, step, key."""
+    folder = workdir / "checkpoints" / str(step)
+    with ocp.StandardCheckpointer() as reader:
+        return {name: reader.restore(folder / name) for name in ("params", "optimizer")}
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = folder / "config.py"
+    config.write_text(f"DATA = {str(data)!r}\n{CONFIG}")
+    result = run(config, folder / "run")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def test_run_folder_is_complete(uninterrupted: Path) -> None:
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert names == {
+        *("config.json", "tokenizer.model", "checkpoints", "metrics.jsonl", "tensorboard"),
+        *("loss.png", "samples.txt"),
+    }
+    assert checkpoint.steps(uninterrupted) == [12, 15, 16]
+    assert sorted(losses(uninterrupted)) == list(range(1, STEPS + 1))
+    assert sorted(validations(uninterrupted)) == [0, 8, 16]
+    assert from_json((uninterrupted / "config.json").read_text()).model.compute_dtype == "float32"
+    lines = (uninterrupted / "samples.txt").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [s["step"] for s in samples] == [8, 16]
+    assert all(isinstance(s["text"], str) for s in samples)
+
+
+def test_it_learns(uninterrupted: Path) -> None:
+    assert validations(uninterrupted)[16] < validations(uninterrupted)[0] - 0.5
+
+
+@pytest.mark.parametrize("after_step", [2, 10])
+def test_killed_run_goes_on_as_if_nothing_had_happened(
+    config_file: Path, tmp_path: Path, uninterrupted: Path, after_step: int
+) -> None:
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(config_file, workdir),
+        cwd=ROOT,
+        env=one_device(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and max(losses(workdir), default=0) >= after_step):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (checkpoint.latest_step(workdir) or 0) < STEPS
+
+    result = run(config_file, workdir)
+    assert result.returncode == 0, result.stderr
+    assert losses(workdir) == losses(uninterrupted)
+    assert validations(workdir) == validations(uninterrupted)
+    assert (workdir / "samples.txt").read_text() == (uninterrupted / "samples.txt").read_text()
+    assert_same_bits(stored(workdir, STEPS), stored(uninterrupted, STEPS))
+
+
+def test_stopped_run_saves_and_asks_to_be_started_again(
+    config_file: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(config_file, workdir, "--config.train.checkpoint_every=1000"),
+        cwd=ROOT,
+        env=one_device(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not ((workdir / "metrics.jsonl").exists() and losses(workdir)):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, text = process.communicate()
+    assert process.returncode == 75, text
+    step = checkpoint.latest_step(workdir)
+    assert step is not None
+    assert 1 <= step < STEPS
+    assert run(config_file, workdir).returncode == 0
+    assert losses(workdir) == losses(uninterrupted)
+
+
+def test_finished_run_is_extended_by_more_steps(config_file: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    assert run(config_file, workdir, "--config.train.steps=4").returncode == 0
+    again = run(config_file, workdir, "--config.train.steps=4")
+    assert again.returncode == 0, again.stderr
+    assert checkpoint.latest_step(workdir) == 4
+    assert run(config_file, workdir, "--config.train.steps=6").returncode == 0
+    assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_start_from_another_runs_parameters(
+    data: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    base = from_json((uninterrupted / "config.json").read_text())
+    train = dataclasses.replace(
+        base.train, init_from=str(uninterrupted), steps=3, eval_every=3, checkpoint_every=3
+    )
+    config = dataclasses.replace(base, train=train)
+    assert pretrain.pretrain(config, tmp_path / "run")
+    # The first update is zero, so validation before it is that of the parameters given.
+    expected = validations(uninterrupted)[16]
+    assert validations(tmp_path / "run")[0] == pytest.approx(expected, rel=1e-5)
+
+
+BAD_RUNS = {
+    "unknown key": (["--config.model.num_head=2"], ["model.num_head", "model.num_heads"]),
+    "wrong type": (["--config.train.steps=many"], ["train.steps=many", "whole number"]),
+    "heads": (
+        ["--config.model.num_heads=3", "--config.model.num_kv_heads=2"],
+        ["model.num_heads=3", "model.num_kv_heads=2", "multiple", "choose"],
+    ),
+    "batch and devices": (
+        ["--config.train.global_batch=12"],
+        ["train.global_batch=12", "multiple of 8", "(8)"],
+    ),
+    "batch and accumulation": (
+        ["--config.train.accumulation_steps=2"],
+        ["train.global_batch=8", "train.accumulation_steps (2)", "multiple of 16"],
+    ),
+    "mesh": (["--config.mesh.data=3"], ["mesh.data=3", "8 devices", "-1"]),
+    "vocabulary": (
+        ["--config.model.vocab_size=256"],
+        ["model.vocab_size=256", "300", "--config.model.vocab_size=300"],
+    ),
+    "no data": (["--config.data.path=/nowhere"], ["/nowhere", "does not exist", "prepare"]),
+    "no such source": (
+        ["--config.data.path=new", "--config.data.source=python_doc"],
+        ["python_doc", "python_docs"],
+    ),
+    "workdir": (["--workdir=/dev/null/run"], ["/dev/null/run", "cannot be written", "--workdir"]),
+    "warm-up": (
+        ["--config.optimizer.warmup_steps=99"],
+        ["optimizer.warmup_steps=99", "train.steps=16"],
+    ),
+    "start": (["--config.train.init_from=/nowhere"], ["/nowhere"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_bad_input_ends_with_one_message_before_any_compile(
+    case: str,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def compiled(*_: object, **__: object) -> None:
+        raise AssertionError("computing began")
+
+    monkeypatch.setattr(jax, "jit", compiled)
+    monkeypatch.setattr(pretrain, "abstract_state", compiled)
+    monkeypatch.chdir(tmp_path)
+    flags, expected = BAD_RUNS[case]
+    arguments = ["train", f"--config={config_file}", "--workdir=run", *flags]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    for part in expected:
+        assert part in message
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_missing_tokenizer_is_named(
+    config_file: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = data / "tokenizer.model"
+    content = tokenizer.read_bytes()
+    tokenizer.unlink()
+    try:
+        assert main(["train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}"]) == 2
+    finally:
+        tokenizer.write_bytes(content)
+    message = capsys.readouterr().err
+    assert str(tokenizer) in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_empty_corpus_is_named(
+    content: str | None,
+    config_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if content is not None:
+        (tmp_path / "empty.txt").write_text(content)
+    flags = [
+        f"--config.data.path={tmp_path / 'new'}",
+        f"--config.data.source=text:{tmp_path}/*.txt",
+    ]
+    arguments = ["train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *flags]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert str(tmp_path) in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_config_is_refused_with_its_differences(uninterrupted: Path) -> None:
+    base = from_json((uninterrupted / "config.json").read_text())
+    optimizer = dataclasses.replace(base.optimizer, peak_lr=3e-2)
+    with pytest.raises(ConfigError) as error:
+        pretrain.pretrain(dataclasses.replace(base, optimizer=optimizer), uninterrupted)
+    assert "optimizer.peak_lr: 0.01 there, 0.03 here" in str(error.value)
+    assert "train.init_from" in str(error.value)
+
+
+def test_fewer_steps_than_taken_are_refused(uninterrupted: Path) -> None:
+    base: Config = from_json((uninterrupted / "config.json").read_text())
+    fewer = dataclasses.replace(base, train=dataclasses.replace(base.train, steps=5))
+    with pytest.raises(ConfigError, match=r"train.steps=5 is less than the 16 steps"):
+        pretrain.pretrain(fewer, uninterrupted)
