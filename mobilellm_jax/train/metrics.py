@@ -1,6 +1,7 @@
 """Where the numbers of a run go: the terminal, `metrics.jsonl`, TensorBoard."""
 
 import contextlib
+import io
 import json
 import math
 import sys
@@ -8,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import cast
 
 import jax
 from tensorboard.summary import Writer
@@ -49,7 +50,7 @@ def model_flops_utilization(
     return flops_per_token(config, seq_len) * tokens_per_sec / (peak * jax.device_count())
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, int | float]]:
     """Returns the records of a `metrics.jsonl`; a last line cut short by a crash is left out."""
     records = []
     lines = path.read_text("utf-8").split("\n") if path.exists() else []
@@ -69,7 +70,7 @@ class MetricsWriter:
     (re)starts from, so that a resumed run leaves the record of an uninterrupted one.
     """
 
-    def __init__(self, run: Path, first_step: int, last_step: int, stream: TextIO) -> None:
+    def __init__(self, run: Path, first_step: int, last_step: int, stream: io.TextIOBase) -> None:
         path = run / rundir.METRICS
         kept = [r for r in read_metrics(path) if r["step"] <= first_step]
         rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
@@ -125,6 +126,6 @@ class MetricsWriter:
             print(text, file=self._stream, flush=True)
 
 
-def stderr() -> TextIO:
+def stderr() -> io.TextIOBase:
     """Returns the stream that progress goes to (looked up late, so that tests can replace it)."""
-    return sys.stderr
+    return cast(io.TextIOBase, sys.stderr)

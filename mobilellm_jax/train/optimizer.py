@@ -38,7 +38,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def is_matrix(params: Params) -> Params:
     """Returns True at every leaf that weight decay applies to: all but the norms' scales."""
 
-    def decays(path: tuple[Any, ...], _: jax.Array) -> bool:
+    def decays(path: tuple[Any, ...], _: object) -> bool:
         # A boxed leaf has the box's attribute as the last part of its path.
         return all(getattr(part, "key", None) != "scale" for part in path)
 

@@ -13,7 +13,6 @@ from mobilellm_jax.config import Config
 from mobilellm_jax.model.transformer import Params, init_boxed
 from mobilellm_jax.sharding import Rules, use
 
-
 Leaf = Any
 """An array or, in an abstract state, its `jax.ShapeDtypeStruct`."""
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TypedDict, cast
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,27 @@ class StepMetrics(TypedDict):
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-LossSums = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class UnderMesh(Generic[Result]):
+    """A jitted function that is traced under its own mesh and rules, whatever surrounds the call.
+
+    `lower` is for those who look at the program instead of running it.
+    """
+
+    jitted: jax.stages.Wrapped
+    mesh: Mesh
+    rules: Rules
+
+    def __call__(self, *arguments: Any) -> Result:
+        with use(self.mesh, self.rules):
+            return cast(Result, self.jitted(*arguments))
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        with use(self.mesh, self.rules):
+            return self.jitted.lower(*arguments)
 
 
 def chunk_positions(config: Config, rows: int, shards: int) -> int:
@@ -56,7 +76,7 @@ def make_train_step(
     mesh: Mesh,
     rules: Rules,
     state: TrainState,
-) -> TrainStep:
+) -> UnderMesh[tuple[TrainState, StepMetrics]]:
     """Returns the jitted step. `state` tells the shardings: concrete or abstract.
 
     The loss is the mean over all targets of the global batch, however it is split into
@@ -93,7 +113,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         targets = jnp.sum(batch["weights"])
         loss, gradient = loss_and_gradient(state.params, batch, jnp.maximum(targets, 1.0))
-        grad_norm = optax.global_norm(gradient)
+        grad_norm = optax.tree.norm(gradient)
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         new_params = optax.apply_updates(state.params, updates)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -123,14 +143,12 @@ def make_train_step(
         donate_argnums=0,
     )
 
-    def call(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        with use(mesh, rules):
-            return cast(tuple[TrainState, StepMetrics], jitted(state, batch))
-
-    return call
+    return UnderMesh(jitted, mesh, rules)
 
 
-def make_loss_sums(config: Config, mesh: Mesh, rules: Rules, rows: int) -> LossSums:
+def make_loss_sums(
+    config: Config, mesh: Mesh, rules: Rules, rows: int
+) -> UnderMesh[tuple[jax.Array, jax.Array]]:
     """Returns a jitted function to (sum of losses in nats, number of targets) of a batch."""
     model = Transformer(config.model)
     chunk = chunk_positions(config, rows, batch_shards(mesh))
@@ -141,16 +159,12 @@ def make_loss_sums(config: Config, mesh: Mesh, rules: Rules, rows: int) -> LossS
         losses_BT = token_losses(x_BTD, head_matrix(params, config.model), batch["targets"], chunk)
         return jnp.sum(losses_BT * batch["weights"]), jnp.sum(batch["weights"])
 
-    def call(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        with use(mesh, rules):
-            return cast(tuple[jax.Array, jax.Array], loss_sums(params, batch))
-
-    return call
+    return UnderMesh(loss_sums, mesh, rules)
 
 
 def _updates_made(optimizer: optax.OptState) -> jax.Array:
     """Optax counts in several places, all alike; a skipped step counts in none."""
-    (_, count), *_ = optax.tree_utils.tree_get_all_with_path(optimizer, "count")
+    (_, count), *_ = optax.tree.get_all_with_path(optimizer, "count")
     return cast(jax.Array, count)
 
 
