@@ -1,0 +1,143 @@
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.train.metrics import (
+    MetricsWriter,
+    model_flops_utilization,
+    peak_flops,
+    read_metrics,
+    stderr,
+)
+
+
+class Device:
+    def __init__(self, kind: str) -> None:
+        self.device_kind = kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),  # not the v5 whose name it begins with
+        ("TPU v5e", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+        ("Tesla T4", None),
+        ("The NVIDIA A100", None),
+    ],
+)
+def test_peak_goes_by_the_start_of_the_devices_name(kind: str, peak: float | None) -> None:
+    # `peak_flops` is called below its type check: a jax.Device cannot be made up.
+    assert peak_flops.__wrapped__(Device(kind)) == peak
+
+
+def test_mfu_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(
+        vocab_size=100,
+        embed_dim=10,
+        num_blocks=2,
+        num_repeats=3,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        ffn_dim=20,
+    )
+    # A block: 2 * 10 * 4 * (2 + 1) in attention, 3 * 10 * 20 in the feed-forward = 840 weights.
+    # Six are applied, and the head of 1,000: 6 * 6,040. Attention: 6 * 6 * 8 * 50.
+    flops = 36_240 + 14_400
+    assert model_flops_utilization(config, 50, 1e6) is None  # a CPU
+    eight = [Device("TPU v4")] * 8
+    monkeypatch.setattr(jax, "devices", lambda: eight)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    monkeypatch.setattr("mobilellm_jax.train.metrics.peak_flops", peak_flops.__wrapped__)
+    found = model_flops_utilization(config, 50, 2e10)
+    assert found == pytest.approx(flops * 2e10 / (8 * 275e12), rel=1e-12)
+    assert found == pytest.approx(0.4603636, rel=1e-6)
+
+
+def test_records_are_on_disk_at_once_and_in_tensorboard(tmp_path: Path, stream: Any) -> None:
+    with MetricsWriter(tmp_path, 0, 10, stream) as writer:
+        writer.write(1, {"train/loss": 2.5})
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 2.5}\n'
+        writer.write(2, {"train/loss": 2.25, "train/grad_norm": 1.0})
+        assert read_metrics(tmp_path / "metrics.jsonl") == [
+            {"step": 1, "train/loss": 2.5},
+            {"step": 2, "train/loss": 2.25, "train/grad_norm": 1.0},
+        ]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert content.count(b"train/loss") == 2
+    assert content.count(b"train/grad_norm") == 1
+
+
+def test_opening_cuts_the_record_back_to_the_first_step(tmp_path: Path, stream: Any) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": s, "train/loss": 1 / s}) + "\n" for s in (10, 20, 30)]
+    # Killed while it wrote the record of step 40, after the checkpoint of step 20.
+    path.write_text("".join(lines) + '{"step": 40, "tra')
+    with MetricsWriter(tmp_path, 20, 100, stream) as writer:
+        assert path.read_text() == lines[0] + lines[1]
+        writer.write(30, {"train/loss": 0.5})
+    assert [r["step"] for r in read_metrics(path)] == [10, 20, 30]
+    assert read_metrics(path)[-1]["train/loss"] == 0.5
+
+
+def test_only_the_last_line_may_be_torn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    path.write_text('{"step": 1}\n{"step": 2')
+    assert read_metrics(path) == [{"step": 1}]
+    path.write_text('{"st\n{"step": 2}\n')
+    with pytest.raises(json.JSONDecodeError):
+        read_metrics(path)
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
+    tmp_path: Path, stream: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed = {"sec": 0.0}
+    started = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: started + passed["sec"])
+    with MetricsWriter(tmp_path, 0, 100, stream) as writer:
+        for step, passed["sec"] in ((1, 0.0), (2, 5.0), (3, 9.9), (4, 10.1), (5, 12.0), (6, 20.2)):
+            writer.progress(step, f"loss {step}", 3725.9)
+        writer.progress(100, "loss 0", 0.0, force=True)
+        writer.message("by the way")
+    assert stream.getvalue().splitlines() == [
+        "step 1/100  loss 1  62:05 left",
+        "step 4/100  loss 4  62:05 left",
+        "step 6/100  loss 6  62:05 left",
+        "step 100/100  loss 0  0:00 left",
+        "by the way",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_bar(tmp_path: Path, terminal: Any) -> None:
+    with MetricsWriter(tmp_path, 40, 100, terminal) as writer:
+        assert "40/100" in terminal.getvalue()  # a resumed run starts where it was
+        writer.message("by the way")
+        writer.progress(100, "loss 0.5", 0.0)
+    shown = terminal.getvalue()
+    assert "100/100" in shown
+    assert "loss 0.5" in shown
+    assert "by the way\n" in shown
+    assert "left" not in shown
+
+
+def test_progress_goes_to_the_standard_error_of_the_moment(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print("here", file=stderr())
+    assert capsys.readouterr().err == "here\n"
