@@ -9,6 +9,7 @@ install ""
 
 run=runs/quickstart
 .venv/bin/mobilellm train --config=configs/quickstart.py --workdir="$run"
+rm -rf "$run/hf" # of an earlier start; export does not overwrite
 .venv/bin/mobilellm export --checkpoint="$run" --format=hf --output="$run/hf"
 
 for prompt in "Return a list of" "Raised when" "The with statement"; do

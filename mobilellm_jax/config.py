@@ -48,6 +48,7 @@ class ModelConfig:
     max_seq_len: int = 2048  # longest sequence in tokens that the model is meant for
     rope_theta: float = 10_000.0  # base of the rotary angles
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    init_std: float = 0.02  # of every matrix at the start; narrow models learn faster from more
     attention: Attention = "auto"  # kernel
     remat: Remat = "none"  # what the backward pass computes again: nothing, all but dots, all
     scan_unroll: int = 1  # blocks per iteration of the scan; num_blocks = no loop at all
@@ -269,7 +270,13 @@ _NOT_NEGATIVE = (
     *("optimizer.clip_norm", "train.eval_every", "train.eval_batches", "train.keep_every"),
     *("evaluate.every", "evaluate.samples"),
 )
-_POSITIVE = ("model.rope_theta", "model.norm_eps", "optimizer.peak_lr", "optimizer.eps")
+_POSITIVE = (
+    "model.rope_theta",
+    "model.norm_eps",
+    "model.init_std",
+    "optimizer.peak_lr",
+    "optimizer.eps",
+)
 
 
 def _rule_violations(config: Config) -> Iterator[str]:

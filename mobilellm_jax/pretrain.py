@@ -23,6 +23,7 @@ from mobilellm_jax.data.loader import train_batches, validation_batches
 from mobilellm_jax.data.shards import Dataset
 from mobilellm_jax.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from mobilellm_jax.generate import Sampling, generate
+from mobilellm_jax.host_memory import keep_freed_memory
 from mobilellm_jax.model.size import FLOP_CONVENTION, flops_per_token, parameter_count
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.open_model import open_model
@@ -55,6 +56,8 @@ def pretrain(config: Config, workdir: Path) -> bool:
     mesh, rules = preflight.check(config, dataset, tokenizer)
     start_params = _initial_params(config, tokenizer) if resume_step is None else None
 
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     rundir.write_whole(workdir / rundir.CONFIG, config_lib.to_json(config))
     copy_tokenizer(tokenizer, workdir)
     _describe(config, dataset, mesh, resume_step)
@@ -153,7 +156,7 @@ def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
         return None
     opened = open_model(config.train.init_from)
     theirs, ours = dataclasses.asdict(opened.config), dataclasses.asdict(config.model)
-    free = ("attention", "remat", "scan_unroll", "compute_dtype", "max_seq_len")
+    free = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype", "max_seq_len")
     different = [
         f"  model.{name}: {theirs[name]!r} there, {ours[name]!r} here"
         for name in ours

@@ -60,7 +60,7 @@ def to_config_json(config: ModelConfig, num_layers: int, layout: Layout) -> dict
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
-        "initializer_range": 0.02,
+        "initializer_range": config.init_std,
         "use_cache": True,
     }
     if layout == "hf":
@@ -131,6 +131,7 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
         max_seq_len=values.get("max_position_embeddings", 2048),
         rope_theta=_as_float(_rope(values).get("rope_theta", values.get("rope_theta", 10_000.0))),
         norm_eps=_as_float(values.get("rms_norm_eps", 1e-6)),
+        init_std=_as_float(values.get("initializer_range", 0.02)),
     )
     try:
         Config(model=model, data=DataConfig(seq_len=1))
