@@ -1,0 +1,132 @@
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobilellm_jax.train.loss import token_losses, weighted_loss
+
+B, T, D, V = 2, 11, 8, 37
+
+
+def naive_losses(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+    """All logits at once, and the library's log-softmax."""
+    log_probs = jax.nn.log_softmax(x.astype(jnp.float32) @ head.astype(jnp.float32).T, axis=-1)
+    return -jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[:, :, 0]
+
+
+def naive_loss(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.sum(naive_losses(x, head, targets) * weights)
+
+
+@functools.cache
+def inputs() -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(B, T, D)).astype(np.float32)
+    head = rng.normal(size=(V, D)).astype(np.float32)
+    targets = rng.integers(0, V, (B, T), dtype=np.int32)
+    weights = rng.uniform(0.5, 2, (B, T)).astype(np.float32)
+    weights[0, :3] = weights[1, -1] = 0
+    return jnp.asarray(x), jnp.asarray(head), jnp.asarray(targets), jnp.asarray(weights)
+
+
+def value_and_gradients(loss: Callable[..., jax.Array], *arguments: Any) -> Any:
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*arguments)
+
+
+def relative_error(found: jax.Array, expected: jax.Array) -> float:
+    difference = np.asarray(found, np.float64) - np.asarray(expected, np.float64)
+    return float(np.linalg.norm(difference) / np.linalg.norm(np.asarray(expected, np.float64)))
+
+
+@functools.cache
+def expected() -> Any:
+    return value_and_gradients(naive_loss, *inputs())
+
+
+# 4 leaves a rest of 3 in 11 positions, 11 is one whole chunk, 64 is more than there is.
+@pytest.mark.parametrize("chunk", [1, 4, 11, 64])
+def test_value_and_gradients_are_those_of_the_whole_softmax(chunk: int) -> None:
+    value, gradients = expected()
+    found, found_gradients = value_and_gradients(lambda *a: weighted_loss(*a, chunk), *inputs())
+    assert float(found) == pytest.approx(float(value), rel=1e-6)
+    for ours, theirs in zip(found_gradients, gradients, strict=True):
+        assert ours.dtype == jnp.float32
+        assert relative_error(ours, theirs) < 1e-5
+    grad_x, weights = np.asarray(found_gradients[0]), np.asarray(inputs()[3])
+    np.testing.assert_array_equal(grad_x[weights == 0], 0)
+    assert (np.abs(grad_x[weights > 0]).max(axis=-1) > 0).all()
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_every_token_has_its_own_loss(chunk: int) -> None:
+    x, head, targets, _ = inputs()
+    found = jax.jit(functools.partial(token_losses, chunk=chunk))(x, head, targets)
+    np.testing.assert_allclose(found, naive_losses(x, head, targets), rtol=1e-6, atol=1e-6)
+
+
+def test_what_follows_the_loss_scales_its_gradient() -> None:
+    def around(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        # The logarithm's slope depends on the value, so the cotangent is no constant.
+        return lambda *a: 2 * loss(*a) + jnp.log(loss(*a))
+
+    value, gradients = value_and_gradients(around(naive_loss), *inputs())
+    found, found_gradients = value_and_gradients(around(lambda *a: weighted_loss(*a, 4)), *inputs())
+    assert float(found) == pytest.approx(float(value), rel=1e-6)
+    for ours, theirs, alone in zip(found_gradients, gradients, expected()[1], strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+        assert relative_error(alone, theirs) > 0.4
+
+
+def test_large_logits_overflow_nothing() -> None:
+    x, head, targets, weights = inputs()
+    value, gradients = value_and_gradients(naive_loss, x * 300, head, targets, weights)
+    found, found_gradients = value_and_gradients(
+        lambda *a: weighted_loss(*a, 4), x * 300, head, targets, weights
+    )
+    assert np.isfinite(found)
+    assert float(found) == pytest.approx(float(value), rel=1e-6)
+    assert relative_error(found_gradients[0], gradients[0]) < 1e-5
+
+
+def test_bfloat16_states_give_a_float32_loss() -> None:
+    x, head, targets, weights = inputs()
+    narrow_x, narrow_head = x.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+    value, (grad_x, grad_head) = value_and_gradients(
+        lambda *a: weighted_loss(*a, 4), narrow_x, head, targets, weights
+    )
+    losses = token_losses(narrow_x, head, targets, 4)
+    assert (value.dtype, losses.dtype) == (jnp.float32, jnp.float32)
+    assert (grad_x.dtype, grad_head.dtype) == (jnp.bfloat16, jnp.float32)
+    # Products of bfloat16 numbers are exact in float32, where they are summed: only the operands
+    # are rounded, and the gradient of the logits (to 8 bits).
+    rounded = (narrow_x.astype(jnp.float32), narrow_head.astype(jnp.float32), targets, weights)
+    rounded_value, gradients = value_and_gradients(naive_loss, *rounded)
+    assert float(value) == pytest.approx(float(rounded_value), rel=1e-6)
+    assert relative_error(grad_x, gradients[0]) < 2**-7
+    assert relative_error(grad_head, gradients[1]) < 2**-7
+
+
+def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:
+    vocab_size, chunk = 4096, 16
+
+    def temporary_bytes(loss: Callable[..., jax.Array], length: int) -> int:
+        shapes = (
+            jax.ShapeDtypeStruct((1, length, D), jnp.float32),
+            jax.ShapeDtypeStruct((vocab_size, D), jnp.float32),
+            jax.ShapeDtypeStruct((1, length), jnp.int32),
+            jax.ShapeDtypeStruct((1, length), jnp.float32),
+        )
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    growth = {
+        name: temporary_bytes(loss, 512) - temporary_bytes(loss, 32)
+        for name, loss in (("ours", lambda *a: weighted_loss(*a, chunk)), ("naive", naive_loss))
+    }
+    logits_bytes = (512 - 32) * vocab_size * 4
+    assert growth["naive"] >= logits_bytes  # so the measure sees logits where there are any
+    assert growth["ours"] < 0.02 * logits_bytes
