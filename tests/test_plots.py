@@ -37,7 +37,7 @@ def test_both_curves_are_drawn_each_in_its_color(tmp_path: Path) -> None:
     "records",
     [
         [],
-        [{"step": 1, "train/grad_norm": 1.0}],
+        [{"step": 1, "train/grad_norm": 1.0}, {"step": 2, "validation/bpb": 1.0}],
         [{"step": 1, "train/loss": float("nan")}],
         [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": float("inf")}],
     ],
