@@ -1,0 +1,297 @@
+"""The mesh and its rules, and that a run is the same run on every mesh."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from mobilellm_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from mobilellm_jax.sharding import (
+    AXES,
+    Rules,
+    batch_shards,
+    local_rows,
+    logical_rules,
+    make_mesh,
+    mesh_shape,
+    put_batch,
+    replicated,
+)
+from mobilellm_jax.train.optimizer import make_optimizer
+from mobilellm_jax.train.state import TrainState, abstract_state, init_state
+from mobilellm_jax.train.step import make_train_step
+
+STEPS = 20
+CONFIG = Config(
+    model=ModelConfig(
+        vocab_size=32,
+        embed_dim=24,
+        num_blocks=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        ffn_dim=32,
+        max_seq_len=16,
+        compute_dtype="float32",
+    ),
+    data=DataConfig(seq_len=16),
+    optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=2),
+    train=TrainConfig(steps=STEPS, global_batch=8),
+)
+
+
+def rules_of(model: ModelConfig, **shape: int) -> dict[str, Any]:
+    return dict(logical_rules(model, {axis: shape.get(axis, 1) for axis in AXES}))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_devices", "shape"),
+    [
+        ({}, 8, (8, 1, 1, 1)),
+        ({}, 1, (1, 1, 1, 1)),
+        ({"fsdp": 4}, 8, (2, 4, 1, 1)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, 8, (1, 4, 2, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 1, "sequence": 3}, 12, (2, 2, 1, 3)),
+    ],
+)
+def test_mesh_takes_what_is_left(
+    sizes: dict[str, int], num_devices: int, shape: tuple[int, ...]
+) -> None:
+    found = mesh_shape(MeshConfig(**sizes), num_devices)
+    assert list(found.items()) == list(zip(AXES, shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "written"),
+    [
+        ({"data": 4}, "mesh.data=4 x mesh.fsdp=1"),  # too few
+        ({"data": 8, "tensor": 2}, "mesh.data=8 x mesh.fsdp=1 x mesh.tensor=2"),  # too many
+        ({"fsdp": 3}, "mesh.data=-1 x mesh.fsdp=3"),  # nothing whole is left
+    ],
+)
+def test_mesh_must_use_all_devices(sizes: dict[str, int], written: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        mesh_shape(MeshConfig(**sizes), 8)
+    message = str(error.value)
+    assert written in message
+    assert "all 8 devices" in message
+    assert "set one axis to -1" in message
+
+
+def test_mesh_is_over_all_devices() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=2, sequence=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 2}
+    assert set(mesh.devices.flat) == set(jax.devices())
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert batch_shards(mesh) == 4
+
+
+def test_heads_are_split_only_where_both_kinds_divide() -> None:
+    paper = ModelConfig(vocab_size=36_000)  # 9 heads over 3
+    for tensor, heads in ((1, "tensor"), (2, None), (3, "tensor"), (4, None)):
+        rules = rules_of(paper, tensor=tensor)
+        assert (rules["heads"], rules["kv_heads"]) == (heads, heads)
+        assert (rules["mlp"], rules["vocab"]) == ("tensor", "tensor")
+    eight_over_one = dataclasses.replace(paper, num_heads=8, num_kv_heads=1)
+    assert rules_of(eight_over_one, tensor=2)["heads"] is None
+
+
+def test_embedding_axis_is_split_over_fsdp_and_activations_are_not() -> None:
+    rules = rules_of(ModelConfig(), fsdp=2)
+    assert (rules["embed"], rules["activation_embed"]) == ("fsdp", None)
+    assert (rules["batch"], rules["length"]) == (("data", "fsdp"), "sequence")
+
+
+def test_every_indivisible_axis_is_named() -> None:
+    model = ModelConfig(embed_dim=30, ffn_dim=50, vocab_size=70)
+    with pytest.raises(ConfigError) as error:
+        rules_of(model, fsdp=4, tensor=4)
+    assert str(error.value).splitlines() == [
+        "model.embed_dim=30 must be a multiple of mesh.fsdp=4.",
+        "model.ffn_dim=50 must be a multiple of mesh.tensor=4.",
+        "model.vocab_size=70 must be a multiple of mesh.tensor=4.",
+    ]
+    assert rules_of(model, fsdp=5, tensor=2)["mlp"] == "tensor"
+
+
+class _OneOfTwoProcesses:
+    """A batch sharding as it looks from the process that holds the second half of the devices."""
+
+    def __init__(self, mesh: Mesh, spec: PartitionSpec) -> None:
+        self._whole = jax.sharding.NamedSharding(mesh, spec)
+
+    def addressable_devices_indices_map(self, shape: tuple[int, ...]) -> dict[Any, Any]:
+        indices = self._whole.devices_indices_map(shape)
+        return {device: index for device, index in indices.items() if device.id >= 4}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ({}, slice(8, 16)),
+        ({"data": 2, "fsdp": 4}, slice(8, 16)),
+        # The second process holds other weights but the same rows.
+        ({"data": 1, "fsdp": 1, "tensor": 8}, slice(0, 16)),
+        ({"data": 2, "tensor": 4}, slice(8, 16)),
+    ],
+)
+def test_a_process_feeds_the_rows_of_its_devices(
+    sizes: dict[str, int], rows: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = make_mesh(MeshConfig(**sizes))
+    assert local_rows(mesh, 16) == slice(0, 16)  # alone, it feeds all
+    monkeypatch.setattr("mobilellm_jax.sharding.NamedSharding", _OneOfTwoProcesses)
+    assert local_rows(mesh, 16) == rows
+
+
+def mesh_of(*shape: int) -> Mesh:
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+ONE = (1, 1, 1, 1)
+OPTIMIZER = make_optimizer(CONFIG.optimizer, STEPS)
+
+
+@functools.cache
+def batches() -> list[dict[str, np.ndarray]]:
+    """Every token fixes the next one but for one in five, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    follows = rng.permutation(CONFIG.model.vocab_size).astype(np.int32)
+    found = []
+    for _ in range(STEPS):
+        tokens = np.empty((8, 17), np.int32)
+        tokens[:, 0] = rng.integers(0, 32, 8)
+        for t in range(16):
+            random = rng.integers(0, 32, 8)
+            tokens[:, t + 1] = np.where(rng.random(8) < 0.2, random, follows[tokens[:, t]])
+        weights = (rng.random((8, 16)) < 0.8).astype(np.float32)
+        found.append({"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights})
+    return found
+
+
+@functools.cache
+def initial_state() -> TrainState:
+    mesh = mesh_of(*ONE)
+    state: TrainState = jax.device_get(
+        init_state(CONFIG, OPTIMIZER, mesh, logical_rules(CONFIG.model, mesh.shape))
+    )
+    return state
+
+
+def run_on(mesh: Mesh) -> tuple[TrainState, list[float]]:
+    """Returns the state after `STEPS` steps from the one initial state, and the losses."""
+    rules: Rules = logical_rules(CONFIG.model, mesh.shape)
+    abstract = abstract_state(CONFIG, OPTIMIZER, mesh, rules)
+    state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), initial_state(), abstract)
+    step_fn = make_train_step(CONFIG, OPTIMIZER, mesh, rules, abstract)
+    losses = []
+    for batch in batches():
+        state, metrics = step_fn(state, put_batch(batch, mesh, 8))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@functools.cache
+def on_one_device() -> tuple[TrainState, list[float]]:
+    return run_on(mesh_of(*ONE))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 2, 2, 1), (4, 1, 1, 2)],
+    ids=["data8", "fsdp8", "fsdp4_tensor2", "data2_fsdp2_tensor2", "data4_sequence2"],
+)
+def test_a_run_is_the_same_on_every_mesh(shape: tuple[int, ...]) -> None:
+    one_state, one_losses = on_one_device()
+    state, losses = run_on(mesh_of(*shape))
+    # Only the order of float32 sums differs.
+    np.testing.assert_allclose(losses, one_losses, rtol=1e-5)
+    assert losses[0] - losses[-1] > 0.1
+    flat, one_flat = (dict(jax.tree_util.tree_leaves_with_path(s)) for s in (state, one_state))
+    for path, leaf in flat.items():
+        np.testing.assert_allclose(leaf, one_flat[path], atol=1e-5, err_msg=str(path))
+    for tree in (state.params, state.optimizer[1][0].mu, state.optimizer[1][0].nu):
+        assert_split(tree, *shape)
+
+
+def assert_split(params: Any, data: int, fsdp: int, tensor: int, sequence: int) -> None:
+    """Every device holds its part of every parameter, and no more."""
+    del data, sequence  # copies
+    shapes = {
+        "embedding": {"table": (32 // tensor, 24 // fsdp)},
+        "blocks": {
+            "attention_norm": {"scale": (2, 24)},
+            "attention": {
+                "query": (2, 24 // fsdp, 4 // tensor, 6),
+                "key": (2, 24 // fsdp, 2 // tensor, 6),
+                "value": (2, 24 // fsdp, 2 // tensor, 6),
+                "output": (2, 4 // tensor, 6, 24 // fsdp),
+            },
+            "feed_forward_norm": {"scale": (2, 24)},
+            "feed_forward": {
+                "gate": (2, 24 // fsdp, 32 // tensor),
+                "up": (2, 24 // fsdp, 32 // tensor),
+                "down": (2, 32 // tensor, 24 // fsdp),
+            },
+        },
+        "final_norm": {"scale": (24,)},
+    }
+    found = jax.tree.map(lambda x: {s.data.shape for s in x.addressable_shards}, params)
+    assert found == jax.tree.map(lambda s: {s}, shapes, is_leaf=lambda s: isinstance(s, tuple))
+
+
+def constraints(rules: Rules | None = None) -> int:
+    """The sharding constraints in the program of a step on fsdp 4 x tensor 2."""
+    mesh = mesh_of(1, 4, 2, 1)
+    own = logical_rules(CONFIG.model, mesh.shape)
+    abstract = abstract_state(CONFIG, OPTIMIZER, mesh, own)
+    step_fn = make_train_step(CONFIG, OPTIMIZER, mesh, own if rules is None else rules, abstract)
+    program = step_fn.lower(abstract, batches()[0]).as_text()
+    return program.count("sdy.sharding_constraint")
+
+
+def test_constraints_reach_the_program_whatever_mesh_surrounds_the_call() -> None:
+    """Flax leaves them out without a word where it finds no mesh or no rules."""
+    assert jax.sharding.get_abstract_mesh().empty
+    # Embedding table and its rows; in the scanned block queries, feed-forward and output: once
+    # forward, once for the gradient.
+    expected = 2 * (2 + 3)
+    assert constraints() == expected
+    with jax.set_mesh(mesh_of(*ONE)):
+        assert constraints() == expected
+    assert constraints(rules=()) == 0
+
+
+def test_an_initial_state_is_the_same_on_every_mesh() -> None:
+    mesh = mesh_of(1, 4, 2, 1)
+    state = init_state(CONFIG, OPTIMIZER, mesh, logical_rules(CONFIG.model, mesh.shape))
+    assert_split(state.params, *mesh.shape.values())
+    # As far as XLA computes the normal distribution alike on arrays of another shape.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
+        jax.device_get(state),
+        initial_state(),
+    )
+
+
+def test_batch_is_split_over_data_fsdp_and_sequence() -> None:
+    mesh = mesh_of(2, 2, 1, 2)
+    rows = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
+    placed = put_batch({"tokens": rows}, mesh, 8)["tokens"]
+    np.testing.assert_array_equal(placed, rows)
+    assert {s.data.shape for s in placed.addressable_shards} == {(2, 8)}
+    whole = jax.device_put(rows, replicated(mesh))
+    assert {s.data.shape for s in whole.addressable_shards} == {(8, 16)}
