@@ -22,7 +22,7 @@ Remat = Literal["none", "dots", "full"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "xla"]
 Boundaries = Literal["concat", "document_mask"]
-OptimizerName = Literal["adamw"]
+OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "constant"]
 
 
@@ -73,9 +73,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with decoupled decay on matrices only, and its schedule."""
+    """The update, with decoupled decay on matrices only, and its schedule."""
 
-    name: OptimizerName = "adamw"
+    name: OptimizerName = "adamw"  # muon: for the blocks' matrices, at AdamW's learning rate
     peak_lr: float = 2e-3  # for 1024 sequences of 2048 tokens; never scaled for you
     schedule: Schedule = "cosine"  # wsd: constant, then linear over the last fifth
     warmup_steps: int = 1000  # linear from 0

@@ -179,6 +179,8 @@ class _Reporter:
             # The first step compiles; rates start after it.
             self._first_step, self._began = step, time.perf_counter()
             self.meter.reset()
+            if step != 1:
+                return  # a resumed run leaves the record of an uninterrupted one
             rates: dict[str, float] = {}
         elif step % train.log_every == 0 or step == train.steps:
             tokens_per_sec, data_wait = self.meter.read()

@@ -1,20 +1,32 @@
-"""AdamW with warm-up and decay, as in the paper (Sec. 3.1): Optax parts, put together.
+"""AdamW with warm-up and decay, as in the paper (Sec. 3.1), or Muon: Optax parts, put together.
 
 Decay is decoupled and applies to every matrix, the embedding table included, not to norms. The
 learning rate of step t (counted from 0) is peak * t / warm-up, then falls to `min_lr_ratio` of the
-peak at the last step; the first update is therefore zero, as in Hugging Face's schedules, which the
-paper's code uses.
+peak after the last step; the first update is therefore zero, as in Hugging Face's schedules, which
+the paper's code uses.
 """
 
-from typing import Any, cast
+import math
+from typing import Any
 
 import jax
 import optax
 
 from mobilellm_jax.config import OptimizerConfig
-from mobilellm_jax.model.transformer import Params
+
+ParamsOrPlaceholder = Any
+"""A parameter tree, or the empty node with which Optax asks what depends on one."""
 
 _WSD_DECAY_SHARE = 0.2  # of all steps, at the end
+# Muon's updates get the root mean square that AdamW's have, so that one learning rate serves both
+# (Liu et al. 2025, arXiv:2502.16982).
+_ADAMW_RMS = 0.2
+_FIRST_TO_SECOND = optax.contrib.MuonDimensionNumbers(1, 2)
+_MUON_AXES = {  # axis 0 counts the blocks
+    **dict.fromkeys(("gate", "up", "down"), _FIRST_TO_SECOND),
+    **dict.fromkeys(("query", "key", "value"), optax.contrib.MuonDimensionNumbers(1, (2, 3))),
+    "output": optax.contrib.MuonDimensionNumbers((1, 2), 3),
+}
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -35,26 +47,64 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules(parts, borders)
 
 
-def is_matrix(params: Params) -> Params:
+def is_matrix(params: ParamsOrPlaceholder) -> Any:
     """Returns True at every leaf that weight decay applies to: all but the norms' scales."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
-    def decays(path: tuple[Any, ...], _: object) -> bool:
-        # A boxed leaf has the box's attribute as the last part of its path.
-        return all(getattr(part, "key", None) != "scale" for part in path)
 
-    return cast(Params, jax.tree_util.tree_map_with_path(decays, params))
+def muon_axes(params: ParamsOrPlaceholder) -> Any:
+    """Returns which axes of each leaf are a matrix's inputs and outputs; None for AdamW's leaves.
+
+    Muon takes the blocks' matrices, one per unique block; embeddings, head and norms are AdamW's.
+    """
+
+    def axes(path: tuple[Any, ...], _: object) -> optax.contrib.MuonDimensionNumbers | None:
+        return _MUON_AXES.get(path[-1].key) if path[0].key == "blocks" else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns clipping by global norm (if any), then AdamW."""
-    adamw = optax.adamw(
-        learning_rate(config, steps),
+    """Returns clipping by global norm (if any), then AdamW or Muon."""
+    schedule = learning_rate(config, steps)
+    update = optax.adamw(
+        schedule,
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=is_matrix,
     )
+    if config.name == "muon":
+        # Not `optax.contrib.muon`: its AdamW would take Nesterov steps and decay the norms.
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(eps=config.eps, weight_dimension_numbers=muon_axes),
+            optax.stateless(lambda updates, _: _with_rms_of_adamw(updates)),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+        update = optax.partition({"muon": muon, "adamw": update}, _update_of_leaf)
     if config.clip_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        return update
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _with_rms_of_adamw(updates: ParamsOrPlaceholder) -> Any:
+    """Scales orthogonal matrices, whose root mean square entry is 1 / sqrt(longer side)."""
+
+    def scale(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+        sides = [
+            math.prod(update.shape[a] for a in (side if isinstance(side, tuple) else (side,)))
+            for side in axes
+        ]
+        return update * (_ADAMW_RMS * math.sqrt(max(sides)))
+
+    return jax.tree.map(scale, updates, muon_axes(updates))
+
+
+def _update_of_leaf(params: ParamsOrPlaceholder) -> Any:
+    return jax.tree.map(
+        lambda axes: "adamw" if axes is None else "muon",
+        muon_axes(params),
+        is_leaf=lambda node: node is None or isinstance(node, optax.contrib.MuonDimensionNumbers),
+    )

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mobilellm_jax.config import Config
 from mobilellm_jax.model.transformer import Params, init_boxed
-from mobilellm_jax.sharding import Rules, use
+from mobilellm_jax.sharding import Rules, replicated, use
 
 Leaf = Any
 """An array or, in an abstract state, its `jax.ShapeDtypeStruct`."""
@@ -28,35 +28,41 @@ class TrainState:
     bad_steps: Leaf  # int32 scalar: non-finite steps in a row, up to now
 
 
-def _init_boxed(
-    config: Config, optimizer: optax.GradientTransformation, seed: jax.Array
-) -> TrainState:
-    init_key, run_key = jax.random.split(jax.random.key(seed))
-    params = init_boxed(config.model, init_key)
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        optimizer=optimizer.init(params),
-        key_data=jax.random.key_data(run_key),
-        bad_steps=jnp.zeros((), jnp.int32),
-    )
-
-
 def abstract_state(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
 ) -> TrainState:
-    """Returns the state's shapes, types and shardings, without computing or allocating it."""
-    seed = jax.ShapeDtypeStruct((), jnp.uint32)
+    """Returns the state's shapes, types and shardings, without computing or allocating it.
+
+    What the optimizer keeps per parameter is spread like it, the rest is on every device.
+    """
     with use(mesh, rules):
-        boxed = jax.eval_shape(lambda s: _init_boxed(config, optimizer, s), seed)
+        boxed = jax.eval_shape(lambda key: init_boxed(config.model, key), jax.random.key(0))
         specs = nn.get_partition_spec(boxed)
-        shardings = nn.logical_to_mesh_sharding(specs, mesh, list(rules))
-    state: TrainState = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings,
+        params_shardings = nn.logical_to_mesh_sharding(specs, mesh, list(rules))
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        state = jax.eval_shape(lambda s: _init(config, optimizer, s), seed)
+
+    def spread(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def spread_kept(leaf: Leaf, sharding: NamedSharding) -> Leaf:
+        # A parameter that this part of the optimizer has nothing to do with leaves an empty node.
+        return leaf if isinstance(leaf, optax.MaskedNode) else spread(leaf, sharding)
+
+    def copied(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return spread(leaf, replicated(mesh))
+
+    return TrainState(
+        step=copied(state.step),
+        params=jax.tree.map(spread, state.params, params_shardings),
+        optimizer=optax.tree.map_params(
+            *(optimizer, spread_kept, state.optimizer, params_shardings),
+            transform_non_params=copied,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        ),
+        key_data=copied(state.key_data),
+        bad_steps=copied(state.bad_steps),
     )
-    return state
 
 
 def init_state(
@@ -65,8 +71,18 @@ def init_state(
     """Returns a fresh state from `train.seed`, each device computing its own part."""
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, optimizer, mesh, rules))
     with use(mesh, rules):
-        init = jax.jit(
-            lambda seed: nn.unbox(_init_boxed(config, optimizer, seed)), out_shardings=shardings
-        )
+        init = jax.jit(lambda seed: _init(config, optimizer, seed), out_shardings=shardings)
         state: TrainState = init(jnp.uint32(config.train.seed))
     return state
+
+
+def _init(config: Config, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    params = nn.unbox(init_boxed(config.model, init_key))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=optimizer.init(params),
+        key_data=jax.random.key_data(run_key),
+        bad_steps=jnp.zeros((), jnp.int32),
+    )

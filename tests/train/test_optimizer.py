@@ -2,7 +2,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +10,8 @@ import pytest
 from flax import traverse_util
 
 from mobilellm_jax.config import Config, OptimizerConfig
-from mobilellm_jax.model.transformer import init_boxed
-from mobilellm_jax.train.optimizer import is_matrix, learning_rate, make_optimizer
+from mobilellm_jax.model.transformer import init_params
+from mobilellm_jax.train.optimizer import is_matrix, learning_rate, make_optimizer, muon_axes
 
 PEAK = 0.4
 
@@ -48,13 +47,11 @@ def test_wsd_falls_only_after_a_long_warm_up() -> None:
     assert found == pytest.approx([PEAK * 16 / 17, PEAK, 0.3, 0.2, 0.1])
 
 
-@pytest.mark.parametrize("boxed", [True, False])
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
-def test_decay_is_for_all_but_the_norms(config: Config, boxed: bool, activation: Any) -> None:
+def test_decay_is_for_all_but_the_norms(config: Config, activation: Any) -> None:
     model = dataclasses.replace(config.model, tie_embeddings=False, activation=activation)
-    params = jax.eval_shape(functools.partial(init_boxed, model), jax.random.key(0))
-    mask = is_matrix(params if boxed else nn.unbox(params))
-    flat = traverse_util.flatten_dict(nn.unbox(mask), sep="/")
+    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    flat = traverse_util.flatten_dict(is_matrix(params), sep="/")
     norms = {
         "blocks/attention_norm/scale",
         "blocks/feed_forward_norm/scale",
@@ -130,3 +127,56 @@ def test_decay_does_not_pass_through_the_moments() -> None:
     found = optax.apply_updates(params, updates)
     np.testing.assert_allclose(found["kernel"], 7.0 * (1 - 0.5 * 0.2), rtol=1e-6)
     np.testing.assert_array_equal(found["scale"], 7.0)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_muon_orthogonalises_every_block_and_leaves_the_rest_to_adamw(
+    config: Config, weight_decay: float
+) -> None:
+    model = dataclasses.replace(config.model, tie_embeddings=False)
+    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
+    params, gradient = jax.tree.map(draw, shapes), jax.tree.map(draw, shapes)
+
+    def updates(name: Any) -> dict[str, np.ndarray]:
+        settings = OptimizerConfig(
+            name=name, peak_lr=PEAK, warmup_steps=0, clip_norm=0.0, weight_decay=weight_decay
+        )
+        optimizer = make_optimizer(settings, 10)
+        update, _ = optimizer.update(gradient, optimizer.init(params), params)
+        return traverse_util.flatten_dict(update, sep="/")
+
+    muon, adamw = updates("muon"), updates("adamw")
+    flat_gradient = traverse_util.flatten_dict(gradient, sep="/")
+    flat_params = traverse_util.flatten_dict(params, sep="/")
+    inputs = {"output": 2}  # heads and head_dim go in; everywhere else one axis does
+    for name, update in muon.items():
+        if not name.startswith("blocks/") or name.endswith("scale"):
+            np.testing.assert_allclose(update, adamw[name], rtol=1e-6)
+            continue
+        axes = inputs.get(name.split("/")[-1], 1)
+        rows = int(np.prod(update.shape[1 : 1 + axes]))
+        for u in range(update.shape[0]):
+            moved = update[u] + PEAK * weight_decay * flat_params[name][u]
+            matrix = np.reshape(-moved / PEAK, (rows, -1))
+            left, _, right = np.linalg.svd(
+                np.reshape(flat_gradient[name][u], (rows, -1)), full_matrices=False
+            )
+            polar = left @ right
+            # Five Newton-Schulz iterations bring singular values to 0.7 ... 1.2, not to 1; a
+            # tenth of the smallest may lag. The directions are those of the exact factor.
+            cosine = np.sum(matrix * polar) / np.linalg.norm(matrix) / np.linalg.norm(polar)
+            assert cosine > 0.95, name
+            # Root mean square 0.2 like AdamW's, within those singular values.
+            assert np.sqrt(np.mean(matrix**2)) == pytest.approx(0.2, rel=0.25), name
+
+
+def test_muon_takes_each_matrix_as_inputs_by_outputs(config: Config) -> None:
+    axes = muon_axes(
+        jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
+    )
+    assert axes["embedding"]["table"] is None
+    assert axes["blocks"]["attention_norm"]["scale"] is None
+    assert tuple(axes["blocks"]["attention"]["output"]) == ((1, 2), 3)
+    assert tuple(axes["blocks"]["attention"]["query"]) == (1, (2, 3))

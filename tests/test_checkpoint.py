@@ -1,0 +1,169 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobilellm_jax import checkpoint
+from mobilellm_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mobilellm_jax.sharding import logical_rules, make_mesh
+from mobilellm_jax.train.optimizer import make_optimizer
+from mobilellm_jax.train.state import TrainState, abstract_state
+
+CONFIG = Config(
+    model=ModelConfig(
+        vocab_size=300,
+        embed_dim=16,
+        num_blocks=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        ffn_dim=24,
+        max_seq_len=16,
+        compute_dtype="float32",
+    ),
+    data=DataConfig(seq_len=16),
+    optimizer=OptimizerConfig(warmup_steps=1),
+    train=TrainConfig(steps=10, global_batch=8, keep_checkpoints=2, keep_every=4),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_tokenizer(["a thin model is a deep model, on a phone too " * 20], 300, file)
+
+
+def abstract(config: Config) -> TrainState:
+    mesh = make_mesh(config.mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    return abstract_state(config, optimizer, mesh, logical_rules(config.model, mesh.shape))
+
+
+def filled(config: Config, seed: int = 0) -> TrainState:
+    """A state of random numbers, in its shardings, without compiling its initialisation."""
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        value = rng.normal(size=leaf.shape) * 1e3
+        return jax.device_put(np.asarray(value).astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(fill, abstract(config))
+
+
+def with_mesh(**axes: int) -> Config:
+    return dataclasses.replace(CONFIG, mesh=MeshConfig(**axes))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_comes_back_bit_by_bit(name: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=name, warmup_steps=1))
+    state = filled(config)
+    with checkpoint.CheckpointWriter(tmp_path, config, tokenizer) as writer:
+        writer.save(3, state)
+    with checkpoint.CheckpointWriter(tmp_path, config, tokenizer) as reader:
+        restored = reader.restore(3, abstract(config))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        assert (old.dtype, old.sharding) == (new.dtype, new.sharding)
+        np.testing.assert_array_equal(old, new)
+
+
+def test_another_mesh_restores_the_same_numbers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    written, read = with_mesh(fsdp=4, tensor=2, data=1), with_mesh(data=2, fsdp=2, tensor=2)
+    state = filled(written)
+    with checkpoint.CheckpointWriter(tmp_path, written, tokenizer) as writer:
+        writer.save(1, state)
+    with checkpoint.CheckpointWriter(tmp_path, read, tokenizer) as reader:
+        restored = reader.restore(1, abstract(read))
+    query = ("blocks", "attention", "query")
+    old, new = state.params, restored.params
+    for name in query:
+        old, new = old[name], new[name]
+    assert old.sharding != new.sharding
+    jax.tree.map(np.testing.assert_array_equal, state, restored)
+
+
+def test_model_opens_without_its_optimizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    state = filled(with_mesh(fsdp=8, data=1))
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        writer.save(7, state)
+    for part in (tmp_path / "checkpoints" / "7" / "optimizer").rglob("*"):
+        if part.is_file():
+            part.write_bytes(b"damaged")
+    model = checkpoint.restore_model(tmp_path, 7)
+    assert (model.config, model.step) == (CONFIG, 7)
+    jax.tree.map(np.testing.assert_array_equal, state.params, model.params)
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(model.params))
+    assert model.tokenizer.encode("a thin phone") == tokenizer.encode("a thin phone")
+
+
+def test_data_position_is_the_global_sample_index(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        writer.save(5, filled(CONFIG))
+    run = json.loads((tmp_path / "checkpoints" / "5" / "run" / "metadata").read_text())
+    assert run["data_position"] == 5 * 8
+    assert run["config"] == dataclasses.asdict(CONFIG)
+
+
+def test_newest_and_every_fourth_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    state = filled(CONFIG)
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        for step in range(1, 8):
+            writer.save(step, state)
+    assert checkpoint.steps(tmp_path) == [4, 6, 7]
+    assert checkpoint.latest_step(tmp_path) == 7
+
+
+def test_a_step_already_there_stays(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    first, second = filled(CONFIG, seed=1), filled(CONFIG, seed=2)
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        writer.save(1, first)
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        writer.save(1, second)
+    model = checkpoint.restore_model(tmp_path, 1)
+    jax.tree.map(np.testing.assert_array_equal, first.params, model.params)
+
+
+def test_imported_model_cannot_be_resumed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    params = jax.tree.map(np.asarray, filled(CONFIG).params)
+    checkpoint.save_model(tmp_path / "run", CONFIG, params, tokenizer)
+    assert checkpoint.latest_step(tmp_path / "run") == 0
+    assert not checkpoint.can_resume(tmp_path / "run", 0)
+    model = checkpoint.restore_model(tmp_path / "run", 0)
+    jax.tree.map(np.testing.assert_array_equal, params, model.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("float32")}
+
+
+def test_unfinished_step_is_not_seen(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        writer.save(1, filled(CONFIG))
+    folder = tmp_path / "checkpoints"
+    (folder / "2.orbax-checkpoint-tmp").mkdir()
+    (folder / "3").write_text("a file")
+    assert checkpoint.steps(tmp_path) == [1]
+    assert checkpoint.steps(tmp_path / "nowhere") == []
+    assert checkpoint.latest_step(tmp_path / "nowhere") is None
+
+
+def test_other_format_version_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        writer.save(1, filled(CONFIG))
+    file = tmp_path / "checkpoints" / "1" / "run" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 99}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"format_version=99.*reads 1"):
+        checkpoint.restore_model(tmp_path, 1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"is not a checkpoint: it has no run"):
+        checkpoint.read_config(tmp_path)
