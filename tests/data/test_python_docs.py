@@ -20,6 +20,13 @@ class Ray(list, metaclass=type):
         async def wait(self):
             """Wait inside."""
 
+class Wave:
+    """A wave. {LONG}"""
+    def swell(self): "Swell."
+
+class Wave:
+    """The same name again. {LONG}"""
+
 def copied():
     """{LONG}"""
 
@@ -50,7 +57,8 @@ def stdlib(tmp_path: Path) -> Path:
 def test_documents_of_a_small_library(stdlib: Path) -> None:
     found = list(python_docs.documents(stdlib))
     assert [name for name, _ in found] == [
-        *("topic/assert", "topic/while", "module/alpha", "module/alpha.beta", "module/gamma")
+        *("topic/assert", "topic/while", "module/alpha", "module/alpha.beta", "module/gamma"),
+        "class/gamma.Wave",
     ]
     texts = dict(found)
     assert texts["topic/while"] == "Loops é."
@@ -63,8 +71,12 @@ def test_documents_of_a_small_library(stdlib: Path) -> None:
         "class Ray(list)\n\nA ray.\n\n"
         "Ray.shine(self, *, angle: float=0.5)\n\nShine at an angle.\n\n"
         "Ray.Inner.wait(self)\n\nWait inside.\n\n"
+        f"class Wave()\n\nThe same name again. {LONG.strip()}\n\n"
         "fast(x)\n\nQuickly.\n\n"
         "slow(x, /)\n\nSlowly.\n"
+    )
+    assert texts["class/gamma.Wave"] == (
+        f"class Wave()\n\nA wave. {LONG.strip()}\n\nWave.swell(self)\n\nSwell.\n"
     )
 
 
