@@ -27,7 +27,7 @@ from mobilellm_jax import config as config_lib
 from mobilellm_jax import rundir
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
-from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.train.state import TrainState
 
 FORMAT_VERSION = 1
@@ -186,15 +186,14 @@ def restore_model(run: Path, step: int) -> RestoredModel:
     folder = run / rundir.CHECKPOINTS / str(step)
     config = read_config(folder)
     tokenizer = load_tokenizer(_tokenizer_in(folder / "tokenizer"))
-    with ocp.StandardCheckpointer() as checkpointer:
-        path = (folder / "params").absolute()
-        metadata = checkpointer.metadata(path).item_metadata
-        here = SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            metadata.tree if hasattr(metadata, "tree") else metadata,
-        )
-        params = checkpointer.restore(path, abstract)
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params")) as reader:
+        restore = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        params = reader.restore(folder.absolute(), args=restore)["params"]
     return RestoredModel(config, params, tokenizer, step)
 
 
