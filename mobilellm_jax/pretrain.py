@@ -192,7 +192,9 @@ def _validator(
         nats, targets = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
         loss = nats / targets
         split = dataset.manifest.splits["validation"]
-        bits = loss / math.log(2) * split.tokens / split.text_bytes
+        # Whatever starts a stream or, under the mask, a document is no target.
+        starts = split.documents if config.data.boundaries == "document_mask" else 1
+        bits = loss / math.log(2) * (split.tokens - starts) / split.text_bytes
         if int(state.step):
             _plot(workdir)
         return {"validation/loss": loss, "validation/bpb": bits}
@@ -223,7 +225,7 @@ def _cut_samples(workdir: Path, first_step: int) -> None:
     path = workdir / rundir.SAMPLES
     if path.exists():
         lines = path.read_text("utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        kept = [line for line in lines if json.loads(line)["step"] < first_step]
         rundir.write_whole(path, "".join(kept))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,23 @@ def test_stopped_run_saves_and_asks_to_be_started_again(
     assert 1 <= step < STEPS
     assert run(config_file, workdir).returncode == 0
     assert losses(workdir) == losses(uninterrupted)
+
+
+def test_evaluation_lost_after_the_last_save_is_made_again(
+    config_file: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert "validation/bpb" in lines[-1]
+    (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
+    (workdir / "samples.txt").write_text("")
+    result = run(config_file, workdir)
+    assert result.returncode == 0, result.stderr
+    assert losses(workdir) == losses(uninterrupted)
+    assert validations(workdir) == validations(uninterrupted)
+    last = (uninterrupted / "samples.txt").read_text().splitlines()[-1]
+    assert (workdir / "samples.txt").read_text().splitlines() == [last]
 
 
 def test_finished_run_is_extended_by_more_steps(config_file: Path, tmp_path: Path) -> None:

@@ -96,8 +96,19 @@ def train_loop(
     train, steps = config.train, config.train.steps
     first = int(state.step)
     report = _Reporter(config, writer)
-    if first == 0 and train.eval_every:
-        report.validation(0, hooks.validate(state))
+
+    def look(step: int) -> None:
+        if train.eval_every and (step % train.eval_every == 0 or step == steps):
+            report.flush()
+            report.validation(step, hooks.validate(state))
+        every = config.evaluate.every
+        if step and every and (step % every == 0 or step == steps):
+            report.flush()
+            hooks.sample(step, state)
+            report.meter.reset()
+
+    # The run may have been stopped after saving this step and before looking at it.
+    look(first)
     saved = first
     with StopRequest() as stop:
         report.meter.reset()
@@ -112,13 +123,7 @@ def train_loop(
                 report.flush()
                 hooks.save(step, state)
                 saved = step
-            if train.eval_every and (step % train.eval_every == 0 or step == steps):
-                report.flush()
-                report.validation(step, hooks.validate(state))
-            if config.evaluate.every and (step % config.evaluate.every == 0 or step == steps):
-                report.flush()
-                hooks.sample(step, state)
-                report.meter.reset()
+            look(step)
             if last:
                 break
     report.flush()
@@ -175,19 +180,18 @@ class _Reporter:
                 "then start again from the last checkpoint."
             )
         self.meter.targets += float(values["targets"])
+        due = step == 1 or step % train.log_every == 0 or step == train.steps
+        rates: dict[str, float] = {}
         if self._first_step is None:
             # The first step compiles; rates start after it.
             self._first_step, self._began = step, time.perf_counter()
             self.meter.reset()
-            if step != 1:
-                return  # a resumed run leaves the record of an uninterrupted one
-            rates: dict[str, float] = {}
-        elif step % train.log_every == 0 or step == train.steps:
+        elif due:
             tokens_per_sec, data_wait = self.meter.read()
             rates = {"train/tokens_per_sec": tokens_per_sec, "train/data_wait": data_wait}
             mfu = model_flops_utilization(config.model, config.data.seq_len, tokens_per_sec)
             rates |= {} if mfu is None else {"train/mfu": mfu}
-        else:
+        if not due:
             return
         loss = float(values["loss"])
         record = {

@@ -66,13 +66,18 @@ def read_metrics(path: Path) -> list[dict[str, int | float]]:
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and TensorBoard, and draws the progress bar.
 
-    Opening it cuts `metrics.jsonl` and `samples.txt` back to `first_step`, the step that the run
-    (re)starts from, so that a resumed run leaves the record of an uninterrupted one.
+    Opening it cuts `metrics.jsonl` back to `first_step`, the step that the run (re)starts from, so
+    that a resumed run leaves the record of an uninterrupted one. Evaluations of that step itself go
+    too: the loop makes them again, since it cannot know that they were complete.
     """
 
     def __init__(self, run: Path, first_step: int, last_step: int, stream: io.TextIOBase) -> None:
         path = run / rundir.METRICS
-        kept = [r for r in read_metrics(path) if r["step"] <= first_step]
+        kept = [
+            r
+            for r in read_metrics(path)
+            if r["step"] < first_step or (r["step"] == first_step and "train/loss" in r)
+        ]
         rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = Writer(str(run / rundir.TENSORBOARD))

@@ -140,10 +140,10 @@ def test_resumed_run_goes_on_with_the_next_batch(make: Callable[..., Rig]) -> No
     ]
 
 
-def test_finished_run_does_nothing(make: Callable[..., Rig]) -> None:
+def test_finished_run_takes_no_step_and_looks_once_more(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 3, "eval_every": 1}, first=3)
     state, finished = rig()
-    assert (int(state.step), finished, rig.events) == (3, True, [])
+    assert (int(state.step), finished, rig.events) == (3, True, ["validate 3"])
 
 
 def test_metrics_are_read_one_step_late_and_all_are(make: Callable[..., Rig]) -> None:
