@@ -33,6 +33,5 @@ def get_config() -> ConfigDict:
     )
     config.data.update(path="data/python_docs", source="python_docs", seq_len=256)
     config.optimizer.update(name="muon", peak_lr=2e-2, warmup_steps=20, min_lr_ratio=0.01)
-    config.train.update(steps=560, global_batch=8, eval_every=140, checkpoint_every=280)
-    config.evaluate.update(every=560)
+    config.train.update(steps=560, global_batch=8, eval_every=280, checkpoint_every=280)
     return config

@@ -12,7 +12,7 @@ run=runs/quickstart
 rm -rf "$run/hf" # of an earlier start; export does not overwrite
 .venv/bin/mobilellm export --checkpoint="$run" --format=hf --output="$run/hf"
 
-for prompt in "Return a list of" "Raised when" "The with statement"; do
+for prompt in "Return a list of" "Raised when"; do
   echo
   .venv/bin/mobilellm generate --checkpoint="$run/hf" --prompt="$prompt" \
     --max_new_tokens=60 --temperature=0.7 --top_p=0.9
