@@ -17,7 +17,8 @@ from mobilellm_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.sharding import logical_rules, make_mesh
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import TrainState, abstract_state

@@ -14,7 +14,8 @@ import transformers
 
 from mobilellm_jax import generate as generate_module
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.export.huggingface import write_huggingface
 from mobilellm_jax.generate import (
     GREEDY,

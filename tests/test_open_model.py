@@ -10,7 +10,8 @@ import pytest
 
 from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.config import Config, DataConfig, ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer, train_tokenizer
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.export.huggingface import write_huggingface
 from mobilellm_jax.generate import GREEDY, generate
 from mobilellm_jax.model.transformer import Params, init_params

@@ -8,7 +8,7 @@ import pytest
 from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.config import Config, DataConfig, ModelConfig
-from mobilellm_jax.data.tokenizer import train_tokenizer
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.evaluate.perplexity import perplexity
 from mobilellm_jax.export.huggingface import write_huggingface
 from mobilellm_jax.model.transformer import init_params

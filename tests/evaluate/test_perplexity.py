@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.evaluate.perplexity import PerplexityResult, perplexity
 from mobilellm_jax.export.huggingface import write_huggingface
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
