@@ -1,40 +1,48 @@
-"""Sources to token shards: two passes over the documents, in memory that does not grow with them.
+"""Sources to token shards, by any number of processes, in memory that does not grow with them.
 
-The first pass decides which documents are held out for validation, of sources that have no such
-split, and gathers the text that a tokenizer is trained on; the second encodes and writes. Equal
-sources and settings give equal files, byte for byte.
+Pieces of the sources are encoded into parts (`parts.py`, by the processes of `workers.py` or by
+Beam), and parts are joined into shards (`assembly.py`). Which document goes where depends on the
+documents alone, so equal sources and settings give equal files, byte for byte, whatever the number
+of workers.
+
+All of it happens in a folder beside the output, `.NAME.preparing`, that takes the output's place at
+the end. A start that was killed leaves it behind, and the next one goes on from its parts.
 """
 
 import contextlib
+import dataclasses
+import fcntl
 import hashlib
+import json
 import logging
-import random
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import math
+import os
+import shutil
+import socket
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from tqdm import tqdm
+from typing import Any, Literal
 
 from mobilellm_jax import rundir
-from mobilellm_jax.data import shards
-from mobilellm_jax.data.shards import Manifest, SplitWriter
-from mobilellm_jax.data.sources import TRAIN, VALIDATION, Document, Source, open_source
-from mobilellm_jax.data.tokenizer import (
-    Tokenizer,
-    changes_text,
-    copy_tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from mobilellm_jax.data import assembly, shards
+from mobilellm_jax.data.held_out import held_out_below, is_divided, tokenizer_sample
+from mobilellm_jax.data.parts import Job, Part, Task, part_file, read_part
+from mobilellm_jax.data.shards import Counts, Manifest, Shard, SourceRecord, Split
+from mobilellm_jax.data.sources import TRAIN, VALIDATION, BadLine, Source, open_source, stop
+from mobilellm_jax.data.tokenizer import Tokenizer, changes_text, copy_tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.workers import available_cores, encode_pieces
 
 SHARD_TOKENS = 64_000_000
+# Past this many, the sources are not what they were said to be.
+MOST_BAD_LINES = 10_000
 
-# Enough for the merges of any vocabulary; SentencePiece trains on it for minutes, not hours.
-_TOKENIZER_TRAINING_CHARACTERS = 50_000_000
-_BATCH_CHARACTERS = 1_000_000
-_DIGESTS = 1 << 64
+BadLinePolicy = Literal["stop", "skip"]
+Runner = Literal["local", "beam"]
+
+# Two pieces' worth: less is encoded before a second process has started.
+_TOO_SMALL_TO_SHARE_BYTES = 16_000_000
+_JOB = "job.json"
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -42,9 +50,14 @@ def prepare(
     sources: Sequence[str],
     output: Path,
     *,
+    weights: Sequence[float] | None = None,
     tokenizer: Path | None = None,
     vocab_size: int | None = None,
     validation_fraction: float = 0.01,
+    on_bad_line: BadLinePolicy = "stop",
+    workers: int | None = None,
+    runner: Runner = "local",
+    beam_options: Sequence[str] = (),
     shard_tokens: int = SHARD_TOKENS,
     report: Callable[[str], None] = _LOGGER.info,
 ) -> Manifest:
@@ -52,63 +65,332 @@ def prepare(
 
     Give `tokenizer`, a file to use, or `vocab_size`, to train one on the training documents. Of
     sources without a validation split of their own, about `validation_fraction` of the documents is
-    held out, chosen by a hash of their text; at least one, unless the fraction is 0. `output`
-    appears when it is complete. If it is complete already and was made with the same settings from
-    the same documents, it stays as it is. `report` gets lines for the user.
+    held out, chosen by a hash of their content; at least one, unless the fraction is 0. `weights`,
+    one per source, make training draw from the sources in these proportions instead of as much as
+    there is of each. `workers` are processes, all cores by default; with `runner` "beam", Apache
+    Beam runs them as `beam_options` say, and they see `output` on a shared disk.
+
+    `output` appears when it is complete. If it is complete already and was made with the same
+    settings from the same documents, it stays as it is; if an earlier start was interrupted, this
+    one goes on. `report` gets lines for the user.
 
     Raises:
-      ValueError: for a bad setting, sources without text, or an `output` that holds something else.
+      ValueError: for a bad setting, sources without text, a document that cannot be taken, or an
+        `output` that holds something else.
       FileNotFoundError: for a missing tokenizer file, or a pattern that matches nothing.
     """
-    if (tokenizer is None) == (vocab_size is None):
-        raise ValueError(
-            f"tokenizer={str(tokenizer) if tokenizer else None!r} and vocab_size={vocab_size}: "
-            "give exactly one, a tokenizer file to use or the size of one to train."
+    _check_settings(
+        sources, weights, tokenizer, vocab_size, validation_fraction, on_bad_line, workers, runner
+    )
+    given = load_tokenizer(tokenizer) if tokenizer else None
+    work = output.absolute().with_name(f".{output.name}.preparing")
+    opened = [open_source(spec, work / "sources" / str(i)) for i, spec in enumerate(sources)]
+    settings = {
+        "sources": [source.identity() for source in opened],
+        "weights": list(weights) if weights else None,
+        "tokenizer": f"SHA-256 {given.sha256}" if given else f"trained, {vocab_size} tokens",
+        "validation_fraction": validation_fraction,
+        "on_bad_line": on_bad_line,
+        "shard_tokens": shard_tokens,
+    }
+    if made := _complete_output(output, settings):
+        report(f"{output} is complete already, made with the same settings; nothing to do.")
+        shutil.rmtree(work, ignore_errors=True)  # of a start killed in its last moment
+        return made
+    with _working_folder(work, settings, report):
+        preparation = _Preparation(
+            work=work,
+            sources=opened,
+            weights=weights,
+            settings=settings,
+            skip_bad_lines=on_bad_line == "skip",
+            shard_tokens=shard_tokens,
+            report=report,
         )
-    if not 0 <= validation_fraction < 1:
-        raise ValueError(
-            f"validation_fraction={validation_fraction} must be at least 0 and less than 1."
-        )
-    if not sources:
-        raise ValueError("source is empty; give at least one, for example --source=python_docs.")
-    with tempfile.TemporaryDirectory() as scratch:
-        opened = [
-            open_source(spec, Path(scratch) / str(index)) for index, spec in enumerate(sources)
-        ]
-        given = load_tokenizer(tokenizer) if tokenizer else None
-        settings = {
-            "sources": [source.identity() for source in opened],
-            "tokenizer": f"SHA-256 {given.sha256}" if given else f"trained, {vocab_size} tokens",
-            "validation_fraction": validation_fraction,
-            "shard_tokens": shard_tokens,
-        }
-        if made := _complete_output(output, settings):
-            report(f"{output} is complete already, made with the same settings; nothing to do.")
-            return made
-        with rundir.whole_directory(output) as folder:
-            held_out, sample = _first_pass(opened, validation_fraction, trains=given is None)
-            if given is None:
-                assert vocab_size is not None, "checked above"
-                report(f"Training a tokenizer of {vocab_size:,} tokens.")
-                used = train_tokenizer(sample, vocab_size, folder / rundir.SENTENCEPIECE_MODEL)
-            else:
-                used = given
-                copy_tokenizer(given, folder)
-                if changes_text(given):
-                    report(
-                        f"{given.file} normalises text, so decoding will not restore it exactly."
-                    )
-            del sample
-            manifest = _write(opened, used, folder, held_out, shard_tokens, settings)
+        used, tasks = preparation.plan(given, vocab_size, validation_fraction)
+        if runner == "beam":
+            parts = preparation.encode_on_beam(used, tasks, beam_options)
+        else:
+            parts = preparation.encode(used, tasks, workers)
+        manifest = preparation.finish(used, parts)
+        os.replace(work / "output", output)
+        shutil.rmtree(work)
     for name, split in manifest.splits.items():
         report(
             f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} "
             f"tokens ({split.text_bytes / split.tokens:.2f} bytes per token)."
         )
+    if skipped := sum(len(source.bad_lines) for source in manifest.sources):
+        report(
+            f"WARNING: {skipped:,} bad lines were left out; {output / shards.MANIFEST} lists them."
+        )
     return manifest
 
 
-def _complete_output(output: Path, settings: dict[str, Any]) -> Manifest | None:
+@dataclasses.dataclass(kw_only=True)
+class _Preparation:
+    """One start of one preparation, in its working folder."""
+
+    work: Path
+    sources: Sequence[Source]
+    weights: Sequence[float] | None
+    settings: Mapping[str, Any]
+    skip_bad_lines: bool
+    shard_tokens: int
+    report: Callable[[str], None]
+
+    def plan(
+        self, given: Tokenizer | None, vocab_size: int | None, validation_fraction: float
+    ) -> tuple[Tokenizer, list[Task]]:
+        """Returns the tokenizer, in the output already, and all pieces in their order.
+
+        Both are the same at every start. A tokenizer that an earlier start has trained is used.
+        """
+        on_bad: Callable[[BadLine], None] = (lambda _: None) if self.skip_bad_lines else stop
+        held_out = held_out_below(self.sources, validation_fraction, on_bad)
+        output = self.work / "output"
+        output.mkdir(exist_ok=True)
+        if given is not None:
+            copy = copy_tokenizer(given, output)
+            if changes_text(given):
+                self.report(
+                    f"{given.file} normalises text, so decoding will not restore it exactly."
+                )
+        else:
+            assert vocab_size is not None, "checked before"
+            copy = output / rundir.SENTENCEPIECE_MODEL
+            if not copy.is_file():
+                self.report(f"Training a tokenizer of {vocab_size:,} tokens.")
+                texts = tokenizer_sample(self.sources, self.weights, held_out, on_bad)
+                train_tokenizer(texts, vocab_size, copy)
+        tasks: list[Task] = []
+        for index, source in enumerate(self.sources):
+            below = held_out if is_divided(source) else 0
+            for split in source.splits():
+                for piece in source.pieces(split):
+                    tasks.append(Task(len(tasks), index, below, piece))
+        self._check_pieces(tasks)
+        return load_tokenizer(copy), tasks
+
+    def _check_pieces(self, tasks: Sequence[Task]) -> None:
+        """Parts are found again by number, so the pieces must be those of the earlier start."""
+        file = self.work / "pieces.sha256"
+        found = hashlib.sha256(repr(tasks).encode()).hexdigest()
+        if not file.is_file():
+            rundir.write_whole(file, found)
+        elif file.read_text("utf-8") != found:
+            raise ValueError(
+                f"{self.work} holds an interrupted preparation that divided the sources in another "
+                "way, perhaps by another version of mobilellm; delete it to begin anew."
+            )
+
+    def job(self, tokenizer: Tokenizer) -> Job:
+        """Returns what worker processes need to know."""
+        parts = self.work / "parts"
+        parts.mkdir(exist_ok=True)
+        return Job(
+            sources=tuple(source.spec for source in self.sources),
+            scratch=self.work / "sources",
+            tokenizer=tokenizer.file,
+            parts=parts,
+            skip_bad_lines=self.skip_bad_lines,
+        )
+
+    def encode(
+        self, tokenizer: Tokenizer, tasks: Sequence[Task], workers: int | None
+    ) -> Generator[Part, None, None]:
+        """Yields all parts in order: those of earlier starts, and those encoded now."""
+        job = self.job(tokenizer)
+        done = {t.number: p for t in tasks if (p := read_part(job.parts, t.number)) is not None}
+        left = [task for task in tasks if task.number not in done]
+        left_bytes = sum(task.piece.size_bytes for task in left)
+        done_bytes = sum(task.piece.size_bytes for task in tasks) - left_bytes
+        if done:
+            self.report(f"Going on: {len(done):,} of {len(tasks):,} parts are complete.")
+        count = workers or available_cores()
+        if left_bytes < _TOO_SMALL_TO_SHARE_BYTES and workers is None:
+            count = 1
+        encoded = encode_pieces(job, left, min(count, max(len(left), 1)), done_bytes, self.report)
+        with contextlib.closing(encoded):
+            for task in tasks:
+                yield done.pop(task.number) if task.number in done else next(encoded)
+
+    def encode_on_beam(
+        self, tokenizer: Tokenizer, tasks: Sequence[Task], options: Sequence[str]
+    ) -> Generator[Part, None, None]:
+        """Yields all parts in order, their shards assembled already."""
+        from mobilellm_jax.data import beam_runner
+
+        return beam_runner.encode_and_assemble(
+            self.job(tokenizer),
+            tasks,
+            self.work / "shards",
+            shards.token_dtype(tokenizer.vocab_size),
+            self.shard_tokens,
+            options,
+        )
+
+    def finish(self, tokenizer: Tokenizer, parts: Generator[Part, None, None]) -> Manifest:
+        """Joins parts into shards as they come, names the shards and writes the manifest."""
+        totals = [_SourceTotal() for _ in self.sources]
+        joiner = _Joiner(self.work, shards.token_dtype(tokenizer.vocab_size), self.shard_tokens)
+        with contextlib.closing(parts):
+            for part in parts:
+                totals[part.source].add(part)
+                if sum(len(total.bad_lines) for total in totals) > MOST_BAD_LINES:
+                    raise ValueError(
+                        f"source={self.sources[part.source].spec!r}: more than {MOST_BAD_LINES:,} "
+                        "bad lines, so this is not a damaged line here and there. The last: "
+                        f"{part.bad_lines[-1]}. Check the form of the source."
+                    )
+                joiner.add(part)
+        made = joiner.end()
+        splits = {}
+        for name, of_split in made.items():
+            counts = sum((total.splits.get(name, Counts()) for total in totals), Counts())
+            if counts.documents:
+                named = assembly.give_final_names(
+                    self.work / "shards", self.work / "output", name, of_split
+                )
+                splits[name] = Split(**dataclasses.asdict(counts), shards=tuple(named))
+        if TRAIN not in splits:
+            raise ValueError(
+                f"source={', '.join(source.spec for source in self.sources)}: no document with "
+                "text for training; check the pattern and --validation_fraction."
+            )
+        if self.weights:
+            for source, total in zip(self.sources, totals, strict=True):
+                if total.splits[TRAIN].tokens < 2:
+                    raise ValueError(
+                        f"source={source.spec!r} has a weight but no text for training; leave it "
+                        "out, or check its pattern."
+                    )
+        manifest = Manifest(
+            format_version=shards.FORMAT_VERSION,
+            tokenizer=tokenizer.file.name,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            dtype=shards.token_dtype(tokenizer.vocab_size).name,
+            splits=splits,
+            sources=tuple(
+                SourceRecord(
+                    spec=source.spec,
+                    weight=self.weights[index] if self.weights else None,
+                    splits={n: c for n, c in total.splits.items() if c.documents},
+                    empty_documents=total.empty_documents,
+                    bad_lines=tuple(total.bad_lines),
+                )
+                for index, (source, total) in enumerate(zip(self.sources, totals, strict=True))
+            ),
+            settings=self.settings,
+        )
+        shards.write_manifest(self.work / "output", manifest)
+        return manifest
+
+
+class _SourceTotal:
+    """What the parts of one source add up to."""
+
+    def __init__(self) -> None:
+        self.splits = {TRAIN: Counts(), VALIDATION: Counts()}
+        self.empty_documents = 0
+        self.bad_lines: list[Mapping[str, Any]] = []
+
+    def add(self, part: Part) -> None:
+        for split, counts in part.splits.items():
+            self.splits[split] += counts
+        self.empty_documents += part.empty_documents
+        self.bad_lines += part.bad_lines
+
+
+class _Joiner:
+    """Assembles shards as soon as their parts are there, and then deletes these parts' arrays.
+
+    The parts' records stay: they count what is done.
+    """
+
+    def __init__(self, work: Path, dtype: Any, shard_tokens: int) -> None:
+        self._parts, self._shards = work / "parts", work / "shards"
+        self._shards.mkdir(exist_ok=True)
+        self._dtype = dtype
+        self._made: dict[str, list[Shard]] = {}
+        self._planners: dict[str, assembly.Planner] = {}
+        self._kept_from: dict[str, int] = {}
+        for split in (TRAIN, VALIDATION):
+            self._made[split], start = assembly.read_assembled(self._shards, split)
+            self._kept_from[split] = 0
+            self._planners[split] = assembly.Planner(
+                self._parts, split, shard_tokens, len(self._made[split]), start
+            )
+
+    def add(self, part: Part) -> None:
+        for split, planner in self._planners.items():
+            self._assemble(split, planner.add(part))
+            for number in range(self._kept_from[split], planner.first_part):
+                for suffix in (shards.TOKENS, shards.OFFSETS, shards.LOSS_MASK):
+                    part_file(self._parts, number, split, suffix).unlink(missing_ok=True)
+            self._kept_from[split] = planner.first_part
+
+    def end(self) -> dict[str, list[Shard]]:
+        for split, planner in self._planners.items():
+            self._assemble(split, planner.end())
+        return self._made
+
+    def _assemble(self, split: str, plans: Iterator[assembly.ShardPlan]) -> None:
+        for plan in plans:
+            self._made[split].append(
+                assembly.assemble(self._parts, self._shards, plan, self._dtype)
+            )
+
+
+def _check_settings(
+    sources: Sequence[str],
+    weights: Sequence[float] | None,
+    tokenizer: Path | None,
+    vocab_size: int | None,
+    validation_fraction: float,
+    on_bad_line: BadLinePolicy,
+    workers: int | None,
+    runner: Runner,
+) -> None:
+    if not sources:
+        raise ValueError("source is empty; give at least one, for example --source=python_docs.")
+    if (tokenizer is None) == (vocab_size is None):
+        raise ValueError(
+            f"tokenizer={str(tokenizer) if tokenizer else None!r} and vocab_size={vocab_size}: "
+            "give exactly one, a tokenizer file to use or the size of one to train."
+        )
+    if tokenizer is None and (ids := [s for s in sources if s.startswith("tokens:")]):
+        raise ValueError(
+            f"source={ids[0]!r} holds token ids, not text to train a tokenizer on; give the "
+            "--tokenizer that made them instead of --vocab_size."
+        )
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction={validation_fraction} must be at least 0 and less than 1."
+        )
+    if weights and len(weights) != len(sources):
+        raise ValueError(
+            f"weight={list(weights)} must be given once for each of the {len(sources)} sources, in "
+            "their order, or not at all."
+        )
+    if weights and not all(weight > 0 and math.isfinite(weight) for weight in weights):
+        raise ValueError(
+            f"weight={list(weights)} must be greater than 0; leave out a source that is not wanted."
+        )
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1.")
+    for name, value, choices in (
+        ("on_bad_line", on_bad_line, ("stop", "skip")),
+        ("runner", runner, ("local", "beam")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}.")
+
+
+def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | None:
     """Returns the manifest of an `output` to be kept, or None if there is nothing in the way."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
@@ -118,177 +400,63 @@ def _complete_output(output: Path, settings: dict[str, Any]) -> Manifest | None:
             f"{shards.MANIFEST}); name another folder or delete it."
         )
     manifest = shards.open_tokens(output).manifest
-    differing = [
-        f"{key}: there {manifest.settings.get(key)!r}, asked for {value!r}"
-        for key, value in settings.items()
-        if manifest.settings.get(key) != value
-    ]
-    if differing:
+    if differing := _differing(manifest.settings, settings):
         raise ValueError(
-            f"output={str(output)!r} holds data made with other settings ({'; '.join(differing)}); "
+            f"output={str(output)!r} holds data made with other settings ({differing}); "
             "name another folder or delete it."
         )
     return manifest
 
 
-def _first_pass(
-    sources: Sequence[Source], validation_fraction: float, *, trains: bool
-) -> tuple[int, list[str]]:
-    """Returns the digest below which documents are held out, and text to train a tokenizer on."""
-    held_out = int(validation_fraction * _DIGESTS)
-    sample = _Sample(_TOKENIZER_TRAINING_CHARACTERS)
-    smallest, largest, has_validation = _DIGESTS, -1, held_out == 0
-    for source in sources:
-        divided = VALIDATION not in source.splits()
-        has_validation |= not divided
-        if not trains and not (divided and held_out):
-            continue
-        for document in _progress(source.documents(TRAIN), f"reading {source.spec}"):
-            digest = _digest(document.text) if divided else _DIGESTS
-            if divided:
-                smallest, largest = min(smallest, digest), max(largest, digest)
-            if trains and digest >= held_out:
-                sample.add(document.text)
-    if smallest < largest:
-        # A few documents may all fall on one side; then one goes to the other.
-        return (min(max(held_out, smallest + 1), largest) if held_out else 0), sample.lines()
-    if not has_validation and largest >= 0:
-        raise ValueError(
-            f"validation_fraction={validation_fraction} cannot be held out of a single document "
-            f"({sources[0].spec}); divide the text into several files, add a source, or set "
-            "--validation_fraction=0 to go without validation."
-        )
-    return 0, sample.lines()
-
-
-class _Sample:
-    """Lines of all texts added, thinned out evenly (and always alike) to a number of characters."""
-
-    def __init__(self, most_characters: int) -> None:
-        self._most = most_characters
-        self._random = random.Random(0)
-        self._kept: list[tuple[float, str]] = []
-        self._characters = 0
-        self._share = 1.0
-
-    def add(self, text: str) -> None:
-        for line in text.split("\n"):
-            rank = self._random.random()
-            if line and rank < self._share:
-                self._kept.append((rank, line))
-                self._characters += len(line)
-        while self._characters > self._most and len(self._kept) > 1:
-            self._share /= 2
-            self._kept = [(rank, line) for rank, line in self._kept if rank < self._share]
-            self._characters = sum(len(line) for _, line in self._kept)
-
-    def lines(self) -> list[str]:
-        return [line for _, line in self._kept]
-
-
-def _write(
-    sources: Sequence[Source],
-    tokenizer: Tokenizer,
-    folder: Path,
-    held_out: int,
-    shard_tokens: int,
-    settings: dict[str, Any],
-) -> Manifest:
-    dtype = shards.token_dtype(tokenizer.vocab_size)
-    written: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as stack:
-        writers = {
-            split: SplitWriter(folder, split, dtype, shard_tokens) for split in (TRAIN, VALIDATION)
-        }
-        for writer in writers.values():
-            stack.callback(writer.abandon)
-        for source in sources:
-            documents = {TRAIN: 0, VALIDATION: 0}
-            bar = _progress(_assigned(source, held_out), f"encoding {source.spec}")
-            tokens = 0
-            for batch in _batches(bar):
-                texts = [document.text for _, document in batch]
-                for (split, document), ids in zip(
-                    batch, _encode(tokenizer, batch, texts), strict=True
-                ):
-                    row = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype)
-                    writers[split].add(row, len(document.text.encode()))
-                    documents[split] += 1
-                    tokens += len(row)
-                rate = tokens / max(bar.format_dict["elapsed"], 1e-3)
-                bar.set_postfix_str(f"{rate:,.0f} tokens/s")
-            written.append({"spec": source.spec, "documents": documents})
-        splits = {name: writer.close() for name, writer in writers.items()}
-    if not splits[TRAIN].documents:
-        raise ValueError(
-            f"source={', '.join(source.spec for source in sources)}: no document with text for "
-            "training; check the pattern and --validation_fraction."
-        )
-    manifest = Manifest(
-        format_version=shards.FORMAT_VERSION,
-        tokenizer=_name_in_output(tokenizer),
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        dtype=dtype.name,
-        splits={name: split for name, split in splits.items() if split.documents},
-        sources=tuple(written),
-        settings=settings,
+def _differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{key}: there {there.get(key)!r}, asked for {value!r}"
+        for key, value in asked.items()
+        if there.get(key) != value
     )
-    shards.write_manifest(folder, manifest)
-    return manifest
 
 
-def _name_in_output(tokenizer: Tokenizer) -> str:
-    model = tokenizer.file.suffix == ".model"
-    return rundir.SENTENCEPIECE_MODEL if model else rundir.TOKENIZER_JSON
+@contextlib.contextmanager
+def _working_folder(
+    work: Path, settings: Mapping[str, Any], report: Callable[[str], None]
+) -> Iterator[None]:
+    """Makes or takes over the working folder, for this process alone.
+
+    It stays after an error, for the next start to go on with.
+
+    Raises:
+      ValueError: if another process is at work there, or settings differ from those it began with.
+    """
+    work.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    with (work / "lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise ValueError(
+                f"{work} is being written by another prepare ({lock.read().strip()}); wait for it, "
+                "or end it."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        _remove_unfinished(work)
+        job = work / _JOB
+        if job.is_file():
+            if differing := _differing(json.loads(job.read_text("utf-8")), settings):
+                raise ValueError(
+                    f"{work} holds an interrupted preparation with other settings ({differing}); "
+                    "use its settings to go on, or delete it, or name another output."
+                )
+            report(f"Going on with the interrupted preparation in {work}.")
+        else:
+            rundir.write_whole(job, json.dumps(settings, indent=2))
+        yield
 
 
-def _assigned(source: Source, held_out: int) -> Iterator[tuple[str, Document]]:
-    """Yields (split, document) for all documents of a source."""
-    own = source.splits()
-    for split in own:
-        for document in source.documents(split):
-            held = VALIDATION not in own and _digest(document.text) < held_out
-            yield (VALIDATION if held else split), document
-
-
-def _batches(
-    documents: "tqdm[tuple[str, Document]]",
-) -> Iterator[list[tuple[str, Document]]]:
-    batch: list[tuple[str, Document]] = []
-    characters = 0
-    for assigned in documents:
-        batch.append(assigned)
-        characters += len(assigned[1].text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(
-    tokenizer: Tokenizer, batch: Sequence[tuple[str, Document]], texts: Sequence[str]
-) -> list[list[int]]:
-    try:
-        return tokenizer.encode_batch(texts)
-    except ValueError:
-        # One of many: find out which, for the message.
-        for _, document in batch:
-            try:
-                tokenizer.encode(document.text)
-            except ValueError as error:
-                raise ValueError(f"{document.name}: {error}") from error
-        raise
-
-
-def _digest(text: str) -> int:
-    """Returns 64 bits that decide whether a document is held out; equal texts stay together."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _progress(documents: Any, description: str) -> Any:
-    """Counts documents on a terminal, silent elsewhere."""
-    return tqdm(documents, desc=description, unit=" documents", disable=None)
+def _remove_unfinished(work: Path) -> None:
+    """Deletes files that had not got their names when an earlier start was killed."""
+    for folder in ("parts", "shards", "output"):
+        for file in (work / folder).glob(".*"):
+            file.unlink()

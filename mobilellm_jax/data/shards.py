@@ -1,57 +1,93 @@
 """Token shards: the folder that `prepare` writes and training reads.
 
-    manifest.json                     what is here; written last, so it makes the folder complete
+    manifest.json                   what is here; written last, so it makes the folder complete
     tokenizer.model | tokenizer.json
-    SPLIT-00000-of-000NN.tokens       ids, little-endian uint16 (uint32 from vocabulary 65,536)
-    SPLIT-00000-of-000NN.offsets      where each document starts in that shard, little-endian uint64
+    SPLIT-00000-of-000NN.tokens     ids, little-endian uint16 (uint32 from vocabulary 65,536)
+    SPLIT-00000-of-000NN.offsets    where each document starts in that shard, little-endian uint64
+    SPLIT-00000-of-000NN.loss_mask  uint8 per token: 0 if it is no target; only where any is not
 
 A document lies in one shard, as BOS tokens EOS. The shards of a split, one after the other, are its
-stream; `TokenStream` is a view of that stream which maps the files instead of reading them.
+stream (`token_stream.py`), in which the sources follow one another as the manifest lists them.
 """
 
-import bisect
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from tqdm import tqdm
 
 from mobilellm_jax import rundir
+from mobilellm_jax.data.token_stream import ShardFiles, TokenStream
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 UINT32_VOCABULARY = 65_536
 
-_OFFSET_DTYPE = np.dtype("<u8")
+TOKENS, OFFSETS, LOSS_MASK = "tokens", "offsets", "loss_mask"
+_SHARD_NAME = re.compile(r"[a-z_]+-\d{5,}-of-\d{5,}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Size and checksum of a file."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One pair of files, `name`.tokens and `name`.offsets."""
+    """The files `name`.tokens, `name`.offsets and perhaps `name`.loss_mask."""
 
     name: str
     documents: int
     tokens: int
-    tokens_bytes: int
-    tokens_sha256: str
-    offsets_bytes: int
-    offsets_sha256: str
+    files: Mapping[str, FileRecord]  # by suffix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Split:
+class Counts:
     """`text_bytes` counts the UTF-8 bytes of the documents; `tokens` includes BOS and EOS."""
 
-    documents: int
-    tokens: int
-    text_bytes: int
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            documents=self.documents + other.documents,
+            tokens=self.tokens + other.tokens,
+            text_bytes=self.text_bytes + other.text_bytes,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split(Counts):
+    """A split's totals and its shards in the order of the stream."""
+
     shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """What one source gave; `weight` is its share of training, None for as much as there is.
+
+    `bad_lines` lists what `--on_bad_line=skip` left out: file, line, byte_offset and reason each.
+    """
+
+    spec: str
+    weight: float | None
+    splits: Mapping[str, Counts]
+    empty_documents: int
+    bad_lines: tuple[Mapping[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +102,7 @@ class Manifest:
     eos_id: int
     dtype: str
     splits: Mapping[str, Split]
-    sources: tuple[Mapping[str, Any], ...]
+    sources: tuple[SourceRecord, ...]
     settings: Mapping[str, Any]
 
 
@@ -77,7 +113,32 @@ class Dataset:
     path: Path
     manifest: Manifest
     tokenizer: Path
-    splits: Mapping[str, "TokenStream"]
+    splits: Mapping[str, TokenStream]
+
+    def source_stream(self, split: str, source: int) -> TokenStream:
+        """Returns the part of a split's stream that source number `source` gave; maybe nothing."""
+        counts = [record.splits.get(split, Counts()) for record in self.manifest.sources]
+        start = sum(each.tokens for each in counts[:source])
+        stop = start + counts[source].tokens
+        return self.splits[split].view(start, stop, counts[source].documents)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A checksum of what training reads; where the folder lies and when it was made is not."""
+        manifest = self.manifest
+        content = {
+            "tokenizer": manifest.tokenizer_sha256,
+            "dtype": manifest.dtype,
+            "splits": {
+                name: [{k: f.sha256 for k, f in shard.files.items()} for shard in split.shards]
+                for name, split in manifest.splits.items()
+            },
+            "sources": [
+                [source.weight, {name: counts.tokens for name, counts in source.splits.items()}]
+                for source in manifest.sources
+            ],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -96,8 +157,13 @@ def open_tokens(path: Path) -> Dataset:
     itemsize = np.dtype(manifest.dtype).itemsize
     for split in manifest.splits.values():
         for shard in split.shards:
-            _check_size(path / f"{shard.name}.tokens", shard.tokens_bytes, shard.tokens * itemsize)
-            _check_size(path / f"{shard.name}.offsets", shard.offsets_bytes, shard.documents * 8)
+            implied = {
+                TOKENS: shard.tokens * itemsize,
+                OFFSETS: shard.documents * 8,
+                LOSS_MASK: shard.tokens,
+            }
+            for suffix, record in shard.files.items():
+                _check_size(path / f"{shard.name}.{suffix}", record.bytes, implied[suffix])
     tokenizer = path / manifest.tokenizer
     if not tokenizer.is_file():
         raise FileNotFoundError(f"{tokenizer} is missing; {_REMEDY}")
@@ -108,7 +174,12 @@ def open_tokens(path: Path) -> Dataset:
             f"{manifest.tokenizer_sha256}; {_REMEDY}"
         )
     splits = {
-        name: TokenStream(path, split, np.dtype(manifest.dtype))
+        name: TokenStream(
+            path,
+            [ShardFiles(s.name, s.tokens, LOSS_MASK in s.files) for s in split.shards],
+            np.dtype(manifest.dtype),
+            split.documents,
+        )
         for name, split in manifest.splits.items()
     }
     return Dataset(path=path, manifest=manifest, tokenizer=tokenizer, splits=splits)
@@ -130,18 +201,21 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        if values["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{file}: format_version={values['format_version']} must be {FORMAT_VERSION}; "
-                "prepare the data again with this version of mobilellm."
-            )
-        values["splits"] = {
-            name: Split(**{**split, "shards": tuple(Shard(**s) for s in split["shards"])})
-            for name, split in values["splits"].items()
-        }
-        return Manifest(**{**values, "sources": tuple(values["sources"])})
+        version = values["format_version"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); {_REMEDY}") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: format_version={version} must be {FORMAT_VERSION}; "
+            "prepare the data again with this version of mobilellm."
+        )
+    try:
+        manifest = _manifest(values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); {_REMEDY}") from error
+    for problem in _contradictions(manifest):
+        raise ValueError(f"{file} is damaged ({problem}); {_REMEDY}")
+    return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -150,157 +224,86 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def verify_checksums(dataset: Dataset) -> None:
-    """Reads every shard and compares its checksum.
+    """Reads every shard on all cores, with a progress bar on a terminal, and compares checksums.
 
     Raises:
       ValueError: naming the first file that differs.
     """
-    for split in dataset.manifest.splits.values():
-        for shard in split.shards:
-            for suffix, expected in (
-                ("tokens", shard.tokens_sha256),
-                ("offsets", shard.offsets_sha256),
-            ):
-                file = dataset.path / f"{shard.name}.{suffix}"
-                with file.open("rb") as opened:
-                    found = hashlib.file_digest(opened, "sha256").hexdigest()
-                if found != expected:
-                    raise ValueError(
-                        f"{file} has SHA-256 {found}, but the manifest says {expected}; {_REMEDY}"
-                    )
+    files = [
+        (dataset.path / f"{shard.name}.{suffix}", record)
+        for split in dataset.manifest.splits.values()
+        for shard in split.shards
+        for suffix, record in shard.files.items()
+    ]
+    total = sum(record.bytes for _, record in files)
+    bar = tqdm(total=total, desc="checking data", unit="B", unit_scale=True, disable=None)
+    # hashlib lets other threads run while it computes.
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (file, record), found in zip(
+            files, pool.map(sha256_of, [file for file, _ in files]), strict=True
+        ):
+            if found != record.sha256:
+                pool.shutdown(cancel_futures=True)
+                raise ValueError(
+                    f"{file} has SHA-256 {found}, but the manifest says {record.sha256}; {_REMEDY}"
+                )
+            bar.update(record.bytes)
 
 
-class TokenStream:
-    """The tokens of a split from 0 to `tokens`, over all its shards."""
-
-    def __init__(self, path: Path, split: Split, dtype: np.dtype[Any]) -> None:
-        self.path = path
-        self.tokens = split.tokens
-        self.documents = split.documents
-        self._dtype = dtype
-        self._shards = split.shards
-        ends = np.cumsum([shard.tokens for shard in split.shards], dtype=np.int64)
-        self._starts: list[int] = [0, *(int(end) for end in ends)]
-
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Returns tokens [start, stop), which must lie in the stream; a copy only if it must be."""
-        assert 0 <= start <= stop <= self.tokens, f"[{start}, {stop}) not in [0, {self.tokens})"
-        parts = [
-            self._maps[shard][0][low - base : high - base]
-            for shard, base, low, high in self._overlaps(start, stop)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty(0, self._dtype)
-
-    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Returns the positions in [start, stop) where documents start (their BOS), ascending."""
-        found = []
-        for shard, base, low, high in self._overlaps(start, stop):
-            offsets = self._maps[shard][1]
-            first, last = np.searchsorted(offsets, np.array([low - base, high - base], np.uint64))
-            found.append(offsets[first:last].astype(np.int64) + base)
-        return np.concatenate(found) if found else np.empty(0, np.int64)
-
-    @functools.cached_property
-    def _maps(self) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-        """Token and offset files as plain arrays, which slice faster than `np.memmap` does."""
-        return [
-            (
-                np.asarray(np.memmap(self.path / f"{s.name}.tokens", self._dtype, mode="r")),
-                np.asarray(np.memmap(self.path / f"{s.name}.offsets", _OFFSET_DTYPE, mode="r")),
-            )
-            for s in self._shards
-        ]
-
-    def _overlaps(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-        """Returns (shard, its first position, low, high) for every shard that meets the range."""
-        overlaps = []
-        shard = bisect.bisect_right(self._starts, start) - 1
-        while start < stop:
-            base, end = self._starts[shard], min(stop, self._starts[shard + 1])
-            overlaps.append((shard, base, start, end))
-            start, shard = end, shard + 1
-        return overlaps
-
-
-class SplitWriter:
-    """Writes the shards of one split; a shard ends with the document that fills it."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        self._folder = folder
-        self._split = split
-        self._dtype = dtype
-        self._shard_tokens = shard_tokens
-        self._text_bytes = 0
-        self._shards: list[Shard] = []
-        self._file: BinaryIO | None = None
-        self._hash = hashlib.sha256()
-        self._offsets: list[int] = []
-        self._tokens = 0
-
-    def add(self, ids: NDArray[Any], text_bytes: int) -> None:
-        """Appends a document: `ids` with BOS and EOS, of a text of `text_bytes` bytes."""
-        if self._file is None:
-            self._file = self._temporary(len(self._shards), "tokens").open("wb")
-        content = ids.astype(self._dtype).tobytes()
-        self._file.write(content)
-        self._hash.update(content)
-        self._offsets.append(self._tokens)
-        self._tokens += len(ids)
-        self._text_bytes += text_bytes
-        if self._tokens >= self._shard_tokens:
-            self._end_shard()
-
-    def close(self) -> Split:
-        """Ends the last shard and gives all files their final names."""
-        self._end_shard()
-        named = []
-        for index, shard in enumerate(self._shards):
-            name = f"{self._split}-{index:05d}-of-{len(self._shards):05d}"
-            for suffix in ("tokens", "offsets"):
-                os.replace(self._temporary(index, suffix), self._folder / f"{name}.{suffix}")
-            named.append(dataclasses.replace(shard, name=name))
-        return Split(
-            documents=sum(shard.documents for shard in named),
-            tokens=sum(shard.tokens for shard in named),
-            text_bytes=self._text_bytes,
-            shards=tuple(named),
-        )
-
-    def abandon(self) -> None:
-        """Closes the open file; what was written is the caller's to remove."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _end_shard(self) -> None:
-        if self._file is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        offsets = np.array(self._offsets, _OFFSET_DTYPE).tobytes()
-        rundir.write_whole(self._temporary(len(self._shards), "offsets"), offsets)
-        self._shards.append(
-            Shard(
-                name="",
-                documents=len(self._offsets),
-                tokens=self._tokens,
-                tokens_bytes=self._tokens * self._dtype.itemsize,
-                tokens_sha256=self._hash.hexdigest(),
-                offsets_bytes=len(offsets),
-                offsets_sha256=hashlib.sha256(offsets).hexdigest(),
-            )
-        )
-        self._file, self._hash, self._offsets, self._tokens = None, hashlib.sha256(), [], 0
-
-    def _temporary(self, index: int, suffix: str) -> Path:
-        """How many shards there are, which the names state, is known only at the end."""
-        return self._folder / f".{self._split}-{index:05d}.{suffix}"
+def sha256_of(file: Path) -> str:
+    """Returns the hexadecimal checksum of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 _REMEDY = "the folder is damaged: delete it and prepare it again."
+
+
+def _manifest(values: Mapping[str, Any]) -> Manifest:
+    """Returns `values` as dataclasses; their constructors know which fields there must be."""
+    splits = {}
+    for name, split in values["splits"].items():
+        shards = tuple(
+            Shard(**{**s, "files": {k: FileRecord(**f) for k, f in s["files"].items()}})
+            for s in split["shards"]
+        )
+        splits[name] = Split(**{**split, "shards": shards})
+    sources = tuple(
+        SourceRecord(
+            **{
+                **source,
+                "splits": {name: Counts(**c) for name, c in source["splits"].items()},
+                "bad_lines": tuple(source["bad_lines"]),
+            }
+        )
+        for source in values["sources"]
+    )
+    return Manifest(**{**values, "splits": splits, "sources": sources})
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """Yields what cannot be true of a manifest that `prepare` wrote."""
+    if manifest.tokenizer not in rundir.TOKENIZER_FILES:
+        yield f"tokenizer={manifest.tokenizer!r} is not one of {', '.join(rundir.TOKENIZER_FILES)}"
+    if manifest.dtype not in ("uint16", "uint32"):
+        yield f"dtype={manifest.dtype!r} is neither uint16 nor uint32"
+    for name, split in manifest.splits.items():
+        for shard in split.shards:
+            # A name with a slash would read outside of the folder.
+            if not _SHARD_NAME.fullmatch(shard.name):
+                yield f"{shard.name!r} is no name of a shard"
+            if not {TOKENS, OFFSETS} <= shard.files.keys() <= {TOKENS, OFFSETS, LOSS_MASK}:
+                yield f"shard {shard.name} has files {', '.join(shard.files)}"
+        yield from _unequal(f"{name} shards", split, split.shards)
+        of_sources = [source.splits.get(name, Counts()) for source in manifest.sources]
+        yield from _unequal(f"{name} of the sources", split, of_sources)
+
+
+def _unequal(what: str, whole: Counts, parts: Sequence[Counts | Shard]) -> Iterator[str]:
+    for field in ("documents", "tokens"):
+        total = sum(getattr(part, field) for part in parts)
+        if total != getattr(whole, field):
+            yield f"{what} have {total} {field}, the split has {getattr(whole, field)}"
 
 
 def _check_size(file: Path, stated_bytes: int, implied_bytes: int) -> None:

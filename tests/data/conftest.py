@@ -1,35 +1,52 @@
 """Folders of token shards whose every token is known."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from mobilellm_jax.data import shards
+from tests.data.token_folders import Documents, assemble_all, write_part
 
 WriteTokens = Callable[..., shards.Dataset]
 
 
 @pytest.fixture
 def write_tokens(tmp_path: Path) -> WriteTokens:
-    """Writes documents, given as lists of ids, and opens the folder."""
+    """Writes documents, given as lists of ids, and opens the folder.
+
+    `loss_masks` has, per split, a list of zeros and ones for each document; `sources` lists (spec,
+    weight, number of documents per split) where there are several.
+    """
 
     def write(
-        *, shard_tokens: int = 1_000, vocab_size: int = 1_000, **splits: Sequence[Sequence[int]]
+        *,
+        shard_tokens: int = 1_000,
+        vocab_size: int = 1_000,
+        name: str = "tokens",
+        loss_masks: Mapping[str, Documents] | None = None,
+        sources: Sequence[tuple[str, float | None, Mapping[str, int]]] | None = None,
+        **splits: Documents,
     ) -> shards.Dataset:
-        folder = tmp_path / "tokens"
+        folder = tmp_path / name
         folder.mkdir()
         tokenizer = folder / "tokenizer.model"
         tokenizer.write_bytes(b"not opened here")
         dtype = shards.token_dtype(vocab_size)
+        parts = tmp_path / f"{name}.parts"
+        part = write_part(parts, 0, splits, dtype.str, loss_masks)
         written = {}
-        for name, documents in splits.items():
-            writer = shards.SplitWriter(folder, name, dtype, shard_tokens)
-            for document in documents:
-                writer.add(np.array(document), text_bytes=3 * len(document))
-            written[name] = writer.close()
+        for split in splits:
+            made = assemble_all(parts, folder, split, [part], dtype.str, shard_tokens)
+            counts = part.splits[split]
+            written[split] = shards.Split(
+                documents=counts.documents,
+                tokens=counts.tokens,
+                text_bytes=counts.text_bytes,
+                shards=tuple(made),
+            )
+        sources = sources or [("test", None, {split: len(d) for split, d in splits.items()})]
         manifest = shards.Manifest(
             format_version=shards.FORMAT_VERSION,
             tokenizer=tokenizer.name,
@@ -39,10 +56,29 @@ def write_tokens(tmp_path: Path) -> WriteTokens:
             eos_id=2,
             dtype=dtype.name,
             splits=written,
-            sources=({"spec": "test", "documents": {}},),
+            sources=tuple(_source_records(sources, splits)),
             settings={"sources": ["test"]},
         )
         shards.write_manifest(folder, manifest)
         return shards.open_tokens(folder)
 
     return write
+
+
+def _source_records(
+    sources: Sequence[tuple[str, float | None, Mapping[str, int]]], splits: Mapping[str, Documents]
+) -> list[shards.SourceRecord]:
+    left = {split: list(documents) for split, documents in splits.items()}
+    records = []
+    for spec, weight, documents in sources:
+        counts = {}
+        for split, number in documents.items():
+            mine, left[split] = left[split][:number], left[split][number:]
+            tokens = sum(len(d) for d in mine)
+            counts[split] = shards.Counts(documents=number, tokens=tokens, text_bytes=3 * tokens)
+        records.append(
+            shards.SourceRecord(
+                spec=spec, weight=weight, splits=counts, empty_documents=0, bad_lines=()
+            )
+        )
+    return records

@@ -1,0 +1,142 @@
+"""The tokens of a split as one stream over all its shards, mapped instead of read."""
+
+import bisect
+import functools
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+OFFSET_DTYPE = np.dtype("<u8")
+LOSS_MASK_DTYPE = np.dtype("u1")
+
+_FILES_PER_SHARD = 3
+# For everything else that a process has open: checkpoints, logs, libraries, sockets.
+_FILES_LEFT_FREE = 256
+
+
+class ShardFiles(NamedTuple):
+    """`name`.tokens, `name`.offsets and, if `masked`, `name`.loss_mask in a folder."""
+
+    name: str
+    tokens: int
+    masked: bool
+
+
+class _Arrays(NamedTuple):
+    tokens: NDArray[Any]
+    offsets: NDArray[np.uint64]
+    loss_mask: NDArray[np.uint8] | None
+
+
+class TokenStream:
+    """Tokens 0 to `tokens`, in `documents` documents; `view` gives a part of it as a stream."""
+
+    def __init__(
+        self, folder: Path, files: Sequence[ShardFiles], dtype: np.dtype[Any], documents: int
+    ) -> None:
+        self.documents = documents
+        self.has_loss_mask = any(shard.masked for shard in files)
+        self._dtype = dtype
+        self._shards = tuple(files)
+        ends = np.cumsum([shard.tokens for shard in files], dtype=np.int64)
+        self._bounds: list[int] = [0, *(int(end) for end in ends)]
+        self._first, self.tokens = 0, self._bounds[-1]
+        open_at_once = _shards_open_at_once(len(files))
+
+        @functools.lru_cache(maxsize=open_at_once)
+        def arrays(shard: int) -> _Arrays:
+            name, _, masked = self._shards[shard]
+
+            def mapped(suffix: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+                # A plain array slices faster than the np.memmap that it views.
+                return np.asarray(np.memmap(folder / f"{name}.{suffix}", dtype, mode="r"))
+
+            return _Arrays(
+                mapped("tokens", self._dtype),
+                mapped("offsets", OFFSET_DTYPE),
+                mapped("loss_mask", LOSS_MASK_DTYPE) if masked else None,
+            )
+
+        self._arrays = arrays
+
+    def view(self, start: int, stop: int, documents: int) -> "TokenStream":
+        """Returns tokens [start, stop), which are `documents` whole documents, as a stream."""
+        assert 0 <= start <= stop <= self.tokens, f"[{start}, {stop}) not in [0, {self.tokens})"
+        part = object.__new__(TokenStream)
+        part.__dict__.update(self.__dict__)
+        part._first, part.tokens, part.documents = self._first + start, stop - start, documents
+        return part
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Returns tokens [start, stop), which must lie in the stream; a copy only if it must be."""
+        parts = [
+            self._arrays(shard).tokens[low - base : high - base]
+            for shard, base, low, high in self._overlaps(start, stop)
+        ]
+        return _joined(parts, self._dtype)
+
+    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Returns the positions in [start, stop) where documents start (their BOS), ascending."""
+        found = []
+        for shard, base, low, high in self._overlaps(start, stop):
+            offsets = self._arrays(shard).offsets
+            first, last = np.searchsorted(offsets, np.array([low - base, high - base], np.uint64))
+            found.append(offsets[first:last].astype(np.int64) + (base - self._first))
+        return _joined(found, np.dtype(np.int64))
+
+    def loss_mask(self, start: int, stop: int) -> NDArray[np.uint8] | None:
+        """Returns 1 for each token of [start, stop) that may be a target, else 0.
+
+        None where the stream has no mask at all, so that every token may be.
+        """
+        if not self.has_loss_mask:
+            return None
+        parts = []
+        for shard, base, low, high in self._overlaps(start, stop):
+            mask = self._arrays(shard).loss_mask
+            parts.append(
+                np.ones(high - low, np.uint8) if mask is None else mask[low - base : high - base]
+            )
+        return _joined(parts, LOSS_MASK_DTYPE)
+
+    def _overlaps(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
+        """Returns (shard, its first position, low, high) for every shard that meets the range.
+
+        All positions are those of the whole split, of which this may be a view.
+        """
+        assert 0 <= start <= stop <= self.tokens, f"[{start}, {stop}) not in [0, {self.tokens})"
+        start, stop = self._first + start, self._first + stop
+        overlaps = []
+        shard = bisect.bisect_right(self._bounds, start) - 1
+        while start < stop:
+            base, end = self._bounds[shard], min(stop, self._bounds[shard + 1])
+            overlaps.append((shard, base, start, end))
+            start, shard = end, shard + 1
+        return overlaps
+
+
+def _joined(parts: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+def _shards_open_at_once(shards: int) -> int:
+    """Returns how many shards may stay mapped, after raising the process's limit if it must be.
+
+    A mapping holds its file open, a trillion tokens are 16,000 shards, and the usual soft limit of
+    open files is 1,024.
+    """
+    wanted = shards * _FILES_PER_SHARD + _FILES_LEFT_FREE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    if soft == resource.RLIM_INFINITY:
+        return max(1, shards)
+    return max(1, min(shards, (soft - _FILES_LEFT_FREE) // _FILES_PER_SHARD))
