@@ -1,29 +1,50 @@
-"""Where documents come from: `python_docs`, `tfds:NAME[:SPLIT]` and `text:GLOB`.
+"""Where documents come from, and how a corpus is divided into pieces that any process can read.
 
-`python_docs` and a TFDS dataset with a validation split have their own validation documents; of
-every other source `prepare` holds out a part.
+    python_docs                 the text that ships with Python
+    tfds:NAME[:SPLIT][#FIELD]   a TensorFlow dataset, read without TensorFlow
+    text:GLOB                   files; each is a document
+    jsonl:GLOB[#FIELD]          files of JSON objects, one a line
+    parquet:GLOB[#FIELD]        tables; each row is a document
+    tokens:GLOB                 jsonl of token ids: {"token_ids": [...], "loss_mask": [...]}
+
+FIELD is the feature, key or column that holds the text, "text" if it is not named; it begins behind
+the last #, so that a pattern with a # of its own must name it. GLOB is a local pattern, whose `**`
+matches folders of any depth, or a URL that fsspec knows (s3://, gs://, file://). Files of text,
+jsonl and tokens may end in .gz or .zst.
+
+A worker that reads one piece starts in milliseconds: what a kind of source needs (TFDS, PyArrow,
+fsspec, zstandard) is imported where it is used.
 """
 
 import abc
-import functools
-import glob
-import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import tensorflow_datasets as tfds
+from typing import Any, NamedTuple, NoReturn
 
 from mobilellm_jax import config
-from mobilellm_jax.data import python_docs
 
 TRAIN = "train"
 VALIDATION = "validation"
 
-_FORMS = ("python_docs", "tfds:NAME[:SPLIT]", "text:GLOB")
+# Of text, in a piece; about a second of tokenising on one core. One document may be longer.
+PIECE_BYTES = 8_000_000
+
+_FORMS = (
+    "python_docs",
+    "tfds:NAME[:SPLIT][#FIELD]",
+    "text:GLOB",
+    "jsonl:GLOB[#FIELD]",
+    "parquet:GLOB[#FIELD]",
+    "tokens:GLOB",
+)
+_FIELD = "text"
+_WITH_FIELD = re.compile(r"(?P<name>.*?[^#])(?:#(?P<field>[^#]+))?")
 # A version belongs to the name: tfds:lm1b:1.1.0:train[:10%].
-_TFDS = re.compile(r"(?P<name>[^:]+(?::\d+\.[\d*]+\.[\d*]+)?)(?::(?P<split>.+))?")
+_TFDS = re.compile(
+    r"(?P<name>[^:#]+(?::\d+\.[\d*]+\.[\d*]+)?)(?::(?P<split>[^#]+))?(?:#(?P<field>.+))?"
+)
 
 
 class Document(NamedTuple):
@@ -33,38 +54,129 @@ class Document(NamedTuple):
     text: str
 
 
+class TokenDocument(NamedTuple):
+    """A document that is tokens already; `loss_mask` has a 0 or 1 for each, None = all ones."""
+
+    name: str
+    ids: Sequence[int]
+    loss_mask: Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that can be read alone, small enough to be one worker's next task.
+
+    `size_bytes` adds up over the pieces to the size of the corpus as it is stored. `where` is for
+    the source that made it; it consists of tuples (or lists, as JSON has them), text and numbers.
+    """
+
+    spec: str
+    split: str
+    size_bytes: int
+    where: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """What is wrong with a line, of a file of lines, or with a record, of anything else.
+
+    Lines and records count from 1. `byte_offset` is where the fault is, in the file or, if that is
+    compressed, in its decompressed text; records have none.
+    """
+
+    file: str
+    line: int
+    byte_offset: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        if self.byte_offset is None:
+            return f"{self.file}, record {self.line}: {self.reason}"
+        return f"{self.file}, line {self.line}, byte {self.byte_offset}: {self.reason}"
+
+
+class BadLineError(ValueError):
+    """A line, or the rest of a file, cannot be read."""
+
+
+OnBadLine = Callable[[BadLine], None]
+
+
+def stop(bad: BadLine) -> NoReturn:
+    """Refuses a bad line; the `on_bad` of whoever does not skip them."""
+    raise BadLineError(
+        f"{bad}. Correct it, or leave such lines out with --on_bad_line=skip, which counts them."
+    )
+
+
 class Source(abc.ABC):
-    """Documents in a fixed order; `spec` is the text that named them."""
+    """Documents in a fixed order, in pieces; `spec` is the text that named the source.
+
+    One object serves one process: keep it for all the pieces that the process reads, so that what
+    it opened and counted once need not be opened and counted again.
+    """
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
 
     @abc.abstractmethod
     def identity(self) -> str:
-        """Returns a line that changes when the documents do."""
+        """Returns a line that changes when the documents do, without reading them.
+
+        Of files that is their names, sizes and times.
+        """
 
     @abc.abstractmethod
     def splits(self) -> tuple[str, ...]:
         """Returns the splits that the source itself has: train, and perhaps validation."""
 
     @abc.abstractmethod
-    def documents(self, split: str) -> Iterator[Document]:
-        """Yields the documents of a split that have any text; may be called again."""
+    def pieces(self, split: str) -> list[Piece]:
+        """Returns the pieces of a split in order, always the same for the same documents."""
+
+    @abc.abstractmethod
+    def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document | TokenDocument]:
+        """Yields the documents of a piece in order, the empty ones too.
+
+        Any process may do this with the source that it opened itself from `spec`. `on_bad` is
+        called for every line or record that is no document: raising ends the reading, returning
+        leaves the line out.
+
+        Raises:
+          BadLineError: for a compressed file that is cut off or damaged, whatever `on_bad` does:
+            what is lost is more than a line.
+          ValueError: for a file that has changed since the piece was listed.
+        """
 
 
 def open_source(spec: str, scratch: Path) -> Source:
     """Returns the source that `spec` names; what it must build for itself goes under `scratch`.
 
+    Processes that share a source share `scratch` too, and the first one asks for its pieces before
+    the others start.
+
     Raises:
       ValueError: for an unknown form.
     """
+    # Here, because they are made of the classes above.
+    from mobilellm_jax.data import line_sources, parquet_source, tfds_sources
+
     scheme, _, rest = spec.partition(":")
     if spec == "python_docs":
-        return _PythonDocsSource(spec, scratch)
+        return tfds_sources.PythonDocsSource(spec, scratch)
     if scheme == "tfds" and (match := _TFDS.fullmatch(rest)):
-        return _TfdsSource(spec, match["name"], match["split"])
+        return tfds_sources.TfdsSource(
+            spec, match["name"], match["split"], match["field"] or _FIELD
+        )
     if scheme == "text" and rest:
-        return _TextSource(spec, rest)
+        return line_sources.TextSource(spec, rest)
+    if scheme == "tokens" and rest:
+        return line_sources.TokensSource(spec, rest)
+    if scheme in ("jsonl", "parquet") and (match := _WITH_FIELD.fullmatch(rest)):
+        field = match["field"] or _FIELD
+        if scheme == "jsonl":
+            return line_sources.JsonlSource(spec, match["name"], field)
+        return parquet_source.ParquetSource(spec, match["name"], field)
     forms = {form.partition(":")[0]: form for form in _FORMS}
     if scheme in forms:
         rule = f"must have the form {forms[scheme]}"
@@ -72,142 +184,3 @@ def open_source(spec: str, scratch: Path) -> Source:
         rule = f"must be one of {', '.join(_FORMS)}"
     hint = "" if scheme in forms else config.near_miss(scheme, forms)
     raise ValueError(f"source={spec!r} {rule}.{hint}")
-
-
-class _PythonDocsSource(Source):
-    def __init__(self, spec: str, scratch: Path) -> None:
-        super().__init__(spec)
-        self._scratch = scratch
-
-    def identity(self) -> str:
-        return python_docs.identity()
-
-    def splits(self) -> tuple[str, ...]:
-        return (TRAIN, VALIDATION)
-
-    def documents(self, split: str) -> Iterator[Document]:
-        yield from _records(self.spec, self._builder, split)
-
-    @functools.cached_property
-    def _builder(self) -> Any:
-        return python_docs.build(self._scratch)
-
-
-class _TfdsSource(Source):
-    """A TFDS dataset in array_record form, downloaded and built in TFDS's own folder if needed."""
-
-    def __init__(self, spec: str, name: str, split: str | None) -> None:
-        super().__init__(spec)
-        self._name = name
-        self._split = split
-
-    def identity(self) -> str:
-        info = self._builder.info
-        splits = ", ".join(
-            f"{name}: {info.splits[name].num_examples} records, "
-            f"{int(info.splits[name].num_bytes)} bytes"
-            for name in ([self._split] if self._split else self.splits())
-        )
-        return f"tfds {info.full_name} ({splits})"
-
-    def splits(self) -> tuple[str, ...]:
-        own = not self._split and VALIDATION in self._builder.info.splits
-        return (TRAIN, VALIDATION) if own else (TRAIN,)
-
-    def documents(self, split: str) -> Iterator[Document]:
-        yield from _records(self.spec, self._builder, self._split or split)
-
-    @functools.cached_property
-    def _builder(self) -> Any:
-        try:
-            builder = tfds.builder(self._name)  # in whatever format it lies there
-            if not builder.is_prepared():
-                builder = tfds.builder(self._name, file_format="array_record")
-                builder.download_and_prepare()
-        except tfds.core.DatasetNotFoundError as error:
-            hint = config.near_miss(self._name, tfds.list_builders(with_community_datasets=False))
-            raise ValueError(f"source={self.spec!r}: TFDS knows no such dataset.{hint}") from error
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"source={self.spec!r}: building this dataset needs the Python package "
-                f"{error.name!r}. Install it, or build the dataset elsewhere with "
-                f"tfds.builder({self._name!r}, file_format='array_record').download_and_prepare() "
-                "and set TFDS_DATA_DIR to its folder; reading it needs no TensorFlow."
-            ) from error
-        features = builder.info.features
-        if "text" not in features:
-            raise ValueError(
-                f"source={self.spec!r} must have a feature named 'text'; it has "
-                f"{', '.join(features)}."
-            )
-        wanted = re.split(r"[\[+]", self._split or TRAIN)[0]
-        if wanted not in builder.info.splits and wanted != "all":
-            names = list(builder.info.splits)
-            raise ValueError(
-                f"source={self.spec!r}: the dataset has no split {wanted!r}, only "
-                f"{', '.join(names)}.{config.near_miss(wanted, names)}"
-            )
-        return builder
-
-
-class _TextSource(Source):
-    """Every file is a document, in the order of the paths, byte for byte.
-
-    There is no marker that would part a file into documents; empty files have no text and are left
-    out. `**` in the pattern matches folders of any depth.
-    """
-
-    def __init__(self, spec: str, pattern: str) -> None:
-        super().__init__(spec)
-        self._pattern = pattern
-
-    def identity(self) -> str:
-        digest = hashlib.sha256()
-        files = self._files
-        for file in files:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        return f"text {len(files)} files, SHA-256 of contents {digest.hexdigest()}"
-
-    def splits(self) -> tuple[str, ...]:
-        return (TRAIN,)
-
-    def documents(self, split: str) -> Iterator[Document]:
-        assert split == TRAIN, f"text has no split {split}"
-        for file in self._files:
-            if text := _decoded(file.read_bytes(), str(file)):
-                yield Document(str(file), text)
-
-    @functools.cached_property
-    def _files(self) -> list[Path]:
-        found = sorted(glob.glob(self._pattern, recursive=True, include_hidden=False))
-        files = [path for path in map(Path, found) if path.is_file()]
-        if not files:
-            what = "folders only; add /**/*.txt or the like" if found else "nothing"
-            raise FileNotFoundError(f"source={self.spec!r}: the pattern matches {what}.")
-        return files
-
-
-def _records(spec: str, builder: Any, split: str) -> Iterator[Document]:
-    try:
-        records = builder.as_data_source(split)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"source={spec!r}: the dataset lies in {builder.data_path} in a format without random "
-            "access, which needs TensorFlow to read. Build it once more as array_record, e.g. "
-            f"tfds.builder({builder.name!r}, file_format='array_record', data_dir=OTHER_FOLDER)"
-            ".download_and_prepare(), and set TFDS_DATA_DIR to that folder."
-        ) from error
-    for index, record in enumerate(records):
-        if text := _decoded(record["text"], f"{spec} {split} record {index}"):
-            yield Document(f"{spec} {split} record {index}", text)
-
-
-def _decoded(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: byte {content[error.start]:#04x} at offset {error.start} is not UTF-8 "
-            f"({error.reason}); convert the text to UTF-8 first, e.g. with iconv."
-        ) from error
