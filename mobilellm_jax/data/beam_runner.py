@@ -63,7 +63,6 @@ def encode_and_assemble(
     run("encode", left, beam.ParDo(Encode(job)))
     parts = [_read(job, task) for task in tasks]
 
-    shards.mkdir(exist_ok=True)
     plans: list[assembly.ShardPlan] = []
     for split in (TRAIN, VALIDATION):
         made, start = assembly.read_assembled(shards, split)

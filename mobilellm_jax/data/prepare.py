@@ -43,6 +43,7 @@ Runner = Literal["local", "beam"]
 # Two pieces' worth: less is encoded before a second process has started.
 _TOO_SMALL_TO_SHARE_BYTES = 16_000_000
 _JOB = "job.json"
+_LOCK = "lock"
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -149,7 +150,6 @@ class _Preparation:
         on_bad: Callable[[BadLine], None] = (lambda _: None) if self.skip_bad_lines else stop
         held_out = held_out_below(self.sources, validation_fraction, on_bad)
         output = self.work / "output"
-        output.mkdir(exist_ok=True)
         if given is not None:
             copy = copy_tokenizer(given, output)
             if changes_text(given):
@@ -186,13 +186,11 @@ class _Preparation:
 
     def job(self, tokenizer: Tokenizer) -> Job:
         """Returns what worker processes need to know."""
-        parts = self.work / "parts"
-        parts.mkdir(exist_ok=True)
         return Job(
             sources=tuple(source.spec for source in self.sources),
             scratch=self.work / "sources",
             tokenizer=tokenizer.file,
-            parts=parts,
+            parts=self.work / "parts",
             skip_bad_lines=self.skip_bad_lines,
         )
 
@@ -313,7 +311,6 @@ class _Joiner:
 
     def __init__(self, work: Path, dtype: Any, shard_tokens: int) -> None:
         self._parts, self._shards = work / "parts", work / "shards"
-        self._shards.mkdir(exist_ok=True)
         self._dtype = dtype
         self._made: dict[str, list[Shard]] = {}
         self._planners: dict[str, assembly.Planner] = {}
@@ -409,10 +406,14 @@ def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | No
 
 
 def _differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Returns which settings differ in a way that matters to what was made, as text.
+
+    What was made without skipping is what skipping would have made: there was nothing to skip.
+    """
     return "; ".join(
         f"{key}: there {there.get(key)!r}, asked for {value!r}"
         for key, value in asked.items()
-        if there.get(key) != value
+        if there.get(key) != value and (key, there.get(key)) != ("on_bad_line", "stop")
     )
 
 
@@ -422,14 +423,14 @@ def _working_folder(
 ) -> Iterator[None]:
     """Makes or takes over the working folder, for this process alone.
 
-    It stays after an error, for the next start to go on with.
+    After an error it stays for the next start to go on with, if any part is complete.
 
     Raises:
       ValueError: if another process is at work there, or settings differ from those it began with.
     """
     work.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
-    with (work / "lock").open("a+", encoding="utf-8") as lock:
+    with (work / _LOCK).open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -441,18 +442,42 @@ def _working_folder(
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
+        for name in ("parts", "shards", "output"):
+            (work / name).mkdir(exist_ok=True)
         _remove_unfinished(work)
         job = work / _JOB
-        if job.is_file():
-            if differing := _differing(json.loads(job.read_text("utf-8")), settings):
-                raise ValueError(
-                    f"{work} holds an interrupted preparation with other settings ({differing}); "
-                    "use its settings to go on, or delete it, or name another output."
-                )
-            report(f"Going on with the interrupted preparation in {work}.")
+        if not _has_parts(work):
+            _empty(work)
+        elif differing := _differing(json.loads(job.read_text("utf-8")), settings):
+            raise ValueError(
+                f"{work} holds an interrupted preparation with other settings ({differing}); "
+                "use its settings to go on, or delete it, or name another output."
+            )
         else:
-            rundir.write_whole(job, json.dumps(settings, indent=2))
-        yield
+            report(f"Going on with the interrupted preparation in {work}.")
+        rundir.write_whole(job, json.dumps(settings, indent=2))
+        try:
+            yield
+        except BaseException:
+            if not _has_parts(work):
+                shutil.rmtree(work)
+            raise
+
+
+def _has_parts(work: Path) -> bool:
+    """Returns whether an earlier start has encoded anything."""
+    arrays = (file for name in ("parts", "shards", "output") for file in (work / name).iterdir())
+    return any(file.suffix == f".{shards.TOKENS}" for file in arrays)
+
+
+def _empty(work: Path) -> None:
+    """Deletes everything but the lock, which this process holds."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+            path.mkdir()
+        elif path.name != _LOCK:
+            path.unlink()
 
 
 def _remove_unfinished(work: Path) -> None:

@@ -21,7 +21,7 @@ def test_prepare_and_prepare_again(
     manifest = open_tokens(tmp_path / "data").manifest
     assert manifest.vocab_size == 290
     assert manifest.settings["validation_fraction"] == 0.4
-    assert [source["spec"] for source in manifest.sources] == [
+    assert [source.spec for source in manifest.sources] == [
         f"text:{tmp_path}/{pattern}.txt" for pattern in ("[ab]", "c")
     ]
     tokens = manifest.splits["train"].tokens

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from mobilellm_jax.data import prepare as prepare_module
 from mobilellm_jax.data import python_docs, shards
 from mobilellm_jax.data.prepare import prepare
-from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
 
 HOSTILE = "  <s> a\u2581b \x00 \t\n\n 👩‍👩‍👧 </s>  "
 
@@ -72,10 +72,18 @@ def test_every_document_comes_back_from_the_disk(corpus: Path, tmp_path: Path) -
         stored = sum(np.fromfile(f, "<u2").size for f in output.glob(f"{name}-*.tokens"))
         assert split.tokens == stored
     assert manifest.sources == (
-        {
-            "spec": f"text:{corpus}/*.txt",
-            "documents": {"train": len(train), "validation": len(validation)},
-        },
+        shards.SourceRecord(
+            spec=f"text:{corpus}/*.txt",
+            weight=None,
+            splits={
+                name: shards.Counts(
+                    documents=split.documents, tokens=split.tokens, text_bytes=split.text_bytes
+                )
+                for name, split in manifest.splits.items()
+            },
+            empty_documents=0,
+            bad_lines=(),
+        ),
     )
     dataset = shards.open_tokens(output)
     shards.verify_checksums(dataset)
@@ -114,11 +122,13 @@ def test_python_docs_keep_their_own_split(
     assert 0 < len(held_out) < 60
     assert set(texts_in(tmp_path / "data", "validation")) == held_out
     # A single file is not held out where there is validation text already.
-    assert manifest.sources[1]["documents"] == {"train": 1, "validation": 0}
+    assert {n: c.documents for n, c in manifest.sources[1].splits.items()} == {"train": 1}
     sources = ["python_docs", f"text:{corpus}/0*.txt"]
     half = prepare(sources, tmp_path / "half", vocab_size=295, validation_fraction=0.5)
-    assert half.sources[0] == manifest.sources[0]
-    assert 0 < half.sources[1]["documents"]["validation"] < 10
+    for split, counts in manifest.sources[0].splits.items():  # of another tokenizer
+        assert half.sources[0].splits[split].documents == counts.documents
+        assert half.sources[0].splits[split].text_bytes == counts.text_bytes
+    assert 0 < half.sources[1].splits["validation"].documents < 10
 
 
 def test_a_given_tokenizer_is_used_and_copied(
@@ -191,7 +201,7 @@ def test_a_folder_with_other_things_is_not_touched(corpus: Path, tmp_path: Path)
 def test_after_an_error_there_is_nothing(corpus: Path, tmp_path: Path, given: Tokenizer) -> None:
     (corpus / "zz.txt").write_bytes(b"fine until \xff")
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"zz\.txt: byte 0xff at offset 11"):
+    with pytest.raises(ValueError, match=r"zz\.txt, line 1, byte 11: .*--on_bad_line=skip"):
         prepare(
             [f"text:{corpus}/*.txt"],
             tmp_path / "data",
@@ -237,22 +247,3 @@ def test_a_corpus_without_text(corpus: Path, tmp_path: Path, given: Tokenizer) -
         prepare([f"text:{corpus}/*.md"], tmp_path / "data", tokenizer=given.file)
     with pytest.raises(ValueError, match="no text to train a tokenizer on"):
         prepare([f"text:{corpus}/*.md"], tmp_path / "data", vocab_size=300)
-
-
-def test_the_tokenizer_is_trained_on_a_share_of_a_large_corpus(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prepare_module, "_TOKENIZER_TRAINING_CHARACTERS", 5_000)
-    trained_on: list[str] = []
-
-    def spy(texts: Any, vocab_size: int, output: Path) -> Any:
-        trained_on.extend(texts)
-        return train_tokenizer(trained_on, vocab_size, output)
-
-    monkeypatch.setattr(prepare_module, "train_tokenizer", spy)
-    prepare([f"text:{corpus}/*.txt"], tmp_path / "data", vocab_size=300)
-    whole = sum(len(f.read_text()) for f in corpus.glob("*.txt"))
-    assert whole > 5_000
-    assert 1_000 < sum(map(len, trained_on)) <= 5_000
-    validation = {text.rstrip("\n") for text in texts_in(tmp_path / "data", "validation")}
-    assert validation and validation.isdisjoint(trained_on)
