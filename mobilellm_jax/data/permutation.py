@@ -10,31 +10,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 8
-_MASK64 = (1 << 64) - 1
 
 
-def permuted(index_W: NDArray[np.int64], n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Returns the images of indices in [0, n) under the permutation of (seed, epoch)."""
+def permuted(
+    index_W: NDArray[np.int64],
+    n: int,
+    seed: int,
+    epoch: int | NDArray[np.int64],
+    stream: int = 0,
+) -> NDArray[np.int64]:
+    """Returns the images of indices in [0, n) under the permutation of (seed, epoch, stream).
+
+    `epoch` may differ from index to index. Streams are permutations for different purposes.
+    """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low_bits = np.uint64((1 << int(half)) - 1)
-    key = _mix(_mix(seed & _MASK64) ^ (epoch & _MASK64))
-    keys = [np.uint64(_mix(key + i)) for i in range(_ROUNDS)]
+    epoch_W = np.broadcast_to(np.asarray(epoch).astype(np.uint64), index_W.shape)
+    key_W = _mix(epoch_W ^ _mix(_uint64(seed)))
+    if stream:
+        key_W = _mix(key_W ^ _mix(_uint64(stream)))
+    keys_RW = _mix(key_W + np.arange(_ROUNDS, dtype=np.uint64)[:, None])
     image_W = index_W.astype(np.uint64)
     outside_W = np.ones(image_W.shape, np.bool_)
     while outside_W.any():
         left, right = image_W[outside_W] >> half, image_W[outside_W] & low_bits
-        for round_key in keys:
-            left, right = right, left ^ (_mix_array(right ^ round_key) & low_bits)
+        for round_keys in keys_RW[:, outside_W]:
+            left, right = right, left ^ (_mix(right ^ round_keys) & low_bits)
         image_W[outside_W] = (left << half) | right
         outside_W = image_W >= np.uint64(n)
     return image_W.astype(np.int64)
 
 
-def _mix(value: int) -> int:
-    return int(_mix_array(np.array([value & _MASK64], np.uint64))[0])
+def _uint64(value: int) -> NDArray[np.uint64]:
+    return np.array([value % (1 << 64)], np.uint64)
 
 
-def _mix_array(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     value = value + np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -25,6 +25,25 @@ def test_seed_and_epoch_give_orders_of_their_own() -> None:
     assert len(orders) == 64  # seed 0 in epoch 1 is not seed 1 in epoch 0
 
 
+def test_epochs_may_differ_from_index_to_index() -> None:
+    index_W, epoch_W = np.arange(60) % 30, np.arange(60) * 7
+    one_by_one = [
+        int(permuted(np.array([i]), 30, seed=2, epoch=int(e))[0])
+        for i, e in zip(index_W, epoch_W, strict=True)
+    ]
+    assert permuted(index_W, 30, seed=2, epoch=epoch_W).tolist() == one_by_one
+
+
+def test_streams_are_orders_of_their_own() -> None:
+    orders = {
+        tuple(permuted(np.arange(100), 100, seed=0, epoch=epoch, stream=stream).tolist())
+        for epoch in range(6)
+        for stream in range(-1, 5)
+    }
+    assert len(orders) == 36
+    assert all(sorted(order) == list(range(100)) for order in orders)
+
+
 def test_images_are_spread_evenly() -> None:
     """Over many keys each of 5 indices takes each of 5 places about equally often."""
     keys = 1000
@@ -52,10 +71,12 @@ def _splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _image(index: int, n: int, seed: int, epoch: int) -> int:
+def _image(index: int, n: int, seed: int, epoch: int, stream: int = 0) -> int:
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     low = 2**half - 1
     key = _splitmix64(_splitmix64(seed) ^ epoch)
+    if stream:
+        key = _splitmix64(key ^ _splitmix64(stream % 2**64))
     while True:
         left, right = index >> half, index & low
         for round_number in range(8):
@@ -66,10 +87,15 @@ def _image(index: int, n: int, seed: int, epoch: int) -> int:
             return index
 
 
-@pytest.mark.parametrize(("n", "seed", "epoch"), [(5, 0, 0), (97, 2**40 + 1, 3), (2609, 0, 1)])
-def test_equals_the_same_network_in_plain_integers(n: int, seed: int, epoch: int) -> None:
-    expected = [_image(i, n, seed, epoch) for i in range(n)]
-    assert permuted(np.arange(n), n, seed, epoch).tolist() == expected
+@pytest.mark.parametrize(
+    ("n", "seed", "epoch", "stream"),
+    [(5, 0, 0, 0), (97, 2**40 + 1, 3, 0), (2609, 0, 1, 0), (97, 3, 2, 4), (10, 3, 2, -1)],
+)
+def test_equals_the_same_network_in_plain_integers(
+    n: int, seed: int, epoch: int, stream: int
+) -> None:
+    expected = [_image(i, n, seed, epoch, stream) for i in range(n)]
+    assert permuted(np.arange(n), n, seed, epoch, stream).tolist() == expected
 
 
 def test_the_order_never_changes() -> None:

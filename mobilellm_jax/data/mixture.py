@@ -1,0 +1,233 @@
+"""What a run trains on: one token folder, or several components in exact proportions.
+
+`data.path` is the folder that `prepare` wrote, or a mixture, `DIR:0.7,DIR:0.3`. A folder whose
+sources were prepared with weights is itself a mixture of them; in a mixture of folders a source's
+weight is the folder's times its own.
+
+The order of samples needs no state. Weights are exact fractions, so there is a smallest block of D
+samples with a whole number n_c of each component c. Sample i is place i mod D of block i // D; a
+permutation of the block's places, its own in every block, tells the component and how many of its
+samples come before. So every block of D samples has exactly the proportions asked for, and each
+component goes through its own windows, epoch after epoch, as if it were alone.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilellm_jax.config import ConfigError
+from mobilellm_jax.data.permutation import permuted
+from mobilellm_jax.data.shards import Counts, Dataset, open_tokens
+from mobilellm_jax.data.token_stream import TokenStream
+
+MAX_BLOCK = 100_000
+# Of `permuted`; component c's windows are stream c.
+_BLOCKS = -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Component:
+    """A folder, or one source of a folder; `share` is its part of the samples."""
+
+    name: str
+    share: Fraction
+    dataset: Dataset
+    source: int | None  # None: the whole folder
+
+    def stream(self, split: str) -> TokenStream | None:
+        """Returns the component's part of a split; None if that has nothing to predict."""
+        whole = self.dataset.splits.get(split)
+        if whole is None:
+            return None
+        stream = whole if self.source is None else self.dataset.source_stream(split, self.source)
+        return stream if stream.tokens >= 2 else None
+
+    def counts(self, split: str) -> Counts:
+        """Returns documents, tokens and bytes of text of a split."""
+        manifest = self.dataset.manifest
+        splits = manifest.splits if self.source is None else manifest.sources[self.source].splits
+        return splits.get(split, Counts())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Components whose shares add up to 1; `path` is the text of `data.path`."""
+
+    path: str
+    components: tuple[Component, ...]
+
+    @property
+    def datasets(self) -> tuple[Dataset, ...]:
+        """The folders, each once, in order."""
+        return tuple({c.dataset.path: c.dataset for c in self.components}.values())
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's file, the same in every folder."""
+        return self.components[0].dataset.tokenizer
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A checksum of the data and the shares; wherever the folders lie, it is the same."""
+        if len(self.components) == 1:
+            return self.components[0].dataset.fingerprint
+        parts = [[c.dataset.fingerprint, c.source, str(c.share)] for c in self.components]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @functools.cached_property
+    def block_counts(self) -> NDArray[np.int64]:
+        """How many samples of each component are in a block."""
+        size = math.lcm(*(c.share.denominator for c in self.components))
+        return np.array([int(c.share * size) for c in self.components], np.int64)
+
+    def alone(self, component: Component) -> "Mixture":
+        """Returns the mixture of one of the components only."""
+        return Mixture(
+            path=self.path, components=(dataclasses.replace(component, share=Fraction(1)),)
+        )
+
+    def place(
+        self, sample_B: NDArray[np.int64], seed: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns for global sample indices the component, and the index among its samples."""
+        ends = np.cumsum(self.block_counts)
+        block_B, place_B = np.divmod(sample_B, ends[-1])
+        place_B = permuted(place_B, int(ends[-1]), seed, block_B, _BLOCKS)
+        component_B = np.searchsorted(ends, place_B, side="right")
+        count_B, end_B = self.block_counts[component_B], ends[component_B]
+        return component_B, block_B * count_B + place_B - (end_B - count_B)
+
+
+def mixture_of(dataset: Dataset) -> Mixture:
+    """Returns the mixture that one folder is: of itself, or of its sources if they have weights."""
+    return _mixture(str(dataset.path), [(dataset, Fraction(1))])
+
+
+def open_mixture(path: str) -> Mixture:
+    """Opens the folder or the folders that `data.path` names.
+
+    Raises:
+      ConfigError: for a bad weight, folders with different tokenizers, or a block that is too long.
+      FileNotFoundError: for a missing folder or file.
+      ValueError: for a damaged folder.
+    """
+    folders = split_path(path)
+    opened = [(open_tokens(folder), weight) for folder, weight in folders]
+    first = opened[0][0]
+    for other, _ in opened[1:]:
+        ours, theirs = first.manifest.tokenizer_sha256, other.manifest.tokenizer_sha256
+        if ours != theirs:
+            raise ConfigError(
+                f"data.path={path!r}: {first.path} was made with the tokenizer {first.tokenizer} "
+                f"(SHA-256 {ours[:12]}) and {other.path} with {other.tokenizer} ({theirs[:12]}), "
+                "but ids mean the same only under one; prepare one of them again with "
+                "--tokenizer=FILE of the other."
+            )
+    return _mixture(path, opened)
+
+
+def split_path(path: str) -> list[tuple[Path, Fraction]]:
+    """Returns the folders that a `data.path` names and their weights.
+
+    What is a folder is that folder, whatever its name holds. In a mixture the weight stands behind
+    the last colon, and a folder cannot have a comma in its name.
+
+    Raises:
+      ConfigError: for a missing or bad weight, or a folder named twice.
+    """
+    if Path(path).is_dir() or not is_mixture(path):
+        return [(Path(path), Fraction(1))]
+    folders = [_weighted(path, item) for item in path.split(",")]
+    for folder, count in Counter(folder for folder, _ in folders).items():
+        if count > 1:
+            raise ConfigError(
+                f"data.path={path!r} names {folder} {count} times; name it once, with the sum of "
+                "the weights."
+            )
+    return folders
+
+
+def is_mixture(path: str) -> bool:
+    """Returns whether a `data.path` that is no folder is written as a mixture."""
+    return "," in path or _weight(path.rpartition(":")[2]) is not None
+
+
+def _weighted(path: str, item: str) -> tuple[Path, Fraction]:
+    folder, _, text = item.strip().rpartition(":")
+    weight = _weight(text)
+    if not folder or weight is None or weight <= 0:
+        raise ConfigError(
+            f"data.path={path!r}: {item!r} must be a folder and its weight, a decimal number "
+            "greater than 0, for example data/web:0.7. (A folder whose name holds a comma cannot "
+            "be part of a mixture; name it through a link.)"
+        )
+    return Path(folder), weight
+
+
+def _weight(text: str) -> Fraction | None:
+    """Returns a decimal number exactly, so that 0.1 + 0.2 is 0.3; None if it is not one."""
+    try:
+        return None if "/" in text or not text.isascii() else Fraction(text)
+    except ValueError:
+        return None
+
+
+def _mixture(path: str, folders: Sequence[tuple[Dataset, Fraction]]) -> Mixture:
+    total = sum(weight for _, weight in folders)
+    components = list(
+        itertools.chain.from_iterable(_parts(dataset, w / total) for dataset, w in folders)
+    )
+    names = _unique_names(components)
+    mixture = Mixture(
+        path=path,
+        components=tuple(
+            dataclasses.replace(component, name=name)
+            for component, name in zip(components, names, strict=True)
+        ),
+    )
+    block = int(mixture.block_counts.sum())
+    if block > MAX_BLOCK:
+        raise ConfigError(
+            f"data.path={path!r}: the weights are met exactly in every {block:,} samples, which "
+            f"must be at most {MAX_BLOCK:,}; write the weights with fewer digits."
+        )
+    return mixture
+
+
+def _parts(dataset: Dataset, share: Fraction) -> Iterator[Component]:
+    weights = [source.weight for source in dataset.manifest.sources]
+    given = [Fraction(repr(weight)) for weight in weights if weight is not None]
+    if not given:
+        yield Component(name=dataset.path.name, share=share, dataset=dataset, source=None)
+        return
+    assert len(given) == len(weights), "`prepare` weights all sources or none"
+    for number, (source, weight) in enumerate(zip(dataset.manifest.sources, given, strict=True)):
+        part = share * weight / sum(given)
+        yield Component(name=source.spec, share=part, dataset=dataset, source=number)
+
+
+def _unique_names(components: Sequence[Component]) -> list[str]:
+    """Names short where that is enough, else with the folder's path, else numbered."""
+    names = [component.name for component in components]
+    paths = [
+        str(c.dataset.path) if c.source is None else f"{c.dataset.path}/{c.name}"
+        for c in components
+    ]
+    short = Counter(names)
+    names = [
+        name if short[name] == 1 else longer for name, longer in zip(names, paths, strict=True)
+    ]
+    still = Counter(names)
+    return [
+        name if still[name] == 1 else f"{name}#{number}" for number, name in enumerate(names, 1)
+    ]

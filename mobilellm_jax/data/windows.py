@@ -1,0 +1,128 @@
+"""Windows of token streams as the rows of a batch.
+
+Window w of a stream covers its tokens [w * seq_len, w * seq_len + seq_len + 1): the first seq_len
+are the inputs, the last seq_len the targets. Neighbouring windows share one token and the last one
+is padded with weight 0, so every token but the stream's first is a target exactly once per epoch
+(under `document_mask`, every token but each document's first), if its loss mask lets it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilellm_jax.config import Boundaries
+from mobilellm_jax.data.token_stream import TokenStream
+
+Batch = dict[str, NDArray[Any]]
+
+NO_WINDOW = -1
+# Tokens whose mask is looked at together.
+_CHUNK = 1 << 24
+
+
+def count_windows(stream: TokenStream, seq_len: int) -> int:
+    """Returns the number of windows, the padded last one included."""
+    return -(-(stream.tokens - 1) // seq_len)
+
+
+def count_targets(stream: TokenStream, boundaries: Boundaries) -> int:
+    """Returns the sum of the weights over an epoch; reads the loss mask, if there is one."""
+    documents = boundaries == "document_mask"
+    if not stream.has_loss_mask:
+        return stream.tokens - (stream.documents if documents else 1)
+    targets = 0
+    for start in range(0, stream.tokens, _CHUNK):
+        stop = min(start + _CHUNK, stream.tokens)
+        counts = _loss_mask(stream, start, stop) != 0
+        if documents:
+            counts[stream.document_starts(start, stop) - start] = False
+        elif start == 0:
+            counts[0] = False
+        targets += int(np.count_nonzero(counts))
+    return targets
+
+
+def read_windows(
+    streams: Sequence[TokenStream],
+    stream_B: NDArray[np.int64],
+    window_B: NDArray[np.int64],
+    seq_len: int,
+    boundaries: Boundaries,
+) -> Batch:
+    """Returns the batch whose row b is a window of stream `stream_B[b]`.
+
+    A row of NO_WINDOW is all padding. Arrays end in _BT: "tokens" and "targets" int32, "weights"
+    float32 (0 where there is no target), and under `document_mask` "segments" (from 1; 0 is
+    padding) and "positions" int32, both counted within the window.
+    """
+    shape = (len(window_B), seq_len)
+    tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    weights_BT = np.zeros(shape, np.float32)
+    inputs_B = np.zeros(len(window_B), np.int64)
+    starts = []
+    for row, (stream_number, window) in enumerate(
+        zip(stream_B.tolist(), window_B.tolist(), strict=True)
+    ):
+        if window == NO_WINDOW:
+            continue
+        stream = streams[stream_number]
+        start = window * seq_len
+        stop = min(start + seq_len + 1, stream.tokens)
+        read = stream.read(start, stop)
+        inputs, targets = min(len(read), seq_len), len(read) - 1
+        tokens_BT[row, :inputs] = read[:seq_len]
+        targets_BT[row, :targets] = read[1:]
+        weights_BT[row, :targets] = (
+            _loss_mask(stream, start + 1, stop) if stream.has_loss_mask else 1
+        )
+        inputs_B[row] = inputs
+        if boundaries == "document_mask":
+            in_window = stream.document_starts(start, stop) - start
+            starts.append(in_window + row * (seq_len + 1))
+    batch: Batch = {"tokens": tokens_BT, "targets": targets_BT, "weights": weights_BT}
+    if boundaries == "document_mask":
+        start_S = np.concatenate(starts) if starts else np.empty(0, np.int64)
+        row_S, at_S = np.divmod(start_S, seq_len + 1)
+        weights_BT[row_S[at_S > 0], at_S[at_S > 0] - 1] = 0  # the targets that start a document
+        batch["segments"], batch["positions"] = _number_documents(row_S, at_S, inputs_B, seq_len)
+    return batch
+
+
+def _loss_mask(stream: TokenStream, start: int, stop: int) -> NDArray[np.uint8]:
+    mask = stream.loss_mask(start, stop)
+    assert mask is not None, "the caller asks streams that have a mask"
+    return mask
+
+
+def _number_documents(
+    row_S: NDArray[np.int64], at_S: NDArray[np.int64], inputs_B: NDArray[np.int64], seq_len: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Returns segments and positions, where documents start at `at_S` of the rows `row_S`.
+
+    In each row documents are numbered from 1 and positions count from 0 in each. The first document
+    may have begun before the window: its positions count from the window's start. Padding, from
+    `inputs_B` on, is a document of its own with number 0.
+    """
+    rows = np.arange(len(inputs_B))
+    inside_S = (at_S > 0) & (at_S < inputs_B[row_S])
+    padded_B = inputs_B < seq_len
+    # Of every run of equal segments the flat position where it begins, ascending.
+    begins = np.concatenate(
+        [
+            rows * seq_len,
+            row_S[inside_S] * seq_len + at_S[inside_S],
+            rows[padded_B] * seq_len + inputs_B[padded_B],
+        ]
+    )
+    begins = np.unique(begins)
+    lengths = np.diff(begins, append=len(rows) * seq_len)
+    row_R, at_R = np.divmod(begins, seq_len)
+    first_B = np.searchsorted(begins, rows * seq_len)
+    number_R = np.arange(1, len(begins) + 1) - first_B[row_R]
+    number_R[at_R >= inputs_B[row_R]] = 0
+    segments_BT = np.repeat(number_R.astype(np.int32), lengths).reshape(-1, seq_len)
+    # Within a row, so that a batch of any size fits the type.
+    begin_BT = np.repeat(at_R.astype(np.int32), lengths).reshape(-1, seq_len)
+    return segments_BT, np.arange(seq_len, dtype=np.int32) - begin_BT
