@@ -116,12 +116,13 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; exactly one may be -1, meaning what is left."""
+    """Devices along each mesh axis of a slice; exactly one may be -1, meaning what is left."""
 
     data: int = -1  # batch split, parameters copied
     fsdp: int = 1  # batch split, parameters split too
     tensor: int = 1  # heads, feed-forward and vocabulary split
     sequence: int = 1  # tokens of a sequence split
+    dcn_data: int = 1  # slices that only DCN joins; the batch is split over them, parameters copied
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,7 +264,7 @@ _AT_LEAST_ONE = (
     *("model.max_seq_len", "model.scan_unroll", "data.seq_len"),
     *("train.steps", "train.global_batch", "train.accumulation_steps", "train.log_every"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.max_bad_steps"),
-    "train.loss_chunk",
+    *("train.loss_chunk", "mesh.dcn_data"),
 )
 _NOT_NEGATIVE = (
     *("data.seed", "train.seed", "optimizer.warmup_steps", "optimizer.weight_decay"),
@@ -336,7 +337,8 @@ def _rule_violations(config: Config) -> Iterator[str]:
             f"optimizer.warmup_steps={optimizer.warmup_steps} must be less than "
             f"train.steps={train.steps}; shorten the warm-up or train longer."
         )
-    sizes = {f"mesh.{f.name}": getattr(mesh, f.name) for f in dataclasses.fields(mesh)}
+    axes = ("data", "fsdp", "tensor", "sequence")
+    sizes = {f"mesh.{axis}": getattr(mesh, axis) for axis in axes}
     if usable(*sizes):
         yield from [
             f"{name}={size} must be at least 1, or -1 for what is left."

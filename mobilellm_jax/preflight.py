@@ -29,7 +29,7 @@ MAY_CHANGE = frozenset(
         *("train.checkpoint_every", "train.keep_checkpoints", "train.keep_every"),
         *("train.max_bad_steps", "train.accumulation_steps", "train.loss_chunk"),
         *("evaluate.every", "evaluate.samples", "model.remat", "model.scan_unroll"),
-        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"),
+        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.dcn_data"),
         *("data.path", "data.source"),  # the same tokens in another place; preflight compares
     }
 )

@@ -1,50 +1,98 @@
 """The device mesh, and which axis of it each logical axis of an array is split over.
 
-One device is a mesh of one. Modules name logical axes only; `logical_rules` maps them to the mesh
-axes (`data`, `fsdp`, `tensor`, `sequence`). Every trace of a model (initialisation, step,
-evaluation) happens inside `use`: flax looks the mesh up in JAX's ambient mesh and the rules in a
-context of its own, neither is part of jit's cache key, and without them every constraint vanishes
-without a word.
+One device is a mesh of one. Where devices come in slices that only a slower network joins (TPU
+slices, GPU hosts: DCN), `mesh.dcn_data` copies the mesh onto each of them along `data`, so that
+gradients alone cross that network, once per step.
+
+Modules name logical axes only; `logical_rules` maps them to the mesh axes (`data`, `fsdp`,
+`tensor`, `sequence`). Every trace of a model (initialisation, step, evaluation) happens inside
+`use`: flax looks the mesh up in JAX's ambient mesh and the rules in a context of its own, neither
+is part of jit's cache key, and without them every constraint vanishes without a word.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mobilellm_jax.config import ConfigError, MeshConfig, ModelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
+P = ParamSpec("P")
+Result = TypeVar("Result")
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
 def mesh_shape(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     """Returns the devices along each axis, with -1 replaced by what is left.
 
+    `data` counts the slices too: it is `mesh.dcn_data` times the `mesh.data` of one slice.
+
     Raises:
       ConfigError: if the sizes do not multiply to `num_devices`.
     """
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
-    fixed = int(np.prod([s for s in sizes.values() if s != -1]))
+    fixed = int(np.prod([s for s in sizes.values() if s != -1])) * mesh.dcn_data
     if -1 in sizes.values() and num_devices % fixed == 0:
         sizes = {a: num_devices // fixed if s == -1 else s for a, s in sizes.items()}
-    if int(np.prod(list(sizes.values()))) != num_devices:
+    if int(np.prod(list(sizes.values()))) * mesh.dcn_data != num_devices:
         written = " x ".join(f"mesh.{a}={s}" for a, s in sizes.items())
+        if mesh.dcn_data > 1:
+            written = f"mesh.dcn_data={mesh.dcn_data} x {written}"
         raise ConfigError(
             f"{written} must use all {num_devices} devices; set one axis to -1 to take what is "
             "left, or choose sizes whose product is the number of devices."
         )
-    return sizes
+    return {**sizes, "data": sizes["data"] * mesh.dcn_data}
 
 
-def make_mesh(mesh: MeshConfig) -> Mesh:
-    """Returns the mesh over all devices. Its axes are `Auto`: linen needs the compiler's."""
-    shape = mesh_shape(mesh, jax.device_count())
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh over `devices`, by default all there are.
+
+    Its axes are `Auto`: linen needs the compiler's.
+
+    Raises:
+      ConfigError: if the sizes do not fit the devices, or `mesh.dcn_data` not their slices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(mesh, len(devices))
+    inner = (shape["data"] // mesh.dcn_data, *(shape[axis] for axis in AXES[1:]))
+    parts = [
+        mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True)
+        for part in _parts(mesh.dcn_data, devices)
+    ]
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """Returns the number of groups of devices that only DCN joins; 1 where none are known."""
+    return len({getattr(device, "slice_index", None) for device in devices})
+
+
+def _parts(dcn_data: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """Returns the devices of each part of a mesh with a DCN axis: one slice each.
+
+    CPU devices stand in for slices of any size, in order, for tests and plans.
+    """
+    if dcn_data == 1:
+        return [list(devices)]
+    slices = count_slices(devices)
+    if slices != dcn_data and not (slices == 1 and devices[0].platform == "cpu"):
+        raise ConfigError(
+            f"mesh.dcn_data={dcn_data} must be the number of slices that the devices come in, "
+            f"which is {slices}; set --config.mesh.dcn_data={slices}, or 1 for a mesh that takes "
+            "no notice of them."
+        )
+    ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.id))
+    size = len(ordered) // dcn_data
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def logical_rules(model: ModelConfig, shape: Mapping[str, int]) -> Rules:
@@ -88,6 +136,21 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
         yield
 
 
+def with_rules(function: Callable[P, Result], rules: Rules) -> Callable[P, Result]:
+    """Returns the function with `rules` inside it, for jit.
+
+    The ambient mesh is part of jit's cache key and rules are not: with the rules around the call
+    only, a trace made once under the mesh without them would serve every later call.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> Result:
+        with nn.logical_axis_rules(rules):
+            return function(*args, **kwargs)
+
+    return traced
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -118,9 +181,27 @@ def local_rows(mesh: Mesh, global_batch: int) -> slice:
 def put_batch(
     batch: Mapping[str, np.ndarray], mesh: Mesh, global_batch: int
 ) -> dict[str, jax.Array]:
-    """Returns the global arrays of which this process holds the rows in `batch`."""
+    """Returns the global arrays of which this process holds the rows in `batch`.
+
+    Raises:
+      ValueError: if those are not the rows that `local_rows` asks for.
+    """
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows, (global_batch, rows.shape[1]))
-        for name, rows in batch.items()
-    }
+    own = local_rows(mesh, global_batch)
+
+    def place(name: str, rows_BT: np.ndarray) -> jax.Array:
+        if len(rows_BT) != own.stop - own.start:
+            raise ValueError(
+                f"batch[{name!r}] has {len(rows_BT)} rows, and this process feeds rows {own.start} "
+                f"to {own.stop - 1} of {global_batch}; read them with rows=local_rows(...)."
+            )
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "jax asks for the parts of this process's devices only"
+            start, stop, _ = index[0].indices(global_batch)
+            return rows_BT[start - own.start : stop - own.start, index[1]]
+
+        shape = (global_batch, *rows_BT.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: place(name, rows_BT) for name, rows_BT in batch.items()}

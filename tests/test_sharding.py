@@ -1,9 +1,11 @@
 """The mesh and its rules, and that a run is the same run on every mesh."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from mobilellm_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from mobilellm_jax.model.transformer import Transformer
 from mobilellm_jax.sharding import (
     AXES,
     Rules,
@@ -31,7 +34,7 @@ from mobilellm_jax.sharding import (
 )
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state
-from mobilellm_jax.train.step import make_train_step
+from mobilellm_jax.train.step import make_loss_sums, make_train_step
 
 STEPS = 20
 CONFIG = Config(
@@ -64,6 +67,9 @@ def rules_of(model: ModelConfig, **shape: int) -> dict[str, Any]:
         ({"fsdp": 4}, 8, (2, 4, 1, 1)),
         ({"data": 1, "fsdp": -1, "tensor": 2}, 8, (1, 4, 2, 1)),
         ({"data": 2, "fsdp": 2, "tensor": 1, "sequence": 3}, 12, (2, 2, 1, 3)),
+        ({"dcn_data": 2}, 8, (8, 1, 1, 1)),
+        ({"dcn_data": 2, "fsdp": 4}, 8, (2, 4, 1, 1)),
+        ({"dcn_data": 4, "data": 3, "fsdp": -1}, 24, (12, 2, 1, 1)),
     ],
 )
 def test_mesh_takes_what_is_left(
@@ -79,6 +85,8 @@ def test_mesh_takes_what_is_left(
         ({"data": 4}, "mesh.data=4 x mesh.fsdp=1"),  # too few
         ({"data": 8, "tensor": 2}, "mesh.data=8 x mesh.fsdp=1 x mesh.tensor=2"),  # too many
         ({"fsdp": 3}, "mesh.data=-1 x mesh.fsdp=3"),  # nothing whole is left
+        ({"data": 8, "dcn_data": 2}, "mesh.dcn_data=2 x mesh.data=8"),  # twice what there is
+        ({"dcn_data": 3}, "mesh.dcn_data=3 x mesh.data=-1"),
     ],
 )
 def test_mesh_must_use_all_devices(sizes: dict[str, int], written: str) -> None:
@@ -96,6 +104,47 @@ def test_mesh_is_over_all_devices() -> None:
     assert set(mesh.devices.flat) == set(jax.devices())
     assert set(mesh.axis_types) == {AxisType.Auto}
     assert batch_shards(mesh) == 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "fake"
+    process_index: int = 0
+
+
+def accelerators(slices: int, count: int = 8) -> list[Any]:
+    """Devices that come in turn from each slice, as no mesh should have them."""
+    return [Accelerator(i, i % slices) for i in range(count)]
+
+
+def test_each_slice_holds_one_copy_of_the_inner_mesh() -> None:
+    mesh = make_mesh(MeshConfig(dcn_data=2, data=2, tensor=2), accelerators(2))
+    assert tuple(mesh.shape.values()) == (4, 1, 2, 1)
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    slices = [[d.slice_index for d in row.flat] for row in mesh.devices]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert len({d.id for d in mesh.devices.flat}) == 8
+
+
+def test_simulated_devices_stand_in_for_slices() -> None:
+    mesh = make_mesh(MeshConfig(dcn_data=2, fsdp=2, tensor=2))
+    assert tuple(mesh.shape.values()) == (2, 2, 2, 1)
+    assert [{d.id for d in half.flat} for half in mesh.devices] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+
+
+@pytest.mark.parametrize(("dcn_data", "slices"), [(2, 4), (4, 2), (2, 1)])
+def test_dcn_axis_must_be_the_slices_there_are(dcn_data: int, slices: int) -> None:
+    with pytest.raises(ConfigError, match=rf"dcn_data={dcn_data} must.* {slices}; set") as error:
+        make_mesh(MeshConfig(dcn_data=dcn_data), accelerators(slices))
+    assert f"--config.mesh.dcn_data={slices}" in str(error.value)
+    # Without a DCN axis slices are no matter.
+    mesh = make_mesh(MeshConfig(fsdp=4), accelerators(slices))
+    assert tuple(mesh.shape.values()) == (2, 4, 1, 1)
 
 
 def test_heads_are_split_only_where_both_kinds_divide() -> None:
@@ -209,14 +258,22 @@ def on_one_device() -> tuple[TrainState, list[float]]:
     return run_on(mesh_of(*ONE))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 2, 2, 1), (4, 1, 1, 2)],
-    ids=["data8", "fsdp8", "fsdp4_tensor2", "data2_fsdp2_tensor2", "data4_sequence2"],
-)
-def test_a_run_is_the_same_on_every_mesh(shape: tuple[int, ...]) -> None:
+MESHES = {
+    "data8": MeshConfig(),
+    "fsdp8": MeshConfig(data=1, fsdp=8),
+    "fsdp4_tensor2": MeshConfig(data=1, fsdp=4, tensor=2),
+    "data2_fsdp2_tensor2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "data4_sequence2": MeshConfig(data=4, sequence=2),
+    "dcn2_fsdp2_tensor2": MeshConfig(dcn_data=2, fsdp=2, tensor=2),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_run_is_the_same_on_every_mesh(name: str) -> None:
     one_state, one_losses = on_one_device()
-    state, losses = run_on(mesh_of(*shape))
+    mesh = make_mesh(MESHES[name])
+    assert mesh.size == 8
+    state, losses = run_on(mesh)
     # Only the order of float32 sums differs.
     np.testing.assert_allclose(losses, one_losses, rtol=1e-5)
     assert losses[0] - losses[-1] > 0.1
@@ -224,7 +281,7 @@ def test_a_run_is_the_same_on_every_mesh(shape: tuple[int, ...]) -> None:
     for path, leaf in flat.items():
         np.testing.assert_allclose(leaf, one_flat[path], atol=1e-5, err_msg=str(path))
     for tree in (state.params, state.optimizer[1][0].mu, state.optimizer[1][0].nu):
-        assert_split(tree, *shape)
+        assert_split(tree, *mesh.shape.values())
 
 
 def assert_split(params: Any, data: int, fsdp: int, tensor: int, sequence: int) -> None:
@@ -253,26 +310,90 @@ def assert_split(params: Any, data: int, fsdp: int, tensor: int, sequence: int) 
     assert found == jax.tree.map(lambda s: {s}, shapes, is_leaf=lambda s: isinstance(s, tuple))
 
 
-def constraints(rules: Rules | None = None) -> int:
-    """The sharding constraints in the program of a step on fsdp 4 x tensor 2."""
-    mesh = mesh_of(1, 4, 2, 1)
-    own = logical_rules(CONFIG.model, mesh.shape)
-    abstract = abstract_state(CONFIG, OPTIMIZER, mesh, own)
-    step_fn = make_train_step(CONFIG, OPTIMIZER, mesh, own if rules is None else rules, abstract)
-    program = step_fn.lower(abstract, batches()[0]).as_text()
-    return program.count("sdy.sharding_constraint")
+MESH = MeshConfig(data=1, fsdp=4, tensor=2)
 
 
-def test_constraints_reach_the_program_whatever_mesh_surrounds_the_call() -> None:
+@functools.cache
+def on_mesh() -> tuple[Mesh, Rules, TrainState]:
+    """A mesh on which the constraints matter, its rules and the state of the run on it."""
+    mesh = make_mesh(MESH)
+    rules = logical_rules(CONFIG.model, mesh.shape)
+    return mesh, rules, abstract_state(CONFIG, OPTIMIZER, mesh, rules)
+
+
+def constraints(entered: Any, *arguments: Any) -> int:
+    """The sharding constraints in the program that a function is lowered to."""
+    return int(entered.lower(*arguments).as_text().count("sdy.sharding_constraint"))
+
+
+def step_constraints(config: Config = CONFIG, rules: Rules | None = None) -> int:
+    mesh, own, abstract = on_mesh()
+    step_fn = make_train_step(config, OPTIMIZER, mesh, own if rules is None else rules, abstract)
+    return constraints(step_fn, abstract, batches()[0])
+
+
+def loss_constraints(rules: Rules | None = None) -> int:
+    mesh, own, abstract = on_mesh()
+    loss_sums = make_loss_sums(CONFIG, mesh, own if rules is None else rules, 8)
+    return constraints(loss_sums, abstract.params, batches()[0])
+
+
+# Embedding table and its rows; in the scanned block queries, feed-forward and output. The step has
+# each twice: once forward, once for the gradient.
+IN_MODEL = 2 + 3
+
+
+@pytest.mark.filterwarnings("ignore:.with mesh.:DeprecationWarning")
+@pytest.mark.parametrize("around", ["nothing", "another mesh", "another legacy mesh", "no rules"])
+def test_constraints_reach_the_program_whatever_surrounds_the_call(around: str) -> None:
     """Flax leaves them out without a word where it finds no mesh or no rules."""
     assert jax.sharding.get_abstract_mesh().empty
-    # Embedding table and its rows; in the scanned block queries, feed-forward and output: once
-    # forward, once for the gradient.
-    expected = 2 * (2 + 3)
-    assert constraints() == expected
-    with jax.set_mesh(mesh_of(*ONE)):
-        assert constraints() == expected
-    assert constraints(rules=()) == 0
+    surroundings: dict[str, Any] = {
+        "nothing": contextlib.nullcontext(),
+        "another mesh": jax.set_mesh(mesh_of(*ONE)) if around == "another mesh" else None,
+        "another legacy mesh": mesh_of(*ONE),
+        "no rules": nn.logical_axis_rules(()),
+    }
+    with surroundings[around]:
+        assert step_constraints() == 2 * IN_MODEL
+        assert loss_constraints() == IN_MODEL
+        if around == "nothing":
+            # Each input of a micro-batch stays on the device that holds its rows.
+            train = dataclasses.replace(CONFIG.train, accumulation_steps=2)
+            parts = dataclasses.replace(CONFIG, train=train)
+            assert step_constraints(parts) == 2 * IN_MODEL + len(batches()[0])
+
+
+def test_constraints_reach_the_program_after_a_trace_without_rules() -> None:
+    """Rules are not part of jit's cache key: a trace without them must not serve a later call."""
+    assert step_constraints(rules=()) == 0
+    assert loss_constraints(rules=()) == 0
+    assert step_constraints() == 2 * IN_MODEL
+    assert loss_constraints() == IN_MODEL
+    mesh, rules, abstract = on_mesh()
+    step_fn = make_train_step(CONFIG, OPTIMIZER, mesh, rules, abstract)
+    loss_sums = make_loss_sums(CONFIG, mesh, rules, 8)
+    with jax.set_mesh(mesh):  # the same mesh, so that only the rules differ
+        step_fn.jitted.lower(abstract, batches()[0])
+        loss_sums.jitted.lower(abstract.params, batches()[0])
+    assert constraints(step_fn, abstract, batches()[0]) == 2 * IN_MODEL
+    assert constraints(loss_sums, abstract.params, batches()[0]) == IN_MODEL
+
+
+def test_constraints_reach_the_program_that_runs() -> None:
+    """The first call, after the same model was run with no mesh around, as sampling does."""
+    mesh, rules, abstract = on_mesh()
+    model = Transformer(CONFIG.model)
+    jax.jit(lambda p, t: model.apply({"params": p}, t))(
+        initial_state().params, batches()[0]["tokens"]
+    )
+    state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), initial_state(), abstract)
+    batch = put_batch(batches()[0], mesh, 8)
+    step_fn = make_train_step(CONFIG, OPTIMIZER, mesh, rules, abstract)
+    state, _ = step_fn(state, batch)
+    assert constraints(step_fn, state, batch) == 2 * IN_MODEL  # the call's own trace, kept by jit
+    for shards in jax.tree.leaves(state.params["blocks"]["feed_forward"]):
+        assert {shard.data.size for shard in shards.addressable_shards} == {shards.size // 8}
 
 
 def test_an_initial_state_is_the_same_on_every_mesh() -> None:

@@ -19,6 +19,7 @@ from mobilellm_jax.sharding import (
     batch_shards,
     replicated,
     use,
+    with_rules,
 )
 from mobilellm_jax.train.loss import token_losses, weighted_loss
 from mobilellm_jax.train.optimizer import learning_rate
@@ -137,7 +138,7 @@ def make_train_step(
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(
-        step,
+        with_rules(step, rules),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -153,13 +154,12 @@ def make_loss_sums(
     model = Transformer(config.model)
     chunk = chunk_positions(config, rows, batch_shards(mesh))
 
-    @jax.jit
     def loss_sums(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         x_BTD = _hidden(model, params, batch)
         losses_BT = token_losses(x_BTD, head_matrix(params, config.model), batch["targets"], chunk)
         return jnp.sum(losses_BT * batch["weights"]), jnp.sum(batch["weights"])
 
-    return UnderMesh(loss_sums, mesh, rules)
+    return UnderMesh(jax.jit(with_rules(loss_sums, rules)), mesh, rules)
 
 
 def _updates_made(optimizer: optax.OptState) -> jax.Array:
