@@ -1,6 +1,7 @@
-# Sourced by the scripts beside it, from the repository's root: finds a Python, makes .venv and
-# installs the package there at the versions pinned in constraints/. What is missing is said in one
-# line.
+# Sourced by the scripts beside it, from the repository's root: finds a Python, makes an environment
+# ($venv, .venv unless set before) and installs the package there at the versions pinned in
+# constraints/. What is missing is said in one line.
+venv=${venv:-.venv}
 
 fail() {
   echo "$0: $1" >&2
@@ -25,11 +26,14 @@ find_python() {
  install one (Debian, Ubuntu: apt install python3.12-venv)."
 }
 
-# Prints the constraints file for Python $1; a Python newer than the pinned ones gets the newest.
+# Prints the constraints file for Python $1 and the extras $2; a Python newer than the pinned ones
+# gets the newest. Beam holds packages back, so that it has versions of its own.
 constraints_for() {
   local minor
   minor=$("$1" -c 'import sys; print(sys.version_info[1])')
-  if [ "$minor" = 11 ]; then
+  if [ "$2" = beam ]; then
+    echo constraints/beam.txt
+  elif [ "$minor" = 11 ]; then
     echo constraints/py311.txt
   else
     echo constraints/py312.txt
@@ -41,26 +45,26 @@ constraints_for() {
 install() {
   local extras=$1 python output constraints stamp key requirement
   shift
-  if ! suitable .venv/bin/python; then
+  if ! suitable $venv/bin/python; then
     python=$(find_python)
-    output=$("$python" -m venv --clear .venv 2>&1) ||
-      fail "$python could not make the virtual environment .venv: ${output##*$'\n'}"
+    output=$("$python" -m venv --clear $venv 2>&1) ||
+      fail "$python could not make the virtual environment $venv: ${output##*$'\n'}"
   fi
 
-  constraints=$(constraints_for .venv/bin/python)
-  stamp=.venv/installed-${extras:-runtime}
+  constraints=$(constraints_for "$venv/bin/python" "$extras")
+  stamp=$venv/installed-${extras:-runtime}
   key=$({ cat setup.py "$constraints" && echo "$extras $* $PWD"; } | cksum)
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then
     return
   fi
 
-  echo "Installing into .venv; pip's output goes to .venv/install.log."
+  echo "Installing into $venv; pip's output goes to $venv/install.log."
   for requirement in "$@" "--editable .${extras:+[$extras]}"; do
     # Through the environment, because pip then holds its build environments to the pins as well.
     # Unquoted: --editable and its path are two words.
     PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints \
-      .venv/bin/python -m pip install $requirement >.venv/install.log 2>&1 ||
-      fail "pip could not install $requirement; its output is in .venv/install.log."
+      $venv/bin/python -m pip install $requirement >$venv/install.log 2>&1 ||
+      fail "pip could not install $requirement; its output is in $venv/install.log."
   done
   echo "$key" >"$stamp"
 }

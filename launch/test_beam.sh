@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The tests that need Apache Beam, in an environment of their own. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=.venv-beam
+source launch/common.sh
+
+install beam pytest
+
+# Without the configuration of the other tests, which need what Beam holds back.
+.venv-beam/bin/pytest -q --noconftest -o filterwarnings=default tests/data/test_beam_runner.py "$@"
