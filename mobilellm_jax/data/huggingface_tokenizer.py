@@ -49,6 +49,9 @@ class HuggingFaceTokenizer:
         self.sha256 = hashlib.sha256(content).hexdigest()
         vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
+        # A model of the Unigram kind names its unknown token by id, the others by text.
+        unknown = parsed["model"].get("unk_token")
+        self._unknown_id = vocabulary.get(unknown, parsed["model"].get("unk_id"))
         special = [token["content"] for token in parsed["added_tokens"] if token.get("special")]
         bos, eos = _bos_eos(file, special)
         missing = [token for token in (bos, eos) if token not in vocabulary]
@@ -60,6 +63,8 @@ class HuggingFaceTokenizer:
         check_unicode(text)
         # One at a time: a batch would start the library's threads, one per core.
         ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        if self._unknown_id is not None and self._unknown_id in ids:
+            raise self._unknown(text)
         if SPACE_MARK in text and self.decode(ids) != text:
             raise ValueError(
                 f"A text holds U+2581, which {self.file} turns into a space; replace it in the "
@@ -78,6 +83,14 @@ class HuggingFaceTokenizer:
         kept = [int(i) for i in ids if i not in outer]
         text: str = self._model.decode(kept, skip_special_tokens=False)
         return text
+
+    def _unknown(self, text: str) -> ValueError:
+        encoding = self._model.encode(text, add_special_tokens=False)
+        start, stop = encoding.offsets[encoding.ids.index(self._unknown_id)]
+        return ValueError(
+            f"{self.file} has no token for {text[start:stop]!r}, so the text would be lost; use a "
+            "tokenizer with byte fallback, or a byte-level one."
+        )
 
 
 def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:

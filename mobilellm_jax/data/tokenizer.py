@@ -110,8 +110,9 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
 
 def changes_text(tokenizer: Tokenizer) -> bool:
     """Returns whether the tokenizer normalises, so that decoding does not give back the text."""
-    # Spaces at the edges and in a row, line ends, NFC, NFKC of a ligature and of a wide letter.
-    for probe in ("  a  b  ", "a\t\r\n\nb", "e\u0301", "\ufb01", "\uff21"):
+    # Spaces at the edges and in a row, line ends, NFC, NFKC of a ligature and of a wide letter;
+    # and characters that some leave out without a word.
+    for probe in ("  a  b  ", "a\t\r\n\nb", "e\u0301", "\ufb01", "\uff21", "\x00", "\U0001f600"):
         try:
             if tokenizer.decode(tokenizer.encode(probe)) != probe:
                 return True

@@ -1,4 +1,4 @@
-"""Folders of token shards whose every token is known."""
+"""Folders of token shards whose every token is known, and tokenizers of both kinds."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -7,9 +7,24 @@ from pathlib import Path
 import pytest
 
 from mobilellm_jax.data import shards
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from tests.data.example_tokenizers import TEXTS, train_byte_level
 from tests.data.token_folders import Documents, assemble_all, write_part
 
 WriteTokens = Callable[..., shards.Dataset]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """SentencePiece as `prepare` trains it, of 400 tokens."""
+    return train_tokenizer(TEXTS, 400, tmp_path_factory.mktemp("trained") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer.json of 350 tokens."""
+    return train_byte_level(TEXTS, 350, tmp_path_factory.mktemp("byte_level"))
 
 
 @pytest.fixture

@@ -1,0 +1,36 @@
+"""Small tokenizers of both kinds, trained where a test needs them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.\n    It did so 1234 times.\n",
+    "Sphinx of black quartz,\tjudge my vow!  Pack my box with five dozen liquor jugs.\n",
+    "def encode(text: str) -> list[int]:\n    return [ord(c) for c in text]\n",
+] * 3
+
+
+def train_byte_level(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
+    """A GPT-2-like tokenizer.json, with truncation and padding left on by its maker."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    model.enable_truncation(5)
+    model.enable_padding(length=50)
+    file = folder / "tokenizer.json"
+    model.save(str(file))
+    return load_tokenizer(file)
