@@ -12,14 +12,16 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from mobilellm_jax import checkpoint, rundir
+from mobilellm_jax import checkpoint, distributed, rundir
 from mobilellm_jax import config as config_lib
 from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.data.prepare import prepare
 from mobilellm_jax.data.shards import Dataset, open_tokens
-from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from mobilellm_jax.model.precision import resolve_compute_dtype
 from mobilellm_jax.sharding import Rules, batch_shards, logical_rules, make_mesh
+
+_PREPARE_SEC = 24 * 3600.0  # that the other processes wait while process 0 prepares data
 
 # What may differ from the run that a folder holds: length, rhythm, and how the same numbers are
 # computed. Anything else would make the record of the run a lie.
@@ -98,20 +100,51 @@ def open_or_prepare(config: Config) -> Dataset:
     if not config.data.path:
         raise ConfigError("data.path is empty; name a folder that `mobilellm prepare` wrote.")
     path = Path(config.data.path)
-    if not path.exists():
-        if not config.data.source:
-            raise FileNotFoundError(
-                f"data.path={config.data.path!r} does not exist; make it with "
-                f"`mobilellm prepare --source=... --output={config.data.path}`."
-            )
-        print(f"Preparing {path} from {config.data.source}", file=sys.stderr, flush=True)
-        prepare(
-            [config.data.source],
-            path,
-            vocab_size=config.model.vocab_size,
-            report=functools.partial(print, file=sys.stderr, flush=True),
-        )
+    distributed.from_first("preparing the data", lambda: _prepare(config, path), _PREPARE_SEC)
     return open_tokens(path)
+
+
+def _prepare(config: Config, path: Path) -> None:
+    if path.exists():
+        return
+    if not config.data.source:
+        raise FileNotFoundError(
+            f"data.path={config.data.path!r} does not exist; make it with "
+            f"`mobilellm prepare --source=... --output={config.data.path}`."
+        )
+    print(f"Preparing {path} from {config.data.source}", file=sys.stderr, flush=True)
+    prepare(
+        [config.data.source],
+        path,
+        vocab_size=config.model.vocab_size,
+        report=functools.partial(print, file=sys.stderr, flush=True),
+    )
+
+
+def record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
+    """Writes config and tokenizer into the run folder, and checks that all processes mean it.
+
+    Raises:
+      ConfigError: if this process was given another config than process 0, or another folder.
+    """
+
+    def write() -> str:
+        text = config_lib.to_json(config)
+        rundir.write_whole(workdir / rundir.CONFIG, text)
+        copy_tokenizer(tokenizer, workdir)
+        return text
+
+    written: str = distributed.from_first("writing the config", write)
+    changed = config_lib.changed_fields(config_lib.from_json(written), config)
+    if changed:
+        lines = [f"  {name}: {was!r} there, {now!r} here" for name, (was, now) in changed.items()]
+        raise ConfigError("another config than that of process 0:\n" + "\n".join(lines))
+    path = workdir / rundir.CONFIG
+    if not path.is_file() or path.read_text("utf-8") != written:
+        raise ConfigError(
+            f"workdir={str(workdir)!r} is not the folder that process 0 writes in; all processes "
+            "need one that they share."
+        )
 
 
 def check(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> tuple[Mesh, Rules]:

@@ -16,21 +16,27 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mobilellm_jax import checkpoint, preflight, rundir
-from mobilellm_jax import config as config_lib
+from mobilellm_jax import checkpoint, distributed, preflight, rundir
 from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.data.loader import train_batches, validation_batches
 from mobilellm_jax.data.shards import Dataset
-from mobilellm_jax.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mobilellm_jax.generate import Sampling, generate
 from mobilellm_jax.host_memory import keep_freed_memory
 from mobilellm_jax.model.size import FLOP_CONVENTION, flops_per_token, parameter_count
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.plots import plot_losses
-from mobilellm_jax.sharding import Rules, local_rows, put_batch
+from mobilellm_jax.sharding import (
+    Rules,
+    bytes_per_device,
+    count_slices,
+    local_rows,
+    place,
+    put_batch,
+)
 from mobilellm_jax.train.loop import Hooks, train_loop
-from mobilellm_jax.train.metrics import MetricsWriter, read_metrics, stderr
+from mobilellm_jax.train.metrics import MetricsWriter, SilentWriter, read_metrics, stderr
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state
 from mobilellm_jax.train.step import make_loss_sums, make_train_step
@@ -48,31 +54,32 @@ def pretrain(config: Config, workdir: Path) -> bool:
       ConfigError: for what config and files or devices do not agree on, before any compile.
       FileNotFoundError: for missing data.
     """
-    preflight.check_writable(workdir)
-    resume_step = checkpoint.latest_step(workdir)
-    config = preflight.settle(config, workdir, resume_step)
-    dataset = preflight.open_or_prepare(config)
-    tokenizer = load_tokenizer(dataset.tokenizer)
-    mesh, rules = preflight.check(config, dataset, tokenizer)
-    start_params = _initial_params(config, tokenizer) if resume_step is None else None
+    with distributed.together("checking the run"):
+        preflight.check_writable(workdir)
+        resume_step: int | None = distributed.from_first(
+            "the latest checkpoint", lambda: checkpoint.latest_step(workdir)
+        )
+        config = preflight.settle(config, workdir, resume_step)
+        dataset = preflight.open_or_prepare(config)
+        tokenizer = load_tokenizer(dataset.tokenizer)
+        mesh, rules = preflight.check(config, dataset, tokenizer)
+        start_params = _initial_params(config, tokenizer) if resume_step is None else None
+    with distributed.together("starting the run folder"):
+        preflight.record(config, tokenizer, workdir)
 
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    rundir.write_whole(workdir / rundir.CONFIG, config_lib.to_json(config))
-    copy_tokenizer(tokenizer, workdir)
-    _describe(config, dataset, mesh, resume_step)
 
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     abstract = abstract_state(config, optimizer, mesh, rules)
+    _describe(config, dataset, mesh, abstract, resume_step)
     with checkpoint.CheckpointWriter(workdir, config, tokenizer) as checkpoints:
         if resume_step is not None:
             state = checkpoints.restore(resume_step, abstract)
         else:
             state = init_state(config, optimizer, mesh, rules)
             if start_params is not None:
-                placed = jax.tree.map(
-                    lambda x, a: jax.device_put(x, a.sharding), start_params, abstract.params
-                )
+                placed = jax.tree.map(place, start_params, abstract.params)
                 state = dataclasses.replace(state, params=placed)
         first_step = int(state.step)
         batches = train_batches(
@@ -83,8 +90,12 @@ def pretrain(config: Config, workdir: Path) -> bool:
             num_batches=config.train.steps - first_step,
             rows=local_rows(mesh, config.train.global_batch),
         )
-        _cut_samples(workdir, first_step)
-        with MetricsWriter(workdir, first_step, config.train.steps, stderr()) as writer:
+        if distributed.is_first():
+            _cut_samples(workdir, first_step)
+            writer = MetricsWriter(workdir, first_step, config.train.steps, stderr())
+        else:
+            writer = SilentWriter()
+        with writer:
             hooks = Hooks(
                 put=functools.partial(put_batch, mesh=mesh, global_batch=config.train.global_batch),
                 save=checkpoints.save,
@@ -98,15 +109,18 @@ def pretrain(config: Config, workdir: Path) -> bool:
     return finished
 
 
-def _describe(config: Config, dataset: Dataset, mesh: Mesh, resume_step: int | None) -> None:
+def _describe(
+    config: Config, dataset: Dataset, mesh: Mesh, state: TrainState, resume_step: int | None
+) -> None:
     """Prints what is about to run, once, so that a log says what its numbers mean."""
-    if jax.process_index() != 0:
+    if not distributed.is_first():
         return
     model, train = config.model, config.train
     sharing = f" x {model.num_repeats} ({model.sharing})" if model.num_repeats > 1 else ""
     split = dataset.manifest.splits["train"]
     tokens_per_step = train.global_batch * config.data.seq_len
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    slices = _describe_slices(config, mesh)
     lines = [
         f"model   {parameter_count(model):,} parameters, {model.num_blocks} blocks{sharing}, "
         f"width {model.embed_dim}, {model.num_heads} heads over {model.num_kv_heads}",
@@ -117,16 +131,27 @@ def _describe(config: Config, dataset: Dataset, mesh: Mesh, resume_step: int | N
         f"boundaries {config.data.boundaries}",
         f"batch   {train.global_batch} x {config.data.seq_len} = {tokens_per_step:,} tokens, "
         f"{train.steps:,} steps = {train.steps * tokens_per_step / split.tokens:.2f} epochs",
-        f"mesh    {axes} over {jax.device_count()} x {jax.devices()[0].device_kind}",
+        f"mesh    {axes} over {jax.device_count()} x {jax.devices()[0].device_kind}{slices}",
+        f"state   {bytes_per_device(state.params) / 1e6:,.1f} MB of parameters and "
+        f"{bytes_per_device(state.optimizer) / 1e6:,.1f} MB of optimizer state on each device",
     ]
     if resume_step is not None:
         lines.append(f"resume  from step {resume_step:,}")
     print("\n".join(lines), file=stderr(), flush=True)
 
 
+def _describe_slices(config: Config, mesh: Mesh) -> str:
+    slices, dcn_data = count_slices(list(mesh.devices.flat)), config.mesh.dcn_data
+    if dcn_data > 1:
+        return f", {dcn_data} slices along data over DCN"
+    if slices > 1:
+        return f", which come in {slices} slices (see mesh.dcn_data)"
+    return ""
+
+
 def _summarize(workdir: Path, finished: bool) -> None:
     """Prints where the run stands and what to do with it next."""
-    if jax.process_index() != 0:
+    if not distributed.is_first():
         return
     records = read_metrics(workdir / rundir.METRICS)
     measured = [r for r in records if "validation/bpb" in r]
@@ -216,6 +241,8 @@ def _write_samples(
         sampling=Sampling(seed=seed),
         eos_id=tokenizer.eos_id,
     )
+    if not distributed.is_first():
+        return
     with (workdir / rundir.SAMPLES).open("a", encoding="utf-8") as file:
         for ids in texts:
             file.write(json.dumps({"step": step, "text": tokenizer.decode(ids)}) + "\n")
@@ -230,6 +257,6 @@ def _cut_samples(workdir: Path, first_step: int) -> None:
 
 
 def _plot(workdir: Path) -> None:
-    if jax.process_index() == 0:
+    if distributed.is_first():
         records = read_metrics(workdir / rundir.METRICS)
         plot_losses(records, workdir / rundir.LOSS_PLOT, workdir.name)

@@ -13,13 +13,14 @@ is part of jit's cache key, and without them every constraint vanishes without a
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
 from mobilellm_jax.config import ConfigError, MeshConfig, ModelConfig
 
@@ -166,16 +167,17 @@ def batch_shards(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
 
 
-def local_rows(mesh: Mesh, global_batch: int) -> slice:
-    """Returns the rows of every global batch that this process feeds.
+def local_rows(mesh: Mesh, global_batch: int) -> NDArray[np.int64]:
+    """Returns the rows of every global batch that this process feeds, ascending.
 
     They follow from the sharding, not from the number of processes: where the batch is not split
-    over processes, each of them must feed the same rows.
+    over processes, each of them must feed the same rows, and where a host's devices lie scattered
+    in the mesh (a TPU's torus), its rows have gaps.
     """
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     indices = sharding.addressable_devices_indices_map((global_batch,)).values()
-    rows = [index[0].indices(global_batch) for index in indices if index is not None]
-    return slice(min(start for start, _, _ in rows), max(stop for _, stop, _ in rows))
+    rows = [np.arange(global_batch)[index] for index in indices if index is not None]
+    return np.unique(np.concatenate(rows))
 
 
 def put_batch(
@@ -184,24 +186,38 @@ def put_batch(
     """Returns the global arrays of which this process holds the rows in `batch`.
 
     Raises:
-      ValueError: if those are not the rows that `local_rows` asks for.
+      ValueError: if those cannot be the rows that `local_rows` asks for.
     """
     sharding = batch_sharding(mesh)
     own = local_rows(mesh, global_batch)
 
-    def place(name: str, rows_BT: np.ndarray) -> jax.Array:
-        if len(rows_BT) != own.stop - own.start:
+    def spread(name: str, rows_BT: np.ndarray) -> jax.Array:
+        if len(rows_BT) != len(own):
             raise ValueError(
-                f"batch[{name!r}] has {len(rows_BT)} rows, and this process feeds rows {own.start} "
-                f"to {own.stop - 1} of {global_batch}; read them with rows=local_rows(...)."
+                f"batch[{name!r}] has {len(rows_BT)} rows, and this process feeds {len(own)} of "
+                f"{global_batch}; read them with rows=local_rows(...)."
             )
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None, "jax asks for the parts of this process's devices only"
             start, stop, _ = index[0].indices(global_batch)
-            return rows_BT[start - own.start : stop - own.start, index[1]]
+            first = int(np.searchsorted(own, start))
+            return rows_BT[first : first + stop - start, index[1]]
 
         shape = (global_batch, *rows_BT.shape[1:])
         return jax.make_array_from_callback(shape, sharding, part)
 
-    return {name: place(name, rows_BT) for name, rows_BT in batch.items()}
+    return {name: spread(name, rows_BT) for name, rows_BT in batch.items()}
+
+
+def place(value: jax.Array | np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns an array that every process holds whole, spread like `like`."""
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes that each device holds of a tree of (abstract) arrays."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
+    sizes = [int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves]
+    return sum(sizes)

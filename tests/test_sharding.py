@@ -176,7 +176,7 @@ def test_every_indivisible_axis_is_named() -> None:
 
 
 class _OneOfTwoProcesses:
-    """A batch sharding as it looks from the process that holds the second half of the devices."""
+    """A batch sharding as it looks from the process that holds devices 4 to 7."""
 
     def __init__(self, mesh: Mesh, spec: PartitionSpec) -> None:
         self._whole = jax.sharding.NamedSharding(mesh, spec)
@@ -189,20 +189,27 @@ class _OneOfTwoProcesses:
 @pytest.mark.parametrize(
     ("sizes", "rows"),
     [
-        ({}, slice(8, 16)),
-        ({"data": 2, "fsdp": 4}, slice(8, 16)),
+        ({}, range(8, 16)),
+        ({"data": 2, "fsdp": 4}, range(8, 16)),
         # The second process holds other weights but the same rows.
-        ({"data": 1, "fsdp": 1, "tensor": 8}, slice(0, 16)),
-        ({"data": 2, "tensor": 4}, slice(8, 16)),
+        ({"data": 1, "fsdp": 1, "tensor": 8}, range(16)),
+        ({"data": 2, "tensor": 4}, range(8, 16)),
     ],
 )
 def test_a_process_feeds_the_rows_of_its_devices(
-    sizes: dict[str, int], rows: slice, monkeypatch: pytest.MonkeyPatch
+    sizes: dict[str, int], rows: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mesh = make_mesh(MeshConfig(**sizes))
-    assert local_rows(mesh, 16) == slice(0, 16)  # alone, it feeds all
+    assert local_rows(mesh, 16).tolist() == list(range(16))  # alone, it feeds all
     monkeypatch.setattr("mobilellm_jax.sharding.NamedSharding", _OneOfTwoProcesses)
-    assert local_rows(mesh, 16) == rows
+    assert local_rows(mesh, 16).tolist() == list(rows)
+
+
+def test_rows_of_scattered_devices_have_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = np.array(jax.devices())[[0, 1, 4, 5, 2, 3, 6, 7]].reshape(8, 1, 1, 1)
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
+    monkeypatch.setattr("mobilellm_jax.sharding.NamedSharding", _OneOfTwoProcesses)
+    assert local_rows(mesh, 16).tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
 
 
 def mesh_of(*shape: int) -> Mesh:
@@ -416,3 +423,5 @@ def test_batch_is_split_over_data_fsdp_and_sequence() -> None:
     assert {s.data.shape for s in placed.addressable_shards} == {(2, 8)}
     whole = jax.device_put(rows, replicated(mesh))
     assert {s.data.shape for s in whole.addressable_shards} == {(8, 16)}
+    with pytest.raises(ValueError, match="has 4 rows, and this process feeds 8 of 8"):
+        put_batch({"tokens": rows[:4]}, mesh, 8)

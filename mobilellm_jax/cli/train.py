@@ -5,8 +5,13 @@
   mobilellm train --config=configs/quickstart.py --workdir=runs/long --config.train.steps=2000
 
 A finished run is extended by a larger --config.train.steps.
+
+Several processes train one run: start the same command in each. Slurm, Kubernetes JobSet and TPU
+VMs tell them about each other; elsewhere give all three of --coordinator_address, --num_processes
+and --process_id. --workdir must be a folder that they share.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -17,12 +22,20 @@ SAVED_REQUEUE_ME = 75  # EX_TEMPFAIL: a scheduler may start the same command aga
 
 _CONFIG = flags.DEFINE_string("config", None, "config file, configs/NAME.py", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "run folder, made if missing", required=True)
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0")
+_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "processes of the run; 1 = look for no others", lower_bound=1
+)
+_PROCESS = flags.DEFINE_integer("process_id", None, "number of this one, from 0", lower_bound=0)
 
 
 def main(argv: list[str]) -> int:
     """Trains."""
     config = load_config(_CONFIG.value, argv[1:])
     # Only now, so that --help and a mistake in the config are answered at once.
+    from mobilellm_jax import distributed
     from mobilellm_jax.pretrain import pretrain
 
+    found = distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    print(f"process {found}", file=sys.stderr, flush=True)
     return 0 if pretrain(config, Path(_WORKDIR.value)) else SAVED_REQUEUE_ME

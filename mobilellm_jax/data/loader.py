@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from numpy.typing import NDArray
 
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data.mixture import Component, Mixture, mixture_of
@@ -42,7 +43,7 @@ def train_batches(
     global_batch: int,
     first_sample: int,
     num_batches: int | None = None,
-    rows: slice | None = None,
+    rows: NDArray[np.int64] | slice | None = None,
 ) -> Iterator[Batch]:
     """Returns training batches from global sample `first_sample` on, without end if None.
 
@@ -55,7 +56,7 @@ def train_batches(
     mixture = _mixture(tokens)
     streams = required_streams(mixture, TRAIN)
     windows_C = [count_windows(stream, data.seq_len) for stream in streams]
-    row_B = np.arange(global_batch, dtype=np.int64)[rows or slice(None)]
+    row_B = np.arange(global_batch, dtype=np.int64)[slice(None) if rows is None else rows]
 
     def batch(index: int) -> Batch:
         sample_B = first_sample + index * global_batch + row_B
@@ -77,7 +78,7 @@ def validation_batches(
     *,
     batch: int,
     num_batches: int | None = None,
-    rows: slice | None = None,
+    rows: NDArray[np.int64] | slice | None = None,
 ) -> Iterator[Batch]:
     """Returns the validation split's windows in order, each once; at most `num_batches` batches.
 
@@ -88,7 +89,7 @@ def validation_batches(
       ValueError: if no component has a validation split to predict.
     """
     streams = required_streams(_mixture(tokens), VALIDATION)
-    row_B = np.arange(batch, dtype=np.int64)[rows or slice(None)]
+    row_B = np.arange(batch, dtype=np.int64)[slice(None) if rows is None else rows]
     windows_C = np.array([count_windows(stream, data.seq_len) for stream in streams])
     ends_C = np.cumsum(-(-windows_C // batch))
 

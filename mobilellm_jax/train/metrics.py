@@ -131,6 +131,25 @@ class MetricsWriter:
             print(text, file=self._stream, flush=True)
 
 
+class SilentWriter(MetricsWriter):
+    """What a process that is not the first writes and shows: nothing."""
+
+    def __init__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def progress(self, step: int, text: str, eta_sec: float, *, force: bool = False) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
 def stderr() -> io.TextIOBase:
     """Returns the stream that progress goes to (looked up late, so that tests can replace it)."""
     return cast(io.TextIOBase, sys.stderr)

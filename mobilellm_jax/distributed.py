@@ -1,0 +1,339 @@
+"""Several processes as one run: how they find each other, and the little that they tell each other.
+
+Training itself needs none of this: every process runs the same program on its part of the same
+global arrays. What is here happens on the hosts. Processes meet through `jax.distributed` (Slurm,
+Kubernetes JobSet, TPU metadata, Open MPI, or flags). Process 0 alone writes files and tells the
+others what came of it. A check that fails in one process ends all of them, with its message. Every
+wait has an end.
+
+A run of one process passes through all of it without a coordinator.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mobilellm_jax.config import ConfigError
+
+_START_SEC = 300  # for all processes to be there
+_HEARTBEAT_SEC = 100  # without a sign of life, a process counts as dead and ends the run
+_SHUTDOWN_SEC = 120  # that a process waits for the others at its end
+_AGREE_SEC = 600  # for all processes to come through a check
+_POLL_SEC = 5  # signals are heard only between two polls
+
+_numbers = itertools.count()
+
+
+class DistributedError(RuntimeError):
+    """Processes lost or never found each other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cluster:
+    """What the environment says about the run's processes."""
+
+    name: str
+    method: str | None  # jax's name for its way of asking; None = none needed
+    devices: list[int] | None = None  # GPUs of this process; None = what jax finds
+
+
+def start(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> str:
+    """Joins the processes of the run; call it before anything starts a backend.
+
+    All three arguments, or none: then the environment is asked. `num_processes=1` alone says that
+    there is one process whatever the environment looks like.
+
+    Returns:
+      One line that says what was found.
+
+    Raises:
+      ConfigError: for some of the arguments without the others, or impossible ones.
+      DistributedError: if process 0 cannot be reached.
+    """
+    coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if (coordinator_address, num_processes, process_id) != (None, None, None):
+        if num_processes == 1 and not process_id:
+            return "one process, as --num_processes=1 says"
+        address, count, own = _checked(coordinator_address, num_processes, process_id)
+        if own:
+            _wait_for(address)
+        _initialize("deactivate", address, count, own)
+        return f"process {own} of {count}, from flags, process 0 at {address}"
+    cluster = _cluster(os.environ)
+    if cluster.method is None:
+        return f"one process ({cluster.name})"
+    _initialize(cluster.method, local_device_ids=cluster.devices)
+    state = _state()
+    return f"process {state.process_id} of {state.num_processes}, found by {cluster.name}"
+
+
+def is_first() -> bool:
+    """Returns whether this is the process that writes files; starts no backend."""
+    return int(_state().process_id) == 0
+
+
+def from_first(what: str, compute: Callable[[], Any], timeout_sec: float = _AGREE_SEC) -> Any:
+    """Returns what process 0 computes (JSON); the others wait for it.
+
+    Raises:
+      ConfigError: in all processes, if it was bad input in process 0.
+      DistributedError: in the others, if process 0 failed otherwise or took too long.
+    """
+    client = _client()
+    if client is None:
+        return compute()
+    key = f"mobilellm/{next(_numbers)}/{what}"
+    if not is_first():
+        answer = json.loads(_read(client, key, what, timeout_sec))
+        _raise_if_failed(answer, 0, what)
+        return answer["value"]
+    try:
+        value = compute()
+    except BaseException as error:
+        client.key_value_set(key, json.dumps(_failure(error)))
+        raise
+    client.key_value_set(key, json.dumps({"value": value}))
+    return value
+
+
+@contextlib.contextmanager
+def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
+    """Leaves the block in all processes or in none: what one raises, all raise.
+
+    Raises:
+      ConfigError: in all processes, for the first one whose block met bad input.
+      DistributedError: for one that failed otherwise, or did not get there in time.
+    """
+    client = _client()
+    if client is None:
+        yield
+        return
+    own, count = _state().process_id, _state().num_processes
+    key = f"mobilellm/{next(_numbers)}/{what}"
+    try:
+        yield
+    except BaseException as error:
+        client.key_value_set(f"{key}/{own}", json.dumps(_failure(error)))
+        if own == 0:
+            client.key_value_set(f"{key}/all", json.dumps({"process": 0, **_failure(error)}))
+        raise
+    client.key_value_set(f"{key}/{own}", "{}")
+    if own == 0:
+        # Only process 0 reads them all: n reads for n processes, not n^2.
+        answers = [json.loads(_read(client, f"{key}/{p}", what, timeout_sec)) for p in range(count)]
+        failed = [{"process": p, **answer} for p, answer in enumerate(answers) if answer]
+        client.key_value_set(f"{key}/all", json.dumps(failed[0] if failed else {}))
+    verdict = json.loads(_read(client, f"{key}/all", what, timeout_sec))
+    if verdict:
+        _raise_if_failed(verdict, verdict["process"], what)
+
+
+class Agreement:
+    """Whether any process has asked for something, known to all of them in the same step.
+
+    A signal or a clock reaches each process in a moment of its own, and a process that left the
+    loop alone would leave the others waiting in a collective. So each step a flag per device is
+    reduced over all of them, and the answer is read one step late, when it costs no wait.
+    """
+
+    def __init__(self) -> None:
+        self._pending: jax.Array | None = None
+        self._several = jax.process_count() > 1
+        if self._several:
+            mesh = Mesh(np.array(jax.devices()), ("device",))
+            self._split = NamedSharding(mesh, PartitionSpec("device"))
+            self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self, asked: bool) -> bool:
+        """Returns whether any process had asked by its last call; alone, whether it asks now."""
+        if not self._several:
+            return asked
+        flags = jax.make_array_from_callback(
+            (jax.device_count(),), self._split, lambda index: np.full((1,), asked)
+        )
+        pending, self._pending = self._pending, self._any(flags)
+        return pending is not None and bool(pending)
+
+
+def _checked(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> tuple[str, int, int]:
+    values = {
+        "--coordinator_address": coordinator_address,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [flag for flag, value in values.items() if value is None]
+    if coordinator_address is None or num_processes is None or process_id is None:
+        given = ", ".join(f"{flag}={value}" for flag, value in values.items() if value is not None)
+        raise ConfigError(
+            f"{given} without {' and '.join(missing)}; give all three, or none to let Slurm, "
+            "Kubernetes or the TPU's metadata tell them."
+        )
+    if not re.fullmatch(r"[^\s/]+:\d+", coordinator_address):
+        raise ConfigError(
+            f"--coordinator_address={coordinator_address} must be HOST:PORT of process 0, such as "
+            "node1:8476."
+        )
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--process_id={process_id} must be at least 0 and less than "
+            f"--num_processes={num_processes}; number the processes from 0."
+        )
+    return coordinator_address, num_processes, process_id
+
+
+def _wait_for(address: str) -> None:
+    """Waits until process 0 listens; jax would wait too, but end in an abort without a reason."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + _START_SEC
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_SEC).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise DistributedError(
+                    f"no process 0 at --coordinator_address={address} within {_START_SEC} s "
+                    f"({error}); start it with the same flags and --process_id=0, and check that "
+                    "this machine can reach that port."
+                ) from error
+        time.sleep(0.2)
+
+
+def _initialize(
+    method: str,
+    address: str | None = None,
+    count: int | None = None,
+    own: int | None = None,
+    local_device_ids: list[int] | None = None,
+) -> None:
+    jax.distributed.initialize(
+        *(address, count, own),
+        cluster_detection_method=method,
+        local_device_ids=local_device_ids,
+        initialization_timeout=_START_SEC,
+        heartbeat_timeout_seconds=_HEARTBEAT_SEC,
+        shutdown_timeout_seconds=_SHUTDOWN_SEC,
+    )
+
+
+def _cluster(env: Mapping[str, str]) -> _Cluster:
+    """Returns where this process runs; jax knows how to ask each of these places.
+
+    jax alone would ask any of them that looks present, and fail in a notebook's pod or in a shell
+    that Slurm gave; here a place counts only where it started several processes.
+    """
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return _Cluster("Open MPI", "ompi")
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env:
+        return _Cluster(f"Slurm (job {env.get('SLURM_JOB_ID')})", "slurm", _slurm_gpus(env))
+    # jax puts "tpu" there when it is imported on a machine with TPU chips and libtpu.
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]  # added late
+    if "tpu" in (platforms or "").split(","):
+        hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES"))
+        if hosts is None:
+            return _Cluster("TPU metadata", "gcetpu")
+        slices = int(env.get("MEGASCALE_NUM_SLICES") or 1)
+        if slices == 1 and "," not in hosts:
+            return _Cluster("a TPU host of its own", None)
+        return _Cluster("TPU variables", "gketpu")
+    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
+        if importlib.util.find_spec("kubernetes") is None:
+            raise ConfigError(
+                "this is a pod of an Indexed Job, and asking Kubernetes for the other pods takes "
+                "the package `kubernetes` (pip install 'jax[k8s]'); or give --coordinator_address, "
+                "--num_processes and --process_id, or --num_processes=1 if there are no others."
+            )
+        return _Cluster("Kubernetes", "k8s")
+    return _Cluster("no cluster found", None)
+
+
+def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
+    """Returns the GPUs of this task, as numbers among those that it sees.
+
+    jax takes one GPU per task, the one with the task's number on its node. That leaves seven of
+    eight idle with one task per node, and fails where Slurm shows every task its own GPUs only.
+    """
+    visible = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    if not visible:
+        return None
+    gpus, tasks = len(visible), _slurm_tasks_here(env)
+    bound = gpus < tasks or gpus < int(env.get("SLURM_GPUS_ON_NODE", gpus))
+    if bound:
+        return list(range(gpus))
+    share, own = gpus // tasks, int(env["SLURM_LOCALID"])
+    return list(range(own * share, (own + 1) * share))
+
+
+def _slurm_tasks_here(env: Mapping[str, str]) -> int:
+    """Reads "2(x3),1": three nodes with two tasks, one with one."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        tasks, _, times = part.partition("(x")
+        counts += [int(tasks)] * int(times.rstrip(")") or 1)
+    return counts[min(int(env.get("SLURM_NODEID", 0)), len(counts) - 1)]
+
+
+def _state() -> Any:
+    """Returns what jax knows of the processes; unlike `jax.process_index`, it starts no backend.
+
+    jax has no public name for it; Orbax and Flax use this one.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+def _client() -> Any:
+    """Returns the connection to the coordinator, or None in a run of one process."""
+    return _state().client
+
+
+def _read(client: Any, key: str, what: str, timeout_sec: float) -> str:
+    deadline = time.monotonic() + timeout_sec
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            value: str = client.blocking_key_value_get(key, int(1000 * min(left, _POLL_SEC)))
+            return value
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            if time.monotonic() + 0.01 > deadline:
+                raise DistributedError(
+                    f"{what}: no word from the other processes within {timeout_sec:.0f} s; their "
+                    "logs say why."
+                ) from error
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    bad_input = isinstance(error, (ValueError, OSError))
+    return {"bad_input": bad_input, "error": str(error), "type": type(error).__name__}
+
+
+def _raise_if_failed(answer: Mapping[str, Any], process: int, what: str) -> None:
+    if "error" not in answer:
+        return
+    if answer["bad_input"]:
+        raise ConfigError(f"process {process}: {answer['error']}")
+    raise DistributedError(
+        f"{what}: process {process} failed with {answer['type']}: {answer['error']}"
+    )
