@@ -1,9 +1,13 @@
 """The host's side of training: feed batches, read metrics one step late, save, look, stop.
 
+Batches are placed ahead of the step (`prefetch.py`). One that was placed and not used leaves no
+trace: where a run stands in its data follows from its step.
+
 What a run reads and where it saves is handed in (`Hooks`), so this file knows neither data formats
 nor checkpoints.
 """
 
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -16,6 +20,7 @@ import numpy as np
 
 from mobilellm_jax.config import Config
 from mobilellm_jax.train.metrics import MetricsWriter, model_flops_utilization
+from mobilellm_jax.train.prefetch import prefetch
 from mobilellm_jax.train.state import TrainState
 from mobilellm_jax.train.step import Batch, StepMetrics, TrainStep
 
@@ -60,7 +65,7 @@ class StopRequest:
 
 @dataclasses.dataclass
 class _Meter:
-    """Tokens per second and share of time spent waiting for data, since the last reading."""
+    """Targets per second and share of time spent waiting for data, since the last reading."""
 
     targets: float = 0.0
     waited_sec: float = 0.0
@@ -110,11 +115,11 @@ def train_loop(
     # The run may have been stopped after saving this step and before looking at it.
     look(first)
     saved = first
-    with StopRequest() as stop:
+    with StopRequest() as stop, contextlib.closing(prefetch(batches, hooks.put)) as placed:
         report.meter.reset()
         for step in range(first + 1, steps + 1):
             waiting = time.perf_counter()
-            batch = hooks.put(next(batches))
+            batch = next(placed)
             report.meter.waited_sec += time.perf_counter() - waiting
             state, metrics = step_fn(state, batch)
             report.step(step, metrics)
@@ -206,5 +211,8 @@ class _Reporter:
         text = f"loss {loss:.4f}"
         if rates:
             mfu_text = f"{rates['train/mfu']:.1%}" if "train/mfu" in rates else "n/a on CPU"
-            text += f"  {rates['train/tokens_per_sec']:,.0f} tokens/s  MFU {mfu_text}"
+            text += (
+                f"  {rates['train/tokens_per_sec']:,.0f} tokens/s  MFU {mfu_text}"
+                f"  data wait {rates['train/data_wait']:.1%}"
+            )
         self._writer.progress(step, text, eta, force=step == train.steps)

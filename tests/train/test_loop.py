@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,41 @@ def test_metrics_are_read_one_step_late_and_all_are(make: Callable[..., Rig]) ->
         assert record["train/tokens_per_sec"] > 0
         assert 0 <= record["train/data_wait"] <= 1
         assert "train/mfu" not in record  # a CPU's peak is not known
+
+
+def test_the_next_batch_is_made_while_a_step_runs(make: Callable[..., Rig]) -> None:
+    """Were it made when it is needed, the first step would wait for ever."""
+    read = [threading.Event() for _ in range(8)]
+    rig = make({"steps": 6}, on_step=lambda step: None)
+
+    def batches() -> Iterator[Mapping[str, np.ndarray]]:
+        for index in range(8):
+            read[index].set()
+            yield {"tokens": np.full((1, 1), index, np.int32)}
+
+    def on_step(step: int) -> None:
+        assert read[step].wait(timeout=30)
+
+    rig.batches, rig.on_step = batches, on_step  # type: ignore[method-assign]
+    _, finished = rig()
+    assert finished
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")] == []
+
+
+def test_progress_tells_the_wait_for_data(make: Callable[..., Rig]) -> None:
+    rig = make({"steps": 4, "log_every": 2})
+
+    def slow() -> Iterator[Mapping[str, np.ndarray]]:
+        for index in range(4):
+            time.sleep(0.05)
+            yield {"tokens": np.full((1, 1), index, np.int32)}
+
+    rig.batches = slow  # type: ignore[method-assign]
+    rig()
+    shown = rig.stream.getvalue().splitlines()[-1]
+    waited = rig.records()[-1]["train/data_wait"]
+    assert waited > 0.1  # a step of the rig takes next to no time
+    assert f"data wait {waited:.1%}" in shown
 
 
 def test_log_every_thins_the_record(make: Callable[..., Rig]) -> None:
