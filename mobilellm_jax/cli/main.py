@@ -1,15 +1,17 @@
 """`mobilellm COMMAND --flags`: finds the command, parses its flags, decides the exit code.
 
 Exit codes: 0 done; 1 failed while running (with a traceback); 2 bad input (one message, no
-traceback); 75 saved, start me again; 130 interrupted. absl's own `app.run` would end with 1 for bad
-flags, so the parsing is done here.
+traceback); 75 saved, start me again; 130 interrupted; 141 nobody reads the output any more. absl's
+own `app.run` would end with 1 for bad flags, so the parsing is done here.
 """
 
 import collections
 import importlib
 import inspect
 import keyword
+import os
 import re
+import select
 import sys
 import textwrap
 from types import ModuleType
@@ -22,6 +24,7 @@ from mobilellm_jax.config import near_miss
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 
 COMMANDS = {
     "prepare": "turn text into token shards, with a tokenizer given or trained",
@@ -39,7 +42,32 @@ _flags_of: dict[str, flags.FlagValues] = collections.defaultdict(flags.FlagValue
 
 def run() -> int:
     """Runs the command line of this process; the console script's entry point."""
-    return main(sys.argv[1:])
+    try:
+        code = main(sys.argv[1:])
+        print(end="", flush=True)  # at the exit it would be too late to catch a failure
+        return code
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise  # some other pipe or socket
+        return READER_GONE
+
+
+def _reader_is_gone() -> bool:
+    """Returns whether writing fails because of `| head` or the like, which is no mistake.
+
+    If so, what is left to be written goes nowhere, so that the flush at the exit fails no more.
+    """
+    outputs = select.poll()
+    outputs.register(1, 0)
+    outputs.register(2, 0)
+    gone = [
+        output for output, event in outputs.poll(0) if event & (select.POLLERR | select.POLLHUP)
+    ]
+    for output in gone:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output)
+        os.close(nowhere)
+    return bool(gone)
 
 
 def main(args: list[str]) -> int:

@@ -1,4 +1,6 @@
 import ast
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -190,3 +192,65 @@ def test_exit_code_of_the_process(args: list[str], code: int, expected: str) -> 
     assert result.returncode == code
     assert result.stderr.startswith(expected)
     assert "Traceback" not in result.stderr
+
+
+def run_without_reader(
+    script: str, tmp_path: Path, *, stderr_too: bool = False, unbuffered: str = ""
+) -> tuple[int, str]:
+    """Runs a script of Python whose standard output goes into a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors = (tmp_path / "errors").open("w+")
+    with os.fdopen(writer, "w") as out, errors:
+        process = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=out,
+            stderr=out if stderr_too else errors,
+            check=False,
+        )
+        errors.seek(0)
+        return process.returncode, errors.read()
+
+
+@pytest.mark.parametrize("stderr_too", [False, True])
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["train"]])
+def test_nobody_reads_the_output(args: list[str], stderr_too: bool, tmp_path: Path) -> None:
+    script = f"import sys; from mobilellm_jax.cli.main import run; sys.argv[1:] = {args}; "
+    code, errors = run_without_reader(script + "sys.exit(run())", tmp_path, stderr_too=stderr_too)
+    if args == ["train"] and not stderr_too:  # its message goes to the other stream
+        assert (code, "--workdir is missing" in errors) == (2, True)
+    else:
+        assert (code, errors) == (141, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_does_not_fit_the_buffer(unbuffered: str, tmp_path: Path) -> None:
+    """The pipe breaks in the middle of the command then, not at its end."""
+    script = (
+        "import sys; from mobilellm_jax.cli import main;"
+        "main._overview = lambda: 'x' * 1_000_000;"
+        "sys.argv[1:] = ['--help']; sys.exit(main.run())"
+    )
+    assert run_without_reader(script, tmp_path, unbuffered=unbuffered) == (141, "")
+
+
+def test_output_that_is_closed() -> None:
+    command = f"exec >&-; exec {sys.executable} -m mobilellm_jax --help"
+    result = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_another_broken_pipe_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        one, other = socket.socketpair()
+        other.close()
+        with one:
+            one.sendall(b"x")
+        raise AssertionError("unreachable")
+
+    monkeypatch.setattr(cli, "_overview", fail)
+    monkeypatch.setattr(sys, "argv", ["mobilellm", "--help"])
+    with pytest.raises(BrokenPipeError):
+        cli.run()
