@@ -56,11 +56,14 @@ def find(spec: str, pattern: str) -> list[File]:
     """
     if "://" in pattern:
         filesystem, path = _filesystem(pattern, f"source={spec!r}")
-        found = filesystem.glob(path, detail=True)
+        try:
+            found = filesystem.glob(path, detail=True)
+        except FileNotFoundError:  # some stores say so of a folder or bucket
+            found = {}
         files = [
-            File(filesystem.unstrip_protocol(name), int(info["size"]), _stamp(info))
+            File(filesystem.unstrip_protocol(name), _size(spec, name, info), _stamp(info))
             for name, info in sorted(found.items())
-            if info["type"] == "file"
+            if info["type"] != "directory"
         ]
     else:
         found = sorted(glob.glob(pattern, recursive=True))
@@ -317,6 +320,14 @@ def _filesystem(url: str, culprit: str) -> tuple[Any, str]:
             f"{culprit}: {error}; fsspec has {', '.join(sorted(fsspec.available_protocols()))}."
         ) from error
     return filesystem, path
+
+
+def _size(spec: str, name: str, info: dict[str, Any]) -> int:
+    if info["size"] is None:
+        raise ValueError(
+            f"source={spec!r}: the server does not tell the size of {name}; download the file."
+        )
+    return int(info["size"])
 
 
 def _stamp(info: dict[str, Any]) -> str:

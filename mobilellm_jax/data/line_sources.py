@@ -185,8 +185,9 @@ def _json_object(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        at = len(text[: error.pos].encode())
-        raise _Fault(f"is not JSON ({error.msg} at character {error.pos + 1})", at) from error
+        at = min(error.pos, len(text.rstrip()))  # not behind the line's end
+        reason = f"is not JSON ({error.msg} at character {at + 1})"
+        raise _Fault(reason, len(text[:at].encode())) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
         raise _Fault(f"is not JSON that can be read ({error})") from error
     if not isinstance(record, dict):

@@ -48,16 +48,7 @@ class ParquetSource(Source):
           ValueError: for a file that is no Parquet, or has no such column of text.
         """
         assert split == TRAIN, f"{self.spec} has no split {split}"
-        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-            row_groups = list(pool.map(self._row_groups, self._files))
-        return files.pack(
-            self.spec,
-            (
-                part
-                for file, groups in zip(self._files, row_groups, strict=True)
-                for part in _parts(file, groups)
-            ),
-        )
+        return files.pack(self.spec, self._parts)
 
     def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document]:
         for (path, size), parts in itertools.groupby(piece.where, lambda part: tuple(part[:2])):
@@ -69,6 +60,13 @@ class ParquetSource(Source):
     def _files(self) -> list[files.File]:
         return files.find(self.spec, self._pattern)
 
+    @functools.cached_property
+    def _parts(self) -> list[files.Part]:
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            row_groups = pool.map(self._row_groups, self._files)
+            together = zip(self._files, row_groups, strict=True)
+            return [part for file, groups in together for part in _parts(file, groups)]
+
     def _rows(
         self, path: str, table: Any, group: int, first_row: int, on_bad: OnBadLine
     ) -> Iterator[Document]:
@@ -76,7 +74,9 @@ class ParquetSource(Source):
 
         metadata = table.metadata.row_group(group)
         batch_rows = max(1, _BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size))
-        batches = table.iter_batches(batch_rows, row_groups=[group], columns=[self._field])
+        batches = table.iter_batches(
+            batch_rows, row_groups=[group], columns=[self._field], use_threads=False
+        )
         row = first_row
         while True:
             with _refused(path):
@@ -124,8 +124,10 @@ class ParquetSource(Source):
 
         with files.opened(path, size_bytes) as file:
             with _refused(path):
-                # Without a buffer, PyArrow reads a whole column of a row group at once.
-                table = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+                # As it is by default, PyArrow has a row group's whole column in memory at once.
+                table = pyarrow.parquet.ParquetFile(
+                    file, buffer_size=_BUFFER_BYTES, pre_buffer=False
+                )
             yield table
 
     def _column_error(self, path: str, schema: Any) -> ValueError:
@@ -180,6 +182,6 @@ def _refused(path: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's, not the format's
         raise ValueError(
-            f"{path} is no Parquet file, or a damaged one: {error}. Fetch it again, or take it out "
-            "of the pattern."
+            f"{path} is no Parquet file, or a damaged one: {' '.join(str(error).split())}; fetch "
+            "it again, or take it out of the pattern."
         ) from error

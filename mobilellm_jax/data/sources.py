@@ -40,7 +40,7 @@ _FORMS = (
     "tokens:GLOB",
 )
 _FIELD = "text"
-_WITH_FIELD = re.compile(r"(?P<name>.*?[^#])(?:#(?P<field>[^#]+))?")
+_WITH_FIELD = re.compile(r"(?P<name>[^#](?:.*?[^#])?)(?:#(?P<field>[^#]+))?")
 # A version belongs to the name: tfds:lm1b:1.1.0:train[:10%].
 _TFDS = re.compile(
     r"(?P<name>[^:#]+(?::\d+\.[\d*]+\.[\d*]+)?)(?::(?P<split>[^#]+))?(?:#(?P<field>.+))?"

@@ -1,0 +1,57 @@
+"""Reading whole sources, and pieces of them in a process of their own."""
+
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mobilellm_jax.data.sources import (
+    BadLine,
+    Document,
+    Piece,
+    Source,
+    TokenDocument,
+    open_source,
+    stop,
+)
+
+AnyDocument = Document | TokenDocument
+
+
+def read(
+    source: Source, split: str = "train", on_bad: Callable[[BadLine], None] = stop
+) -> list[AnyDocument]:
+    """The documents of all pieces, each piece as JSON would give it back."""
+    pieces = [Piece(**json.loads(json.dumps(vars(piece)))) for piece in source.pieces(split)]
+    return [document for piece in pieces for document in source.documents(piece, on_bad)]
+
+
+def texts(
+    source: Source, split: str = "train", on_bad: Callable[[BadLine], None] = stop
+) -> list[str]:
+    documents = read(source, split, on_bad)
+    assert all(isinstance(document, Document) for document in documents)
+    return [document[1] for document in documents]
+
+
+def read_piece(spec: str, scratch: Path, piece: Piece) -> tuple[list[AnyDocument], list[str]]:
+    """What a worker does; also returns the heavy packages that it had to import."""
+    documents = list(open_source(spec, scratch).documents(piece, stop))
+    heavy = {"jax", "fsspec", "pyarrow", "tensorflow_datasets", "zstandard"}
+    return documents, sorted(heavy.intersection(sys.modules))
+
+
+def read_in_other_processes(
+    sources: Sequence[tuple[str, Path]],
+) -> Iterator[tuple[list[AnyDocument], set[str]]]:
+    """The same as `read`, every piece in a process that does nothing else."""
+    for spec, scratch in sources:
+        pieces = open_source(spec, scratch).pieces("train")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(read_piece, spec, scratch, piece) for piece in pieces]
+            results: list[Any] = [future.result() for future in futures]
+        documents = [document for found, _ in results for document in found]
+        yield documents, {package for _, heavy in results for package in heavy}
