@@ -46,7 +46,7 @@ class _Cluster:
     """What the environment says about the run's processes."""
 
     name: str
-    method: str | None  # jax's name for its way of asking; None = none needed
+    several: bool
     devices: list[int] | None = None  # GPUs of this process; None = what jax finds
 
 
@@ -74,12 +74,12 @@ def start(
         address, count, own = _checked(coordinator_address, num_processes, process_id)
         if own:
             _wait_for(address)
-        _initialize("deactivate", address, count, own)
+        _initialize(address, count, own, cluster_detection_method="deactivate")
         return f"process {own} of {count}, from flags, process 0 at {address}"
     cluster = _cluster(os.environ)
-    if cluster.method is None:
+    if not cluster.several:
         return f"one process ({cluster.name})"
-    _initialize(cluster.method, local_device_ids=cluster.devices)
+    _initialize(None, None, None, local_device_ids=cluster.devices)
     state = _state()
     return f"process {state.process_id} of {state.num_processes}, found by {cluster.name}"
 
@@ -218,43 +218,47 @@ def _wait_for(address: str) -> None:
         time.sleep(0.2)
 
 
-def _initialize(
-    method: str,
-    address: str | None = None,
-    count: int | None = None,
-    own: int | None = None,
-    local_device_ids: list[int] | None = None,
-) -> None:
+def _initialize(address: str | None, count: int | None, own: int | None, **more: Any) -> None:
     jax.distributed.initialize(
         *(address, count, own),
-        cluster_detection_method=method,
-        local_device_ids=local_device_ids,
         initialization_timeout=_START_SEC,
         heartbeat_timeout_seconds=_HEARTBEAT_SEC,
         shutdown_timeout_seconds=_SHUTDOWN_SEC,
+        **more,
     )
 
 
 def _cluster(env: Mapping[str, str]) -> _Cluster:
-    """Returns where this process runs; jax knows how to ask each of these places.
+    """Returns where this process runs, in the order in which jax looks.
 
-    jax alone would ask any of them that looks present, and fail in a notebook's pod or in a shell
-    that Slurm gave; here a place counts only where it started several processes.
+    jax knows how to ask each of these places for the address of process 0 and the rest. Left alone
+    it would ask any that looks present, and fail in a notebook's pod or in a shell that Slurm gave;
+    here a place counts only where it started several processes.
+
+    Raises:
+      ConfigError: for several processes that jax cannot bring together.
     """
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return _Cluster("Open MPI", "ompi")
+        if "OMPI_MCA_orte_hnp_uri" not in env:
+            raise ConfigError(
+                f"this is one of {env['OMPI_COMM_WORLD_SIZE']} processes of an Open MPI whose "
+                "variables jax cannot read; give --coordinator_address=HOST:PORT "
+                "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK, or "
+                "--num_processes=1 if each is a run of its own."
+            )
+        return _Cluster("Open MPI", several=True)
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env:
-        return _Cluster(f"Slurm (job {env.get('SLURM_JOB_ID')})", "slurm", _slurm_gpus(env))
+        return _Cluster(f"Slurm (job {env.get('SLURM_JOB_ID')})", True, _slurm_gpus(env))
     # jax puts "tpu" there when it is imported on a machine with TPU chips and libtpu.
     platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]  # added late
     if "tpu" in (platforms or "").split(","):
         hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES"))
         if hosts is None:
-            return _Cluster("TPU metadata", "gcetpu")
+            return _Cluster("TPU metadata", several=True)
         slices = int(env.get("MEGASCALE_NUM_SLICES") or 1)
         if slices == 1 and "," not in hosts:
-            return _Cluster("a TPU host of its own", None)
-        return _Cluster("TPU variables", "gketpu")
+            return _Cluster("a TPU host of its own", several=False)
+        return _Cluster("TPU variables", several=True)
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         if importlib.util.find_spec("kubernetes") is None:
             raise ConfigError(
@@ -262,8 +266,8 @@ def _cluster(env: Mapping[str, str]) -> _Cluster:
                 "the package `kubernetes` (pip install 'jax[k8s]'); or give --coordinator_address, "
                 "--num_processes and --process_id, or --num_processes=1 if there are no others."
             )
-        return _Cluster("Kubernetes", "k8s")
-    return _Cluster("no cluster found", None)
+        return _Cluster("Kubernetes", several=True)
+    return _Cluster("no cluster found", several=False)
 
 
 def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
