@@ -36,10 +36,11 @@ def abstract_state(
     What the optimizer keeps per parameter is spread like it, the rest is on every device.
     """
     with use(mesh, rules):
-        boxed = jax.eval_shape(lambda key: init_boxed(config.model, key), jax.random.key(0))
+        # Abstract, the seed too: the devices may be those of a topology that is not there.
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        boxed = jax.eval_shape(lambda s: init_boxed(config.model, jax.random.key(s)), seed)
         specs = nn.get_partition_spec(boxed)
         params_shardings = nn.logical_to_mesh_sharding(specs, mesh, list(rules))
-        seed = jax.ShapeDtypeStruct((), jnp.uint32)
         state = jax.eval_shape(lambda s: _init(config, optimizer, s), seed)
 
     def spread(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
