@@ -11,61 +11,26 @@ decoding equals the full forward pass for every sharing order.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.model.cache import KVCache, init_cache
 from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.transformer import Params, Transformer
+from mobilellm_jax.sampling import DEFAULT, Draw, Method, Sampling, as_arrays, method_of, next_token
 
 _CHUNK = 64  # tokens per host round trip when nobody watches; also the loop's output buffer
 _STREAM_CHUNK = 8  # the same while text is shown as it comes
 _SMALLEST_BUCKET = 64  # tokens; compiling another program takes longer than so much padding
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-_Method = Literal["greedy", "sample", "truncate"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn; the default is LLaMA's.
-
-    The logits are divided by `temperature`; then all but the `top_k` likeliest tokens are dropped;
-    then the smallest set of likeliest tokens whose share of what is left reaches `top_p` is kept.
-    """
-
-    temperature: float = 0.8  # 0 = greedy: always the likeliest token
-    top_k: int = 0  # tokens; 0 = all
-    top_p: float = 0.95  # probability in (0, 1]; 1 = all
-    seed: int = 0  # of the draws, in [0, 2^32); row b of a batch draws from (seed, b)
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(
-                f"temperature={self.temperature} must be a number of at least 0; 0 is greedy, "
-                "1 is the model's own distribution."
-            )
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be at least 0; 0 keeps every token.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"top_p={self.top_p} must be greater than 0 and at most 1; 1 keeps every token."
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must be at least 0 and less than 2^32.")
-
-
-GREEDY = Sampling(temperature=0.0, top_p=1.0)
 
 
 def generate(
@@ -74,7 +39,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     eos_id: int | None = None,
 ) -> list[list[int]]:
     """Returns the new tokens of each prompt: without the prompt, up to and without `eos_id`.
@@ -112,7 +77,7 @@ def stream(
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     eos_id: int | None = None,
 ) -> Iterator[list[int]]:
     """Yields the tokens that `generate` returns for one prompt, a few at a time."""
@@ -130,7 +95,7 @@ def stream_text(
     prompt: str,
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
 ) -> Iterator[str]:
     """Yields the continuation of `prompt` as it comes; "" starts from BOS alone."""
     ids = encode_prompt(tokenizer, prompt)
@@ -178,66 +143,6 @@ def decode_stream(
         yield text[shown:]
 
 
-def truncate(
-    logits_BV: Float[Array, "B V"],
-    top_k: int | Int[Array, ""],
-    top_p: float | Float[Array, ""],
-) -> Float[Array, "B V"]:
-    """Sets the logits of tokens outside the top k, then outside the top p, to -infinity.
-
-    The likeliest token always stays. Among equal logits the lower token id counts as likelier.
-    """
-    k = jnp.where(top_k > 0, top_k, logits_BV.shape[-1]).astype(jnp.float32)
-    in_k_BV = _likeliest(logits_BV, jnp.ones_like(logits_BV), k)
-    largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    weight_BV = jnp.where(in_k_BV, jnp.exp(logits_BV - largest_B1), 0.0)
-    share_B1 = top_p * jnp.sum(weight_BV, axis=-1, keepdims=True)
-    # Rounding may reach the whole sum too early; and the largest weight, 1, always has to stay.
-    share_B1 = jnp.where(top_p >= 1, jnp.inf, jnp.maximum(share_B1, 1e-30))
-    in_p_BV = _likeliest(logits_BV, weight_BV, share_B1)
-    return jnp.where(in_k_BV & in_p_BV, logits_BV, -jnp.inf)
-
-
-def _likeliest(
-    logits_BV: Float[Array, "B V"],
-    weight_BV: Float[Array, "B V"],
-    amount: Float[Array, ""] | Float[Array, "B 1"],
-) -> Bool[Array, "B V"]:
-    """Returns the fewest likeliest tokens whose weights reach `amount`; all, if they never do.
-
-    The last one's logit is found bit by bit, which reads the logits 32 times but sorts nothing:
-    0.2 ms for 32,000 logits on a CPU where sorting them takes 7.
-    """
-    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    # Unsigned integers in the order of the floats: negative ones have all their bits turned over.
-    order_BV = jnp.where(bits_BV < sign, bits_BV | sign, ~bits_BV)
-
-    def weight_from(bound_B1: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(order_BV >= bound_B1, weight_BV, 0.0), axis=-1, keepdims=True)
-
-    def set_bit(i: jax.Array, last_B1: jax.Array) -> jax.Array:
-        higher_B1 = last_B1 | (sign >> i.astype(jnp.uint32))
-        return jnp.where(weight_from(higher_B1) >= amount, higher_B1, last_B1)
-
-    last_B1: jax.Array = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros_like(order_BV[:, :1]))
-    above_BV, equal_BV = order_BV > last_B1, order_BV == last_B1
-    equal_weight_BV = jnp.where(equal_BV, weight_BV, 0.0)
-    above_B1 = jnp.sum(jnp.where(above_BV, weight_BV, 0.0), axis=-1, keepdims=True)
-    before_BV = above_B1 + jnp.cumsum(equal_weight_BV, axis=-1) - equal_weight_BV
-    return above_BV | (equal_BV & (before_BV < amount))
-
-
-@struct.dataclass
-class _Draw:
-    """Sampling as arrays, so that another temperature or seed compiles nothing."""
-
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    keys_B: Key[Array, "B"]
-
-
 @struct.dataclass
 class _State:
     """Where every row of a batch stands."""
@@ -271,13 +176,8 @@ def _chunks(
         lengths_B[b] = lengths[b]
     stop = np.int32(-1 if eos_id is None else eos_id)  # no token is -1
     done_B = np.arange(batch) >= count  # rows that only fill the batch
-    draw = _Draw(
-        temperature=jnp.float32(sampling.temperature),
-        top_k=jnp.int32(min(sampling.top_k, config.vocab_size)),
-        top_p=jnp.float32(sampling.top_p),
-        keys_B=_row_keys(np.uint32(sampling.seed), batch),
-    )
-    method = _method(sampling)
+    draw = as_arrays(sampling, config.vocab_size, batch)
+    method = method_of(sampling)
     params = _to_compute_dtype(params, config)
     capacity = _bucket(max(lengths) + max_new_tokens)
     state = _prefill(
@@ -325,23 +225,12 @@ def _common_prefix(one: str, other: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _method(sampling: Sampling) -> _Method:
-    if sampling.temperature == 0:
-        return "greedy"
-    return "truncate" if sampling.top_k or sampling.top_p < 1 else "sample"
-
-
 def _power_of_two(at_least: int) -> int:
     return 1 << (at_least - 1).bit_length()
 
 
 def _bucket(tokens: int) -> int:
     return max(_SMALLEST_BUCKET, _power_of_two(tokens))
-
-
-@functools.partial(jax.jit, static_argnames="batch")
-def _row_keys(seed: Int[Array, ""], batch: int) -> Key[Array, "B"]:
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -364,11 +253,11 @@ def _prefill(
     lengths_B: Int[Array, "B"],
     done_B: Bool[Array, "B"],
     stop: Int[Array, ""],
-    draw: _Draw,
+    draw: Draw,
     *,
     config: ModelConfig,
     capacity: int,
-    method: _Method,
+    method: Method,
 ) -> _State:
     """Reads the prompts, padded on the right, and draws the first token of each row."""
     model, batch = Transformer(config).bind({"params": params}), tokens_BT.shape[0]
@@ -377,7 +266,7 @@ def _prefill(
     last_B1D = x_BTD[jnp.arange(batch)[:, None], lengths_B[:, None] - 1]
     logits_B1V = model.logits(last_B1D)
     drawn = jnp.zeros((), jnp.int32)
-    token_B = _next_token(logits_B1V[:, 0], draw, drawn, method)
+    token_B = next_token(logits_B1V[:, 0], draw, drawn, method)
     # The padding's keys lie past the true length: masked, and overwritten one by one.
     cache = dataclasses.replace(cache, length_B=lengths_B)
     return _State(cache=cache, token_B=token_B, done_B=done_B | (token_B == stop), drawn=drawn + 1)
@@ -390,10 +279,10 @@ def _decode(
     state: _State,
     steps: Int[Array, ""],
     stop: Int[Array, ""],
-    draw: _Draw,
+    draw: Draw,
     *,
     config: ModelConfig,
-    method: _Method,
+    method: Method,
 ) -> tuple[_State, Int[Array, "B T"]]:
     """Draws up to `steps` tokens more per row, fewer if all rows are done.
 
@@ -410,7 +299,7 @@ def _decode(
         state, new_BT = carry
         x_B1D, cache = model.extend(state.token_B[:, None], state.cache)
         logits_B1V = model.logits(x_B1D)
-        token_B = _next_token(logits_B1V[:, 0], draw, state.drawn, method)
+        token_B = next_token(logits_B1V[:, 0], draw, state.drawn, method)
         new_BT = new_BT.at[:, state.drawn - first].set(token_B)
         state = _State(
             cache=cache,
@@ -422,17 +311,3 @@ def _decode(
 
     buffer_BT = jnp.full((state.token_B.shape[0], _CHUNK), stop, jnp.int32)
     return jax.lax.while_loop(unfinished, one_token, (state, buffer_BT))
-
-
-def _next_token(
-    logits_BV: Float[Array, "B V"], draw: _Draw, drawn: Int[Array, ""], method: _Method
-) -> Int[Array, "B"]:
-    if method == "greedy":
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    # With the largest at 0, no temperature overflows.
-    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
-    logits_BV = logits_BV / jnp.maximum(draw.temperature, 1e-30)
-    if method == "truncate":
-        logits_BV = truncate(logits_BV, draw.top_k, draw.top_p)
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw.keys_B, drawn)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

@@ -21,12 +21,13 @@ from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.data.loader import train_batches, validation_batches
 from mobilellm_jax.data.shards import Dataset
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mobilellm_jax.generate import Sampling, generate
+from mobilellm_jax.generate import generate
 from mobilellm_jax.host_memory import keep_freed_memory
 from mobilellm_jax.model.size import FLOP_CONVENTION, flops_per_token, parameter_count
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.plots import plot_losses
+from mobilellm_jax.sampling import Sampling
 from mobilellm_jax.sharding import (
     Rules,
     bytes_per_device,

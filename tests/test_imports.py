@@ -25,6 +25,7 @@ FLOORS = {
     "plots": 2,
     "sharding": 2,
     "model": 3,
+    "sampling": 3,
     "generate": 4,
     "quantize": 4,
     "runtimes": 4,

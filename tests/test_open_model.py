@@ -13,9 +13,10 @@ from mobilellm_jax.config import Config, DataConfig, ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.export.huggingface import write_huggingface
-from mobilellm_jax.generate import GREEDY, generate
+from mobilellm_jax.generate import generate
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.open_model import open_model
+from mobilellm_jax.sampling import GREEDY
 
 TINY = ModelConfig(
     vocab_size=300,

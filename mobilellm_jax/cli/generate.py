@@ -20,8 +20,8 @@ from absl import flags
 from mobilellm_jax.cli.errors import is_bad_input
 
 if TYPE_CHECKING:
-    from mobilellm_jax.generate import Sampling
     from mobilellm_jax.open_model import OpenedModel
+    from mobilellm_jax.sampling import Sampling
 
 _DEFAULT_NEW_TOKENS = 128
 
@@ -56,8 +56,8 @@ _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 def main(argv: list[str]) -> None:
     """Generates."""
     del argv  # no config, no overrides
-    from mobilellm_jax.generate import Sampling
     from mobilellm_jax.open_model import open_model
+    from mobilellm_jax.sampling import Sampling
 
     sampling = Sampling(
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value

@@ -12,9 +12,10 @@ from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.config import Config, DataConfig, ModelConfig
 from mobilellm_jax.data.tokenizer_training import train_tokenizer
-from mobilellm_jax.generate import GREEDY, Sampling, generate, stream_text
+from mobilellm_jax.generate import generate, stream_text
 from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.open_model import OpenedModel, open_model
+from mobilellm_jax.sampling import GREEDY, Sampling
 
 command, flags = cli.import_command("generate")
 

@@ -1,0 +1,148 @@
+"""How the next token is drawn from its logits: temperature, top k, top p, seeds.
+
+`Sampling` is what a user asks for; `method_of` and `as_arrays` part it into what a compiled program
+is made for and what it is given, so that another temperature or seed compiles nothing.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Method = Literal["greedy", "sample", "truncate"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; the default is LLaMA's.
+
+    The logits are divided by `temperature`; then all but the `top_k` likeliest tokens are dropped;
+    then the smallest set of likeliest tokens whose share of what is left reaches `top_p` is kept.
+    """
+
+    temperature: float = 0.8  # 0 = greedy: always the likeliest token
+    top_k: int = 0  # tokens; 0 = all
+    top_p: float = 0.95  # probability in (0, 1]; 1 = all
+    seed: int = 0  # of the draws, in [0, 2^32); row b of a batch draws from (seed, b)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(
+                f"temperature={self.temperature} must be a number of at least 0; 0 is greedy, "
+                "1 is the model's own distribution."
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0; 0 keeps every token.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p={self.top_p} must be greater than 0 and at most 1; 1 keeps every token."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be at least 0 and less than 2^32.")
+
+
+DEFAULT = Sampling()
+GREEDY = Sampling(temperature=0.0, top_p=1.0)
+
+
+@struct.dataclass
+class Draw:
+    """A `Sampling` as arrays, for a batch."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    keys_B: Key[Array, "B"]
+
+
+def method_of(sampling: Sampling) -> Method:
+    """Returns what has to be computed, each a program of its own."""
+    if sampling.temperature == 0:
+        return "greedy"
+    return "truncate" if sampling.top_k or sampling.top_p < 1 else "sample"
+
+
+def as_arrays(sampling: Sampling, vocab_size: int, batch: int) -> Draw:
+    """Returns what `next_token` is given; row b draws from (seed, b)."""
+    return Draw(
+        temperature=jnp.float32(sampling.temperature),
+        top_k=jnp.int32(min(sampling.top_k, vocab_size)),
+        top_p=jnp.float32(sampling.top_p),
+        keys_B=_row_keys(np.uint32(sampling.seed), batch),
+    )
+
+
+def next_token(
+    logits_BV: Float[Array, "B V"], draw: Draw, drawn: Int[Array, ""], method: Method
+) -> Int[Array, "B"]:
+    """Draws a token for each row; `drawn` tokens of the row came before it."""
+    if method == "greedy":
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    # With the largest at 0, no temperature overflows.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits_BV = logits_BV / jnp.maximum(draw.temperature, 1e-30)
+    if method == "truncate":
+        logits_BV = truncate(logits_BV, draw.top_k, draw.top_p)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw.keys_B, drawn)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def truncate(
+    logits_BV: Float[Array, "B V"],
+    top_k: int | Int[Array, ""],
+    top_p: float | Float[Array, ""],
+) -> Float[Array, "B V"]:
+    """Sets the logits of tokens outside the top k, then outside the top p, to -infinity.
+
+    The likeliest token always stays. Among equal logits the lower token id counts as likelier.
+    """
+    k = jnp.where(top_k > 0, top_k, logits_BV.shape[-1]).astype(jnp.float32)
+    in_k_BV = _likeliest(logits_BV, jnp.ones_like(logits_BV), k)
+    largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    weight_BV = jnp.where(in_k_BV, jnp.exp(logits_BV - largest_B1), 0.0)
+    share_B1 = top_p * jnp.sum(weight_BV, axis=-1, keepdims=True)
+    # Rounding may reach the whole sum too early; and the largest weight, 1, always has to stay.
+    share_B1 = jnp.where(top_p >= 1, jnp.inf, jnp.maximum(share_B1, 1e-30))
+    in_p_BV = _likeliest(logits_BV, weight_BV, share_B1)
+    return jnp.where(in_k_BV & in_p_BV, logits_BV, -jnp.inf)
+
+
+def _likeliest(
+    logits_BV: Float[Array, "B V"],
+    weight_BV: Float[Array, "B V"],
+    amount: Float[Array, ""] | Float[Array, "B 1"],
+) -> Bool[Array, "B V"]:
+    """Returns the fewest likeliest tokens whose weights reach `amount`; all, if they never do.
+
+    The last one's logit is found bit by bit, which reads the logits 32 times but sorts nothing:
+    0.2 ms for 32,000 logits on a CPU where sorting them takes 7.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    # Unsigned integers in the order of the floats: negative ones have all their bits turned over.
+    order_BV = jnp.where(bits_BV < sign, bits_BV | sign, ~bits_BV)
+
+    def weight_from(bound_B1: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(order_BV >= bound_B1, weight_BV, 0.0), axis=-1, keepdims=True)
+
+    def set_bit(i: jax.Array, last_B1: jax.Array) -> jax.Array:
+        higher_B1 = last_B1 | (sign >> i.astype(jnp.uint32))
+        return jnp.where(weight_from(higher_B1) >= amount, higher_B1, last_B1)
+
+    last_B1: jax.Array = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros_like(order_BV[:, :1]))
+    above_BV, equal_BV = order_BV > last_B1, order_BV == last_B1
+    equal_weight_BV = jnp.where(equal_BV, weight_BV, 0.0)
+    above_B1 = jnp.sum(jnp.where(above_BV, weight_BV, 0.0), axis=-1, keepdims=True)
+    before_BV = above_B1 + jnp.cumsum(equal_weight_BV, axis=-1) - equal_weight_BV
+    return above_BV | (equal_BV & (before_BV < amount))
+
+
+@functools.partial(jax.jit, static_argnames="batch")
+def _row_keys(seed: Int[Array, ""], batch: int) -> Key[Array, "B"]:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
