@@ -56,3 +56,36 @@ def test_bad_input_is_one_message_and_exit_code_2(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_line_is_one_message_from_workers_too(
+    workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good.txt").write_text("The river is deep. " * 50)
+    tokenizer = ["prepare", f"--source=text:{tmp_path}/good.txt", f"--output={tmp_path}/tokenizer"]
+    assert main([*tokenizer, "--vocab_size=275", "--validation_fraction=0"]) == 0
+    (tmp_path / "a.jsonl").write_text('{"text": "river"}\n{"text": 5}\n' * 2)
+    arguments = ["prepare", f"--source=jsonl:{tmp_path}/a.jsonl", f"--output={tmp_path}/data"]
+    arguments += [f"--tokenizer={tmp_path}/tokenizer", "--validation_fraction=0"]
+    assert main([*arguments, f"--source=text:{tmp_path}/good.txt", f"--workers={workers}"]) == 2
+    error = capsys.readouterr().err
+    assert "a.jsonl, line 2, byte 18" in error
+    assert "Traceback" not in error
+
+
+def test_weights_and_skipped_lines_are_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "the river is deep"}\n{"text": 5}\n' * 20)
+    (tmp_path / "b.txt").write_text("The mountain is high. " * 50)
+    arguments = ["prepare", f"--source=jsonl:{tmp_path}/a.jsonl", f"--output={tmp_path}/data"]
+    arguments += [f"--source=text:{tmp_path}/b.txt", "--vocab_size=280", "--validation_fraction=0"]
+    assert main([*arguments, "--weight=0.25"]) == 2
+    assert "weight=[0.25] must be given once for each of the 2 sources" in capsys.readouterr().err
+    arguments += ["--weight=0.25", "--weight=0.75", "--on_bad_line=skip"]
+    assert main(arguments) == 0
+    assert "WARNING: 20 bad lines were left out" in capsys.readouterr().out
+    sources = open_tokens(tmp_path / "data").manifest.sources
+    assert [source.weight for source in sources] == [0.25, 0.75]
+    assert [len(source.bad_lines) for source in sources] == [20, 0]
