@@ -4,7 +4,7 @@
 
 - `params/`: the float32 parameters,
 - `optimizer/`: optimizer state, step, PRNG key, count of bad steps,
-- `run/`: format version, resolved config, data position (the global sample index),
+- `run/`: format version, resolved config, data state (which data, and the next sample of it),
 - `tokenizer/`: the tokenizer's file,
 
 so a step folder stands alone, and evaluating or exporting reads the parameters only.
@@ -31,6 +31,7 @@ from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.train.state import TrainState
 
 FORMAT_VERSION = 1
+DATA_STATE_VERSION = 1  # of the order of samples too: another order is another version
 _ITEMS = ("params", "optimizer", "run", "tokenizer")
 
 
@@ -60,6 +61,14 @@ class _SaveTokenizer(ocp.args.CheckpointArgs):  # type: ignore[misc]  # Orbax ha
 @dataclasses.dataclass
 class _RestoreTokenizer(ocp.args.CheckpointArgs):  # type: ignore[misc]  # Orbax has no types
     pass
+
+
+@dataclasses.dataclass(frozen=True)
+class DataState:
+    """Where a run stands in its data."""
+
+    next_sample: int  # global sample index, over all hosts
+    fingerprint: str  # of the data that the index is of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +108,13 @@ class CheckpointWriter:
     ) -> None:
         self._manager.close()  # waits for saves under way
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, data: DataState) -> None:
         """Starts saving `state` as `step`; a step that is already there is left as it is."""
         if step in self._manager.all_steps():
             return
         run = {
             "format_version": FORMAT_VERSION,
-            "data_position": step * self._config.train.global_batch,
+            "data": {"version": DATA_STATE_VERSION, **dataclasses.asdict(data)},
             "config": dataclasses.asdict(self._config),
         }
         self._manager.save(
@@ -142,7 +151,6 @@ def save_model(run: Path, config: Config, params: Params, tokenizer: Tokenizer) 
     copy_tokenizer(tokenizer, run)
     content = {
         "format_version": FORMAT_VERSION,
-        "data_position": 0,
         "config": dataclasses.asdict(config),
     }
     with ocp.CheckpointManager(
@@ -203,6 +211,34 @@ def read_config(folder: Path) -> Config:
     Raises:
       CheckpointError: if there is none, or the folder has another format version.
     """
+    return config_lib.from_json(json.dumps(_read_run(folder)["config"]))
+
+
+def read_data_state(run: Path, step: int) -> DataState:
+    """Returns where the run stood in its data after `step`; only resuming needs it.
+
+    Raises:
+      CheckpointError: if the step has none, or one of another version.
+    """
+    folder = run / rundir.CHECKPOINTS / str(step)
+    data = _read_run(folder).get("data")
+    if data is None or data["version"] != DATA_STATE_VERSION:
+        found = "no data state" if data is None else f"a data state of version {data['version']}"
+        raise CheckpointError(
+            f"{folder} has {found}, and this program resumes version {DATA_STATE_VERSION}, because "
+            "the order of samples may differ; resume it with the release that wrote it, or start "
+            "from its parameters in another --workdir with "
+            f"--config.train.init_from={folder}."
+        )
+    return DataState(next_sample=data["next_sample"], fingerprint=data["fingerprint"])
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """Returns what a step folder says about its run.
+
+    Raises:
+      CheckpointError: if there is none, or the folder has another format version.
+    """
     path = folder / "run" / "metadata"
     if not path.is_file():
         raise CheckpointError(
@@ -215,7 +251,7 @@ def read_config(folder: Path) -> Config:
             f"{folder} has checkpoint format_version={version}, and this program reads "
             f"{FORMAT_VERSION}; use the release that wrote it."
         )
-    return config_lib.from_json(json.dumps(run["config"]))
+    return run
 
 
 def _tokenizer_in(folder: Path) -> Path:

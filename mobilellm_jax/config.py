@@ -25,6 +25,9 @@ Boundaries = Literal["concat", "document_mask"]
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "constant"]
 
+KEEPS_DOCUMENTS_APART: Mapping[str, bool] = {"xla": True}
+"""Implementation of attention -> whether it minds segments, which `document_mask` relies on."""
+
 
 class ConfigError(ValueError):
     """A setting breaks a rule; the message names the field, its value, the rule and the remedy."""
@@ -64,10 +67,11 @@ class ModelConfig:
 class DataConfig:
     """What is read, and in which windows."""
 
-    path: str = ""  # folder that `prepare` wrote
+    path: str = ""  # folder that `prepare` wrote, or a mixture of such: DIR:0.7,DIR:0.3
     source: str = ""  # made by `prepare --source=...` when `path` is missing; "" = never
     seq_len: int = 2048  # targets per window; at most model.max_seq_len
     boundaries: Boundaries = "concat"  # document_mask: attention and positions reset per document
+    verify: bool = True  # checksums of all data at every start: as long as reading it once takes
     seed: int = 0  # of the window permutation
 
 
@@ -324,6 +328,13 @@ def _rule_violations(config: Config) -> Iterator[str]:
         yield (
             f"data.seq_len={data.seq_len} must be at most model.max_seq_len={model.max_seq_len}; "
             "shorten the windows or raise model.max_seq_len."
+        )
+    if data.boundaries == "document_mask" and not KEEPS_DOCUMENTS_APART.get(model.attention, True):
+        able = ", ".join(name for name, apart in KEEPS_DOCUMENTS_APART.items() if apart)
+        yield (
+            f"data.boundaries='document_mask' needs attention that keeps documents apart, and "
+            f"model.attention={model.attention!r} does not; choose {able} or auto, or "
+            "--config.data.boundaries=concat."
         )
     if usable("train.global_batch", "train.accumulation_steps") and (
         train.global_batch % train.accumulation_steps

@@ -14,13 +14,19 @@ from jax.sharding import Mesh
 
 from mobilellm_jax import checkpoint, distributed, rundir
 from mobilellm_jax import config as config_lib
+from mobilellm_jax.checkpoint import DataState
 from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.data.loader import required_streams
+from mobilellm_jax.data.mixture import Mixture, is_mixture, open_mixture
 from mobilellm_jax.data.prepare import prepare
-from mobilellm_jax.data.shards import Dataset, open_tokens
+from mobilellm_jax.data.shards import verify_checksums
+from mobilellm_jax.data.sources import TRAIN, VALIDATION
 from mobilellm_jax.data.tokenizer import Tokenizer, copy_tokenizer
+from mobilellm_jax.data.windows import count_targets
 from mobilellm_jax.model.precision import resolve_compute_dtype
 from mobilellm_jax.sharding import Rules, batch_shards, logical_rules, make_mesh
 
+VERIFY_SEC = 24 * 3600.0  # that processes wait for one another to read the data
 _PREPARE_SEC = 24 * 3600.0  # that the other processes wait while process 0 prepares data
 
 # What may differ from the run that a folder holds: length, rhythm, and how the same numbers are
@@ -32,7 +38,8 @@ MAY_CHANGE = frozenset(
         *("train.max_bad_steps", "train.accumulation_steps", "train.loss_chunk"),
         *("evaluate.every", "evaluate.samples", "model.remat", "model.scan_unroll"),
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.dcn_data"),
-        *("data.path", "data.source"),  # the same tokens in another place; preflight compares
+        # The same tokens in another place; `data_state` compares.
+        *("data.path", "data.source", "data.verify"),
     }
 )
 
@@ -90,22 +97,22 @@ def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
     return config
 
 
-def open_or_prepare(config: Config) -> Dataset:
-    """Opens `data.path`, preparing it from `data.source` first if it is missing.
+def open_or_prepare(config: Config) -> Mixture:
+    """Opens `data.path`, preparing it from `data.source` first if it is one folder and missing.
 
     Raises:
-      ConfigError: if there is no path.
+      ConfigError: if there is no path, or it is no mixture that can be.
       FileNotFoundError: if it is missing and there is no source.
     """
     if not config.data.path:
         raise ConfigError("data.path is empty; name a folder that `mobilellm prepare` wrote.")
     path = Path(config.data.path)
     distributed.from_first("preparing the data", lambda: _prepare(config, path), _PREPARE_SEC)
-    return open_tokens(path)
+    return open_mixture(config.data.path)
 
 
 def _prepare(config: Config, path: Path) -> None:
-    if path.exists():
+    if path.exists() or is_mixture(config.data.path):
         return
     if not config.data.source:
         raise FileNotFoundError(
@@ -147,12 +154,56 @@ def record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
         )
 
 
-def check(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> tuple[Mesh, Rules]:
+def data_state(
+    config: Config, mixture: Mixture, workdir: Path, resume_step: int | None
+) -> DataState:
+    """Returns where in its data the run goes on.
+
+    Raises:
+      ConfigError: if the data is not that of process 0, or not that of the run in `workdir`.
+      CheckpointError: if the checkpoint's data state is of another version.
+    """
+    found = mixture.fingerprint
+    first: str = distributed.from_first("the data", lambda: found)
+    if found != first:
+        raise ConfigError(
+            f"data.path={config.data.path!r} holds other data here (fingerprint {found}) than for "
+            f"process 0 ({first}); copy the same folder to all hosts, or share one."
+        )
+    if resume_step is None:
+        return DataState(next_sample=0, fingerprint=found)
+    state = checkpoint.read_data_state(workdir, resume_step)
+    if found != state.fingerprint:
+        raise ConfigError(
+            f"data.path={config.data.path!r} holds other data (fingerprint {found}) than the run "
+            f"in workdir={str(workdir)!r} is trained on ({state.fingerprint}, at step "
+            f"{resume_step}); give it the same data, in the same proportions, or train in another "
+            f"--workdir with --config.train.init_from={workdir}."
+        )
+    return state
+
+
+def verify(config: Config, mixture: Mixture) -> None:
+    """Compares the checksums of all data, if `data.verify` says so.
+
+    Every process reads all of it: hosts may have copies of their own.
+
+    Raises:
+      ValueError: naming the first damaged file.
+    """
+    if config.data.verify:
+        for dataset in mixture.datasets:
+            verify_checksums(dataset)
+
+
+def check(config: Config, mixture: Mixture, tokenizer: Tokenizer) -> tuple[Mesh, Rules]:
     """Checks every rule that needs files or devices; returns the mesh and its sharding rules.
 
     Raises:
       ConfigError: listing what does not fit.
+      ValueError: if there is nothing to train on.
     """
+    required_streams(mixture, TRAIN)
     violations = []
     if config.model.vocab_size != tokenizer.vocab_size:
         violations.append(
@@ -173,10 +224,10 @@ def check(config: Config, dataset: Dataset, tokenizer: Tokenizer) -> tuple[Mesh,
             f"data.seq_len={config.data.seq_len} must be a multiple of "
             f"mesh.sequence={mesh.shape['sequence']}."
         )
-    validation = dataset.splits.get("validation")
-    if train.eval_every and (validation is None or validation.tokens < 2):
+    held_out = [stream for c in mixture.components if (stream := c.stream(VALIDATION))]
+    if train.eval_every and not any(count_targets(s, config.data.boundaries) for s in held_out):
         violations.append(
-            f"train.eval_every={train.eval_every} needs a validation split, and "
+            f"train.eval_every={train.eval_every} needs a validation split with targets, and "
             f"data.path={config.data.path!r} has none; prepare it with --validation_fraction "
             "greater than 0, or set --config.train.eval_every=0."
         )

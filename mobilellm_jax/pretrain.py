@@ -8,7 +8,6 @@ very batches that an uninterrupted one would have seen, on whatever devices ther
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,9 +17,11 @@ from jax.sharding import Mesh
 
 from mobilellm_jax import checkpoint, distributed, preflight, rundir
 from mobilellm_jax.config import Config, ConfigError
-from mobilellm_jax.data.loader import train_batches, validation_batches
-from mobilellm_jax.data.shards import Dataset
+from mobilellm_jax.data.loader import train_batches
+from mobilellm_jax.data.mixture import Mixture
+from mobilellm_jax.data.sources import TRAIN, VALIDATION
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.evaluate.validation import make_validator
 from mobilellm_jax.generate import generate
 from mobilellm_jax.host_memory import keep_freed_memory
 from mobilellm_jax.model.size import FLOP_CONVENTION, flops_per_token, parameter_count
@@ -40,7 +41,7 @@ from mobilellm_jax.train.loop import Hooks, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, SilentWriter, read_metrics, stderr
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state
-from mobilellm_jax.train.step import make_loss_sums, make_train_step
+from mobilellm_jax.train.step import make_train_step
 
 _SAMPLE_TOKENS = 64
 
@@ -61,10 +62,13 @@ def pretrain(config: Config, workdir: Path) -> bool:
             "the latest checkpoint", lambda: checkpoint.latest_step(workdir)
         )
         config = preflight.settle(config, workdir, resume_step)
-        dataset = preflight.open_or_prepare(config)
-        tokenizer = load_tokenizer(dataset.tokenizer)
-        mesh, rules = preflight.check(config, dataset, tokenizer)
+        mixture = preflight.open_or_prepare(config)
+        tokenizer = load_tokenizer(mixture.tokenizer)
+        mesh, rules = preflight.check(config, mixture, tokenizer)
+        start = preflight.data_state(config, mixture, workdir, resume_step)
         start_params = _initial_params(config, tokenizer) if resume_step is None else None
+    with distributed.together("verifying the data", preflight.VERIFY_SEC):
+        preflight.verify(config, mixture)
     with distributed.together("starting the run folder"):
         preflight.record(config, tokenizer, workdir)
 
@@ -73,7 +77,7 @@ def pretrain(config: Config, workdir: Path) -> bool:
 
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     abstract = abstract_state(config, optimizer, mesh, rules)
-    _describe(config, dataset, mesh, abstract, resume_step)
+    _describe(config, mixture, mesh, abstract, resume_step)
     with checkpoint.CheckpointWriter(workdir, config, tokenizer) as checkpoints:
         if resume_step is not None:
             state = checkpoints.restore(resume_step, abstract)
@@ -83,11 +87,17 @@ def pretrain(config: Config, workdir: Path) -> bool:
                 placed = jax.tree.map(place, start_params, abstract.params)
                 state = dataclasses.replace(state, params=placed)
         first_step = int(state.step)
+
+        def save(step: int, state: TrainState) -> None:
+            samples = (step - first_step) * config.train.global_batch
+            here = dataclasses.replace(start, next_sample=start.next_sample + samples)
+            checkpoints.save(step, state, here)
+
         batches = train_batches(
-            dataset,
+            mixture,
             config.data,
             global_batch=config.train.global_batch,
-            first_sample=first_step * config.train.global_batch,
+            first_sample=start.next_sample,
             num_batches=config.train.steps - first_step,
             rows=local_rows(mesh, config.train.global_batch),
         )
@@ -99,8 +109,8 @@ def pretrain(config: Config, workdir: Path) -> bool:
         with writer:
             hooks = Hooks(
                 put=functools.partial(put_batch, mesh=mesh, global_batch=config.train.global_batch),
-                save=checkpoints.save,
-                validate=_validator(config, dataset, mesh, rules, workdir),
+                save=save,
+                validate=_validator(config, mixture, mesh, rules, workdir),
                 sample=functools.partial(_write_samples, config, tokenizer, workdir),
             )
             step_fn = make_train_step(config, optimizer, mesh, rules, state)
@@ -111,14 +121,13 @@ def pretrain(config: Config, workdir: Path) -> bool:
 
 
 def _describe(
-    config: Config, dataset: Dataset, mesh: Mesh, state: TrainState, resume_step: int | None
+    config: Config, mixture: Mixture, mesh: Mesh, state: TrainState, resume_step: int | None
 ) -> None:
     """Prints what is about to run, once, so that a log says what its numbers mean."""
     if not distributed.is_first():
         return
     model, train = config.model, config.train
     sharing = f" x {model.num_repeats} ({model.sharing})" if model.num_repeats > 1 else ""
-    split = dataset.manifest.splits["train"]
     tokens_per_step = train.global_batch * config.data.seq_len
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     slices = _describe_slices(config, mesh)
@@ -128,10 +137,9 @@ def _describe(
         f"compute {model.compute_dtype}, attention {model.attention}, remat {model.remat}, "
         f"{flops_per_token(model, config.data.seq_len) / 1e6:,.1f} MFLOP per token "
         f"({FLOP_CONVENTION})",
-        f"data    {split.tokens:,} tokens of {split.documents:,} documents in {dataset.path}, "
-        f"boundaries {config.data.boundaries}",
+        *_describe_data(config, mixture),
         f"batch   {train.global_batch} x {config.data.seq_len} = {tokens_per_step:,} tokens, "
-        f"{train.steps:,} steps = {train.steps * tokens_per_step / split.tokens:.2f} epochs",
+        f"{train.steps:,} steps",
         f"mesh    {axes} over {jax.device_count()} x {jax.devices()[0].device_kind}{slices}",
         f"state   {bytes_per_device(state.params) / 1e6:,.1f} MB of parameters and "
         f"{bytes_per_device(state.optimizer) / 1e6:,.1f} MB of optimizer state on each device",
@@ -139,6 +147,29 @@ def _describe(
     if resume_step is not None:
         lines.append(f"resume  from step {resume_step:,}")
     print("\n".join(lines), file=stderr(), flush=True)
+
+
+def _describe_data(config: Config, mixture: Mixture) -> list[str]:
+    crosses = "attention crosses document borders"
+    apart = "attention and positions stay within a document"
+    boundaries = config.data.boundaries
+    run_tokens = config.train.steps * config.train.global_batch * config.data.seq_len
+    lines = [
+        f"data    {mixture.path}, fingerprint {mixture.fingerprint[:12]}",
+        f"        boundaries {boundaries}: {crosses if boundaries == 'concat' else apart}",
+    ]
+    for component in mixture.components:
+        counts, stream = component.counts(TRAIN), component.stream(TRAIN)
+        line = f"        {counts.tokens:,} tokens of {counts.documents:,} documents"
+        if len(mixture.components) > 1:
+            line += f" of {component.name}, {float(component.share):.2%} of the samples"
+        line += f", {float(run_tokens * component.share / counts.tokens):.2f} epochs"
+        if stream and stream.has_loss_mask:
+            line += ", a loss mask on them"
+        if not component.stream(VALIDATION):
+            line += ", nothing held out"
+        lines.append(line)
+    return lines
 
 
 def _describe_slices(config: Config, mesh: Mesh) -> str:
@@ -155,15 +186,18 @@ def _summarize(workdir: Path, finished: bool) -> None:
     if not distributed.is_first():
         return
     records = read_metrics(workdir / rundir.METRICS)
-    measured = [r for r in records if "validation/bpb" in r]
+    measured = [r for r in records if "validation/loss" in r]
     lines = [f"{'Finished' if finished else 'Stopped, saved'}: {workdir}"]
     if measured:
         first, last = measured[0], measured[-1]
         lines += [
-            f"  validation bits per byte: {first['validation/bpb']:.3f} at step {first['step']} -> "
-            f"{last['validation/bpb']:.3f} at step {last['step']}",
-            f"  validation loss:          {first['validation/loss']:.3f} -> "
-            f"{last['validation/loss']:.3f} nats per token",
+            f"  validation {name + ':':14} {first[key]:.3f} at step {first['step']} -> "
+            f"{last[key]:.3f} at step {last['step']}{unit}"
+            for key, name, unit in (
+                ("validation/bpb", "bits per byte", ""),
+                ("validation/loss", "loss", " (nats per token)"),
+            )
+            if key in first and key in last
         ]
     lines.append(f"  curves: {workdir / rundir.LOSS_PLOT}, tensorboard --logdir={workdir}")
     if finished:
@@ -199,31 +233,15 @@ def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
 
 
 def _validator(
-    config: Config, dataset: Dataset, mesh: Mesh, rules: Rules, workdir: Path
+    config: Config, mixture: Mixture, mesh: Mesh, rules: Rules, workdir: Path
 ) -> Callable[[TrainState], Mapping[str, float]]:
-    train = config.train
-    rows = train.global_batch // train.accumulation_steps
-    loss_sums = make_loss_sums(config, mesh, rules, rows)
+    validator = make_validator(config, mixture, mesh, rules)
 
     def validate(state: TrainState) -> Mapping[str, float]:
-        batches = validation_batches(
-            dataset,
-            config.data,
-            batch=rows,
-            num_batches=train.eval_batches or None,
-            rows=local_rows(mesh, rows),
-        )
-        placed = (put_batch(batch, mesh, rows) for batch in batches)
-        sums = jax.device_get([loss_sums(state.params, batch) for batch in placed])
-        nats, targets = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
-        loss = nats / targets
-        split = dataset.manifest.splits["validation"]
-        # Whatever starts a stream or, under the mask, a document is no target.
-        starts = split.documents if config.data.boundaries == "document_mask" else 1
-        bits = loss / math.log(2) * (split.tokens - starts) / split.text_bytes
+        values = validator(state.params)
         if int(state.step):
             _plot(workdir)
-        return {"validation/loss": loss, "validation/bpb": bits}
+        return values
 
     return validate
 

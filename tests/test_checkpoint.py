@@ -39,6 +39,7 @@ CONFIG = Config(
     optimizer=OptimizerConfig(warmup_steps=1),
     train=TrainConfig(steps=10, global_batch=8, keep_checkpoints=2, keep_every=4),
 )
+DATA = checkpoint.DataState(next_sample=40, fingerprint="ab12")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_state_comes_back_bit_by_bit(name: Any, tokenizer: Tokenizer, tmp_path: 
     config = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(name=name, warmup_steps=1))
     state = filled(config)
     with checkpoint.CheckpointWriter(tmp_path, config, tokenizer) as writer:
-        writer.save(3, state)
+        writer.save(3, state, DATA)
     with checkpoint.CheckpointWriter(tmp_path, config, tokenizer) as reader:
         restored = reader.restore(3, abstract(config))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -86,7 +87,7 @@ def test_another_mesh_restores_the_same_numbers(tokenizer: Tokenizer, tmp_path: 
     written, read = with_mesh(fsdp=4, tensor=2, data=1), with_mesh(data=2, fsdp=2, tensor=2)
     state = filled(written)
     with checkpoint.CheckpointWriter(tmp_path, written, tokenizer) as writer:
-        writer.save(1, state)
+        writer.save(1, state, DATA)
     with checkpoint.CheckpointWriter(tmp_path, read, tokenizer) as reader:
         restored = reader.restore(1, abstract(read))
     query = ("blocks", "attention", "query")
@@ -100,7 +101,7 @@ def test_another_mesh_restores_the_same_numbers(tokenizer: Tokenizer, tmp_path: 
 def test_model_opens_without_its_optimizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     state = filled(with_mesh(fsdp=8, data=1))
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
-        writer.save(7, state)
+        writer.save(7, state, DATA)
     for part in (tmp_path / "checkpoints" / "7" / "optimizer").rglob("*"):
         if part.is_file():
             part.write_bytes(b"damaged")
@@ -111,19 +112,41 @@ def test_model_opens_without_its_optimizer(tokenizer: Tokenizer, tmp_path: Path)
     assert model.tokenizer.encode("a thin phone") == tokenizer.encode("a thin phone")
 
 
-def test_data_position_is_the_global_sample_index(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_data_state_comes_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
-        writer.save(5, filled(CONFIG))
+        writer.save(5, filled(CONFIG), DATA)
+    assert checkpoint.read_data_state(tmp_path, 5) == DATA
     run = json.loads((tmp_path / "checkpoints" / "5" / "run" / "metadata").read_text())
-    assert run["data_position"] == 5 * 8
+    assert run["data"] == {"version": 1, "next_sample": 40, "fingerprint": "ab12"}
     assert run["config"] == dataclasses.asdict(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("written", "named"),
+    [({"version": 7}, "a data state of version 7"), (None, "no data state")],
+)
+def test_other_data_state_is_refused_where_it_is_needed(
+    written: Any, named: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Releases before the first version wrote none. Whoever does not resume does not care."""
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        writer.save(5, filled(CONFIG), DATA)
+    file = tmp_path / "checkpoints" / "5" / "run" / "metadata"
+    run = json.loads(file.read_text())
+    del run["data"]
+    file.write_text(json.dumps(run | ({} if written is None else {"data": written})))
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.read_data_state(tmp_path, 5)
+    assert f"has {named}, and this program resumes version 1," in str(error.value)
+    assert f"--config.train.init_from={tmp_path}/checkpoints/5" in str(error.value)
+    assert checkpoint.restore_model(tmp_path, 5).step == 5
 
 
 def test_newest_and_every_fourth_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:
     state = filled(CONFIG)
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
         for step in range(1, 8):
-            writer.save(step, state)
+            writer.save(step, state, DATA)
     assert checkpoint.steps(tmp_path) == [4, 6, 7]
     assert checkpoint.latest_step(tmp_path) == 7
 
@@ -131,9 +154,9 @@ def test_newest_and_every_fourth_are_kept(tokenizer: Tokenizer, tmp_path: Path) 
 def test_a_step_already_there_stays(tokenizer: Tokenizer, tmp_path: Path) -> None:
     first, second = filled(CONFIG, seed=1), filled(CONFIG, seed=2)
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
-        writer.save(1, first)
+        writer.save(1, first, DATA)
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
-        writer.save(1, second)
+        writer.save(1, second, DATA)
     model = checkpoint.restore_model(tmp_path, 1)
     jax.tree.map(np.testing.assert_array_equal, first.params, model.params)
 
@@ -150,7 +173,7 @@ def test_imported_model_cannot_be_resumed(tokenizer: Tokenizer, tmp_path: Path) 
 
 def test_unfinished_step_is_not_seen(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
-        writer.save(1, filled(CONFIG))
+        writer.save(1, filled(CONFIG), DATA)
     folder = tmp_path / "checkpoints"
     (folder / "2.orbax-checkpoint-tmp").mkdir()
     (folder / "3").write_text("a file")
@@ -161,7 +184,7 @@ def test_unfinished_step_is_not_seen(tokenizer: Tokenizer, tmp_path: Path) -> No
 
 def test_other_format_version_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
-        writer.save(1, filled(CONFIG))
+        writer.save(1, filled(CONFIG), DATA)
     file = tmp_path / "checkpoints" / "1" / "run" / "metadata"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 99}))
     with pytest.raises(checkpoint.CheckpointError, match=r"format_version=99.*reads 1"):

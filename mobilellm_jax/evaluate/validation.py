@@ -1,0 +1,93 @@
+"""The loss on held-out data while a model trains: of all of it, and of each component.
+
+A component's loss is its mean over the targets that were looked at, all of them unless
+`train.eval_batches` says otherwise. The loss of a mixture weighs the components by their number of
+targets, so it is the loss over all held-out data put together, and an estimate of it where an
+evaluation is cut short.
+
+Bits per byte are loss * targets / (ln 2 * bytes of text), all over the whole split. Where a loss
+mask takes tokens out, the bytes that the others stand for are not known, and it is left out.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from mobilellm_jax.config import Config
+from mobilellm_jax.data.loader import validation_batches
+from mobilellm_jax.data.mixture import Mixture
+from mobilellm_jax.data.sources import VALIDATION
+from mobilellm_jax.data.windows import count_targets
+from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.sharding import Rules, local_rows, put_batch
+from mobilellm_jax.train.step import make_loss_sums
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A component's held-out data; `text_bytes` None where they are not those of the targets."""
+
+    name: str
+    data: Mixture
+    targets: int
+    text_bytes: int | None
+
+
+def make_validator(
+    config: Config, mixture: Mixture, mesh: Mesh, rules: Rules
+) -> Callable[[Params], dict[str, float]]:
+    """Returns a function from parameters to "validation/loss" and what goes with it.
+
+    That is "validation/bpb" where it has a meaning, and of a mixture "validation/loss/NAME" of
+    every component with held-out targets.
+    """
+    train = config.train
+    rows = train.global_batch // train.accumulation_steps
+    loss_sums = make_loss_sums(config, mesh, rules, rows)
+    parts = _parts(config, mixture)
+
+    def loss_of(params: Params, part: _Part) -> float | None:
+        batches = validation_batches(
+            part.data,
+            config.data,
+            batch=rows,
+            num_batches=train.eval_batches or None,
+            rows=local_rows(mesh, rows),
+        )
+        placed = (put_batch(batch, mesh, rows) for batch in batches)
+        sums = jax.device_get([loss_sums(params, batch) for batch in placed])
+        nats, targets = (math.fsum(float(pair[i]) for pair in sums) for i in (0, 1))
+        return nats / targets if targets else None
+
+    def validate(params: Params) -> dict[str, float]:
+        found = [(part, loss_of(params, part)) for part in parts]
+        looked_at = [(part, loss) for part, loss in found if loss is not None]
+        if not looked_at:
+            return {}
+        targets = sum(part.targets for part, _ in looked_at)
+        loss = math.fsum(part.targets / targets * loss for part, loss in looked_at)
+        values = {"validation/loss": loss}
+        text_bytes = [part.text_bytes for part, _ in looked_at]
+        if None not in text_bytes:
+            total = sum(each for each in text_bytes if each is not None)
+            values["validation/bpb"] = loss / math.log(2) * targets / total
+        if len(mixture.components) > 1:
+            values |= {f"validation/loss/{part.name}": loss for part, loss in looked_at}
+        return values
+
+    return validate
+
+
+def _parts(config: Config, mixture: Mixture) -> list[_Part]:
+    parts = []
+    for component in mixture.components:
+        stream = component.stream(VALIDATION)
+        targets = count_targets(stream, config.data.boundaries) if stream else 0
+        if stream and targets:
+            text_bytes = component.counts(VALIDATION).text_bytes
+            known = text_bytes if text_bytes and not stream.has_loss_mask else None
+            parts.append(_Part(component.name, mixture.alone(component), targets, known))
+    return parts
