@@ -112,6 +112,7 @@ def pretrain(config: Config, workdir: Path) -> bool:
                 save=save,
                 validate=_validator(config, mixture, mesh, rules, workdir),
                 sample=functools.partial(_write_samples, config, tokenizer, workdir),
+                agree=distributed.Agreement(),
             )
             step_fn = make_train_step(config, optimizer, mesh, rules, state)
             state, finished = train_loop(config, state, step_fn, batches, hooks, writer)

@@ -37,6 +37,7 @@ class Hooks:
     save: Callable[[int, TrainState], None]
     validate: Callable[[TrainState], Mapping[str, float]]
     sample: Callable[[int, TrainState], None]
+    agree: Callable[[bool], bool] = bool  # whether this process wants to stop -> whether all do
 
 
 class StopRequest:
@@ -91,9 +92,9 @@ def train_loop(
 ) -> tuple[TrainState, bool]:
     """Trains from `state.step` to `train.steps`; returns the state and whether it got there.
 
-    It stops early, saved, at the end of the step in which SIGTERM or SIGINT arrived. Where saving
-    and evaluation fall on the same step, saving comes first, so that nothing lost by an evaluation
-    is lost to the run.
+    It stops early, saved, at the end of the step in which SIGTERM or SIGINT arrived; where a run
+    is several processes, all stop at the end of the next. Where saving and evaluation fall on the
+    same step, saving comes first, so that nothing lost by an evaluation is lost to the run.
 
     Raises:
       TrainingDivergedError: after `train.max_bad_steps` skipped steps in a row.
@@ -123,7 +124,7 @@ def train_loop(
             report.meter.waited_sec += time.perf_counter() - waiting
             state, metrics = step_fn(state, batch)
             report.step(step, metrics)
-            last = step == steps or stop.signal is not None
+            last = step == steps or hooks.agree(stop.signal is not None)
             if last or step % train.checkpoint_every == 0:
                 report.flush()
                 hooks.save(step, state)

@@ -1,0 +1,203 @@
+"""One run on every mesh and any number of processes, through its own checkpoints.
+
+The losses are those of one device, within the rounding of float32 sums in another order, wherever a
+run is stopped and on whatever it goes on. `test_sharding.py` compares the bare step.
+"""
+
+import dataclasses
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mobilellm_jax import checkpoint, preflight, pretrain
+from mobilellm_jax.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    to_json,
+)
+from mobilellm_jax.data.prepare import prepare
+from mobilellm_jax.sharding import make_mesh
+from tests.processes import free_port, run_together
+
+STEPS = 20
+# Relative for losses, absolute for parameters.
+TOLERANCE = 1e-5
+FSDP4_TENSOR2 = MeshConfig(data=1, fsdp=4, tensor=2)
+# One process of the run: its config, its folder, and the step after which it is told to stop.
+PROCESS = """
+import signal, sys
+from pathlib import Path
+from mobilellm_jax import distributed, pretrain
+from mobilellm_jax.config import from_json
+from tests.test_meshes import stopping_after
+
+config, workdir, address, own, stop = sys.argv[1:]
+print(distributed.start(address, 2, int(own)), file=sys.stderr)
+pretrain.make_train_step = stopping_after(int(stop))
+pretrain.pretrain(from_json(Path(config).read_text()), Path(workdir))
+"""
+
+
+def stopping_after(step: int) -> Callable[..., Any]:
+    """Returns a `make_train_step` whose step sends SIGTERM to its process when it is done."""
+    from mobilellm_jax.train.step import make_train_step
+
+    def make(*arguments: Any) -> Callable[..., Any]:
+        step_fn = make_train_step(*arguments)
+
+        def stepping(state: Any, batch: Any) -> Any:
+            state, metrics = step_fn(state, batch)
+            if int(state.step) == step:
+                signal.raise_signal(signal.SIGTERM)
+            return state, metrics
+
+        return stepping
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["thin", "deep", "block", "shared", "twice", "phone", "small", "model"]
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)) + ".\n")
+    tokens = folder / "tokens"
+    prepare([f"text:{folder}/*.txt"], tokens, vocab_size=300, validation_fraction=0.1)
+    return Config(
+        model=ModelConfig(
+            vocab_size=300,
+            embed_dim=16,
+            num_blocks=2,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=8,
+            ffn_dim=24,
+            max_seq_len=32,
+            compute_dtype="float32",
+        ),
+        data=DataConfig(path=str(tokens), seq_len=16),
+        optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=10),
+        train=TrainConfig(
+            steps=STEPS,
+            global_batch=8,
+            log_every=1,
+            eval_every=STEPS,
+            eval_batches=2,
+            checkpoint_every=1000,
+        ),
+        evaluate=EvaluateConfig(every=10, samples=1),
+    )
+
+
+def records(workdir: Path, name: str) -> dict[int, float]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {r["step"]: r[name] for r in map(json.loads, lines) if name in r}
+
+
+def samples(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "samples.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def on_one_device(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("one_device") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+        assert pretrain.pretrain(config, workdir)
+    losses = records(workdir, "train/loss")
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS] < losses[1] - 0.05
+    return workdir
+
+
+def assert_same_run(workdir: Path, reference: Path) -> None:
+    for name in ("train/loss", "validation/loss"):
+        expected, found = records(reference, name), records(workdir, name)
+        assert list(found) == list(expected)
+        np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=TOLERANCE)
+    assert set(records(workdir, "validation/loss")) == {0, STEPS}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE),
+        checkpoint.restore_model(workdir, STEPS).params,
+        checkpoint.restore_model(reference, STEPS).params,
+    )
+
+
+def go_on(config: Config, mesh: MeshConfig, workdir: Path, stop: int | None) -> None:
+    """Trains in this process, on eight devices, until the step after which it is told to stop."""
+    with pytest.MonkeyPatch.context() as patch:
+        if stop is not None:
+            patch.setattr(pretrain, "make_train_step", stopping_after(stop))
+        finished = pretrain.pretrain(dataclasses.replace(config, mesh=mesh), workdir)
+    assert finished == (stop is None)
+    assert checkpoint.latest_step(workdir) == (stop or STEPS)
+
+
+def go_on_as_two(
+    config: Config, mesh: MeshConfig, workdir: Path, stops: tuple[int, int]
+) -> list[str]:
+    """Trains in two processes of four devices; returns what each has printed on stderr."""
+    file = workdir.parent / "config.json"
+    file.write_text(to_json(dataclasses.replace(config, mesh=mesh)))
+    address = f"localhost:{free_port()}"
+    results = run_together(
+        [
+            ["-c", PROCESS, str(file), str(workdir), address, str(own), str(stop)]
+            for own, stop in enumerate(stops)
+        ],
+        devices=4,
+    )
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    return [result.stderr for result in results]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_any_mesh(config: Config, on_one_device: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    go_on(config, MeshConfig(), workdir, 4)
+    go_on(config, MeshConfig(data=1, fsdp=8), workdir, 8)
+    go_on(config, FSDP4_TENSOR2, workdir, 12)
+    go_on(config, MeshConfig(data=2, fsdp=2, tensor=2), workdir, 16)
+    go_on(config, MeshConfig(data=4, sequence=2), workdir, None)
+    assert_same_run(workdir, on_one_device)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(config: Config, on_one_device: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    first, second = go_on_as_two(config, MeshConfig(), workdir, (0, 0))
+    assert_same_run(workdir, on_one_device)
+    # One of them writes and talks.
+    assert "mesh    data 8" in first and f"step {STEPS}: validation" in first
+    assert "mesh" not in second and "validation" not in second
+    assert (workdir / "loss.png").stat().st_size > 1000
+    assert [s["step"] for s in samples(workdir)] == [10, STEPS]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_as_two_processes_and_back(
+    config: Config, on_one_device: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    go_on(config, FSDP4_TENSOR2, workdir, 6)
+    # Parameters are split over both processes. The second alone is told to stop.
+    first, _ = go_on_as_two(config, MeshConfig(data=1, fsdp=8), workdir, (0, 10))
+    assert checkpoint.latest_step(workdir) == 11
+    assert "resume  from step 6" in first and "Stopped, saved" in first
+    assert [s["step"] for s in samples(workdir)] == [10]  # with parameters from both processes
+    go_on(config, MeshConfig(), workdir, None)
+    assert_same_run(workdir, on_one_device)
