@@ -78,6 +78,7 @@ def test_every_kind_of_source_in_other_processes(
         assert documents == own
         assert len(own) >= (1 if spec.startswith("text:") else 8)
         assert heavy >= packages[spec] and "jax" not in heavy
+        assert (tmp_path / "scratch" / "python_docs").is_dir()
         if not heavy & {"fsspec", "pyarrow"}:  # which import what they may need one day
             assert heavy == packages[spec]
 

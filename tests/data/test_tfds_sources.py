@@ -21,6 +21,7 @@ class RiverNotes(tfds.core.GeneratorBasedBuilder):
             "text": tfds.features.Text(),
             "sea": tfds.features.Tensor(shape=(), dtype=np.str_),
             "length_km": tfds.features.Scalar(np.int32),
+            "banks": tfds.features.Tensor(shape=(2,), dtype=np.str_),
             "towns": tfds.features.Sequence(tfds.features.Text()),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -34,8 +35,8 @@ class RiverNotes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, *texts: str | bytes) -> Iterator[tuple[str, Any]]:
         for text in texts:
-            example = {"text": text, "sea": "North", "length_km": 1, "towns": ["a"]}
-            yield repr(text), example
+            other = {"sea": "North", "length_km": 1, "banks": ["left", "right"], "towns": ["a"]}
+            yield repr(text), {"text": text, **other}
 
 
 class RiverTensors(RiverNotes):
@@ -130,8 +131,13 @@ def test_the_feature_is_named(data_dir: Path) -> None:
 def test_text_that_is_not_utf8_is_a_bad_record(data_dir: Path) -> None:
     source = open_source("tfds:river_notes:test", data_dir)
     bad: list[BadLine] = []
-    assert texts(source, on_bad=bad.append) == ["Po"]
+    ((name, text),) = read(source, on_bad=bad.append)
     (only,) = bad
+    assert text == "Po"
+    # TFDS has its own order.
+    assert {name, f"{only.file}, record {only.line}"} == {
+        f"tfds:river_notes:test, record {i}" for i in (1, 2)
+    }
     assert (only.file, only.byte_offset) == ("tfds:river_notes:test", None)
     assert only.reason == "byte 0xff at 3 of 'text' is not UTF-8 (invalid start byte)"
     with pytest.raises(BadLineError, match=r"tfds:river_notes:test, record [12]: byte 0xff at 3"):
@@ -144,6 +150,7 @@ def test_text_that_is_not_utf8_is_a_bad_record(data_dir: Path) -> None:
         ("tfds:river_note", r"TFDS knows no such dataset\. Did you mean river_notes\?"),
         ("tfds:river_notes#texts", r"no feature 'texts'\. .*: text, sea\. Did you mean text\?"),
         ("tfds:river_notes#length_km", r"feature 'length_km' is .*, not text\. .*: text, sea\."),
+        ("tfds:river_notes#banks", r"feature 'banks' is .*, not text\. .*: text, sea\."),
         ("tfds:river_notes#towns", r"feature 'towns' is .*, not text\. .*: text, sea\."),
         ("tfds:river_notes:tset", r"no split 'tset', only .*Did you mean test\?"),
         ("tfds:river_tensors", r"needs the Python package 'tensorflow'.*array_record"),
