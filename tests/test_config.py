@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mobilellm_jax.config import (
+    ATTENTION,
     Config,
     ConfigError,
     changed_fields,
@@ -142,6 +143,55 @@ def test_the_edge_is_locked() -> None:
 )
 def test_broken_rule(fields: dict[str, Any], expected: str) -> None:
     assert violations(**fields) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (
+            {"model__attention": "cudnn", "data__boundaries": "document_mask"},
+            ["model.attention='cudnn' does not; choose xla, splash, tokamax or auto"],
+        ),
+        (
+            {"model__attention": "tokamax", "model__compute_dtype": "float32"},
+            ["model.attention='tokamax' takes bfloat16 only", "choose xla, splash or auto"],
+        ),
+        (
+            {"model__attention": "splash", "mesh__sequence": 2},
+            ["model.attention='splash' cannot split a sequence", "mesh.sequence=2; choose xla or"],
+        ),
+        (
+            {"model__attention": "cudnn", "mesh__sequence": -1, "mesh__data": 1},
+            ["mesh.sequence=-1", "--config.mesh.sequence=1"],
+        ),
+        (
+            {"model__attention": "splash", "data__seq_len": 1000},
+            ["data.seq_len=1000 must be a multiple of 128 for model.attention='splash'"],
+        ),
+        (
+            {"model__attention": "cudnn", "model__head_dim": 20},
+            ["model.head_dim=20 must be a multiple of 8 for model.attention='cudnn'"],
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_attention_is_refused_what_it_cannot_do(asked: dict[str, Any], named: list[str]) -> None:
+    (found,) = violations(**asked)
+    assert all(part in found for part in named)
+    for other in ("xla", "auto"):
+        changed(**asked | {"model__attention": other})
+
+
+def test_attention_may_do_what_it_can() -> None:
+    changed(model__attention="cudnn", data__boundaries="concat", model__compute_dtype="bfloat16")
+    for name in ("splash", "tokamax"):
+        changed(model__attention=name, data__boundaries="document_mask")
+    changed(model__attention="splash", data__seq_len=1024, model__compute_dtype="float32")
+
+
+def test_every_implementation_of_attention_has_its_rules() -> None:
+    choices = set(typing.get_args(field_types()["model.attention"]))
+    assert choices == {"auto", *ATTENTION}
 
 
 def test_all_violations_are_listed() -> None:
