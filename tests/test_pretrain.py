@@ -20,6 +20,7 @@ import pytest
 from mobilellm_jax import checkpoint, pretrain
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Config, ConfigError, from_json
+from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.prepare import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -211,6 +212,7 @@ def test_finished_run_is_extended_by_more_steps(config_file: Path, tmp_path: Pat
     assert run(config_file, workdir, "--config.train.steps=4").returncode == 0
     again = run(config_file, workdir, "--config.train.steps=4")
     assert again.returncode == 0, again.stderr
+    assert "boundaries concat: attention crosses document borders" in again.stderr
     assert checkpoint.latest_step(workdir) == 4
     assert run(config_file, workdir, "--config.train.steps=6").returncode == 0
     assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
@@ -228,6 +230,49 @@ def test_start_from_another_runs_parameters(
     # The first update is zero, so validation before it is that of the parameters given.
     expected = validations(uninterrupted)[16]
     assert validations(tmp_path / "run")[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_mixture_goes_on_exactly_and_is_told_apart(
+    config_file: Path, data: Path, tmp_path: Path
+) -> None:
+    """Two components, one with a loss mask, windows with document borders; resumed at step 3."""
+    rng = np.random.default_rng(1)
+    with (tmp_path / "calls.jsonl").open("w") as file:
+        for _ in range(60):
+            mask = rng.integers(0, 2, 9).tolist()
+            line = {"token_ids": rng.integers(10, 290, 9).tolist(), "loss_mask": mask}
+            file.write(json.dumps(line) + "\n")
+    tokenizer = data / "tokenizer.model"
+    prepare([f"tokens:{tmp_path}/calls.jsonl"], tmp_path / "calls", tokenizer=tokenizer,
+            validation_fraction=0.2)  # fmt: skip
+    path = f"{data}:0.75,{tmp_path}/calls:0.25"
+    flags = [f"--config.data.path={path}", "--config.data.boundaries=document_mask"]
+    flags += ["--config.train.steps=6", "--config.train.eval_every=3"]
+    whole = tmp_path / "whole"
+    result = run(config_file, whole, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "boundaries document_mask: attention and positions stay within" in result.stderr
+    assert "documents of tokens, 75.00% of the samples" in result.stderr
+    assert "documents of calls, 25.00% of the samples" in result.stderr
+    assert "a loss mask on them" in result.stderr
+    fingerprint = open_mixture(path).fingerprint
+    for step in (3, 6):
+        expected = checkpoint.DataState(next_sample=8 * step, fingerprint=fingerprint)
+        assert checkpoint.read_data_state(whole, step) == expected
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    keys = [{k for k in r if k.startswith("validation/")} for r in records if r["step"] == 6]
+    names = {"validation/loss", "validation/loss/tokens", "validation/loss/calls"}
+    assert keys == [set(), names]
+
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "6")
+    result = run(config_file, resumed, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "resume  from step 3" in result.stderr
+    assert losses(resumed) == losses(whole)
+    assert checkpoint.read_data_state(resumed, 6) == checkpoint.read_data_state(whole, 6)
+    assert_same_bits(stored(resumed, 6), stored(whole, 6))
 
 
 BAD_RUNS = {
