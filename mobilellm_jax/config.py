@@ -18,19 +18,43 @@ from ml_collections import ConfigDict
 
 Sharing = Literal["immediate", "repeat_all", "reverse"]
 Activation = Literal["swiglu", "relu", "gelu"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full", "offload"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
-Attention = Literal["auto", "xla"]
+Attention = Literal["auto", "xla", "cudnn", "splash", "tokamax"]
 Boundaries = Literal["concat", "document_mask"]
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "constant"]
 
-KEEPS_DOCUMENTS_APART: Mapping[str, bool] = {"xla": True}
-"""Implementation of attention -> whether it minds segments, which `document_mask` relies on."""
-
 
 class ConfigError(ValueError):
     """A setting breaks a rule; the message names the field, its value, the rule and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionRules:
+    """What an implementation of attention can do; what it cannot is refused, never replaced."""
+
+    device: str  # the only kind it runs on, for `model/on_device.py`; "" = any
+    float32: bool  # besides bfloat16
+    documents: bool  # keeps those of a window apart, which data.boundaries=document_mask needs
+    sequence_parallel: bool  # mesh.sequence other than 1
+    length_multiple: int = 1  # divides data.seq_len
+    head_dim_multiple: int = 1  # divides model.head_dim
+
+
+ATTENTION: Mapping[str, AttentionRules] = {
+    "xla": AttentionRules(device="", float32=True, documents=True, sequence_parallel=True),
+    "cudnn": AttentionRules(
+        device="gpu", float32=False, documents=False, sequence_parallel=False, head_dim_multiple=8
+    ),
+    "splash": AttentionRules(
+        device="tpu", float32=True, documents=True, sequence_parallel=False, length_multiple=128
+    ),
+    "tokamax": AttentionRules(
+        device="gpu", float32=False, documents=True, sequence_parallel=False, head_dim_multiple=8
+    ),
+}
+"""The implementations that `model.attention` names; all but `xla` keep no T x T scores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +76,10 @@ class ModelConfig:
     rope_theta: float = 10_000.0  # base of the rotary angles
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     init_std: float = 0.02  # of every matrix at the start; narrow models learn faster from more
-    attention: Attention = "auto"  # kernel
-    remat: Remat = "none"  # what the backward pass computes again: nothing, all but dots, all
+    attention: Attention = "auto"  # implementation, see ATTENTION; auto: see model/on_device.py
+    # What waits for the backward pass, per block: everything; products and attention; attention;
+    # the input alone; the input, in the host's memory. The rest is computed again.
+    remat: Remat = "none"
     scan_unroll: int = 1  # blocks per iteration of the scan; num_blocks = no loop at all
     compute_dtype: ComputeDtype = "auto"  # of activations and products; parameters stay float32
 
@@ -107,6 +133,7 @@ class TrainConfig:
     keep_every: int = 0  # also keep every multiple of this step for good; 0 = none
     max_bad_steps: int = 10  # non-finite steps in a row (each skipped) before the run stops
     loss_chunk: int = 4096  # tokens per device whose logits exist at once
+    deterministic: bool = False  # the same bits from the same start on GPUs too, at some cost
     seed: int = 0  # of initialisation and sampling
 
 
@@ -262,6 +289,46 @@ def _name(value: Any) -> str:
     return "None" if isinstance(value, types.NoneType) else type(value).__name__
 
 
+def attention_violations(config: Config, name: str) -> Iterator[str]:
+    """Yields what the implementation `name` cannot do that the config asks for, device aside."""
+    model, data = config.model, config.data
+    rules = ATTENTION.get(name)
+    if rules is None:  # auto, which is one that can; or no choice at all, which is said elsewhere
+        return
+    field = f"model.attention={name!r}"
+
+    def able(holds: typing.Callable[[AttentionRules], bool]) -> str:
+        return ", ".join(n for n, r in ATTENTION.items() if holds(r))
+
+    if data.boundaries == "document_mask" and not rules.documents:
+        yield (
+            "data.boundaries='document_mask' needs attention that keeps documents apart, and "
+            f"{field} does not; choose {able(lambda r: r.documents)} or auto, or "
+            "--config.data.boundaries=concat."
+        )
+    if model.compute_dtype == "float32" and not rules.float32:
+        yield (
+            f"{field} takes bfloat16 only, and model.compute_dtype='float32'; choose "
+            f"{able(lambda r: r.float32)} or auto, or --config.model.compute_dtype=bfloat16."
+        )
+    if config.mesh.sequence != 1 and not rules.sequence_parallel:
+        yield (
+            f"{field} cannot split a sequence over devices, and "
+            f"mesh.sequence={config.mesh.sequence}; choose {able(lambda r: r.sequence_parallel)} "
+            "or auto, or --config.mesh.sequence=1."
+        )
+    if data.seq_len % rules.length_multiple:
+        yield (
+            f"data.seq_len={data.seq_len} must be a multiple of {rules.length_multiple} for "
+            f"{field}; choose xla or auto, or other windows."
+        )
+    if model.head_dim % rules.head_dim_multiple:
+        yield (
+            f"model.head_dim={model.head_dim} must be a multiple of {rules.head_dim_multiple} for "
+            f"{field}; choose xla or auto."
+        )
+
+
 _AT_LEAST_ONE = (
     *("model.vocab_size", "model.embed_dim", "model.num_blocks", "model.num_repeats"),
     *("model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
@@ -329,13 +396,8 @@ def _rule_violations(config: Config) -> Iterator[str]:
             f"data.seq_len={data.seq_len} must be at most model.max_seq_len={model.max_seq_len}; "
             "shorten the windows or raise model.max_seq_len."
         )
-    if data.boundaries == "document_mask" and not KEEPS_DOCUMENTS_APART.get(model.attention, True):
-        able = ", ".join(name for name, apart in KEEPS_DOCUMENTS_APART.items() if apart)
-        yield (
-            f"data.boundaries='document_mask' needs attention that keeps documents apart, and "
-            f"model.attention={model.attention!r} does not; choose {able} or auto, or "
-            "--config.data.boundaries=concat."
-        )
+    if usable("data.seq_len", "model.head_dim", "mesh.sequence"):
+        yield from attention_violations(config, model.attention)
     if usable("train.global_batch", "train.accumulation_steps") and (
         train.global_batch % train.accumulation_steps
     ):

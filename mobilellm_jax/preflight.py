@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from mobilellm_jax import checkpoint, distributed, rundir
+from mobilellm_jax import checkpoint, distributed, rundir, xla_flags
 from mobilellm_jax import config as config_lib
 from mobilellm_jax.checkpoint import DataState
 from mobilellm_jax.config import Config, ConfigError
@@ -36,6 +36,7 @@ MAY_CHANGE = frozenset(
         *("train.steps", "train.log_every", "train.eval_every", "train.eval_batches"),
         *("train.checkpoint_every", "train.keep_checkpoints", "train.keep_every"),
         *("train.max_bad_steps", "train.accumulation_steps", "train.loss_chunk"),
+        "train.deterministic",
         *("evaluate.every", "evaluate.samples", "model.remat", "model.scan_unroll"),
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.dcn_data"),
         # The same tokens in another place; `data_state` compares.
@@ -212,6 +213,12 @@ def check(config: Config, mixture: Mixture, tokenizer: Tokenizer) -> tuple[Mesh,
             f"--config.model.vocab_size={tokenizer.vocab_size} or prepare the data anew."
         )
     mesh = make_mesh(config.mesh)
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
+    if config.train.deterministic and on_gpu and not xla_flags.is_deterministic():
+        violations.append(
+            "train.deterministic=True must be known before JAX starts; `mobilellm train` sees to "
+            "that, elsewhere set XLA_FLAGS=--xla_gpu_deterministic_ops=true."
+        )
     shards, train = batch_shards(mesh), config.train
     if train.global_batch % (shards * train.accumulation_steps):
         violations.append(

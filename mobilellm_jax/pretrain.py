@@ -5,6 +5,7 @@ the same folder resumes: the data position is the global sample index, so the ru
 very batches that an uninterrupted one would have seen, on whatever devices there are now.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -40,14 +41,15 @@ from mobilellm_jax.sharding import (
 from mobilellm_jax.train.loop import Hooks, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, SilentWriter, read_metrics, stderr
 from mobilellm_jax.train.optimizer import make_optimizer
+from mobilellm_jax.train.profiler import ProfiledSteps, Profiler
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state
-from mobilellm_jax.train.step import make_train_step
+from mobilellm_jax.train.step import TrainStep, make_train_step
 
 _SAMPLE_TOKENS = 64
 
 
-def pretrain(config: Config, workdir: Path) -> bool:
-    """Trains, or goes on training, the run in `workdir`.
+def pretrain(config: Config, workdir: Path, profile: ProfiledSteps | None = None) -> bool:
+    """Trains, or goes on training, the run in `workdir`, profiling the steps `profile`.
 
     Returns:
       Whether the run reached `train.steps`; False if a signal stopped it, saved.
@@ -62,6 +64,8 @@ def pretrain(config: Config, workdir: Path) -> bool:
             "the latest checkpoint", lambda: checkpoint.latest_step(workdir)
         )
         config = preflight.settle(config, workdir, resume_step)
+        if profile is not None:
+            profile.check(resume_step or 0, config.train.steps)
         mixture = preflight.open_or_prepare(config)
         tokenizer = load_tokenizer(mixture.tokenizer)
         mesh, rules = preflight.check(config, mixture, tokenizer)
@@ -106,7 +110,7 @@ def pretrain(config: Config, workdir: Path) -> bool:
             writer = MetricsWriter(workdir, first_step, config.train.steps, stderr())
         else:
             writer = SilentWriter()
-        with writer:
+        with writer, contextlib.ExitStack() as stack:
             hooks = Hooks(
                 put=functools.partial(put_batch, mesh=mesh, global_batch=config.train.global_batch),
                 save=save,
@@ -114,7 +118,10 @@ def pretrain(config: Config, workdir: Path) -> bool:
                 sample=functools.partial(_write_samples, config, tokenizer, workdir),
                 agree=distributed.Agreement(),
             )
-            step_fn = make_train_step(config, optimizer, mesh, rules, state)
+            step_fn: TrainStep = make_train_step(config, optimizer, mesh, rules, state)
+            if profile is not None and distributed.is_first():
+                profiler = Profiler(step_fn, profile, first_step, workdir / rundir.PROFILE)
+                step_fn = stack.enter_context(profiler)
             state, finished = train_loop(config, state, step_fn, batches, hooks, writer)
     _plot(workdir)
     _summarize(workdir, finished)

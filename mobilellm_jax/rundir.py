@@ -1,8 +1,9 @@
 """The names of the files in a run folder, and writes that are whole or absent.
 
 A run folder holds `config.json`, the tokenizer, `checkpoints/STEP/`, `metrics.jsonl`,
-`tensorboard/`, `loss.png` and `samples.txt`. A file that a reader may meet half-written is written
-under a temporary name in the same folder and renamed, so that it is complete or not there.
+`tensorboard/`, `loss.png`, `samples.txt` and, when asked for, `profile/`. A file that a reader may
+meet half-written is written under a temporary name in the same folder and renamed, so that it is
+complete or not there.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 LOSS_PLOT = "loss.png"
+PROFILE = "profile"
 SAMPLES = "samples.txt"
 SENTENCEPIECE_MODEL = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"

@@ -19,6 +19,8 @@ os.environ["XLA_FLAGS"] = (
     " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# No test finds what another compiled, and none writes to the developer's home.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 

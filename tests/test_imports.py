@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # A room is a file or a folder directly under the package.
 FLOORS = {
+    "compile_cache": 1,
     "config": 1,
     "host_memory": 1,
     "rundir": 1,
@@ -24,6 +25,7 @@ FLOORS = {
     "distributed": 2,
     "plots": 2,
     "sharding": 2,
+    "xla_flags": 2,
     "model": 3,
     "sampling": 3,
     "generate": 4,

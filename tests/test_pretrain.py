@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Config, ConfigError, from_json
 from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.prepare import prepare
+from mobilellm_jax.train.metrics import MetricsWriter
 
 ROOT = Path(__file__).parent.parent
 STEPS = 16
@@ -81,6 +83,7 @@ def one_device() -> dict[str, str]:
     return {
         **os.environ,
         "XLA_FLAGS": "",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -207,6 +210,41 @@ def test_evaluation_lost_after_the_last_save_is_made_again(
     assert (workdir / "samples.txt").read_text().splitlines() == [last]
 
 
+def test_nothing_compiles_once_everything_has_happened(
+    uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps, evaluations, checkpoints and samples: each kind compiles when it first occurs."""
+    base = from_json((uninterrupted / "config.json").read_text())
+    train = dataclasses.replace(base.train, eval_every=2, checkpoint_every=2, steps=8)
+    evaluate = dataclasses.replace(base.evaluate, every=2)
+    config = dataclasses.replace(base, train=train, evaluate=evaluate)
+    compiled: dict[int, list[str]] = {}
+    write = MetricsWriter.write
+
+    def write_and_look(self: MetricsWriter, step: int, values: Any) -> None:
+        messages = [record.getMessage() for record in caplog.records]
+        compiled[step] = [m for m in messages if "Compiling jit(" in m]
+        write(self, step, values)
+
+    with pytest.MonkeyPatch.context() as patch, jax.log_compiles():
+        patch.setattr(MetricsWriter, "write", write_and_look)
+        with caplog.at_level(logging.WARNING, "jax"):
+            assert pretrain.pretrain(config, tmp_path / "run")
+        last = [r.getMessage() for r in caplog.records if "Compiling jit(" in r.getMessage()]
+    assert sum("jit(step)" in message for message in last) == 1
+    assert sum("jit(loss_sums)" in message for message in last) == 1
+    assert compiled[3] == last[: len(compiled[3])]
+    assert last[len(compiled[3]) :] == []
+
+
+def test_profile_of_chosen_steps(config_file: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    result = run(config_file, workdir, "--config.train.steps=4", "--profile_steps=2:3")
+    assert result.returncode == 0, result.stderr
+    assert list((workdir / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))
+    assert (workdir / "profile" / "memory-step-3.prof").stat().st_size
+
+
 def test_finished_run_is_extended_by_more_steps(config_file: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     assert run(config_file, workdir, "--config.train.steps=4").returncode == 0
@@ -305,6 +343,9 @@ BAD_RUNS = {
         ["--config.optimizer.warmup_steps=99"],
         ["optimizer.warmup_steps=99", "train.steps=16"],
     ),
+    "no range of steps": (["--profile_steps=3-5"], ["--profile_steps=3-5", "10:12"]),
+    "steps not taken": (["--profile_steps=15:17"], ["--profile_steps=15:17", "1 to 16"]),
+    "one flag of three": (["--process_id=1"], ["--process_id=1", "--coordinator_address"]),
     "start": (["--config.train.init_from=/nowhere"], ["/nowhere"]),
 }
 

@@ -4,7 +4,8 @@
   mobilellm train --config=configs/mobilellm_125m.py --workdir=runs/125m --config.data.path=data/web
   mobilellm train --config=configs/quickstart.py --workdir=runs/long --config.train.steps=2000
 
-A finished run is extended by a larger --config.train.steps.
+A finished run is extended by a larger --config.train.steps. What is compiled is kept for the next
+start in ~/.cache/mobilellm, or where JAX_COMPILATION_CACHE_DIR says.
 
 Several processes train one run: start the same command in each. Slurm, Kubernetes JobSet and TPU
 VMs tell them about each other; elsewhere give all three of --coordinator_address, --num_processes
@@ -27,6 +28,9 @@ _PROCESSES = flags.DEFINE_integer(
     "num_processes", None, "processes of the run; 1 = look for no others", lower_bound=1
 )
 _PROCESS = flags.DEFINE_integer("process_id", None, "number of this one, from 0", lower_bound=0)
+_PROFILE = flags.DEFINE_string(
+    "profile_steps", None, "FIRST:LAST steps of which a profile is written to WORKDIR/profile"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -34,8 +38,16 @@ def main(argv: list[str]) -> int:
     config = load_config(_CONFIG.value, argv[1:])
     # Only now, so that --help and a mistake in the config are answered at once.
     from mobilellm_jax import distributed
+    from mobilellm_jax.compile_cache import use_compile_cache
     from mobilellm_jax.pretrain import pretrain
+    from mobilellm_jax.train.profiler import ProfiledSteps
+    from mobilellm_jax.xla_flags import set_xla_flags
 
+    profile = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
+    # Before anything starts a backend, and in this order: processes meet with the flags set.
+    xla_flags = set_xla_flags(deterministic=config.train.deterministic)
+    cache = use_compile_cache()
     found = distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    print(f"process {found}", file=sys.stderr, flush=True)
-    return 0 if pretrain(config, Path(_WORKDIR.value)) else SAVED_REQUEUE_ME
+    lines = [f"start   {found}", f"xla     flags added: {xla_flags}; compiled programs: {cache}"]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    return 0 if pretrain(config, Path(_WORKDIR.value), profile) else SAVED_REQUEUE_ME
