@@ -147,7 +147,7 @@ class JsonlSource(_LineSource):
             raise _Fault(_missing(self._field, record) + "; name another with #FIELD") from None
         if not isinstance(text, str):
             raise _Fault(f"field {self._field!r} is {_JSON_TYPES[type(text)]}, not a string")
-        if not text.isascii():
+        if b"\\u" in line and not text.isascii():
             _check_characters(text)
         return Document(name, text)
 
