@@ -49,6 +49,7 @@ class Job:
     scratch: Path  # what sources build for themselves
     tokenizer: Path
     parts: Path  # the folder that parts are written to
+    workers_lock: Path  # which worker processes of one machine hold while they live
     skip_bad_lines: bool
 
 

@@ -31,7 +31,7 @@ from mobilellm_jax.data.shards import Counts, Manifest, Shard, SourceRecord, Spl
 from mobilellm_jax.data.sources import TRAIN, VALIDATION, BadLine, Source, open_source, stop
 from mobilellm_jax.data.tokenizer import Tokenizer, changes_text, copy_tokenizer, load_tokenizer
 from mobilellm_jax.data.tokenizer_training import train_tokenizer
-from mobilellm_jax.data.workers import available_cores, encode_pieces
+from mobilellm_jax.data.workers import available_cores, encode_pieces, wait_for_workers
 
 SHARD_TOKENS = 64_000_000
 # Past this many, the sources are not what they were said to be.
@@ -44,6 +44,7 @@ Runner = Literal["local", "beam"]
 _TOO_SMALL_TO_SHARE_BYTES = 16_000_000
 _JOB = "job.json"
 _LOCK = "lock"
+_WORKERS_LOCK = "workers.lock"
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -191,6 +192,7 @@ class _Preparation:
             scratch=self.work / "sources",
             tokenizer=tokenizer.file,
             parts=self.work / "parts",
+            workers_lock=self.work / _WORKERS_LOCK,
             skip_bad_lines=self.skip_bad_lines,
         )
 
@@ -442,6 +444,7 @@ def _working_folder(
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
+        wait_for_workers(work / _WORKERS_LOCK)
         for name in ("parts", "shards", "output"):
             (work / name).mkdir(exist_ok=True)
         _remove_unfinished(work)
@@ -471,12 +474,12 @@ def _has_parts(work: Path) -> bool:
 
 
 def _empty(work: Path) -> None:
-    """Deletes everything but the lock, which this process holds."""
+    """Deletes everything but the locks."""
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
             path.mkdir()
-        elif path.name != _LOCK:
+        elif path.name not in (_LOCK, _WORKERS_LOCK):
             path.unlink()
 
 

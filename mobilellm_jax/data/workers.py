@@ -1,6 +1,7 @@
 """Encodes pieces in parallel processes and hands the parts back in order."""
 
 import collections
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,8 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -21,8 +23,10 @@ _POLL_SEC = 0.5
 _LOG_EVERY_SEC = 30.0
 # Pieces waiting per worker: enough that none idles, few enough that a failure is noticed soon.
 _AHEAD = 3
+_LEFTOVER_WAIT_SEC = 30.0
 
 # Of a worker process, set when it starts.
+_alive: IO[str]
 _encoder: PieceEncoder
 _shared_counts: Any
 
@@ -32,6 +36,30 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def wait_for_workers(lock: Path) -> None:
+    """Returns when no worker of an earlier start is left that could still write.
+
+    A worker whose parent was killed ends by itself, a moment later.
+
+    Raises:
+      RuntimeError: if one does not.
+    """
+    deadline = time.monotonic() + _LEFTOVER_WAIT_SEC
+    with lock.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"A worker process of an earlier prepare still holds {lock} after "
+                        f"{_LEFTOVER_WAIT_SEC:.0f} s; end it, then start again."
+                    ) from error
+                time.sleep(0.05)
+            else:
+                return
 
 
 def encode_pieces(
@@ -121,10 +149,13 @@ def _result(job: Job, task: Task, future: "Future[Part]") -> Part:
 
 
 def _start_worker(job: Job, counts: Any) -> None:
-    global _encoder, _shared_counts
+    global _alive, _encoder, _shared_counts
     # Ctrl-C reaches the whole group; the parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Held as long as this process lives: the next start waits for it (`wait_for_workers`).
+    _alive = job.workers_lock.open("a")
+    fcntl.flock(_alive, fcntl.LOCK_SH)
     _shared_counts = counts
     _encoder = PieceEncoder(job)
 

@@ -23,7 +23,14 @@ def encode(tmp_path: Path, tokenizer: Tokenizer, spec: str, **changes: Any) -> P
     parts = tmp_path / "parts"
     parts.mkdir(exist_ok=True)
     settings = {"held_out": 0, "skip_bad_lines": False} | changes
-    job = Job((spec,), tmp_path / "scratch", tokenizer.file, parts, settings["skip_bad_lines"])
+    job = Job(
+        sources=(spec,),
+        scratch=tmp_path / "scratch",
+        tokenizer=tokenizer.file,
+        parts=parts,
+        workers_lock=tmp_path / "workers.lock",
+        skip_bad_lines=settings["skip_bad_lines"],
+    )
     (piece,) = open_source(spec, tmp_path / "scratch").pieces("train")
     heard: list[Counts] = []
     part = PieceEncoder(job).encode(Task(0, 0, settings["held_out"], piece), heard.append)
@@ -82,7 +89,9 @@ def test_a_mask_that_begins_in_a_later_batch(
 
 def test_ids_of_another_vocabulary_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = write_lines(tmp_path / "ids.jsonl", {"token_ids": [5]}, {"token_ids": [5, 290]})
-    with pytest.raises(ValueError, match=r"ids\.jsonl, byte 19: token id 290 must be less than .* 290"):
+    with pytest.raises(
+        ValueError, match=r"ids\.jsonl, byte 19: token id 290 must be less than .* 290"
+    ):
         encode(tmp_path, tokenizer, f"tokens:{file}")
     part = encode(tmp_path, tokenizer, f"tokens:{file}", skip_bad_lines=True)
     assert part.splits["train"].documents == 1

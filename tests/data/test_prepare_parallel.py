@@ -16,9 +16,8 @@ from mobilellm_jax.data import prepare as prepare_module
 from mobilellm_jax.data import sources
 from mobilellm_jax.data.prepare import prepare
 
-WORDS = "river stone light water cloud mountain under over between slowly, \u2581 \u00e9\U0001f469 \n".split(
-    " "
-)
+WORDS = "river stone light water cloud mountain under over between slowly,".split()
+WORDS += ["\u2581", "\u00e9\U0001f469", "\n"]
 
 
 @pytest.fixture
