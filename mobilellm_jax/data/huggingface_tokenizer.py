@@ -46,12 +46,16 @@ class HuggingFaceTokenizer:
         # A literal "<s>" in a text is text, not the token.
         self._model.encode_special_tokens = True
         self.file = file
+        self.kind = f"Hugging Face {parsed['model'].get('type', '')}".rstrip()
         self.sha256 = hashlib.sha256(content).hexdigest()
         vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         # A model of the Unigram kind names its unknown token by id, the others by text.
         unknown = parsed["model"].get("unk_token")
-        self._unknown_id = vocabulary.get(unknown, parsed["model"].get("unk_id"))
+        self.unknown_id: int | None = vocabulary.get(unknown, parsed["model"].get("unk_id"))
+        bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
+        falls_back = parsed["model"].get("byte_fallback") and vocabulary.keys() >= {*bytes_of}
+        self.byte_ids = [vocabulary[piece] for piece in bytes_of] if falls_back else []
         special = [token["content"] for token in parsed["added_tokens"] if token.get("special")]
         bos, eos = _bos_eos(file, special)
         missing = [token for token in (bos, eos) if token not in vocabulary]
@@ -63,7 +67,7 @@ class HuggingFaceTokenizer:
         check_unicode(text)
         # One at a time: a batch would start the library's threads, one per core.
         ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
-        if self._unknown_id is not None and self._unknown_id in ids:
+        if self.unknown_id is not None and self.unknown_id in ids:
             raise self._unknown(text)
         if SPACE_MARK in text and self.decode(ids) != text:
             raise ValueError(
@@ -86,7 +90,7 @@ class HuggingFaceTokenizer:
 
     def _unknown(self, text: str) -> ValueError:
         encoding = self._model.encode(text, add_special_tokens=False)
-        start, stop = encoding.offsets[encoding.ids.index(self._unknown_id)]
+        start, stop = encoding.offsets[encoding.ids.index(self.unknown_id)]
         return ValueError(
             f"{self.file} has no token for {text[start:stop]!r}, so the text would be lost; use a "
             "tokenizer with byte fallback, or a byte-level one."

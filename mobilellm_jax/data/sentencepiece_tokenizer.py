@@ -32,6 +32,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{file} is not a SentencePiece model: {error}") from error
         self.file = file
+        self.kind = "SentencePiece"
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._model.get_piece_size()
         self.bos_id: int = self._model.bos_id()
@@ -42,7 +43,9 @@ class SentencePieceTokenizer:
                 "documents are stored as BOS text EOS. Train the model with bos_id and eos_id >= 0."
             )
         pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
-        self._byte_ids = {piece: i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
+        self.unknown_id: int | None = self._model.unk_id()
+        byte_ids = {piece: i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
+        self.byte_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in range(256)] if byte_ids else []
         # Stands for U+2581: no piece holds it, so it always comes out as its own three bytes.
         used = frozenset("".join(pieces))
         self._stand_in = next((chr(c) for c in _PRIVATE_USE if chr(c) not in used), None)
@@ -78,14 +81,14 @@ class SentencePieceTokenizer:
         for index, text in enumerate(texts):
             if SPACE_MARK in text:
                 rows[index] = self._with_space_mark(rows[index], text)
-            if not self._byte_ids and self._model.unk_id() in rows[index]:
+            if not self.byte_ids and self.unknown_id in rows[index]:
                 raise self._unknown(text)
         return rows
 
     def _without_space_mark(self, text: str) -> str:
         if SPACE_MARK not in text:
             return text
-        if self._stand_in is None or not self._byte_ids:
+        if self._stand_in is None or not self.byte_ids:
             raise self._unknown(SPACE_MARK)
         return text.replace(SPACE_MARK, self._stand_in)
 
@@ -105,12 +108,10 @@ class SentencePieceTokenizer:
         return replaced
 
     def _bytes(self, character: str) -> list[int]:
-        return [self._byte_ids[f"<0x{byte:02X}>"] for byte in character.encode()]
+        return [self.byte_ids[byte] for byte in character.encode()]
 
     def _unknown(self, text: str) -> ValueError:
-        unknown = (
-            c for c in text if c == SPACE_MARK or self._model.unk_id() in self._model.encode(c)
-        )
+        unknown = (c for c in text if c == SPACE_MARK or self.unknown_id in self._model.encode(c))
         character = next(unknown, "")
         return ValueError(
             f"{self.file} has no token for {character!r} (U+{ord(character or chr(0)):04X}) and no "

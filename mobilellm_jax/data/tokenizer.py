@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
         """The file it was loaded from."""
 
     @property
+    def kind(self) -> str:
+        """What it is, for the eye."""
+
+    @property
     def vocab_size(self) -> int:
         """Largest id + 1."""
 
@@ -37,6 +41,14 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int:
         """Id after every document."""
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Id of what has no id, in texts that others encoded; None if there is none."""
+
+    @property
+    def byte_ids(self) -> Sequence[int]:
+        """Ids of bytes 0 to 255, for characters without an id; empty without byte fallback."""
 
     @property
     def sha256(self) -> str:

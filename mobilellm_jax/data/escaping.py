@@ -1,0 +1,45 @@
+"""Text as it may safely be shown: nothing in it moves the cursor or turns the writing around."""
+
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+_NEWLINE = r"\n"
+
+
+def escaped(text: str, also: str = "") -> Iterator[str]:
+    r"""Yields the characters of `text`, some as Python writes them: \n, \x1b, \u202e, and \\.
+
+    Escaped are control and format characters, separators other than the space, what has no meaning
+    yet, the backslash, and the characters of `also`.
+    """
+    for character in text:
+        if character == "\\" or character in also or not character.isprintable():
+            yield character.encode("unicode_escape").decode("ascii")
+        else:
+            yield character
+
+
+def wrapped(parts: Iterable[str], columns: int) -> Iterator[str]:
+    """Yields the parts in lines of at most `columns`; a line also ends after an escaped newline.
+
+    No part is cut in two.
+    """
+    line, width = "", 0
+    for part in parts:
+        added = sum(map(_columns, part))
+        if line and width + added > columns:
+            yield line
+            line, width = "", 0
+        line, width = line + part, width + added
+        if part == _NEWLINE:
+            yield line
+            line, width = "", 0
+    if line:
+        yield line
+
+
+def _columns(character: str) -> int:
+    """Returns how many columns a terminal gives a character; for joined emoji an upper bound."""
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

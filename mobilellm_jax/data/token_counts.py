@@ -1,0 +1,98 @@
+"""What is in a token stream, counted in one pass: how often each id, how long the documents."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilellm_jax.data.token_stream import TokenStream
+
+# Tokens counted together: a few arrays of 8 bytes each are what it takes.
+_CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """How many documents there are of each length in tokens, lengths ascending."""
+
+    lengths: NDArray[np.int64]
+    documents: NDArray[np.int64]
+
+    def __add__(self, other: "Lengths") -> "Lengths":
+        lengths, at = np.unique(np.concatenate([self.lengths, other.lengths]), return_inverse=True)
+        documents = np.zeros(len(lengths), np.int64)
+        np.add.at(documents, at, np.concatenate([self.documents, other.documents]))
+        return Lengths(lengths, documents)
+
+    @property
+    def mean(self) -> float:
+        """Tokens per document; 0 without documents."""
+        return float(self.lengths @ self.documents) / max(1, int(self.documents.sum()))
+
+    @property
+    def median(self) -> float:
+        """The middle length, of an even number of documents the mean of the middle two."""
+        upto = np.cumsum(self.documents)
+        if not len(upto):
+            return 0.0
+        middle = [(int(upto[-1]) - 1) // 2, int(upto[-1]) // 2]
+        return float(self.lengths[np.searchsorted(upto, middle, side="right")].mean())
+
+    def by_doubling(self) -> list[tuple[int, int]]:
+        """Returns (2^k, documents of 2^k to 2^(k+1) - 1 tokens), from the first k to the last."""
+        if not len(self.lengths):
+            return []
+        exponents = np.frexp(self.lengths.astype(np.float64))[1] - 1  # exact: no logarithm
+        counts = np.bincount(exponents, self.documents)
+        return [(1 << k, int(counts[k])) for k in range(int(exponents[0]), len(counts))]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCounts:
+    """How often each id occurs (`of_id` has a place for every id), and the documents' lengths."""
+
+    of_id: NDArray[np.int64]
+    lengths: Lengths
+
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        return TokenCounts(self.of_id + other.of_id, self.lengths + other.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """All of them, BOS and EOS included."""
+        return int(self.of_id.sum())
+
+
+def no_tokens(vocab_size: int) -> TokenCounts:
+    """Returns the counts of an empty stream."""
+    nothing = np.empty(0, np.int64)
+    return TokenCounts(np.zeros(vocab_size, np.int64), Lengths(nothing, nothing))
+
+
+def count_tokens(
+    stream: TokenStream, vocab_size: int, progress: Callable[[int], object]
+) -> TokenCounts:
+    """Reads the stream once, in little memory; `progress` is told how many tokens were counted.
+
+    Raises:
+      ValueError: if an id is not below `vocab_size`.
+    """
+    counts = no_tokens(vocab_size)
+    document = 0  # where the one that is being read started
+    for start in range(0, stream.tokens, _CHUNK):
+        stop = min(start + _CHUNK, stream.tokens)
+        of_id = np.bincount(stream.read(start, stop), minlength=vocab_size)
+        if len(of_id) > vocab_size:
+            raise ValueError(
+                f"Token id {len(of_id) - 1} occurs, but the tokenizer has only {vocab_size} ids; "
+                "prepare the data again with the tokenizer that made the ids."
+            )
+        borders = [np.array([document]), stream.document_starts(max(start, 1), stop)]
+        if stop == stream.tokens:
+            borders.append(np.array([stop]))
+        border = np.concatenate(borders)
+        document = int(border[-1])
+        counts += TokenCounts(of_id, Lengths(*np.unique(np.diff(border), return_counts=True)))
+        progress(stop - start)
+    return counts
