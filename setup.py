@@ -36,6 +36,7 @@ TORCH = "torch==2.13.0"
 EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10"],  # CUDA 13 libraries, from pip
     "tpu": ["jax[tpu]>=0.10"],  # libtpu
+    "tokamax": ["tokamax>=0.0.12,!=0.1.0"],  # Hopper attention that keeps documents apart
     "beam": ["apache-beam>=2.70"],  # prepare --runner=beam; in an environment of its own
     "export": [TORCH],  # reads pytorch_model.bin
     "test": [

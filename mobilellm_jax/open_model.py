@@ -25,7 +25,7 @@ _LAYOUTS = (
 class OpenedModel:
     """A model that is ready for use, wherever it came from."""
 
-    config: ModelConfig  # compute_dtype is "auto": that of this device, not of the training one
+    config: ModelConfig  # compute_dtype and attention are "auto": they belong to a device
     params: Params  # float32, on the default device
     tokenizer: Tokenizer
     run_config: Config | None  # None: from a Hugging Face directory
@@ -108,7 +108,7 @@ def _checked(
             "trained with there."
         )
     return OpenedModel(
-        config=dataclasses.replace(config, compute_dtype="auto"),
+        config=dataclasses.replace(config, compute_dtype="auto", attention="auto"),
         params=params,
         tokenizer=tokenizer,
         run_config=run_config,

@@ -28,6 +28,7 @@ TINY = ModelConfig(
     head_dim=8,
     ffn_dim=48,
     max_seq_len=64,
+    attention="xla",
     compute_dtype="float32",
 )
 CONFIG = Config(model=TINY, data=DataConfig(seq_len=64))
@@ -84,10 +85,11 @@ def test_run_opens_at_its_latest_complete_step(saved_run: Path, tokenizer: Token
     assert opened.origin == str(saved_run / "checkpoints" / "20")
 
 
-def test_compute_dtype_is_this_devices(saved_run: Path) -> None:
+def test_compute_dtype_and_attention_are_this_devices(saved_run: Path) -> None:
     opened = open_model(saved_run)
-    assert CONFIG.model.compute_dtype == "float32"
-    assert opened.config == dataclasses.replace(CONFIG.model, compute_dtype="auto")
+    assert (CONFIG.model.compute_dtype, CONFIG.model.attention) == ("float32", "xla")
+    expected = dataclasses.replace(CONFIG.model, compute_dtype="auto", attention="auto")
+    assert opened.config == expected
 
 
 def test_step_folder_opens_that_step_however_it_is_named(

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.model.attention_kernels import SAVED, self_attention
 from mobilellm_jax.model.cache import KVCache
 from mobilellm_jax.model.parameters import matrix
 from mobilellm_jax.model.precision import compute_dtype
@@ -22,7 +24,16 @@ class AttentionContext:
 
     rotation: Rotation
     positions_BT: Int[Array, "#B T"]  # where this call's tokens stand in the cache
-    mask_BTS: Bool[Array, "#B T S"]  # True where the query may see the key
+    mask_BTS: Bool[Array, "#B T S"] | None  # True where the query may see the key; for `attend`
+    segments_BT: Int[Array, "B T"] | None = None  # for the kernels, which need no mask
+
+
+def uses_kernel(config: ModelConfig) -> bool:
+    """Returns whether whole sequences go to a kernel instead of `attend`, which is `xla`.
+
+    An `auto` that nobody resolved (`on_device.py`) is `xla` too, which runs everywhere.
+    """
+    return config.attention not in ("auto", "xla")
 
 
 def causal_mask(
@@ -103,6 +114,8 @@ class Attention(nn.Module):
         k_BTKH = rotate(project("key", config.num_kv_heads, "kv_heads"), context.rotation)
         v_BTKH = project("value", config.num_kv_heads, "kv_heads")
         q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads", "head_dim"))
+        q_BTNH = checkpoint_name(q_BTNH, "query")
+        k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "key"), checkpoint_name(v_BTKH, "value")
 
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
@@ -118,7 +131,12 @@ class Attention(nn.Module):
             )
             k_BSKH, v_BSKH = cache.k_LBSKH[slot].astype(dtype), cache.v_LBSKH[slot].astype(dtype)
 
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, context.mask_BTS)
+        if cache is None and uses_kernel(config):
+            segments_BT = context.segments_BT
+            out_BTNH = self_attention(config.attention, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+        else:
+            assert context.mask_BTS is not None, "whoever makes the context knows the config"
+            out_BTNH = checkpoint_name(attend(q_BTNH, k_BSKH, v_BSKH, context.mask_BTS), SAVED)
         shape, axes = (config.num_heads, head_dim, width), ("heads", "head_dim", "embed")
         kernel_NHD = matrix(self, "output", shape, axes)
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, kernel_NHD.astype(dtype)), cache

@@ -4,9 +4,12 @@ SwiGLU is the first step of the paper's roadmap (Sec. 2.1, Table 10): silu(x gat
 down. `relu` and `gelu` have no gate: act(x up), then down.
 """
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mobilellm_jax.config import ModelConfig
@@ -27,7 +30,8 @@ class FeedForward(nn.Module):
 
         def widen(name: str) -> Float[Array, "B T F"]:
             kernel_DF = matrix(self, name, (width, hidden), ("embed", "mlp"))
-            return jnp.einsum("BTD,DF->BTF", x_BTD, kernel_DF.astype(dtype))
+            wide_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, kernel_DF.astype(dtype))
+            return cast(jax.Array, checkpoint_name(wide_BTF, name))
 
         if config.activation == "swiglu":
             hidden_BTF = jax.nn.silu(widen("gate")) * widen("up")

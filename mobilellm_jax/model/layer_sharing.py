@@ -7,24 +7,35 @@ have the same shapes for every order and count.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from mobilellm_jax.config import ModelConfig, Sharing
+from mobilellm_jax.config import ModelConfig, Remat, Sharing
 from mobilellm_jax.model.attention import AttentionContext
+from mobilellm_jax.model.attention_kernels import SAVED
 from mobilellm_jax.model.block import Block
 from mobilellm_jax.model.cache import KVCache
 
 Carry = tuple[Float[Array, "B T D"], KVCache | None]
 
-_REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": None,
+Policy = Callable[..., Any]
+
+_BLOCK_INPUT = "block_input"
+_KEPT: dict[str, tuple[str, ...]] = {
+    # Not the results of the last products of attention and feed-forward: their gradients do not
+    # need them. Queries and keys after their rotation, so that it is not computed again.
+    "dots": ("query", "key", "value", SAVED, "gate", "up"),
+    "attention": (SAVED,),
+    "full": (),
 }
+# cuDNN's backward pass needs a second result of its forward pass, which no name reaches.
+_CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
 
 def application_order(num_blocks: int, num_repeats: int, sharing: Sharing) -> tuple[int, ...]:
@@ -45,6 +56,29 @@ def application_order(num_blocks: int, num_repeats: int, sharing: Sharing) -> tu
     return tuple(b for one_pass in passes for b in one_pass)
 
 
+def _policy(remat: Remat) -> Policy:
+    """Returns which results of a block's forward pass wait for its backward pass, and where."""
+    policies = jax.checkpoint_policies
+    if remat == "offload":
+        offload: Policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_BLOCK_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        return offload
+    by_name: Policy = policies.save_only_these_names(*_KEPT[remat])
+    if SAVED not in _KEPT[remat]:
+        return by_name
+
+    def by_name_or_kernel(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
+        if primitive.name == _CUDNN_FORWARD:
+            return True
+        return by_name(primitive, *arguments, **parameters)
+
+    return by_name_or_kernel
+
+
 def apply_blocks(
     blocks: Block,
     config: ModelConfig,
@@ -59,11 +93,12 @@ def apply_blocks(
 
     def apply_block(block: Block, carry: Carry, slot: Int[Array, ""]) -> Carry:
         x_BTD, cache = carry
+        x_BTD = checkpoint_name(x_BTD, _BLOCK_INPUT)
         return block(x_BTD, context, cache, slot)
 
     if config.remat != "none":
         # prevent_cse=False: the scan already keeps the recomputation from being merged away.
-        apply_block = nn.remat(apply_block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
+        apply_block = nn.remat(apply_block, policy=_policy(config.remat), prevent_cse=False)
 
     def body(block: Block, carry: Carry, slots_R: Int[Array, "R"]) -> tuple[Carry, None]:
         for r in range(slots_R.shape[0]):

@@ -31,11 +31,9 @@ def rotation(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Ro
 def rotate(x_BTNH: Num[Array, "B T N H"], by: Rotation) -> Num[Array, "B T N H"]:
     """Rotates every head of queries or keys, in float32, returned in the type of x."""
     first_BTNH, second_BTNH = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated_BTNH = jnp.concatenate(
-        [
-            first_BTNH * by.cos_BT1H - second_BTNH * by.sin_BT1H,
-            second_BTNH * by.cos_BT1H + first_BTNH * by.sin_BT1H,
-        ],
-        axis=-1,
+    halves = (
+        first_BTNH * by.cos_BT1H - second_BTNH * by.sin_BT1H,
+        second_BTNH * by.cos_BT1H + first_BTNH * by.sin_BT1H,
     )
-    return rotated_BTNH.astype(x_BTNH.dtype)
+    # Each half to its final type before they are joined: joining is a pass over memory.
+    return jnp.concatenate([half.astype(x_BTNH.dtype) for half in halves], axis=-1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.attention import AttentionContext, causal_mask
+from mobilellm_jax.model.attention import AttentionContext, causal_mask, uses_kernel
 from mobilellm_jax.model.block import Block
 from mobilellm_jax.model.cache import KVCache
 from mobilellm_jax.model.layer_sharing import apply_blocks
@@ -92,7 +92,8 @@ class Transformer(nn.Module):
         context = AttentionContext(
             rotation=rotation(positions_BT, config.head_dim, config.rope_theta),
             positions_BT=positions_BT,
-            mask_BTS=causal_mask(segments_BT, length),
+            mask_BTS=None if uses_kernel(config) else causal_mask(segments_BT, length),
+            segments_BT=segments_BT,
         )
         x_BTD, _ = apply_blocks(self.blocks, config, self._embed(tokens_BT), context, None)
         return self.final_norm(x_BTD)
@@ -145,6 +146,7 @@ def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
 def init_boxed(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Returns a random parameter tree whose leaves carry their logical axes (flax boxes)."""
     tokens_11 = jnp.zeros((1, 1), jnp.int32)
+    config = dataclasses.replace(config, attention="xla")  # kernels take no sequence of one token
     return cast(Params, Transformer(config).init(key, tokens_11)["params"])
 
 

@@ -1,4 +1,6 @@
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,8 +90,16 @@ def test_repeats_change_no_parameter(tiny: Callable[..., ModelConfig]) -> None:
         assert shapes(tiny(sharing=sharing, num_repeats=repeats)) == plain
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("sharing", ["immediate", "reverse"])
+@pytest.mark.parametrize(
+    ("remat", "sharing"),
+    [
+        ("dots", "immediate"),
+        ("dots", "reverse"),
+        ("attention", "repeat_all"),
+        ("full", "immediate"),
+        ("offload", "reverse"),
+    ],
+)
 def test_remat_changes_no_gradient(
     tiny: Callable[..., ModelConfig],
     strong_params: Params,
@@ -114,3 +124,45 @@ def test_remat_changes_no_gradient(
     assert text.count("dot_general") > plain_text.count("dot_general")  # it does compute again
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), expected, found)
+
+
+def test_policies_keep_what_they_say(tiny: Callable[..., ModelConfig]) -> None:
+    """What waits for the backward pass, counted by hand: per token of each of 3 blocks."""
+
+    def kept(remat: str) -> int:
+        config = tiny(remat=remat)
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+        def residuals(params: Params) -> Any:
+            forward = functools.partial(Transformer(config).apply, tokens_BT=jnp.asarray(TOKENS))
+            return jax.vjp(lambda p: forward({"params": p}), params)[1]  # a tree; its leaves wait
+
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params))
+        stacked = [leaf for leaf in leaves if leaf.shape[:3] == (3, *TOKENS.shape)]
+        return sum(leaf.size for leaf in stacked) // (3 * TOKENS.size)
+
+    block_input, queries, keys_and_values, attended, gate_and_up = (
+        24,
+        6 * 6,
+        2 * 2 * 6,
+        6 * 6,
+        2 * 40,
+    )
+    assert kept("full") == kept("offload") == block_input
+    assert kept("attention") == block_input + attended
+    assert kept("dots") == block_input + queries + keys_and_values + attended + gate_and_up
+    assert kept("none") > kept("dots")
+
+
+def test_offload_moves_block_inputs_to_the_host(tiny: Callable[..., ModelConfig]) -> None:
+    def moved(remat: str) -> int:
+        config = tiny(remat=remat)
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+        def loss(params: Params) -> jax.Array:
+            return jnp.sum(Transformer(config).apply({"params": params}, jnp.asarray(TOKENS)))
+
+        return str(jax.jit(jax.grad(loss)).trace(params).jaxpr).count("f32<host>[3,2,9,24]")
+
+    assert moved("full") == 0
+    assert moved("offload") > 0

@@ -1,0 +1,146 @@
+"""Attention of whole sequences by the accelerators' own kernels, which keep no T x T scores.
+
+`model.attention` names one; `config.ATTENTION` says what each can do, and a config that asks one
+for more is refused before it gets here. All of them compute what `attention.attend` does, on the
+same arrays, and are tested against it. They serve training and scoring; decoding with a cache is
+`attention.attend`'s.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+SAVED = "attention"
+"""What the backward pass of any implementation needs of its forward pass (`layer_sharing.py`)."""
+
+_SPLASH_BLOCK = 512
+
+_Segments = Int[Array, "B T"] | None
+_Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+def self_attention(
+    name: str,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segments_BT: _Segments,
+) -> Float[Array, "B T N H"]:
+    """Causal softmax(q k^T / sqrt(H)) v by the kernel `name`, within segments if there are any.
+
+    Under a mesh each device runs the kernel on its rows and heads: the compiler knows nothing of
+    how to split what is inside.
+    """
+    kernel = _KERNELS[name]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    split = functools.partial(nn.logical_to_mesh_axes, rules=nn.get_logical_axis_rules())
+    heads = split(("batch", None, "heads", None))
+    kv_heads = split(("batch", None, "kv_heads", None))
+    rows = None if segments_BT is None else split(("batch", None))
+    local = jax.shard_map(
+        kernel,
+        in_specs=(heads, kv_heads, kv_heads, rows),
+        out_specs=heads,
+        check_vma=False,  # a Pallas call does not say over which axes its results vary
+    )
+    return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def cudnn(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+    """NVIDIA's kernel, through JAX. It has no causal mask that also minds segments."""
+    assert segments_BT is None, "the config refuses document masks with cudnn"
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
+    )
+
+
+def tokamax(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    implementation: str = "mosaic_gpu",
+) -> jax.Array:
+    """Tokamax's Hopper kernel, told the first key that every query may see.
+
+    That is how its own `Mask` describes packed documents: a number per query where a mask has T.
+    Its public function takes dense masks only, hence the private names (0.0.12 and 0.0.17 alike).
+    """
+    # Needed by nobody else, and an optional dependency.
+    from tokamax._src.ops.attention import api, base
+
+    k_start_B1T = None if segments_BT is None else segment_starts(segments_BT)[:, None, :]
+    mask = base.Mask(is_causal=True, k_start=k_start_B1T)
+    return cast(jax.Array, api.IMPLEMENTATIONS[implementation](q_BTNH, k_BTKH, v_BTKH, mask=mask))
+
+
+def splash(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """The TPU kernel that comes with JAX: blocks above the diagonal are skipped.
+
+    Heads of 64 fill half of a tile of 128 where they are the minor axis; with the sequence minor
+    they fill all of it, and XLA lets the projections write that layout. Compiled for v5e, the rest
+    of a 125M step takes 270 M cycles that way and 360 M the other.
+
+    `interpret` runs it anywhere, slowly.
+    """
+    # Half a second to import, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    length, num_heads, head_dim = q_BTNH.shape[1:]
+    # 512 as in MaxText's defaults: 1024 computes a quarter more of the masked half at 2048.
+    block = next(b for b in range(min(_SPLASH_BLOCK, length), 0, -128) if length % b == 0)
+    minor = library.QKVLayout.SEQ_MINOR
+    kernel = library.make_splash_mha(
+        library.MultiHeadMask([library.CausalMask((length, length))] * num_heads),
+        block_sizes=library.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+            q_layout=minor,
+            k_layout=minor,
+            v_layout=minor,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
+    # It does not scale. There are fewer keys than queries, and for a head_dim that is a power of
+    # four nothing is rounded.
+    k_BTKH = (k_BTKH.astype(jnp.float32) * head_dim**-0.5).astype(k_BTKH.dtype)
+    segments = None if segments_BT is None else library.SegmentIds(q=segments_BT, kv=segments_BT)
+    heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    out_BNTH = jax.vmap(kernel)(*heads_first, segments)
+    return cast(jax.Array, out_BNTH.swapaxes(1, 2))
+
+
+_KERNELS: dict[str, _Kernel] = {"cudnn": cudnn, "splash": splash, "tokamax": tokamax}
+
+
+def segment_starts(segments_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns the position at which the segment of each token starts."""
+    length = segments_BT.shape[1]
+    changes_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    places_1T = jnp.arange(1, length, dtype=jnp.int32)[None, :]
+    starts_BT = jnp.pad(jnp.where(changes_BT, places_1T, 0), ((0, 0), (1, 0)))
+    return jax.lax.cummax(starts_BT, axis=1)
