@@ -1,4 +1,4 @@
-"""Beam writes what the local runner writes; launch/test_beam.sh has Beam, launch/test.sh has not."""
+"""Beam writes what the local runner writes. launch/test_beam.sh has Beam, launch/test.sh has not."""
 
 import importlib.util
 import json
