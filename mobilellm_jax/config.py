@@ -77,8 +77,8 @@ class ModelConfig:
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     init_std: float = 0.02  # of every matrix at the start; narrow models learn faster from more
     attention: Attention = "auto"  # implementation, see ATTENTION; auto: see model/on_device.py
-    # What waits for the backward pass, per block: everything; products and attention; attention;
-    # the input alone; the input, in the host's memory. The rest is computed again.
+    # What waits for the backward pass, per block: everything; attention and the wide products;
+    # attention; the input alone; the input, in the host's memory. The rest is computed again.
     remat: Remat = "none"
     scan_unroll: int = 1  # blocks per iteration of the scan; num_blocks = no loop at all
     compute_dtype: ComputeDtype = "auto"  # of activations and products; parameters stay float32

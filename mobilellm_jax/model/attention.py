@@ -114,8 +114,6 @@ class Attention(nn.Module):
         k_BTKH = rotate(project("key", config.num_kv_heads, "kv_heads"), context.rotation)
         v_BTKH = project("value", config.num_kv_heads, "kv_heads")
         q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads", "head_dim"))
-        q_BTNH = checkpoint_name(q_BTNH, "query")
-        k_BTKH, v_BTKH = checkpoint_name(k_BTKH, "key"), checkpoint_name(v_BTKH, "value")
 
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:

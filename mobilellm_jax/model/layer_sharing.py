@@ -28,9 +28,9 @@ Policy = Callable[..., Any]
 
 _BLOCK_INPUT = "block_input"
 _KEPT: dict[str, tuple[str, ...]] = {
-    # Not the results of the last products of attention and feed-forward: their gradients do not
-    # need them. Queries and keys after their rotation, so that it is not computed again.
-    "dots": ("query", "key", "value", SAVED, "gate", "up"),
+    # Not queries, keys, values and the output of attention: on a v5e, writing and reading them
+    # takes longer than computing them again.
+    "dots": (SAVED, "gate", "up"),
     "attention": (SAVED,),
     "full": (),
 }

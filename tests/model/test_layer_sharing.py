@@ -141,16 +141,10 @@ def test_policies_keep_what_they_say(tiny: Callable[..., ModelConfig]) -> None:
         stacked = [leaf for leaf in leaves if leaf.shape[:3] == (3, *TOKENS.shape)]
         return sum(leaf.size for leaf in stacked) // (3 * TOKENS.size)
 
-    block_input, queries, keys_and_values, attended, gate_and_up = (
-        24,
-        6 * 6,
-        2 * 2 * 6,
-        6 * 6,
-        2 * 40,
-    )
+    block_input, attended, gate_and_up = 24, 6 * 6, 2 * 40
     assert kept("full") == kept("offload") == block_input
     assert kept("attention") == block_input + attended
-    assert kept("dots") == block_input + queries + keys_and_values + attended + gate_and_up
+    assert kept("dots") == block_input + attended + gate_and_up
     assert kept("none") > kept("dots")
 
 
