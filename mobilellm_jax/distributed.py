@@ -16,7 +16,9 @@ import itertools
 import json
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -219,6 +221,7 @@ def _wait_for(address: str) -> None:
 
 
 def _initialize(address: str | None, count: int | None, own: int | None, **more: Any) -> None:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     jax.distributed.initialize(
         *(address, count, own),
         initialization_timeout=_START_SEC,
@@ -226,6 +229,10 @@ def _initialize(address: str | None, count: int | None, own: int | None, **more:
         shutdown_timeout_seconds=_SHUTDOWN_SEC,
         **more,
     )
+    # jax has set a handler that takes note of SIGTERM and goes on. The training loop has its own;
+    # elsewhere, in a long compilation say, the signal shall end the process as it ends any other.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _cluster(env: Mapping[str, str]) -> _Cluster:

@@ -253,7 +253,7 @@ def test_alone_nothing_is_asked() -> None:
 
 
 TALK = """
-import json, os, sys, time
+import json, os, signal, sys, time
 import numpy as np
 import jax
 from mobilellm_jax import distributed
@@ -303,6 +303,8 @@ found["processes of the slices"] = [
     sorted({d.process_index for d in part.flat})
     for part in make_mesh(MeshConfig(dcn_data=2, fsdp=2, tensor=2)).devices
 ]
+caught = open("/proc/self/status").read().partition("SigCgt:")[2].split()[0]
+found["catches SIGTERM"] = bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 print(json.dumps(found))
 """
 MESHES: dict[str, tuple[dict[str, int], list[list[int]]]] = {
@@ -344,4 +346,6 @@ def test_two_processes_share_one_fate() -> None:
     assert first["stop"] == second["stop"] == [False] * 4 + [True, False]
     expected = {name: rows for name, (_, rows) in MESHES.items()}
     assert {name: [first["rows"][name], second["rows"][name]] for name in MESHES} == expected
+    # Before and after the loop it ends a process, as it does one that is alone.
+    assert not first["catches SIGTERM"] and not second["catches SIGTERM"]
     assert first["processes of the slices"] == [[0], [1]]

@@ -72,10 +72,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("text")
     rng = np.random.default_rng(0)
     words = ["thin", "deep", "block", "shared", "twice", "phone", "small", "model"]
-    for i in range(20):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)) + ".\n")
-    tokens = folder / "tokens"
-    prepare([f"text:{folder}/*.txt"], tokens, vocab_size=300, validation_fraction=0.1)
+    for i in range(100):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 60)) + f" {i}.\n")
+    tokens, source = folder / "tokens", f"text:{folder}/*.txt"
+    prepare([source], tokens, vocab_size=300)
     return Config(
         model=ModelConfig(
             vocab_size=300,
@@ -88,7 +88,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
             max_seq_len=32,
             compute_dtype="float32",
         ),
-        data=DataConfig(path=str(tokens), seq_len=16),
+        data=DataConfig(path=str(tokens), source=source, seq_len=16),
         optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=10),
         train=TrainConfig(
             steps=STEPS,
@@ -178,9 +178,12 @@ def test_a_run_goes_on_on_any_mesh(config: Config, on_one_device: Path, tmp_path
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(config: Config, on_one_device: Path, tmp_path: Path) -> None:
-    workdir = tmp_path / "run"
-    first, second = go_on_as_two(config, MeshConfig(), workdir, (0, 0))
+    workdir, missing = tmp_path / "run", dataclasses.replace(config.data, path=f"{tmp_path}/tokens")
+    first, second = go_on_as_two(
+        dataclasses.replace(config, data=missing), MeshConfig(), workdir, (0, 0)
+    )
     assert_same_run(workdir, on_one_device)
+    assert "Preparing" in first and "Preparing" not in second
     # One of them writes and talks.
     assert "mesh    data 8" in first and f"step {STEPS}: validation" in first
     assert "mesh" not in second and "validation" not in second
@@ -201,3 +204,34 @@ def test_a_run_goes_on_as_two_processes_and_back(
     assert [s["step"] for s in samples(workdir)] == [10]  # with parameters from both processes
     go_on(config, MeshConfig(), workdir, None)
     assert_same_run(workdir, on_one_device)
+
+
+@pytest.mark.parametrize("mistake", ["another config", "another folder"])
+def test_processes_that_do_not_mean_the_same_run_are_refused(
+    mistake: str, config: Config, tmp_path: Path
+) -> None:
+    other = dataclasses.replace(config.optimizer, peak_lr=0.5)
+    configs = [config, dataclasses.replace(config, optimizer=other)]
+    if mistake == "another folder":
+        configs = [config, config]
+    address, commands = f"localhost:{free_port()}", []
+    for own, each in enumerate(configs):
+        file = tmp_path / f"{own}.py"
+        file.write_text(
+            "from mobilellm_jax.config import from_json, to_config_dict\n"
+            f"def get_config():\n    return to_config_dict(from_json({to_json(each)!r}))\n"
+        )
+        folder = tmp_path / (f"run{own}" if mistake == "another folder" else "run")
+        run = ["-m", "mobilellm_jax", "train", f"--config={file}", f"--workdir={folder}"]
+        processes = [f"--coordinator_address={address}", "--num_processes=2"]
+        commands.append([*run, *processes, f"--process_id={own}"])
+    results = run_together(commands, devices=4)
+    expected = {
+        "another config": "optimizer.peak_lr: 0.001 there, 0.5 here",
+        "another folder": f"workdir='{tmp_path}/run1' is not the folder that process 0 writes in",
+    }
+    for result in results:
+        assert result.returncode == 2, result.stderr
+        assert expected[mistake] in result.stderr
+        assert "Traceback" not in result.stderr
+    assert "process 1: " in results[0].stderr

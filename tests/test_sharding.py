@@ -25,6 +25,7 @@ from mobilellm_jax.sharding import (
     AXES,
     Rules,
     batch_shards,
+    bytes_per_device,
     local_rows,
     logical_rules,
     make_mesh,
@@ -289,6 +290,20 @@ def test_a_run_is_the_same_on_every_mesh(name: str) -> None:
         np.testing.assert_allclose(leaf, one_flat[path], atol=1e-5, err_msg=str(path))
     for tree in (state.params, state.optimizer[1][0].mu, state.optimizer[1][0].nu):
         assert_split(tree, *mesh.shape.values())
+        assert_bytes_are_counted(tree, mesh)
+
+
+def assert_bytes_are_counted(tree: Any, mesh: Mesh) -> None:
+    """The bytes that the log shows are those that each device holds."""
+    held = dict.fromkeys(mesh.devices.flat, 0)
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    assert set(held.values()) == {bytes_per_device(tree)}
+    # All but the norms is split over fsdp and tensor.
+    norms = 4 * 24 * (2 * 2 + 1)
+    split = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) - norms
+    assert bytes_per_device(tree) == norms + split // (mesh.shape["fsdp"] * mesh.shape["tensor"])
 
 
 def assert_split(params: Any, data: int, fsdp: int, tensor: int, sequence: int) -> None:

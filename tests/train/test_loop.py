@@ -41,6 +41,7 @@ class Rig:
     every: int = 0  # samples
     first: int = 0
     on_step: Callable[[int], None] = lambda step: None
+    agree: Callable[[bool], bool] = bool
     bad: Callable[[int], int] = lambda step: 0  # bad steps in a row
     events: list[str] = dataclasses.field(default_factory=list)
 
@@ -58,6 +59,7 @@ class Rig:
             save=lambda step, state: self.note("save", step, state),
             validate=self.validate,
             sample=lambda step, state: self.note("sample", step, state),
+            agree=self.agree,
         )
         with MetricsWriter(self.folder, self.first, config.train.steps, self.stream) as writer:
             return train_loop(
@@ -114,6 +116,28 @@ def state_at(step: int) -> TrainState:
         key_data=jnp.zeros(2, jnp.uint32),
         bad_steps=jnp.int32(0),
     )
+
+
+@pytest.mark.parametrize("own_signal_at", [None, 2])
+def test_processes_decide_together_when_to_stop(
+    make: Callable[..., Rig], own_signal_at: int | None
+) -> None:
+    asked: list[bool] = []
+
+    def agree(wanted: bool) -> bool:
+        asked.append(wanted)
+        return len(asked) == 4  # whatever this process wants
+
+    def on_step(step: int) -> None:
+        if step == own_signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    rig = make({"steps": 9}, agree=agree, on_step=on_step)
+    state, finished = rig()
+    assert (int(state.step), finished) == (4, False)
+    assert rig.done("save") == ["save 4"]
+    wanted = range(2, 5) if own_signal_at else ()
+    assert asked == [step in wanted for step in range(1, 5)]
 
 
 def send(number: signal.Signals) -> None:
