@@ -10,7 +10,7 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.attention import AttentionContext, causal_mask, uses_kernel
@@ -77,6 +77,7 @@ class Transformer(nn.Module):
         *,
         segments_BT: Int[Array, "B T"] | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
+        mask_BTS: Bool[Array, "#B T T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the normed last hidden states, in the compute dtype.
 
@@ -84,15 +85,20 @@ class Transformer(nn.Module):
           tokens_BT: token ids.
           segments_BT: document of each token; a token attends within its own only. None: one.
           positions_BT: position for RoPE. None: 0, 1, 2, ...
+          mask_BTS: instead of segments, which tokens each may attend to; not for kernels, which
+            compute their masks. None: those before it in its segment.
         """
         config = self.config
         length = tokens_BT.shape[1]
         if positions_BT is None:
             positions_BT = jnp.arange(length, dtype=jnp.int32)[None, :]
+        if not uses_kernel(config):
+            mask_BTS = causal_mask(segments_BT, length) if mask_BTS is None else mask_BTS
+        assert mask_BTS is None or not uses_kernel(config), f"a mask for {config.attention}"
         context = AttentionContext(
             rotation=rotation(positions_BT, config.head_dim, config.rope_theta),
             positions_BT=positions_BT,
-            mask_BTS=None if uses_kernel(config) else causal_mask(segments_BT, length),
+            mask_BTS=mask_BTS,
             segments_BT=segments_BT,
         )
         x_BTD, _ = apply_blocks(self.blocks, config, self._embed(tokens_BT), context, None)
@@ -131,7 +137,9 @@ class Transformer(nn.Module):
     def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         # Gathered over `fsdp` before the lookup: GSPMD would otherwise copy the result everywhere.
         table_VD = nn.with_logical_constraint(self.embedding(), ("vocab", "activation_embed"))
-        x_BTD = table_VD.astype(compute_dtype(self.config))[tokens_BT]
+        # Rows are converted after the lookup, so that the gradients of a token that occurs often
+        # are summed in float32.
+        x_BTD = table_VD[tokens_BT].astype(compute_dtype(self.config))
         axes = ("batch", "length", "activation_embed")
         return cast(jax.Array, nn.with_logical_constraint(x_BTD, axes))
 

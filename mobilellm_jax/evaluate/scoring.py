@@ -1,0 +1,151 @@
+"""Log-likelihoods of continuations, many at once: prefix trees through the model, on any mesh.
+
+The likelihood of a continuation is the product of its tokens' probabilities, each given the context
+and the continuation up to there. It is *greedy* if every one of its tokens is the likeliest.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.evaluate.prefix_trees import Batch, Query, grow_trees, make_batches, pack_rows
+from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
+from mobilellm_jax.sharding import (
+    Rules,
+    batch_shards,
+    local_rows,
+    put_batch,
+    replicated,
+    with_rules,
+)
+from mobilellm_jax.train.step import UnderMesh
+
+_SMALLEST_TREE = 256  # what trees may always grow to, however little the model reads at once
+_BATCH_TOKENS = {"cpu": 2048}  # per device, by platform
+_BATCH_TOKENS_ELSEWHERE = 16_384
+_LOGITS_BYTES = 64 << 20  # that exist at once on a device
+
+
+class Score(NamedTuple):
+    """What is asked of a continuation."""
+
+    log_likelihood: float  # nats
+    is_greedy: bool
+
+
+class Scorer:
+    """Scores queries with one model; it compiles once per shape, whatever parameters it is given.
+
+    Args:
+      config: the architecture.
+      mesh: the devices; rows are split over `data` and `fsdp`.
+      rules: those of the mesh.
+      batch_tokens: per device at once; changes nothing but speed and memory.
+    """
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, rules: Rules, *, batch_tokens: int | None = None
+    ) -> None:
+        # Trees need a mask of their own, which kernels do not take.
+        self._config = dataclasses.replace(config, attention="xla", remat="none")
+        self._mesh = mesh
+        platform = mesh.devices.flat[0].platform
+        default = _BATCH_TOKENS.get(platform, _BATCH_TOKENS_ELSEWHERE)
+        self._batch_tokens = (batch_tokens or default) * batch_shards(mesh)
+        self._forward: UnderMesh[tuple[jax.Array, jax.Array]] = UnderMesh(
+            jax.jit(with_rules(self._score, rules), out_shardings=replicated(mesh)), mesh, rules
+        )
+
+    def scores(self, params: Params, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
+        """Yields (number of the query, its score) for all queries, a batch at a time.
+
+        Raises:
+          FloatingPointError: if a likelihood is not a number.
+        """
+        trees = grow_trees(queries, max(_SMALLEST_TREE, self._config.max_seq_len))
+        # A row and an eighth of it are split over `sequence`.
+        rows = pack_rows(trees, 8 * self._mesh.shape["sequence"])
+        batches = make_batches(rows, self._batch_tokens, batch_shards(self._mesh))
+        running: tuple[Batch, tuple[jax.Array, jax.Array]] | None = None
+        for batch in batches:
+            # The device computes while the host reads the batch before.
+            started = batch, self._forward(params, self._placed(batch))
+            if running is not None:
+                yield _read(*running)
+            running = started
+        if running is not None:
+            yield _read(*running)
+
+    def _placed(self, batch: Batch) -> dict[str, jax.Array]:
+        count = batch.shape[0]
+        own = local_rows(self._mesh, count)
+        arrays = {name: array[own] for name, array in batch.arrays.items()}
+        return put_batch(arrays, self._mesh, count)
+
+    def _score(
+        self, params: Params, batch: dict[str, Int[Array, "B _"]]
+    ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+        """Returns each target's log-probability in float32, and whether it is the likeliest."""
+        model = Transformer(self._config).bind({"params": params})
+        ends_BT = batch["ends"]
+        place_T = jnp.arange(ends_BT.shape[1])
+        is_before_TS = place_T[None, :] <= place_T[:, None]
+        mask_BTS = is_before_TS[None] & (place_T[None, :, None] < ends_BT[:, None, :])
+        x_BTD = model.hidden(batch["tokens"], positions_BT=batch["positions"], mask_BTS=mask_BTS)
+        x_BSD = jnp.take_along_axis(x_BTD, batch["sources"][:, :, None], axis=1)
+        head_VD = head_matrix(params, self._config).astype(x_BSD.dtype)
+        return self._score_vocabulary(x_BSD, head_VD, batch["targets"])
+
+    def _score_vocabulary(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        head_VD: Float[Array, "V D"],
+        targets_BS: Int[Array, "B S"],
+    ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+        rows, length = targets_BS.shape
+        logits_bytes = 4 * self._config.vocab_size * (rows // batch_shards(self._mesh))
+        chunk = min(length, max(1, _LOGITS_BYTES // logits_bytes))
+        count = -(-length // chunk)
+        padding = count * chunk - length
+
+        def chunks(array: jax.Array) -> jax.Array:
+            padded = jnp.pad(array, ((0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)))
+            return padded.reshape(rows, count, chunk, *array.shape[2:]).swapaxes(0, 1)
+
+        def score(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x_BCD, targets_BC = xs
+            logits_BCV = jnp.einsum(
+                "BCD,VD->BCV", x_BCD, head_VD, preferred_element_type=jnp.float32
+            )
+            found_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)
+            total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+            return found_BC1[:, :, 0] - total_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
+
+        log_nBC, greedy_nBC = jax.lax.map(score, (chunks(x_BSD), chunks(targets_BS)))
+
+        def whole(array_nBC: jax.Array) -> jax.Array:
+            return array_nBC.swapaxes(0, 1).reshape(rows, count * chunk)[:, :length]
+
+        return whole(log_nBC), whole(greedy_nBC)
+
+
+def _read(batch: Batch, arrays: tuple[jax.Array, jax.Array]) -> list[tuple[int, Score]]:
+    log_BS, greedy_BS = (np.asarray(array) for array in arrays)
+    found = []
+    for query, row, start, stop in batch.spans:
+        log_likelihood = math.fsum(log_BS[row, start:stop].tolist())
+        if not math.isfinite(log_likelihood):
+            raise FloatingPointError(
+                f"The log-likelihood of a continuation is {log_likelihood}: the parameters are not "
+                "finite, or overflow."
+            )
+        found.append((query, Score(log_likelihood, bool(greedy_BS[row, start:stop].all()))))
+    return found

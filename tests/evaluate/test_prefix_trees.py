@@ -1,0 +1,144 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from mobilellm_jax.evaluate.prefix_trees import (
+    Query,
+    Row,
+    Tree,
+    grow_trees,
+    make_batches,
+    make_query,
+    pack_rows,
+)
+
+
+def some_queries(seed: int, count: int = 300) -> list[Query]:
+    """Questions with endings, sentences that differ in the middle, repeats, and long loners."""
+    rng = np.random.default_rng(seed)
+    queries = []
+    while len(queries) < count:
+        context = rng.integers(0, 6, rng.integers(1, 60)).tolist()
+        for _ in range(rng.integers(1, 5)):
+            ending = rng.integers(0, 6, rng.integers(1, 30)).tolist()
+            queries.append(make_query(context, ending, 128))
+        queries.append(queries[-1])
+        # An ending that goes on where another one stops, and one of a single token.
+        queries.append(make_query(context, [*ending, 3], 128))
+        queries.append(make_query(context, [int(rng.integers(0, 6))], 128))
+    return queries
+
+
+def read_off(row: Row) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Every query of a row by what the mask lets its scored tokens see, and its targets."""
+    [batch] = make_batches([row], 1, 1)
+    tokens, ends, positions = (batch.arrays[name][0] for name in ("tokens", "ends", "positions"))
+    sources, targets = batch.arrays["sources"][0], batch.arrays["targets"][0]
+    found = {}
+    for query, _, start, stop in batch.spans:
+        seen = [[s for s in range(t + 1) if t < ends[s]] for t in sources[start:stop]]
+        for t, places in zip(sources[start:stop], seen, strict=True):
+            assert positions[places].tolist() == list(range(len(places)))
+            assert places[-1] == t
+        for shorter, longer in itertools.pairwise(seen):
+            assert longer[:-1] == shorter
+        found[query] = (tuple(tokens[seen[-1]].tolist()), tuple(targets[start:stop].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_query_is_read_as_it_stands(seed: int) -> None:
+    queries = some_queries(seed)
+    rows = pack_rows(grow_trees(queries, 300))
+    found = {}
+    for row in rows:
+        found |= read_off(row)
+    assert found == {i: (query.tokens, query.targets) for i, query in enumerate(queries)}
+    places = sum(tree.size for row in rows for tree in row.trees)
+    assert places < 0.7 * sum(len(query.tokens) for query in queries)
+
+
+def test_what_queries_share_stands_once() -> None:
+    endings = [[9, 8], [9, 7, 7], [6]]
+    queries = [make_query([1, 2, 3], ending, 128) for ending in endings]
+    [tree] = grow_trees(queries, 128)
+    # The last token of an ending is a target only; two endings start alike.
+    assert tree.tokens == [1, 2, 3, 9, 7]
+    assert tree.positions == [0, 1, 2, 3, 4]
+    by_query = dict(zip(tree.queries, range(3), strict=True))
+    starts = np.cumsum([0, *tree.lengths])
+    scored = {
+        query: [(tree.sources[i], tree.targets[i]) for i in range(starts[n], starts[n + 1])]
+        for query, n in by_query.items()
+    }
+    assert scored == {0: [(2, 9), (3, 8)], 1: [(2, 9), (3, 7), (4, 7)], 2: [(2, 6)]}
+
+
+def test_a_beginning_too_short_to_pay_is_not_shared() -> None:
+    tail = list(range(10, 60))
+    little, much = [[1] * shared + [n] + tail for n in (2, 3)] if (shared := 2) else ([], [])
+    assert len(grow_trees([make_query(little, [5], 128), make_query(much, [5], 128)], 512)) == 2
+    little, much = ([1] * 20 + [n] + tail for n in (2, 3))
+    assert len(grow_trees([make_query(little, [5], 128), make_query(much, [5], 128)], 512)) == 1
+
+
+def test_trees_keep_to_their_size() -> None:
+    queries = [make_query([1] * 40, [n, 2, n], 128) for n in range(100)]
+    trees = grow_trees(queries, 90)
+    assert max(tree.size for tree in trees) <= 90
+    assert len(trees) > 1
+    # Continuations of one token take no place of their own, but are scored.
+    trees = grow_trees([make_query([1], [n], 128) for n in range(100)], 30)
+    assert [len(tree.targets) for tree in trees] == [30, 30, 30, 10]
+
+
+def test_rows_are_powers_of_two_and_hold_every_tree_once() -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 700, 200).tolist()
+    trees = [Tree(tokens=[0] * size, targets=[0]) for size in sizes]
+    rows = pack_rows(trees)
+    assert sorted(len(t.tokens) for row in rows for t in row.trees) == sorted(sizes)
+    assert {row.length for row in rows} == {256, 512, 1024}
+    assert all(sum(t.size for t in row.trees) <= row.length for row in rows)
+    assert sum(sizes) > 0.97 * sum(row.length for row in rows)
+    assert {row.length for row in pack_rows(trees, 24)} == {264, 528, 1032}
+
+
+def test_batches_are_of_few_shapes_and_leave_no_row_out() -> None:
+    queries = some_queries(3, 2000)
+    rows = pack_rows(grow_trees(queries, 256))
+    batches = list(make_batches(rows, 2048, 2))
+    assert len(batches) > 10
+    spans = [span for batch in batches for span in batch.spans]
+    assert sorted(span[0] for span in spans) == list(range(len(queries)))
+    assert {batch.shape[1] for batch in batches} == {256}
+    assert all(count % 2 == 0 and count <= 8 for count, _, _ in (b.shape for b in batches))
+    assert len({batch.shape for batch in batches}) <= 5
+    # A single row is not padded to a full batch.
+    [batch] = make_batches(rows[:1], 2048, 1)
+    assert batch.shape[0] == 1
+
+
+def test_rows_with_little_to_score_come_together() -> None:
+    flat = [0] * 200
+    rows = [Row(256, [Tree(flat, flat, flat, flat[:n], flat[:n])]) for n in [20, 120] * 8]
+    shapes = [batch.shape for batch in make_batches(rows, 2048, 1)]
+    assert shapes == [(8, 256, 128), (8, 256, 32)]
+
+
+def test_of_a_long_context_the_end_is_read() -> None:
+    query = make_query(range(10), [20, 21, 22], 6)
+    assert query == Query((6, 7, 8, 9, 20, 21), (20, 21, 22))
+    assert make_query([1], range(6), 6) == Query((1, 0, 1, 2, 3, 4), tuple(range(6)))
+    # The model reads all but the last token, so one more than its length fits.
+    assert make_query(range(4), [20, 21, 22], 6).tokens == (0, 1, 2, 3, 20, 21)
+
+
+def test_what_cannot_be_scored_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"7 tokens is longer than model.max_seq_len=6"):
+        make_query([1], range(7), 6)
+    with pytest.raises(ValueError, match="no tokens in its context"):
+        make_query([], [1], 6)
+    with pytest.raises(ValueError, match="no tokens in its continuation"):
+        make_query([1], [], 6)
