@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         *,
         segments_BT: Int[Array, "B T"] | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
-        mask_BTS: Bool[Array, "#B T T"] | None = None,
+        mask_BTS: Bool[Array, "#B T S"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the normed last hidden states, in the compute dtype.
 
