@@ -10,7 +10,7 @@ from mobilellm_jax.evaluate.triviaqa import f1, process_results
         ("the city of Paris", "Paris", 0.5),  # P 1/3, R 1
         ("Sunset Boulevard", "Sunset Blvd", 0.5),
         ("New York, New York", "New York", 2 / 3),  # repeats count: P 2/4, R 1
-        ("New York", "New York New York", 2 / 3),
+        ("New York, New York", "New York New York", 1.0),
         ("The Jackson 5", "Jackson-5", 1.0),
         ("spider_man", "Spider-Man", 1.0),
         ("rock \u2018n\u2019 roll", "rock 'n' roll", 1.0),
