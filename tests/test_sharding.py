@@ -360,9 +360,12 @@ def loss_constraints(rules: Rules | None = None) -> int:
     return constraints(loss_sums, abstract.params, batches()[0])
 
 
-# Embedding table and its rows; in the scanned block queries, feed-forward and output. The step has
-# each twice: once forward, once for the gradient.
+# Embedding table and its rows; in the scanned block queries, feed-forward and output.
 IN_MODEL = 2 + 3
+IN_LOSS = IN_MODEL + 1  # the head, gathered
+# Once forward, once for the gradient; then the sum of the head's gradients before the first chunk,
+# after each and after the last.
+IN_STEP = 2 * IN_MODEL + 1 + 3
 
 
 @pytest.mark.filterwarnings("ignore:.with mesh.:DeprecationWarning")
@@ -377,29 +380,29 @@ def test_constraints_reach_the_program_whatever_surrounds_the_call(around: str) 
         "no rules": nn.logical_axis_rules(()),
     }
     with surroundings[around]:
-        assert step_constraints() == 2 * IN_MODEL
-        assert loss_constraints() == IN_MODEL
+        assert step_constraints() == IN_STEP
+        assert loss_constraints() == IN_LOSS
         if around == "nothing":
             # Each input of a micro-batch stays on the device that holds its rows.
             train = dataclasses.replace(CONFIG.train, accumulation_steps=2)
             parts = dataclasses.replace(CONFIG, train=train)
-            assert step_constraints(parts) == 2 * IN_MODEL + len(batches()[0])
+            assert step_constraints(parts) == IN_STEP + len(batches()[0])
 
 
 def test_constraints_reach_the_program_after_a_trace_without_rules() -> None:
     """Rules are not part of jit's cache key: a trace without them must not serve a later call."""
     assert step_constraints(rules=()) == 0
     assert loss_constraints(rules=()) == 0
-    assert step_constraints() == 2 * IN_MODEL
-    assert loss_constraints() == IN_MODEL
+    assert step_constraints() == IN_STEP
+    assert loss_constraints() == IN_LOSS
     mesh, rules, abstract = on_mesh()
     step_fn = make_train_step(CONFIG, OPTIMIZER, mesh, rules, abstract)
     loss_sums = make_loss_sums(CONFIG, mesh, rules, 8)
     with jax.set_mesh(mesh):  # the same mesh, so that only the rules differ
         step_fn.jitted.lower(abstract, batches()[0])
         loss_sums.jitted.lower(abstract.params, batches()[0])
-    assert constraints(step_fn, abstract, batches()[0]) == 2 * IN_MODEL
-    assert constraints(loss_sums, abstract.params, batches()[0]) == IN_MODEL
+    assert constraints(step_fn, abstract, batches()[0]) == IN_STEP
+    assert constraints(loss_sums, abstract.params, batches()[0]) == IN_LOSS
 
 
 def test_constraints_reach_the_program_that_runs() -> None:
@@ -413,7 +416,7 @@ def test_constraints_reach_the_program_that_runs() -> None:
     batch = put_batch(batches()[0], mesh, 8)
     step_fn = make_train_step(CONFIG, OPTIMIZER, mesh, rules, abstract)
     state, _ = step_fn(state, batch)
-    assert constraints(step_fn, state, batch) == 2 * IN_MODEL  # the call's own trace, kept by jit
+    assert constraints(step_fn, state, batch) == IN_STEP  # the call's own trace, kept by jit
     for shards in jax.tree.leaves(state.params["blocks"]["feed_forward"]):
         assert {shard.data.size for shard in shards.addressable_shards} == {shards.size // 8}
 

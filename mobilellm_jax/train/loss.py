@@ -7,7 +7,9 @@ three products per chunk, where recomputing the logits in the backward pass take
 """
 
 from functools import partial
+from typing import cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -36,7 +38,7 @@ def token_losses(
     chunk: int,
 ) -> Float[Array, "B T"]:
     """Returns the cross-entropy of every target in nats, float32; not meant for gradients."""
-    head_VD = head_VD.astype(x_BTD.dtype)
+    head_VD = _gathered(head_VD.astype(x_BTD.dtype))
 
     def score(_: None, chunk_xs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         x_BCD, targets_BC = chunk_xs
@@ -55,7 +57,7 @@ def _forward(
     chunk: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     dtype = x_BTD.dtype
-    narrow_head_VD = head_VD.astype(dtype)
+    narrow_head_VD = _gathered(head_VD.astype(dtype))
 
     def score(
         carry: tuple[jax.Array, jax.Array], chunk_xs: tuple[jax.Array, ...]
@@ -73,13 +75,13 @@ def _forward(
         grad_head_VD += jnp.einsum(
             "BCV,BCD->VD", grad_BCV, x_BCD, preferred_element_type=jnp.float32
         )
-        return (total, grad_head_VD), grad_x_BCD
+        return (total, _gathered(grad_head_VD)), grad_x_BCD
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
+    start = (jnp.zeros((), jnp.float32), _gathered(jnp.zeros(head_VD.shape, jnp.float32)))
     xs = tuple(_chunks(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
     (total, grad_head_VD), grad_x_nBCD = jax.lax.scan(score, start, xs)
     grad_x_BTD = _unchunk(grad_x_nBCD, x_BTD.shape[1])
-    return total, (grad_x_BTD, grad_head_VD.astype(head_VD.dtype))
+    return total, (grad_x_BTD, _gathered(grad_head_VD).astype(head_VD.dtype))
 
 
 def _backward(
@@ -92,6 +94,15 @@ def _backward(
 
 
 weighted_loss.defvjp(_forward, _backward)
+
+
+def _gathered(head_VD: jax.Array) -> jax.Array:
+    """Whole over `fsdp`, so that the head is gathered, and its gradient reduced, once per step.
+
+    Left to itself, the compiler does both for every chunk.
+    """
+    axes = ("vocab", "activation_embed")
+    return cast(jax.Array, nn.with_logical_constraint(head_VD, axes))
 
 
 def _logits(x_BCD: jax.Array, head_VD: jax.Array) -> jax.Array:

@@ -115,3 +115,21 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(
     assert not np.array_equal(expected, found)
     # bfloat16 has 8 bits of precision; three blocks of it stay within a few percent.
     assert float(jnp.abs(found - expected).max()) < 0.05 * float(jnp.abs(expected).max())
+
+
+def test_gradients_of_a_frequent_token_are_summed_in_float32(
+    tiny: Callable[..., ModelConfig], strong_params: Params
+) -> None:
+    config = tiny(compute_dtype="bfloat16")
+    tokens = jnp.full((3, 1000), 7, jnp.int32)
+
+    def total(table: jax.Array) -> jax.Array:
+        params = {**strong_params, "embedding": {"table": table}}
+        rows = Transformer(config).apply({"params": params}, tokens, method="_embed")
+        assert rows.dtype == jnp.bfloat16
+        return jnp.sum(rows.astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(total))(strong_params["embedding"]["table"])
+    # In bfloat16, 256 + 1 is 256.
+    np.testing.assert_array_equal(gradient[7], 3000)
+    np.testing.assert_array_equal(jnp.delete(gradient, 7, axis=0), 0)

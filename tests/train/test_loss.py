@@ -1,4 +1,6 @@
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mobilellm_jax.config import Config, MeshConfig
+from mobilellm_jax.sharding import logical_rules, make_mesh
 from mobilellm_jax.train.loss import token_losses, weighted_loss
+from mobilellm_jax.train.optimizer import make_optimizer
+from mobilellm_jax.train.state import abstract_state
+from mobilellm_jax.train.step import make_train_step
 
 B, T, D, V = 2, 11, 8, 37
 
@@ -130,3 +137,40 @@ def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:
     logits_bytes = (512 - 32) * vocab_size * 4
     assert growth["naive"] >= logits_bytes  # so the measure sees logits where there are any
     assert growth["ours"] < 0.02 * logits_bytes
+
+
+def test_memory_of_the_step_grows_with_tokens_and_with_vocabulary_not_with_both(
+    config: Config,
+) -> None:
+    """What they take together only: bytes(V, T) - bytes(V, t) - bytes(v, T) + bytes(v, t)."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def temporary_bytes(vocab_size: int, seq_len: int, loss_chunk: int) -> int:
+        changed = dataclasses.replace(
+            config,
+            model=dataclasses.replace(
+                config.model, vocab_size=vocab_size, num_blocks=1, max_seq_len=seq_len
+            ),
+            data=dataclasses.replace(config.data, seq_len=seq_len),
+            train=dataclasses.replace(config.train, global_batch=1, loss_chunk=loss_chunk),
+        )
+        optimizer = make_optimizer(changed.optimizer, changed.train.steps)
+        rules = logical_rules(changed.model, mesh.shape)
+        state = abstract_state(changed, optimizer, mesh, rules)
+        row = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
+        batch = {"tokens": row, "targets": row, "weights": jax.ShapeDtypeStruct((1, seq_len), "f4")}
+        step = make_train_step(changed, optimizer, mesh, rules, state)
+        return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    def product(loss_chunk: int) -> int:
+        large, small = (8192, 256), (1024, 32)
+        corners = {
+            (v, t): temporary_bytes(v, t, loss_chunk)
+            for v, t in itertools.product(*zip(large, small, strict=True))
+        }
+        one_way = corners[large[0], small[1]] + corners[small[0], large[1]]
+        return corners[large] - one_way + corners[small]
+
+    logits_bytes = (8192 - 1024) * (256 - 32) * 4
+    assert product(loss_chunk=256) >= logits_bytes  # one chunk, so that the measure sees logits
+    assert product(loss_chunk=16) < 0.02 * logits_bytes
