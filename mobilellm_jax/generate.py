@@ -60,15 +60,26 @@ def generate(
         `model.max_seq_len`.
     """
     rows: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(rows)
-    for new_BT in _chunks(config, params, prompts, max_new_tokens, sampling, eos_id, _CHUNK):
-        for b, row in enumerate(rows):
-            ids: list[int] = [] if ended[b] else new_BT[b].tolist()
-            if eos_id in ids:
-                ended[b] = True
-                ids = ids[: ids.index(eos_id)]
-            row.extend(ids)
+    for parts in _parts(config, params, prompts, max_new_tokens, sampling, eos_id, _CHUNK):
+        for row, part in zip(rows, parts, strict=True):
+            row.extend(part)
     return rows
+
+
+def stream_batch(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = DEFAULT,
+    eos_id: int | None = None,
+) -> Iterator[list[list[int]]]:
+    """Yields the tokens that `generate` returns, a few of every prompt's at a time.
+
+    Whoever has seen enough stops asking, and no more are computed.
+    """
+    yield from _parts(config, params, prompts, max_new_tokens, sampling, eos_id, _STREAM_CHUNK)
 
 
 def stream(
@@ -81,11 +92,13 @@ def stream(
     eos_id: int | None = None,
 ) -> Iterator[list[int]]:
     """Yields the tokens that `generate` returns for one prompt, a few at a time."""
-    for new_1T in _chunks(
-        config, params, [prompt], max_new_tokens, sampling, eos_id, _STREAM_CHUNK
+    for [part] in stream_batch(
+        *(config, params, [prompt]),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_id=eos_id,
     ):
-        ids = new_1T[0].tolist()
-        yield ids[: ids.index(eos_id)] if eos_id in ids else ids
+        yield part
 
 
 def stream_text(
@@ -151,6 +164,28 @@ class _State:
     token_B: Int[Array, "B"]  # drawn last, not yet in the cache
     done_B: Bool[Array, "B"]
     drawn: Int[Array, ""]  # tokens per row so far
+
+
+def _parts(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_id: int | None,
+    chunk: int,
+) -> Iterator[list[list[int]]]:
+    """Yields each prompt's new tokens, about `chunk` at a time, up to and without `eos_id`."""
+    ended = [False] * len(prompts)
+    for new_BT in _chunks(config, params, prompts, max_new_tokens, sampling, eos_id, chunk):
+        parts: list[list[int]] = []
+        for b, drawn in enumerate(new_BT.tolist()):
+            ids: list[int] = [] if ended[b] else drawn
+            if eos_id in ids:
+                ended[b] = True
+                ids = ids[: ids.index(eos_id)]
+            parts.append(ids)
+        yield parts
 
 
 def _chunks(

@@ -210,6 +210,26 @@ def test_decoding_stops_early_when_all_rows_are_done(
     assert calls == [ids.index(eos) + 1]
 
 
+def test_stream_of_a_batch_equals_generate_and_computes_what_is_asked_for(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[1, 5, 7, 200, 31], [1, 2, 3], [1, 4]]
+    kwargs = {"max_new_tokens": 60, "sampling": GREEDY}
+    eos = generate(TINY, params, prompts, **kwargs)[0][12]
+    whole = generate(TINY, params, prompts, eos_id=eos, **kwargs)
+    assert len(whole[0]) <= 12 < max(map(len, whole))
+    parts = list(generate_module.stream_batch(TINY, params, prompts, eos_id=eos, **kwargs))
+    rows = [list(itertools.chain(*row)) for row in zip(*parts, strict=True)]
+    assert rows == whole
+    assert len(parts) > 3
+    some = list(itertools.islice(generate_module.stream_batch(TINY, params, prompts, **kwargs), 2))
+    monkeypatch.setattr(generate_module, "_decode", None)
+    first = generate_module.stream_batch(TINY, params, prompts, **kwargs)
+    assert next(first) == some[0]  # what the prefill draws
+    with pytest.raises(TypeError):
+        next(first)
+
+
 def test_stream_of_any_length_equals_generate(params: Params) -> None:
     prompt = [1] * 62
     for count in (3, 8, 9, 10, 65, 66):
