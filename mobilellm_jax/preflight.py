@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from mobilellm_jax import checkpoint, distributed, rundir, xla_flags
@@ -23,8 +24,9 @@ from mobilellm_jax.data.shards import verify_checksums
 from mobilellm_jax.data.sources import TRAIN, VALIDATION
 from mobilellm_jax.data.tokenizer import Tokenizer, copy_tokenizer
 from mobilellm_jax.data.windows import count_targets
+from mobilellm_jax.model.on_device import device_violations, resolve_attention
 from mobilellm_jax.model.precision import resolve_compute_dtype
-from mobilellm_jax.sharding import Rules, batch_shards, logical_rules, make_mesh
+from mobilellm_jax.sharding import Rules, batch_violations, logical_rules, make_mesh
 
 VERIFY_SEC = 24 * 3600.0  # that processes wait for one another to read the data
 _PREPARE_SEC = 24 * 3600.0  # that the other processes wait while process 0 prepares data
@@ -37,7 +39,8 @@ MAY_CHANGE = frozenset(
         *("train.checkpoint_every", "train.keep_checkpoints", "train.keep_every"),
         *("train.max_bad_steps", "train.accumulation_steps", "train.loss_chunk"),
         "train.deterministic",
-        *("evaluate.every", "evaluate.samples", "model.remat", "model.scan_unroll"),
+        *("evaluate.every", "evaluate.samples", "model.attention", "model.remat"),
+        "model.scan_unroll",
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.dcn_data"),
         # The same tokens in another place; `data_state` compares.
         *("data.path", "data.source", "data.verify"),
@@ -66,16 +69,15 @@ def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
       workdir: of the run.
       resume_step: newest checkpoint in `workdir`, or None for a fresh run.
     """
+    device = jax.devices()[0]
     if resume_step is None:
-        model = dataclasses.replace(resolve_compute_dtype(config.model), attention="xla")
-        return dataclasses.replace(config, model=model)
+        config = dataclasses.replace(config, model=resolve_compute_dtype(config.model))
+        return resolve_attention(config, device)
     old = config_lib.from_json((workdir / rundir.CONFIG).read_text("utf-8"))
     if config.model.compute_dtype == "auto":
         model = dataclasses.replace(config.model, compute_dtype=old.model.compute_dtype)
         config = dataclasses.replace(config, model=model)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, attention=old.model.attention)
-    )
+    config = resolve_attention(config, device)
     changed = config_lib.changed_fields(old, config)
     refused = {name: change for name, change in changed.items() if name not in MAY_CHANGE}
     if refused:
@@ -219,18 +221,9 @@ def check(config: Config, mixture: Mixture, tokenizer: Tokenizer) -> tuple[Mesh,
             "train.deterministic=True must be known before JAX starts; `mobilellm train` sees to "
             "that, elsewhere set XLA_FLAGS=--xla_gpu_deterministic_ops=true."
         )
-    shards, train = batch_shards(mesh), config.train
-    if train.global_batch % (shards * train.accumulation_steps):
-        violations.append(
-            f"train.global_batch={train.global_batch} must be a multiple of mesh.data x mesh.fsdp "
-            f"({shards}) x train.accumulation_steps ({train.accumulation_steps}); choose a "
-            f"multiple of {shards * train.accumulation_steps}."
-        )
-    if config.data.seq_len % mesh.shape["sequence"]:
-        violations.append(
-            f"data.seq_len={config.data.seq_len} must be a multiple of "
-            f"mesh.sequence={mesh.shape['sequence']}."
-        )
+    violations += batch_violations(config, mesh)
+    violations += device_violations(config, mesh.devices.flat[0])
+    train = config.train
     held_out = [stream for c in mixture.components if (stream := c.stream(VALIDATION))]
     if train.eval_every and not any(count_targets(s, config.data.boundaries) for s in held_out):
         violations.append(

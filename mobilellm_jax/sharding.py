@@ -22,7 +22,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from mobilellm_jax.config import ConfigError, MeshConfig, ModelConfig
+from mobilellm_jax.config import Config, ConfigError, MeshConfig, ModelConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
@@ -165,6 +165,24 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """Returns the number of parts that a batch is split into."""
     return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
+
+
+def batch_violations(config: Config, mesh: Mesh) -> list[str]:
+    """Returns why the config's batches cannot be spread over the mesh, one message per reason."""
+    train, shards = config.train, batch_shards(mesh)
+    violations = []
+    if train.global_batch % (shards * train.accumulation_steps):
+        violations.append(
+            f"train.global_batch={train.global_batch} must be a multiple of mesh.data x mesh.fsdp "
+            f"({shards}) x train.accumulation_steps ({train.accumulation_steps}); choose a "
+            f"multiple of {shards * train.accumulation_steps}."
+        )
+    if config.data.seq_len % mesh.shape["sequence"]:
+        violations.append(
+            f"data.seq_len={config.data.seq_len} must be a multiple of "
+            f"mesh.sequence={mesh.shape['sequence']}."
+        )
+    return violations
 
 
 def local_rows(mesh: Mesh, global_batch: int) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ import pytest
 
 from mobilellm_jax import checkpoint, distributed, preflight, pretrain
 from mobilellm_jax.cli.main import main
-from mobilellm_jax.config import Config, ConfigError, DataConfig
+from mobilellm_jax.config import Attention, Config, ConfigError, DataConfig, from_json, to_json
 from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.prepare import prepare
 from mobilellm_jax.data.tokenizer import load_tokenizer
@@ -217,3 +217,36 @@ def test_other_data_than_the_first_process_has_is_refused(
         preflight.data_state(config_of(mixture.path), mixture, tmp_path, None)
     for part in (mixture.fingerprint, "process 0 (c0ffee)", "copy the same folder"):
         assert part in str(error.value)
+
+
+def test_attention_is_settled_for_this_machine_at_every_start(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel is how the same numbers are computed: a run may go on with another one."""
+    code, shown = train(str(prepared / "one"), tmp_path, capsys, "--config.train.steps=1")
+    assert code == 0
+    assert "attention xla" in shown
+    recorded = tmp_path / "run" / "config.json"
+    config = from_json(recorded.read_text())
+    assert config.model.attention == "xla"
+
+    def as_if_on(attention: Attention) -> Config:
+        model = dataclasses.replace(config.model, attention=attention, max_seq_len=128)
+        data = dataclasses.replace(config.data, seq_len=128)
+        return dataclasses.replace(config, model=model, data=data)
+
+    recorded.write_text(to_json(as_if_on("splash")))  # it was started on a TPU
+    resumed = preflight.settle(as_if_on("auto"), tmp_path / "run", resume_step=1)
+    assert resumed.model.attention == "xla"
+
+
+def test_a_kernel_of_another_device_is_refused(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--config.model.attention=cudnn", "--config.model.compute_dtype=bfloat16")
+    code, shown = train(str(prepared / "one"), tmp_path, capsys, *flags)
+    assert code == 2
+    assert "model.attention='cudnn' runs on GPUs, and this is cpu; choose auto or xla." in shown
+    code, shown = train(str(prepared / "one"), tmp_path, capsys, "--config.model.remat=offload")
+    assert code == 2
+    assert "model.remat='offload'" in shown and "--config.model.remat=full" in shown
