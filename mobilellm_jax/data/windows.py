@@ -125,4 +125,5 @@ def _number_documents(
     segments_BT = np.repeat(number_R.astype(np.int32), lengths).reshape(-1, seq_len)
     # Within a row, so that a batch of any size fits the type.
     begin_BT = np.repeat(at_R.astype(np.int32), lengths).reshape(-1, seq_len)
-    return segments_BT, np.arange(seq_len, dtype=np.int32) - begin_BT
+    positions_BT = np.subtract(np.arange(seq_len, dtype=np.int32), begin_BT, out=begin_BT)
+    return segments_BT, positions_BT
