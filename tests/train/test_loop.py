@@ -224,6 +224,8 @@ def test_progress_tells_the_wait_for_data(make: Callable[..., Rig]) -> None:
     waited = rig.records()[-1]["train/data_wait"]
     assert waited > 0.1  # a step of the rig takes next to no time
     assert f"data wait {waited:.1%}" in shown
+    # Two steps of 3 targets each, and at least one wait; the batch has 4 x 2,048 positions.
+    assert rig.records()[-1]["train/tokens_per_sec"] <= 2 * 3 / 0.05
 
 
 def test_log_every_thins_the_record(make: Callable[..., Rig]) -> None:
