@@ -1,15 +1,20 @@
-"""Perplexity of a text, as the paper's evaluation script measures it.
+"""Perplexity of a text, as the paper's evaluation script measures it, or of every token of it.
 
 The text, behind one BOS, is cut into windows of the model's length T, without overlap; the first
 token of a window predicts the second, and so on, so that each scores T - 1 tokens; what is left
-after the last full window is dropped. The loss is the mean over all scored tokens, and
-perplexity = exp(loss). Bits per byte, loss * tokens / (ln 2 * bytes of text that the scored tokens
-stand for), compares models with different tokenizers.
+after the last full window is dropped. With a stride, windows overlap: each reads T tokens and
+scores the last `stride` of those that follow them, the first window all T, the last one what is
+left. So every token of the text is scored once, after T - stride tokens at least, or all there are.
+
+The loss is the mean over all scored tokens, and perplexity = exp(loss). Bits per byte,
+loss * tokens / (ln 2 * bytes of text that the scored tokens stand for), compares models with
+different tokenizers.
 """
 
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -42,6 +47,7 @@ def perplexity(
     tokenizer: Tokenizer,
     text: str,
     *,
+    stride: int | None = None,
     batch_size: int | None = None,
 ) -> PerplexityResult:
     """Scores `text` in windows of `model.max_seq_len` tokens; shows progress on a terminal.
@@ -50,45 +56,62 @@ def perplexity(
       config: the architecture.
       params: its parameters.
       tokenizer: the one it was trained with.
-      text: at least a window long.
+      text: at least a window long; with a stride, at least a token.
+      stride: see the module's docstring. None: the paper's windows.
       batch_size: windows at once; changes nothing but speed and memory. None: 8192 tokens' worth.
 
     Raises:
-      ValueError: if the text is shorter than a window.
+      ValueError: if the text is too short, or the stride not within a window.
       FloatingPointError: if the model gives no finite loss.
     """
-    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
-    windows_WT = _windows(config, ids)
-    count, length = windows_WT.shape
-    batch = min(batch_size or max(1, _BATCH_TOKENS // length), count)
+    ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
+    length = config.max_seq_len
+    windows = _windows(length, ids) if stride is None else _strided(length, ids, stride)
+    longest = max(window.stop - window.start for window in windows)
+    batch = min(batch_size or max(1, _BATCH_TOKENS // length), len(windows))
     params = jax.device_put(params)  # once, if they come from the host
     total = 0.0  # Python floats are float64: a sum of float32 losses would drift over a long text
-    for start in tqdm(range(0, count, batch), unit="batch", disable=None):
-        rows_BT = windows_WT[start : start + batch]
-        missing = batch - len(rows_BT)  # in the last batch; the shape, so the program, stays
-        losses_BT = _losses(params, np.pad(rows_BT, ((0, missing), (0, 0))), config)
-        total += float(np.asarray(losses_BT)[: len(rows_BT)].sum(dtype=np.float64))
+    for start in tqdm(range(0, len(windows), batch), unit="batch", disable=None):
+        part = windows[start : start + batch]
+        # The shape, so the program, stays in the last batch, and in a window that is short.
+        tokens_BT, targets_BT = np.zeros((2, batch, longest), np.int32)
+        is_scored_BT = np.zeros((batch, longest), bool)
+        for b, window in enumerate(part):
+            here = slice(0, window.stop - window.start)
+            tokens_BT[b, here] = ids[window.start : window.stop]
+            targets_BT[b, here] = ids[window.start + 1 : window.stop + 1]
+            is_scored_BT[b, window.scored - window.start : here.stop] = True
+        losses_BT = np.asarray(_losses(params, tokens_BT, targets_BT, config))
+        total += float(losses_BT.sum(dtype=np.float64, where=is_scored_BT))
     if not math.isfinite(total):
         raise FloatingPointError(
             f"The loss of the text is {total}: the parameters are not finite, or overflow."
         )
-    # Not scored: the first token of each window (BOS in the first), and what follows the last.
-    unscored = [*windows_WT[1:, 0].tolist(), *ids[windows_WT.size :]]
-    scored_bytes = len(text.encode("utf-8")) - sum(_byte_lengths(tokenizer, unscored))
-    tokens = count * (length - 1)
+    scored = np.zeros(len(ids), bool)
+    for window in windows:
+        scored[window.scored + 1 : window.stop + 1] = True
+    scored_bytes = len(text.encode("utf-8")) - sum(_byte_lengths(tokenizer, ids[~scored].tolist()))
+    tokens = int(scored.sum())
     loss = total / tokens
     return PerplexityResult(
         loss=loss,
         perplexity=math.exp(loss),
         bits_per_byte=total / math.log(2) / scored_bytes,
         tokens=tokens,
-        windows=count,
+        windows=len(windows),
     )
 
 
-def _windows(config: ModelConfig, ids: list[int]) -> np.ndarray:
-    """Returns the full windows, a row each."""
-    length = config.max_seq_len
+class _Window(NamedTuple):
+    """Tokens `start` to `stop` are read; what follows each from `scored` on is scored."""
+
+    start: int
+    scored: int
+    stop: int
+
+
+def _windows(length: int, ids: np.ndarray) -> list[_Window]:
+    """Returns the paper's: of `length` tokens, the last of which is only a target."""
     if length < 2:
         raise ValueError(
             f"model.max_seq_len={length} must be at least 2 to score a text: a window's first "
@@ -98,19 +121,41 @@ def _windows(config: ModelConfig, ids: list[int]) -> np.ndarray:
     if count == 0:
         raise ValueError(
             f"The text has {len(ids)} tokens, BOS included, and must have at least the "
-            f"{length} of one window (model.max_seq_len={length}); give a longer text."
+            f"{length} of one window (model.max_seq_len={length}); give a longer text, or "
+            "--stride, which takes any."
         )
-    return np.asarray(ids[: count * length], np.int32).reshape(count, length)
+    starts = range(0, count * length, length)
+    return [_Window(start, start, start + length - 1) for start in starts]
+
+
+def _strided(length: int, ids: np.ndarray, stride: int) -> list[_Window]:
+    """Returns windows that overlap so that every token but BOS is scored once."""
+    if not 1 <= stride <= length:
+        raise ValueError(
+            f"--stride={stride} must be at least 1 and at most model.max_seq_len={length}."
+        )
+    last = len(ids) - 1  # it is only a target
+    if last < 1:
+        raise ValueError("The text is empty; give one with at least a token.")
+    windows = [_Window(0, 0, min(length, last))]
+    while windows[-1].stop < last:
+        scored = windows[-1].stop
+        stop = min(scored + stride, last)
+        windows.append(_Window(stop - length, scored, stop))
+    return windows
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _losses(
-    params: Params, tokens_BT: Int[Array, "B T"], config: ModelConfig
-) -> Float[Array, "B T-1"]:
-    """Returns the cross-entropy of each window's second to last token, in nats, float32."""
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    targets_BT: Int[Array, "B T"],
+    config: ModelConfig,
+) -> Float[Array, "B T"]:
+    """Returns the cross-entropy of what follows each token, in nats, float32."""
     model = Transformer(config).bind({"params": params})
-    x_BTD = model.hidden(tokens_BT[:, :-1])
-    return token_losses(x_BTD, head_matrix(params, config), tokens_BT[:, 1:], _LOSS_CHUNK)
+    x_BTD = model.hidden(tokens_BT)
+    return token_losses(x_BTD, head_matrix(params, config), targets_BT, _LOSS_CHUNK)
 
 
 def _byte_lengths(tokenizer: Tokenizer, ids: list[int]) -> list[int]:

@@ -170,6 +170,46 @@ def test_text_of_exactly_one_window_is_scored_and_a_shorter_one_refused(
         perplexity(TINY, params_of(TINY), tokenizer, "")
 
 
+@functools.cache
+def llama_of(folder: Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("stride", [1, 5, 31, 32])
+def test_with_a_stride_every_token_is_scored_once_by_huggingface_llama_too(
+    stride: int, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "strided"
+    if not folder.exists():
+        write_huggingface(TINY, params_of(TINY), tokenizer, folder, layout="hf")
+    text = TEXT[:150]
+    ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text)])
+    losses = []
+    # Token i is read after the tokens of the window that ends where its stride does.
+    for i in range(1, len(ids)):
+        end = 32 if i <= 32 else min(32 + -(-(i - 32) // stride) * stride, len(ids) - 1)
+        start = max(0, end - 32)
+        with torch.no_grad():
+            logits = llama_of(folder)(ids[None, start:i]).logits[0, -1].double()
+        losses.append(-torch.log_softmax(logits, -1)[ids[i]].item())
+    found = perplexity(TINY, params_of(TINY), tokenizer, text, stride=stride)
+    assert found.tokens == len(ids) - 1 > 64
+    assert found.windows == 1 + -(-(found.tokens - 32) // stride)
+    assert found.loss == pytest.approx(np.mean(losses), abs=LOSS_TOLERANCE)
+    bits = sum(losses) / math.log(2)
+    assert found.bits_per_byte == pytest.approx(bits / len(text.encode()), rel=LOSS_TOLERANCE)
+
+
+def test_with_a_stride_a_short_text_will_do(tokenizer: Tokenizer) -> None:
+    found = perplexity(TINY, params_of(TINY), tokenizer, "zz", stride=8)
+    assert (found.tokens, found.windows) == (len(tokenizer.encode("zz")), 1)
+    with pytest.raises(ValueError, match=r"The text is empty"):
+        perplexity(TINY, params_of(TINY), tokenizer, "", stride=8)
+    for stride in (0, 33):
+        with pytest.raises(ValueError, match=rf"--stride={stride} must be .* at most .*=32"):
+            perplexity(TINY, params_of(TINY), tokenizer, TEXT, stride=stride)
+
+
 def test_windows_without_a_scored_token_are_refused(tokenizer: Tokenizer) -> None:
     config = dataclasses.replace(TINY, max_seq_len=1)
     with pytest.raises(ValueError, match=r"max_seq_len=1 must be at least 2"):
