@@ -103,6 +103,26 @@ MOBILELLM_PARAMETERS = {
     "ls_350m": 345_355_200,
 }
 
+# The published models' scores (Tables 3, 4 and 8), in the order of TASKS and QA_TASKS; "-" where
+# the figure was not found.
+_MOBILELLM_SCORES = {
+    "125m": "43.9 27.1 60.2 65.3 42.4 38.9 39.5 53.1 46.3 13.9 14.3 12.5 39.7 28.9",
+    "350m": "53.8 33.5 62.4 68.6 44.7 49.6 40.0 57.6 51.3 22.0 23.9 24.2 45.6 33.8",
+    "600m": "58.1 35.8 61.0 72.3 44.9 55.9 47.9 58.6 54.3",
+    "1b": "63.0 39.0 66.7 74.4 45.0 61.4 46.8 62.3 57.3",
+    "1_5b": "67.5 40.9 65.7 74.8 46.4 64.5 50.5 64.7 59.4",
+    "ls_125m": "45.8 28.7 60.4 65.7 42.9 39.5 41.1 52.1 47.0 14.2 - - 40.7 29.6",
+    "ls_350m": "54.4 32.5 62.8 69.8 44.1 50.6 45.8 57.2 52.1 - - - 47.3 33.7",
+}
+MOBILELLM_SCORES: dict[str, dict[str, float]] = {
+    size: {
+        task: float(score)
+        for task, score in zip((*TASKS, *QA_TASKS), scores.split(), strict=False)
+        if score != "-"
+    }
+    for size, scores in _MOBILELLM_SCORES.items()
+}
+
 _QUARTER_TRILLION = 250_000_000_000  # tokens of the ablations
 _TRILLION = 1_000_000_000_000  # tokens of the published models
 _BLOCKS_AND_WIDTH = {"125M": (8, 896), "350M": (15, 1280)}  # of Tables 2, 13 and 14

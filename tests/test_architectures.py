@@ -5,6 +5,7 @@ import pytest
 from mobilellm_jax.architectures import (
     MOBILELLM,
     MOBILELLM_PARAMETERS,
+    MOBILELLM_SCORES,
     QA_TASKS,
     TABLE_ROWS,
     TASKS,
@@ -105,6 +106,28 @@ def test_roadmap_ends_at_the_published_models() -> None:
         assert steps["+ layer sharing, 1T tokens"].model == MOBILELLM[f"ls_{size}"]
         assert steps["baseline: ReLU feed-forward"].model.activation == "relu"
         assert steps["+ 1T tokens"].tokens == 4 * steps["+ SwiGLU"].tokens == 10**12
+
+
+@pytest.mark.parametrize("size", MOBILELLM)
+def test_published_scores_have_their_average(size: str) -> None:
+    scores = MOBILELLM_SCORES[size]
+    assert tuple(scores)[: len(TASKS)] == TASKS
+    tasks = [scores[task] for task in TASKS if task != "average"]
+    assert sum(tasks) / len(tasks) == pytest.approx(scores["average"], abs=0.065)
+
+
+def test_published_scores_are_those_that_the_roadmap_ends_at() -> None:
+    for group, size in (("125M", "125m"), ("350M", "350m")):
+        steps = {row.step: row.scores for row in rows("10", group)}
+        for step, name in (("+ 1T tokens", size), ("+ layer sharing, 1T tokens", f"ls_{size}")):
+            published = {task: MOBILELLM_SCORES[name][task] for task in TASKS}
+            assert published == steps[step]
+    # Table 4, as far as it is known.
+    assert MOBILELLM_SCORES["125m"]["triviaqa_f1_64shot"] == 12.5
+    assert MOBILELLM_SCORES["ls_125m"].keys() - set(TASKS) == {
+        "triviaqa_f1_1shot", "race_middle", "race_high"
+    }  # fmt: skip
+    assert MOBILELLM_SCORES["ls_350m"]["race_high"] == 33.7
 
 
 def test_ffn_width() -> None:
