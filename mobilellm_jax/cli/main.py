@@ -29,6 +29,7 @@ READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 COMMANDS = {
     "prepare": "turn text into token shards, with a tokenizer given or trained",
     "inspect": "check token shards, count what is in them, show some of it",
+    "plan": "say what a run will need: memory, communication and time, without a TPU",
     "train": "train from a config; the same command again resumes",
     "evaluate": "measure the perplexity of a text",
     "generate": "continue a prompt, or talk",

@@ -1,0 +1,95 @@
+"""Parameters, FLOPs and bytes of a config, counted without compiling anything."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mobilellm_jax.config import Config, DataConfig, ModelConfig
+from mobilellm_jax.model.size import flops_per_token, parameter_count
+from mobilellm_jax.model.transformer import Params, Transformer, init_params
+from mobilellm_jax.sharding import Rules, batch_shards, bytes_per_device
+from mobilellm_jax.train.optimizer import make_optimizer
+from mobilellm_jax.train.state import abstract_state
+from mobilellm_jax.train.step import chunk_positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What a run takes; bytes are those of one device."""
+
+    parameters: int
+    flops_per_token: int  # forward and backward, by the convention of `model/size.py`
+    tokens_per_step: int  # of the global batch
+    num_devices: int
+    rows: int  # sequences on a device at once
+    weight_bytes: int
+    optimizer_bytes: int
+    gradient_bytes: int  # float32, as large as the weights, twice while they accumulate
+    activation_bytes: int  # what the blocks keep for the backward pass, by `model.remat`
+    loss_bytes: int  # of the logits that exist at once, and of the head's gradient
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it at once; the compiler may do with less, or need room to work in."""
+        state = self.weight_bytes + self.optimizer_bytes
+        return state + self.gradient_bytes + self.activation_bytes + self.loss_bytes
+
+    @property
+    def flops_per_step(self) -> int:
+        """Model FLOPs of one device in one step."""
+        return self.flops_per_token * self.tokens_per_step // self.num_devices
+
+
+def account_of(config: Config, mesh: Mesh, rules: Rules) -> Account:
+    """Returns the account. `model.compute_dtype` and `model.attention` must be resolved."""
+    train, model, seq_len = config.train, config.model, config.data.seq_len
+    optimizer = make_optimizer(config.optimizer, train.steps)
+    state = abstract_state(config, optimizer, mesh, rules)
+    shards = batch_shards(mesh)
+    rows = train.global_batch // train.accumulation_steps // shards
+    weights = bytes_per_device(state.params)
+    chunk = chunk_positions(config, rows * shards, shards) * rows
+    tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
+    return Account(
+        parameters=parameter_count(model),
+        flops_per_token=flops_per_token(model, seq_len),
+        tokens_per_step=train.global_batch * seq_len,
+        num_devices=mesh.size,
+        rows=rows,
+        weight_bytes=weights,
+        optimizer_bytes=bytes_per_device(state.optimizer),
+        gradient_bytes=weights * (1 if train.accumulation_steps == 1 else 2),
+        # What `tensor` splits is not told from what it does not: this is the most.
+        activation_bytes=rows * activation_bytes_per_row(model, config.data) // sequence,
+        loss_bytes=4 * model.vocab_size * (chunk // sequence + model.embed_dim) // tensor,
+    )
+
+
+@functools.lru_cache
+def activation_bytes_per_row(model: ModelConfig, data: DataConfig) -> int:
+    """Returns the bytes that one more sequence adds to what waits for the backward pass."""
+    transformer = Transformer(model)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+    def kept(rows: int) -> int:
+        tokens_BT = jax.ShapeDtypeStruct((rows, data.seq_len), jnp.int32)
+
+        def residuals(params: Params, tokens_BT: jax.Array) -> Any:
+            segments_BT = tokens_BT if data.boundaries == "document_mask" else None
+
+            def forward(params: Params) -> Any:
+                return transformer.apply(
+                    {"params": params}, tokens_BT, segments_BT=segments_BT, method="hidden"
+                )
+
+            return jax.vjp(forward, params)[1]  # a tree, whose leaves are what waits
+
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, tokens_BT))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+    return kept(2) - kept(1)  # weights that wait too are the same for both

@@ -1,0 +1,119 @@
+"""The real training step, compiled for devices that need not be there."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.model.on_device import device_violations, resolve_attention
+from mobilellm_jax.model.precision import resolve_compute_dtype
+from mobilellm_jax.plan.hlo import Program, read_program
+from mobilellm_jax.sharding import (
+    Rules,
+    batch_sharding,
+    batch_violations,
+    logical_rules,
+    make_mesh,
+)
+from mobilellm_jax.train.optimizer import make_optimizer
+from mobilellm_jax.train.state import abstract_state
+from mobilellm_jax.train.step import make_train_step
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+# libtpu words it in two ways: for temporaries alone, and for everything together.
+_EXCEEDS = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
+_USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A step that fits."""
+
+    state_bytes: int  # of one device: parameters, optimizer and batch, updated in place
+    temporary_bytes: int  # with gaps
+    peak_bytes: int  # of what is alive at once, the state included; this is what must fit
+    program: Program
+    compile_sec: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLarge:
+    """A step that does not fit, and what it would need of what there is."""
+
+    needed_bytes: int
+    available_bytes: int
+    compile_sec: float
+
+
+def settle(config: Config, device: jax.Device) -> Config:
+    """Replaces every `auto` by what it is on the device."""
+    model = resolve_compute_dtype(config.model, device)
+    return resolve_attention(dataclasses.replace(config, model=model), device)
+
+
+def mesh_of(config: Config, devices: Sequence[jax.Device]) -> tuple[Mesh, Rules]:
+    """Returns the mesh over the devices and its rules.
+
+    Raises:
+      ConfigError: if config and devices do not agree.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    violations = batch_violations(config, mesh) + device_violations(config, devices[0])
+    if violations:
+        raise ConfigError("\n".join(violations))
+    return mesh, logical_rules(config.model, mesh.shape)
+
+
+def lower_step(config: Config, mesh: Mesh, rules: Rules) -> jax.stages.Lowered:
+    """Lowers the step that `train` runs."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state = abstract_state(config, optimizer, mesh, rules)
+    step = make_train_step(config, optimizer, mesh, rules, state)
+    names = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    if config.data.boundaries == "document_mask":
+        names |= {"segments": jnp.int32, "positions": jnp.int32}
+    shape = (config.train.global_batch, config.data.seq_len)
+    sharding = batch_sharding(mesh)
+    batch = {n: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for n, d in names.items()}
+    return step.lower(state, batch)
+
+
+def compile_step(config: Config, mesh: Mesh, rules: Rules) -> CompiledStep | TooLarge:
+    """Compiles the step; everything in `config` must be settled."""
+    lowered = lower_step(config, mesh, rules)
+    began = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        sizes = needed_and_available(str(error))
+        if sizes is None:
+            raise
+        return TooLarge(*sizes, compile_sec=time.perf_counter() - began)
+    compile_sec = time.perf_counter() - began
+    memory, text = program.memory_analysis(), program.as_text()
+    assert memory is not None and text is not None, "every compiler in use tells both"
+    return CompiledStep(
+        state_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        program=read_program(text),
+        compile_sec=compile_sec,
+    )
+
+
+def needed_and_available(message: str) -> tuple[int, int] | None:
+    """Reads the bytes out of the compiler's message that a program does not fit, if it is one."""
+    found = _EXCEEDS.search(message) or _USED.search(message)
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
+        return None
+    needed, unit, available, available_unit = found.groups()
+    return (
+        round(float(needed) * _UNITS[unit]),
+        round(float(available) * _UNITS[available_unit]),
+    )

@@ -1,0 +1,200 @@
+"""What a compiled program does per execution, read from its text.
+
+XLA's own cost analysis counts the body of a loop once, and says nothing of collectives. Here every
+instruction counts as often as the loops around it run.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|(?:called_computations|branch_computations)=\{([^}]*)\}"
+)
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTANT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+# One transfer may be spread over several fusions that each repeat it under one of these names.
+_SAME_TRANSFER = re.compile(r'(?:chain_id|async_collective_name)="([^"]*)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_GROUPS_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_GROUPS_COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_GROUPS_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    opcode: str
+    text: str  # all of it after " = "
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A transfer between devices."""
+
+    kind: str
+    shape: str  # without layouts
+    payload_bytes: int  # of the array that is whole before or after, on one device
+    group: int  # devices that take part together
+    times: int  # per execution of the program
+    origin: str  # the end of the op's name in the source program
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes that a device sends per execution if rings are used, the least there can be."""
+        rounds = 2 if self.kind == "all-reduce" else 1
+        share = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
+        return round(rounds * share * self.payload_bytes) * self.times
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What was read."""
+
+    collectives: tuple[Collective, ...]
+    estimated_cycles: int | None  # by the TPU compiler, its Pallas kernels left out; None elsewhere
+    kernels: dict[str, int]  # Pallas kernel -> calls per execution
+    unknown_loops: int  # whose trips are not in the text; their bodies count once
+
+
+def read_program(text: str) -> Program:
+    """Reads the text of a compiled program (`jax.stages.Compiled.as_text`)."""
+    computations, entry = _computations(text)
+    collectives: list[Collective] = []
+    seen: set[tuple[str, str]] = set()
+    kernels: collections.Counter[str] = collections.Counter()
+    cycles, any_cycles, unknown = 0, False, 0
+
+    def visit(computation: str, times: int, in_fusion: bool) -> None:
+        nonlocal cycles, any_cycles, unknown
+        for instruction in computations[computation]:
+            kind = _collective_kind(instruction.opcode)
+            if kind is not None:
+                transfer = _SAME_TRANSFER.search(instruction.text)
+                key = (kind, transfer.group(1) if transfer else instruction.name)
+                if key not in seen:
+                    seen.add(key)
+                    collectives.append(_collective(kind, instruction, times))
+            if 'custom_call_target="tpu_custom_call"' in instruction.text:
+                kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times
+            estimate = _CYCLES.search(instruction.text)
+            if estimate and not in_fusion:
+                any_cycles = True
+                cycles += int(estimate.group(1)) * times
+            inner = times
+            if instruction.opcode == "while":
+                trips = _trips(instruction, computations)
+                unknown += trips is None
+                inner = times * (1 if trips is None else trips)
+            for called in _called(instruction):
+                visit(called, inner, in_fusion or instruction.opcode == "fusion")
+
+    visit(entry, 1, False)
+    return Program(tuple(collectives), cycles if any_cycles else None, dict(kernels), unknown)
+
+
+def _array_bytes(dtype: str, dims: str) -> int:
+    bits = _BITS.get(dtype)
+    if bits is None:
+        bits = int(re.sub(r"^\D+(\d+).*$", r"\1", dtype))
+    return math.prod(int(d) for d in dims.split(",") if d) * bits // 8
+
+
+def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            current = computations.setdefault(header.group(2), [])
+            entry = header.group(2) if header.group(1) else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            name, rest = found.groups()
+            opcode = _OPCODE.search(rest)
+            if opcode:
+                shape = rest[: opcode.start()]
+                current.append(Instruction(name, shape, opcode.group(1), rest))
+    if not entry:
+        raise ValueError("the text is no HLO module: it has no ENTRY computation.")
+    return computations, entry
+
+
+def _called(instruction: Instruction) -> Iterator[str]:
+    """Yields the computations that the instruction runs; not those it reduces with."""
+    if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start"):
+        return
+    for one, several in _CALLED.findall(instruction.text):
+        yield from re.findall(r"[\w.\-]+", one or several)
+
+
+def _trips(instruction: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    known = _KNOWN_TRIPS.search(instruction.text)
+    if known:
+        return int(known.group(1))
+    condition = _CONDITION.search(instruction.text)
+    if condition is None:
+        return None
+    # A scan counts from 0 to the only constant of its condition.
+    body = computations[condition.group(1)]
+    constants = [m.group(1) for i in body if (m := _CONSTANT.match(i.text))]
+    return int(constants[0]) if len(constants) == 1 else None
+
+
+def _collective_kind(opcode: str) -> str | None:
+    kind = opcode.removesuffix("-start")
+    return kind if kind in COLLECTIVES else None
+
+
+def _collective(kind: str, instruction: Instruction, times: int) -> Collective:
+    arrays = _ARRAY.findall(instruction.shape)
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        # Operands first, then results, then what the transfer needs for itself.
+        arrays = [a for a in arrays if a != ("u32", "")]
+        arrays = arrays[len(arrays) // 2 :]
+    group = _group_size(instruction.text)
+    payload = sum(_array_bytes(*array) for array in arrays)
+    if kind == "reduce-scatter":
+        payload *= group
+    origin = _OP_NAME.search(instruction.text)
+    return Collective(
+        kind=kind,
+        shape=", ".join(f"{dtype}[{dims}]" for dtype, dims in arrays),
+        payload_bytes=payload,
+        group=group,
+        times=times,
+        origin=origin.group(1) if origin else "",
+    )
+
+
+def _group_size(text: str) -> int:
+    listed, counted = _GROUPS_LISTED.search(text), _GROUPS_COUNTED.search(text)
+    if listed:
+        return len(listed.group(1).split(","))
+    if counted:
+        return int(counted.group(1))
+    mesh = _GROUPS_OF_MESH.search(text)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
+    return 1

@@ -1,0 +1,128 @@
+"""TPU slices by name, and their devices to compile for, without having any.
+
+`v5e:16x16` is a slice of that many chips, `2xv5e:16x16` two of them joined by DCN.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from mobilellm_jax.config import ConfigError
+
+INSTALL_LIBTPU = 'pip install "mobilellm-jax[tpu]"'
+
+_GIB = 2**30
+# libtpu then asks no metadata server where it is, and takes no lock on a TPU that it does not use.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any that there is: no host is looked for
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of TPU chip (Cloud TPU documentation, July 2026; memory as libtpu gives it out)."""
+
+    name: str
+    memory_bytes: int
+    memory_bytes_per_sec: float
+    ici_bytes_per_sec: float  # sent by one chip over all its links: half of "bidirectional"
+    flops_per_cycle: int  # of all matrix units, bfloat16
+    matrix_unit: int  # its side
+    dimensions: int  # of a slice
+    most_chips: int  # of a slice
+    variant: str | None = None  # libtpu's name for one device per chip, where it is not the default
+
+
+_CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", int(30.75 * _GIB), 1228e9, 300e9, 8 * 128**2 * 2, 128, 3, 4096, "megacore"),
+        Chip("v5e", int(15.75 * _GIB), 819e9, 200e9, 4 * 128**2 * 2, 128, 2, 256),
+        Chip("v5p", int(95.74 * _GIB), 2765e9, 600e9, 8 * 128**2 * 2, 128, 3, 8960),
+        Chip("v6e", int(31.25 * _GIB), 1640e9, 400e9, 4 * 256**2 * 2, 256, 2, 256),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Slices of one kind of chip."""
+
+    name: str
+    chip: Chip
+    sides: tuple[int, ...]
+    slices: int
+
+    @property
+    def num_devices(self) -> int:
+        """One per chip."""
+        return math.prod(self.sides) * self.slices
+
+
+def parse_topology(name: str) -> Topology:
+    """Returns the topology of a name such as `v5e:16x16`, `v5p:4x4x4` or `2xv5e:16x16`.
+
+    Raises:
+      ConfigError: if there is no such slice.
+    """
+    field = f"--topology={name}"
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(v\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
+    if found is None:
+        raise ConfigError(f"{field} must look like v5e:16x16, v5p:4x4x4 or 2xv5e:16x16.")
+    slices, kind, written = found.groups()
+    chip = _CHIPS.get(kind)
+    if chip is None:
+        raise ConfigError(f"{field} names no known kind of TPU; choose {', '.join(_CHIPS)}.")
+    sides = tuple(map(int, written.split("x")))
+    if len(sides) != chip.dimensions:
+        example = {2: f"{kind}:4x4", 3: f"{kind}:4x4x4"}[chip.dimensions]
+        raise ConfigError(f"{field}: a slice of {kind} has {chip.dimensions} sides, as {example}.")
+    chips = math.prod(sides)
+    if chips > chip.most_chips:
+        raise ConfigError(
+            f"{field}: a slice of {kind} has at most {chip.most_chips} chips; join several, as "
+            f"2x{kind}:{written}."
+        )
+    if chips > 1 and any(side % 2 for side in sides[:2]):
+        raise ConfigError(
+            f"{field}: hosts have 2 x 2 chips, so the first two sides must be even (or all 1)."
+        )
+    return Topology(name, chip, sides, int(slices or 1))
+
+
+def topology_devices(topology: Topology) -> list[jax.Device]:
+    """Returns devices that programs can be compiled for, and nothing else.
+
+    Raises:
+      ConfigError: if libtpu is not installed, or knows no such slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            f"--topology={topology.name} needs libtpu, the TPU compiler, which runs on any Linux "
+            f"machine: {INSTALL_LIBTPU}"
+        )
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, object] = {}
+    if math.prod(topology.sides) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    if topology.chip.variant:
+        options["chip_config_name"] = topology.chip.variant
+    shape = "x".join(map(str, topology.sides))
+    try:
+        found = topologies.get_topology_desc(
+            topology_name=f"{topology.chip.name}:{shape}", platform="tpu", **options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"--topology={topology.name}: libtpu refuses it: {error}") from error
+    return list(found.devices)
