@@ -1,4 +1,4 @@
-"""Beam writes what the local runner writes. launch/test_beam.sh has Beam, launch/test.sh has not."""
+"""Beam writes what the local runner writes; only launch/test_beam.sh has Beam."""
 
 import importlib.util
 import json
