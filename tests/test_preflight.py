@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -250,3 +251,29 @@ def test_a_kernel_of_another_device_is_refused(
     code, shown = train(str(prepared / "one"), tmp_path, capsys, "--config.model.remat=offload")
     assert code == 2
     assert "model.remat='offload'" in shown and "--config.model.remat=full" in shown
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_gpu_deterministic_ops=true"])
+def test_determinism_that_a_gpu_was_not_told_of_is_refused(
+    flags: str, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = config_of(f"{prepared}/one", seq_len=16)
+    train = dataclasses.replace(base.train, deterministic=True, global_batch=8, eval_every=0)
+    config = dataclasses.replace(
+        base, train=train, model=dataclasses.replace(base.model, vocab_size=300, attention="xla")
+    )
+    mixture = open_mixture(config.data.path)
+    tokenizer = load_tokenizer(mixture.tokenizer)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    preflight.check(config, mixture, tokenizer)  # a CPU needs no flag
+
+    gpu = SimpleNamespace(platform="gpu")
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
+    mesh = SimpleNamespace(devices=np.array([gpu]), shape=sizes)
+    monkeypatch.setattr(preflight, "make_mesh", lambda _: mesh)
+    monkeypatch.setattr(preflight, "device_violations", lambda *_: [])
+    if flags:
+        preflight.check(config, mixture, tokenizer)
+    else:
+        with pytest.raises(ConfigError, match=r"train\.deterministic=True.*deterministic_ops=true"):
+            preflight.check(config, mixture, tokenizer)
