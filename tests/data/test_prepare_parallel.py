@@ -93,9 +93,15 @@ def test_killed_at_ten_random_moments(corpus: Path, tmp_path: Path) -> None:
     kills, with_parts, completed = 0, 0, 0
     while kills < 10:
         process = start(output)
+        before = len(list(work.glob("parts/*.json")))
+        # At any moment, and, since imports take half of the time, every other one among the parts.
+        moment = whole_sec * rng.uniform(0.1, 1.0)
+        if kills % 2:
+            while process.poll() is None and len(list(work.glob("parts/*.json"))) <= before:
+                time.sleep(0.002)
+            moment = rng.uniform(0.0, 0.3)
         try:
-            # Imports and the start of workers are half of the time: nothing can be lost there.
-            process.wait(timeout=whole_sec * rng.uniform(0.4, 1.0))
+            process.wait(timeout=moment)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
