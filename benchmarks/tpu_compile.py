@@ -1,0 +1,89 @@
+"""The training step compiled for a TPU that is not there: cycles and memory per policy of remat.
+
+    pip install "mobilellm-jax[tpu]"
+    python benchmarks/tpu_compile.py
+    python benchmarks/tpu_compile.py --model=350m --topology=v6e:1x1 --remat=dots,full
+
+The step is the one that `train` runs. Cycles are libtpu's own estimates of every instruction, each
+as often as the loops around it run, without the attention kernels, of which libtpu estimates
+nothing: good for comparing programs, not for absolute time. "ms" adds the kernels' products at the
+share of the peak that heads of this width can reach; it is a prediction.
+"""
+
+import argparse
+import dataclasses
+import platform
+from importlib import metadata
+
+import jax
+
+from mobilellm_jax.architectures import MOBILELLM
+from mobilellm_jax.config import Config, DataConfig, TrainConfig
+from mobilellm_jax.plan.accounting import account_of
+from mobilellm_jax.plan.compiled import TooLarge, compile_step, mesh_of, settle
+from mobilellm_jax.plan.prediction import predict
+from mobilellm_jax.plan.topology import parse_topology, topology_devices
+from mobilellm_jax.train.metrics import peak_flops
+
+_GIB = 2**30
+# What a step of the 125M must stay under with 8 rows on a v5e, under at least one policy; before
+# kernels, layouts and chunks it took 482 M cycles and 10.9 GiB.
+_MOST_CYCLES, _MOST_TEMPORARIES = 320e6, 7 * _GIB
+
+
+def main() -> None:
+    """Compiles one step per policy and prints a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="125m", choices=MOBILELLM)
+    parser.add_argument("--topology", default="v5e:1x1")
+    parser.add_argument("--rows", type=int, default=8, help="sequences on a chip")
+    parser.add_argument("--seq_len", type=int, default=2048)
+    parser.add_argument("--boundaries", default="concat", choices=["concat", "document_mask"])
+    parser.add_argument("--remat", default="dots,attention,full,offload")
+    flags = parser.parse_args()
+
+    jax.config.update("jax_platforms", "cpu")
+    topology = parse_topology(flags.topology)
+    devices = topology_devices(topology)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "libtpu", "flax"))
+    print(f"{versions}, Python {platform.python_version()}")
+    print(
+        f"MobileLLM-{flags.model}, {flags.topology}, {flags.rows} x {flags.seq_len} tokens a chip, "
+        f"{flags.boundaries}"
+    )
+    print(f"{'remat':12}{'M cycles':>10}{'temp GiB':>10}{'peak GiB':>10}{'kernels':>9}{'ms':>8}")
+    held = False
+    for remat in flags.remat.split(","):
+        config = settle(
+            Config(
+                model=dataclasses.replace(MOBILELLM[flags.model], remat=remat),
+                data=DataConfig(seq_len=flags.seq_len, boundaries=flags.boundaries),
+                train=TrainConfig(global_batch=flags.rows * topology.num_devices),
+            ),
+            devices[0],
+        )
+        mesh, rules = mesh_of(config, devices)
+        step = compile_step(config, mesh, rules)
+        if isinstance(step, TooLarge):
+            print(f"{remat:12}needs {step.needed_bytes / _GIB:.2f} GiB, does not fit")
+            continue
+        cycles = step.program.estimated_cycles
+        peak = peak_flops(devices[0])
+        assert cycles is not None and peak is not None, "libtpu estimates, and its chips are known"
+        account = account_of(config, mesh, rules)
+        prediction = predict(config, account, step, topology.chip, peak)
+        calls = sum(step.program.kernels.values())
+        print(
+            f"{remat:12}{cycles / 1e6:10.1f}{step.temporary_bytes / _GIB:10.2f}"
+            f"{step.peak_bytes / _GIB:10.2f}{calls:9}{prediction.fastest_sec * 1e3:8.1f}",
+            flush=True,
+        )
+        held |= cycles <= _MOST_CYCLES and step.temporary_bytes <= _MOST_TEMPORARIES
+    if (flags.model, flags.topology, flags.rows, flags.seq_len) == ("125m", "v5e:1x1", 8, 2048):
+        limit = f"{_MOST_CYCLES / 1e6:.0f} M cycles and {_MOST_TEMPORARIES / _GIB:.0f} GiB"
+        print(f"{limit} of temporaries: {'held' if held else 'NOT HELD'}")
+        raise SystemExit(not held)
+
+
+if __name__ == "__main__":
+    main()
