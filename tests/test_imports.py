@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # A room is a file or a folder directly under the package.
 FLOORS = {
+    "strict_json": 0,
     "compile_cache": 1,
     "config": 1,
     "host_memory": 1,
@@ -137,8 +138,9 @@ def test_training_is_handed_its_data_and_its_saving(file: Path) -> None:
 
 
 def needs_an_extra(file: Path) -> bool:
-    """Whether the file is for PyTorch's users, as the modelling file of an export is."""
-    return "torch" in {module.split(".")[0] for module in imports(file, file.read_text())}
+    """Whether it is for PyTorch's users, as an export's modelling file, or needs the harness."""
+    libraries = {module.split(".")[0] for module in imports(file, file.read_text())}
+    return not libraries.isdisjoint({"torch", "lm_eval"})
 
 
 def test_importing_starts_no_backend() -> None:

@@ -1,0 +1,217 @@
+"""JSON that anybody may have written: read within limits, and taken apart by type.
+
+`parse` and `read` take any bytes and return plain values or raise a `JsonError`. They refuse what
+Python's own reader lets through and what surprises whoever uses the values: a key that occurs
+twice, numbers that are not finite or beyond 64 bits, nesting that makes a recursion fail, half a
+surrogate pair. `as_type` turns the values into what a type annotation says, dataclasses included.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import re
+import reprlib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+MAX_BYTES = 1 << 27
+"""Of a file: four times the largest tokenizer.json, and a manifest of 100,000 shards."""
+MAX_DEPTH = 64
+"""Of nesting. Python's reader and much that walks a value fail at some hundreds."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_INTEGERS = range(-(1 << 63), 1 << 64)
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxother = _shortened.maxlong = 80
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+class JsonError(ValueError):
+    """What is wrong with a text or a value in it, to stand behind the file's name and a colon."""
+
+
+def read(file: Path) -> Any:
+    """Returns what a JSON file holds.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      JsonError: naming the file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist.")
+    try:
+        return parse(content_of(file))
+    except JsonError as error:
+        raise JsonError(f"{file}: {error}") from error
+
+
+def content_of(file: Path) -> bytes:
+    """Returns the bytes of a file that should hold JSON.
+
+    Raises:
+      JsonError: if it is larger than any such file.
+    """
+    with file.open("rb") as opened:
+        content = opened.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise JsonError(f"has more than {MAX_BYTES:,} bytes, which no such file needs.")
+    return content
+
+
+def parse(content: bytes | str, *, non_finite: bool = False) -> Any:
+    """Returns the value that the JSON text `content` stands for.
+
+    Args:
+      content: UTF-8, or text.
+      non_finite: whether NaN and Infinity, which are not JSON but which Python writes, are numbers.
+
+    Raises:
+      JsonError: for everything else.
+    """
+    try:
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
+    except UnicodeDecodeError as error:
+        raise JsonError(f"is not UTF-8 ({error.reason} at byte {error.start}).") from error
+    constant = float if non_finite else _constant
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_number,
+            parse_constant=constant,
+        )
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise JsonError(f"is not JSON ({error.msg} in {place}).") from error
+    except RecursionError:
+        raise JsonError(_TOO_DEEP) from None
+    _check_depth(value)
+    return value
+
+
+def as_type(value: Any, expected: Any, name: str = "") -> Any:
+    """Returns a parsed value as the type `expected`; `name` is where it stands, for messages.
+
+    A dataclass is made of an object with its fields, a tuple of an array; a whole number becomes a
+    float where one is expected. `Any` takes everything.
+
+    Raises:
+      JsonError: naming the field, the value and what it must be.
+    """
+    if dataclasses.is_dataclass(expected):
+        return _dataclass(value, expected, name)
+    origin, inner = typing.get_origin(expected), typing.get_args(expected)
+    if expected is Any:
+        return value
+    if origin is Literal:
+        if not isinstance(value, str) or value not in inner:
+            raise _wrong(name, value, f"one of {', '.join(inner)}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and types.NoneType in inner:
+            return None
+        [expected] = [each for each in inner if each is not types.NoneType]
+        return as_type(value, expected, name)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise _wrong(name, value, "an object")
+        return {key: as_type(each, inner[1], _inside(name, key)) for key, each in value.items()}
+    if origin in (list, tuple):
+        if not isinstance(value, list):
+            raise _wrong(name, value, "an array")
+        fixed = origin is tuple and inner[-1] is not Ellipsis
+        if fixed and len(value) != len(inner):
+            raise _wrong(name, value, f"an array of {len(inner)}")
+        hints = inner if fixed else [inner[0]] * len(value)
+        items = enumerate(zip(value, hints, strict=True))
+        return origin(as_type(each, hint, f"{name}[{i}]") for i, (each, hint) in items)
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        raise _wrong(name, value, _NAMES[expected])
+    if expected is str and not value.isascii() and _SURROGATE.search(value):
+        raise _wrong(name, value, "a text without half a surrogate pair")
+    return value
+
+
+def shown(value: Any) -> str:
+    """Returns a value as Python writes it, long ones shortened, for a message."""
+    return _shortened.repr(value)
+
+
+_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep."
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        [(twice, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise JsonError(f"has the key {shown(twice)} twice in one object.")
+    return result
+
+
+def _integer(text: str) -> int:
+    # Python refuses thousands of digits itself, since reading them takes the square of the time.
+    if len(text) > 20 or (number := int(text)) not in _INTEGERS:
+        raise JsonError(f"holds the whole number {text[:24]}..., which is beyond 64 bits.")
+    return number
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise JsonError(f"holds the number {text[:24]}, which is beyond the range of floats.")
+    return number
+
+
+def _constant(text: str) -> float:
+    raise JsonError(f"holds {text}, which is not a number of JSON.")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [each for each in level if isinstance(each, (dict, list))]
+        if not containers:
+            return
+        level = [
+            inner
+            for outer in containers
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    raise JsonError(_TOO_DEEP)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _dataclass(value: Any, cls: Any, name: str) -> Any:
+    if not isinstance(value, dict):
+        raise _wrong(name, value, "an object")
+    hints = _hints(cls)
+    for key in value:
+        if key not in hints:
+            raise JsonError(f"{_inside(name, key)} is an unknown field.")
+    for field in dataclasses.fields(cls):
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if needed and field.name not in value:
+            raise JsonError(f"{_inside(name, field.name)} is missing.")
+    return cls(**{k: as_type(v, hints[k], _inside(name, k)) for k, v in value.items()})
+
+
+def _inside(name: str, key: str) -> str:
+    # Only what is an ordinary name stands in a message as it is.
+    key = key if key.isidentifier() and len(key) <= _shortened.maxstring else shown(key)
+    return f"{name}.{key}" if name else key
+
+
+def _wrong(name: str, value: Any, rule: str) -> JsonError:
+    return JsonError(f"{name}={shown(value)} must be {rule}." if name else f"must be {rule}.")
