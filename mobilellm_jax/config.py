@@ -131,7 +131,10 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3  # newest ones kept
     keep_every: int = 0  # also keep every multiple of this step for good; 0 = none
-    max_bad_steps: int = 10  # non-finite steps in a row (each skipped) before the run stops
+    max_bad_steps: int = 10  # not finite, in a row (each skipped), before the run goes back or ends
+    # A step is skipped if its loss or gradient norm lies so many standard deviations above the mean
+    # of the last 128; 6 is usual, 0 = never.
+    spike_factor: float = 0.0
     loss_chunk: int = 4096  # tokens per device whose logits exist at once
     deterministic: bool = False  # the same bits from the same start on GPUs too, at some cost
     seed: int = 0  # of initialisation and sampling
@@ -342,6 +345,7 @@ _NOT_NEGATIVE = (
     *("optimizer.clip_norm", "train.eval_every", "train.eval_batches", "train.keep_every"),
     *("evaluate.every", "evaluate.samples"),
 )
+    "train.spike_factor",
 _POSITIVE = (
     "model.rope_theta",
     "model.norm_eps",

@@ -38,7 +38,7 @@ MAY_CHANGE = frozenset(
         *("train.steps", "train.log_every", "train.eval_every", "train.eval_batches"),
         *("train.checkpoint_every", "train.keep_checkpoints", "train.keep_every"),
         *("train.max_bad_steps", "train.accumulation_steps", "train.loss_chunk"),
-        "train.deterministic",
+        *("train.spike_factor", "train.deterministic"),
         *("evaluate.every", "evaluate.samples", "model.attention", "model.remat"),
         "model.scan_unroll",
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.dcn_data"),

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from mobilellm_jax.config import Config
 from mobilellm_jax.model.transformer import Params, init_boxed
 from mobilellm_jax.sharding import Rules, replicated, use
+from mobilellm_jax.train.spikes import Recent, nothing_yet
 
 Leaf = Any
 """An array or, in an abstract state, its `jax.ShapeDtypeStruct`."""
@@ -26,6 +27,8 @@ class TrainState:
     optimizer: optax.OptState
     key_data: Leaf  # uint32 words of the PRNG key that sampling during training folds
     bad_steps: Leaf  # int32 scalar: non-finite steps in a row, up to now
+    skipped_steps: Leaf  # int32 scalar: steps so far that updated nothing, for whatever reason
+    recent: Recent  # what the spike guard compares with
 
 
 def abstract_state(
@@ -63,6 +66,8 @@ def abstract_state(
         ),
         key_data=copied(state.key_data),
         bad_steps=copied(state.bad_steps),
+        skipped_steps=copied(state.skipped_steps),
+        recent=jax.tree.map(copied, state.recent),
     )
 
 
@@ -86,4 +91,6 @@ def _init(config: Config, optimizer: optax.GradientTransformation, seed: jax.Arr
         optimizer=optimizer.init(params),
         key_data=jax.random.key_data(run_key),
         bad_steps=jnp.zeros((), jnp.int32),
+        skipped_steps=jnp.zeros((), jnp.int32),
+        recent=nothing_yet(),
     )

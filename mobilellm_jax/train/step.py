@@ -23,6 +23,7 @@ from mobilellm_jax.sharding import (
 )
 from mobilellm_jax.train.loss import token_losses, weighted_loss
 from mobilellm_jax.train.optimizer import learning_rate
+from mobilellm_jax.train.spikes import judge
 from mobilellm_jax.train.state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -37,8 +38,11 @@ class StepMetrics(TypedDict):
     grad_norm: Float[Array, ""]  # before clipping
     learning_rate: Float[Array, ""]
     targets: Float[Array, ""]  # tokens that counted
-    skipped: Bool[Array, ""]  # loss or gradient was not finite; nothing was updated
-    bad_steps: Array  # skipped in a row
+    update_norm: Float[Array, ""]  # of what was to be added to the parameters
+    skipped: Bool[Array, ""]  # not finite, or a spike; nothing was updated
+    spike: Bool[Array, ""]  # finite, but far above the steps before
+    bad_steps: Array  # not finite, in a row
+    skipped_steps: Array  # in the whole run
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -81,8 +85,10 @@ def make_train_step(
     """Returns the jitted step. `state` tells the shardings: concrete or abstract.
 
     The loss is the mean over all targets of the global batch, however it is split into
-    micro-batches and devices: each part is divided by the targets of the whole. A step whose loss
-    or gradient is not finite leaves parameters and optimizer as they were.
+    micro-batches and devices: each part is divided by the targets of the whole. A step whose loss,
+    gradient or update is not finite leaves parameters and optimizer as they were. The update has a
+    say of its own because a damaged optimizer state makes one that is not finite from a gradient
+    that is. With `train.spike_factor`, so does a step that is a spike (`spikes.py`).
     """
     model = Transformer(config.model)
     schedule = learning_rate(config.optimizer, config.train.steps)
@@ -117,23 +123,32 @@ def make_train_step(
         grad_norm = optax.tree.norm(gradient)
         updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.params)
         new_params = optax.apply_updates(state.params, updates)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        update_norm = optax.tree.norm(updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        spike, recent = judge(state.recent, loss, grad_norm, finite, config.train.spike_factor)
+        good = finite & ~spike
         keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
-        bad_steps = jnp.where(good, 0, state.bad_steps + 1)
+        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+        skipped_steps = jnp.where(good, state.skipped_steps, state.skipped_steps + 1)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
             params=jax.tree.map(keep, new_params, state.params),
             optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
             bad_steps=bad_steps,
+            skipped_steps=skipped_steps,
+            recent=recent,
         )
         return new_state, StepMetrics(
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=schedule(_updates_made(state.optimizer)),
             targets=targets,
+            update_norm=update_norm,
             skipped=~good,
+            spike=spike,
             bad_steps=bad_steps,
+            skipped_steps=skipped_steps,
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)

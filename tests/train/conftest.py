@@ -67,8 +67,10 @@ def _initial() -> tuple[optax.GradientTransformation, Mesh, Rules, TrainState]:
 
 
 @functools.cache
-def _prepare(accumulation_steps: int) -> Run:
-    train = dataclasses.replace(CONFIG.train, accumulation_steps=accumulation_steps)
+def _prepare(accumulation_steps: int, spike_factor: float = 0.0) -> Run:
+    train = dataclasses.replace(
+        CONFIG.train, accumulation_steps=accumulation_steps, spike_factor=spike_factor
+    )
     config = dataclasses.replace(CONFIG, train=train)
     optimizer, mesh, rules, initial = _initial()
     step_fn = make_train_step(config, optimizer, mesh, rules, initial)
@@ -82,8 +84,8 @@ def config() -> Config:
 
 
 @pytest.fixture
-def prepare() -> Callable[[int], Run]:
-    """A function of the number of micro-batches; what it compiles serves all tests."""
+def prepare() -> Callable[..., Run]:
+    """A function of micro-batches and spike factor; what it compiles serves all tests."""
     return _prepare
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from mobilellm_jax.train.state import TrainState
@@ -173,6 +174,36 @@ def test_a_step_that_is_not_finite_updates_nothing(
     _, expected = train(run, [*good, good[0]])
     assert float(values["learning_rate"]) == expected[2]["learning_rate"]
     assert float(values["loss"]) == expected[2]["loss"]
+
+
+@pytest.mark.parametrize("damage", ["variance", "momentum", "embedding row"])
+def test_damaged_state_is_noticed_before_it_spreads(
+    prepare: Callable, make_batch: Callable, damage: str
+) -> None:
+    """One number of the state is wrong, as after a fault of the memory."""
+    run = prepare(1)
+    state, _ = train(run, [make_batch(0)])
+    if damage == "embedding row":
+        table = state.params["embedding"]["table"]
+        embedding = {"table": table.at[make_batch(1)["tokens"][0, 0], 0].set(np.nan)}
+        state = dataclasses.replace(state, params={**state.params, "embedding": embedding})
+    else:
+        # A variance below 0 has no root.
+        name, wrong = {"variance": ("nu", -1.0), "momentum": ("mu", np.inf)}[damage]
+        moments = optax.tree.get(state.optimizer, name)
+        moments["embedding"]["table"] = moments["embedding"]["table"].at[0, 0].set(wrong)
+        optimizer = optax.tree.set(state.optimizer, **{name: moments})
+        state = dataclasses.replace(state, optimizer=optimizer)
+    before = jax.device_get(state)
+    for bad_steps in (1, 2):
+        state, metrics = run.step_fn(state, run.put(make_batch(bad_steps)))
+        assert np.isfinite(metrics["loss"]) == (damage != "embedding row")
+        assert np.isfinite(metrics["grad_norm"]) == (damage != "embedding row")
+        assert not np.isfinite(metrics["update_norm"])
+        assert (bool(metrics["skipped"]), bool(metrics["spike"])) == (True, False)
+        assert int(metrics["bad_steps"]) == int(metrics["skipped_steps"]) == bad_steps
+    assert_same_bits(state.params, before.params)
+    assert_same_bits(state.optimizer, before.optimizer)
 
 
 def test_state_is_donated_and_the_batch_is_not(prepare: Callable, make_batch: Callable) -> None:
