@@ -343,9 +343,8 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     *("data.seed", "train.seed", "optimizer.warmup_steps", "optimizer.weight_decay"),
     *("optimizer.clip_norm", "train.eval_every", "train.eval_batches", "train.keep_every"),
-    *("evaluate.every", "evaluate.samples"),
+    *("evaluate.every", "evaluate.samples", "train.spike_factor"),
 )
-    "train.spike_factor",
 _POSITIVE = (
     "model.rope_theta",
     "model.norm_eps",
