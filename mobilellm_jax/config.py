@@ -341,6 +341,7 @@ _AT_LEAST_ONE = (
     *("train.loss_chunk", "mesh.dcn_data"),
 )
 _NOT_NEGATIVE = (
+    "train.spike_factor",
     *("data.seed", "train.seed", "optimizer.warmup_steps", "optimizer.weight_decay"),
     *("optimizer.clip_norm", "train.eval_every", "train.eval_batches", "train.keep_every"),
     *("evaluate.every", "evaluate.samples", "train.spike_factor"),
