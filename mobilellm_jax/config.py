@@ -344,7 +344,7 @@ _NOT_NEGATIVE = (
     "train.spike_factor",
     *("data.seed", "train.seed", "optimizer.warmup_steps", "optimizer.weight_decay"),
     *("optimizer.clip_norm", "train.eval_every", "train.eval_batches", "train.keep_every"),
-    *("evaluate.every", "evaluate.samples", "train.spike_factor"),
+    *("evaluate.every", "evaluate.samples"),
 )
 _POSITIVE = (
     "model.rope_theta",

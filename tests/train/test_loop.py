@@ -16,6 +16,7 @@ import pytest
 from mobilellm_jax.config import Config, DataConfig, EvaluateConfig, ModelConfig, TrainConfig
 from mobilellm_jax.train.loop import Hooks, StopRequest, TrainingDivergedError, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, read_metrics
+from mobilellm_jax.train.spikes import nothing_yet
 from mobilellm_jax.train.state import TrainState
 
 
@@ -114,6 +115,8 @@ def state_at(step: int) -> TrainState:
         optimizer=(),
         key_data=jnp.zeros(2, jnp.uint32),
         bad_steps=jnp.int32(0),
+        skipped_steps=jnp.int32(0),
+        recent=nothing_yet(),
     )
 
 
