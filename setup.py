@@ -44,6 +44,7 @@ EXTRAS = {
         "transformers>=5.0",  # Hugging Face Llama,
         "accelerate>=1.10",  # and what it loads weights with
         "pytest>=9.0",
+        "hypothesis>=6.150",  # hostile files for every parser, tests/fuzz
         "pytest-xdist>=3.8",  # the suite on both cores
         "beartype>=0.22",  # executes the array annotations
     ],

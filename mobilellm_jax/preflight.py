@@ -20,9 +20,9 @@ from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.data.loader import required_streams
 from mobilellm_jax.data.mixture import Mixture, is_mixture, open_mixture
 from mobilellm_jax.data.prepare import prepare
-from mobilellm_jax.data.shards import verify_checksums
 from mobilellm_jax.data.sources import TRAIN, VALIDATION
 from mobilellm_jax.data.tokenizer import Tokenizer, copy_tokenizer
+from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.data.windows import count_targets
 from mobilellm_jax.model.on_device import device_violations, resolve_attention
 from mobilellm_jax.model.precision import resolve_compute_dtype
@@ -187,7 +187,7 @@ def data_state(
 
 
 def verify(config: Config, mixture: Mixture) -> None:
-    """Compares the checksums of all data, if `data.verify` says so.
+    """Reads all data for damage, if `data.verify` says so.
 
     Every process reads all of it: hosts may have copies of their own.
 
@@ -196,7 +196,7 @@ def verify(config: Config, mixture: Mixture) -> None:
     """
     if config.data.verify:
         for dataset in mixture.datasets:
-            verify_checksums(dataset)
+            verify_files(dataset)
 
 
 def check(config: Config, mixture: Mixture, tokenizer: Tokenizer) -> tuple[Mesh, Rules]:

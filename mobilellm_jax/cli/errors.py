@@ -53,10 +53,18 @@ def is_bad_input(error: ValueError | OSError) -> bool:
 
 
 def message(error: ValueError | OSError) -> str:
-    """Returns the error's own text; for the operating system's errors, path and reason."""
+    """Returns the error's own text; for the operating system's errors, path and reason.
+
+    Names that files hold, or have, may not move a terminal's cursor: what is not printable is
+    written as Python writes it.
+    """
+    text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}."
-    return str(error)
+        text = f"{error.filename}: {error.strerror}."
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
 
 
 def _steps(error: BaseException) -> list[tuple[CodeType, int]]:

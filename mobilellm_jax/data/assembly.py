@@ -18,8 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax import rundir
-from mobilellm_jax.data.parts import Part, part_file
-from mobilellm_jax.data.shards import LOSS_MASK, OFFSETS, TOKENS, FileRecord, Shard
+from mobilellm_jax.data.parts import Part, part_file, read_record
+from mobilellm_jax.data.shards import (
+    LOSS_MASK,
+    OFFSETS,
+    TOKENS,
+    FileRecord,
+    Shard,
+    shard_name,
+)
 from mobilellm_jax.data.token_stream import LOSS_MASK_DTYPE, OFFSET_DTYPE
 
 _COPIED_AT_ONCE = 8_000_000  # bytes; read, not mapped, so that memory stays that small
@@ -49,6 +56,14 @@ class ShardPlan:
     def end(self) -> tuple[int, int]:
         """Part and document after the last one of this shard."""
         return self.stretches[-1].part, self.stretches[-1].stop
+
+
+@dataclasses.dataclass(frozen=True)
+class _Assembled:
+    """The record of a shard that is complete; the documents after it start at `end`."""
+
+    shard: Shard
+    end: tuple[int, int]
 
 
 class Planner:
@@ -148,7 +163,7 @@ def assemble(parts: Path, shards: Path, plan: ShardPlan, dtype: np.dtype[Any]) -
         files = {suffix: writer.complete() for suffix, writer in writers.items()}
     documents = sum(stretch.stop - stretch.first for stretch in plan.stretches)
     shard = Shard(name=name, documents=documents, tokens=base, files=files)
-    record = {"shard": dataclasses.asdict(shard), "end": plan.end}
+    record = dataclasses.asdict(_Assembled(shard, plan.end))
     rundir.write_whole(_record_file(shards, plan.split, plan.index), json.dumps(record))
     return shard
 
@@ -158,10 +173,9 @@ def read_assembled(shards: Path, split: str) -> tuple[list[Shard], tuple[int, in
     found: list[Shard] = []
     end = (0, 0)
     while (file := _record_file(shards, split, len(found))).is_file():
-        record = json.loads(file.read_text(encoding="utf-8"))
-        files = {k: FileRecord(**f) for k, f in record["shard"]["files"].items()}
-        found.append(Shard(**{**record["shard"], "files": files}))
-        end = (record["end"][0], record["end"][1])
+        record: _Assembled = read_record(file, _Assembled)
+        found.append(record.shard)
+        end = record.end
     return found, end
 
 
@@ -172,7 +186,7 @@ def give_final_names(shards: Path, output: Path, split: str, found: list[Shard])
     """
     named = []
     for index, shard in enumerate(found):
-        name = f"{split}-{index:05d}-of-{len(found):05d}"
+        name = shard_name(split, index, len(found))
         for suffix in shard.files:
             source, target = shards / f"{shard.name}.{suffix}", output / f"{name}.{suffix}"
             if source.is_file() or not target.is_file():

@@ -10,9 +10,10 @@ from tqdm import tqdm
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data.escaping import escaped
 from mobilellm_jax.data.mixture import Mixture, open_mixture
-from mobilellm_jax.data.shards import MANIFEST, Counts, Dataset, Manifest, verify_checksums
+from mobilellm_jax.data.shards import MANIFEST, Counts, Dataset, Manifest
 from mobilellm_jax.data.token_counts import Lengths, TokenCounts, count_tokens, no_tokens
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.data.window_text import LEGEND, window_lines
 
 _COLUMNS = 88
@@ -32,7 +33,7 @@ def inspect(data: DataConfig, samples: int, report: Callable[[str], None]) -> No
     mixture = open_mixture(data.path)
     tokenizer = load_tokenizer(mixture.tokenizer)
     for dataset in mixture.datasets:
-        verify_checksums(dataset)
+        verify_files(dataset)
         for line in _dataset_lines(dataset, tokenizer, count_sources(dataset)):
             report(line)
     for line in _mixture_lines(mixture):

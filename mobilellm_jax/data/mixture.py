@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -31,6 +32,8 @@ from mobilellm_jax.data.shards import Counts, Dataset, open_tokens
 from mobilellm_jax.data.token_stream import TokenStream
 
 MAX_BLOCK = 100_000
+# A number that fits the exponent of a float: 1e999999999 exactly would fill the memory.
+_DECIMAL = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,2})?")
 # Of `permuted`; component c's windows are stream c.
 _BLOCKS = -1
 
@@ -176,10 +179,7 @@ def _weighted(path: str, item: str) -> tuple[Path, Fraction]:
 
 def _weight(text: str) -> Fraction | None:
     """Returns a decimal number exactly, so that 0.1 + 0.2 is 0.3; None if it is not one."""
-    try:
-        return None if "/" in text or not text.isascii() else Fraction(text)
-    except ValueError:
-        return None
+    return Fraction(text) if _DECIMAL.fullmatch(text) else None
 
 
 def _mixture(path: str, folders: Sequence[tuple[Dataset, Fraction]]) -> Mixture:
@@ -187,21 +187,21 @@ def _mixture(path: str, folders: Sequence[tuple[Dataset, Fraction]]) -> Mixture:
     components = list(
         itertools.chain.from_iterable(_parts(dataset, w / total) for dataset, w in folders)
     )
+    block = math.lcm(*(component.share.denominator for component in components))
+    if block > MAX_BLOCK:
+        found = f"{block:,}" if block < 1 << 63 else "far too many"
+        raise ConfigError(
+            f"data.path={path!r}: the weights are met exactly in every {found} samples, which "
+            f"must be at most {MAX_BLOCK:,}; write the weights with fewer digits."
+        )
     names = _unique_names(components)
-    mixture = Mixture(
+    return Mixture(
         path=path,
         components=tuple(
             dataclasses.replace(component, name=name)
             for component, name in zip(components, names, strict=True)
         ),
     )
-    block = int(mixture.block_counts.sum())
-    if block > MAX_BLOCK:
-        raise ConfigError(
-            f"data.path={path!r}: the weights are met exactly in every {block:,} samples, which "
-            f"must be at most {MAX_BLOCK:,}; write the weights with fewer digits."
-        )
-    return mixture
 
 
 def _parts(dataset: Dataset, share: Fraction) -> Iterator[Component]:

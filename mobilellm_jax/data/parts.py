@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilellm_jax import rundir
+from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.data.shards import LOSS_MASK, OFFSETS, TOKENS, Counts, token_dtype
 from mobilellm_jax.data.sources import (
     TRAIN,
@@ -138,15 +138,23 @@ def read_part(parts: Path, number: int) -> Part | None:
     file = record_file(parts, number)
     if not file.is_file():
         return None
-    values = json.loads(file.read_text(encoding="utf-8"))
-    return Part(
-        **{
-            **values,
-            "splits": {name: Counts(**counts) for name, counts in values["splits"].items()},
-            "masked": tuple(values["masked"]),
-            "bad_lines": tuple(values["bad_lines"]),
-        }
-    )
+    part: Part = read_record(file, Part)
+    return part
+
+
+def read_record(file: Path, kind: Any) -> Any:
+    """Returns a record of what an earlier start has done.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    try:
+        return strict_json.as_type(strict_json.read(file), kind)
+    except strict_json.JsonError as error:
+        raise ValueError(
+            f"{error} An interrupted preparation is damaged; delete {file.parent.parent} to begin "
+            "anew."
+        ) from error
 
 
 def record_file(parts: Path, number: int) -> Path:

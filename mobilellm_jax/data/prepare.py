@@ -26,7 +26,7 @@ from typing import Any, Literal
 from mobilellm_jax import rundir
 from mobilellm_jax.data import assembly, shards
 from mobilellm_jax.data.held_out import held_out_below, is_divided, tokenizer_sample
-from mobilellm_jax.data.parts import Job, Part, Task, part_file, read_part
+from mobilellm_jax.data.parts import Job, Part, Task, part_file, read_part, read_record
 from mobilellm_jax.data.shards import Counts, Manifest, Shard, SourceRecord, Split
 from mobilellm_jax.data.sources import TRAIN, VALIDATION, BadLine, Source, open_source, stop
 from mobilellm_jax.data.tokenizer import Tokenizer, changes_text, copy_tokenizer, load_tokenizer
@@ -451,7 +451,7 @@ def _working_folder(
         job = work / _JOB
         if not _has_parts(work):
             _empty(work)
-        elif differing := _differing(json.loads(job.read_text("utf-8")), settings):
+        elif differing := _differing(read_record(job, dict[str, Any]), settings):
             raise ValueError(
                 f"{work} holds an interrupted preparation with other settings ({differing}); "
                 "use its settings to go on, or delete it, or name another output."

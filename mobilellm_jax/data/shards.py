@@ -14,25 +14,27 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from mobilellm_jax import rundir
+from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.data.token_stream import ShardFiles, TokenStream
+from mobilellm_jax.strict_json import shown
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
+MAX_VOCABULARY = 1 << 24
+"""Of a folder and of a tokenizer: 60 times the largest there is."""
 UINT32_VOCABULARY = 65_536
 
 TOKENS, OFFSETS, LOSS_MASK = "tokens", "offsets", "loss_mask"
-_SHARD_NAME = re.compile(r"[a-z_]+-\d{5,}-of-\d{5,}")
+REMEDY = "the folder is damaged: delete it and prepare it again."
+
+_SPLIT_NAME = re.compile("[a-z_]{1,40}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,11 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size < UINT32_VOCABULARY else "<u4")
 
 
+def shard_name(split: str, index: int, count: int) -> str:
+    """Returns the name of a shard's files, without what stands behind the dot."""
+    return f"{split}-{index:05d}-of-{count:05d}"
+
+
 def open_tokens(path: Path) -> Dataset:
     """Opens a complete folder; checks every file's size and the tokenizer's checksum.
 
@@ -166,12 +173,12 @@ def open_tokens(path: Path) -> Dataset:
                 _check_size(path / f"{shard.name}.{suffix}", record.bytes, implied[suffix])
     tokenizer = path / manifest.tokenizer
     if not tokenizer.is_file():
-        raise FileNotFoundError(f"{tokenizer} is missing; {_REMEDY}")
+        raise FileNotFoundError(f"{tokenizer} is missing; {REMEDY}")
     found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     if found != manifest.tokenizer_sha256:
         raise ValueError(
             f"{tokenizer} has SHA-256 {found}, but the tokens were made with "
-            f"{manifest.tokenizer_sha256}; {_REMEDY}"
+            f"{manifest.tokenizer_sha256}; {REMEDY}"
         )
     splits = {
         name: TokenStream(
@@ -200,21 +207,18 @@ def read_manifest(path: Path) -> Manifest:
             f"`mobilellm prepare --source=... --output={path}`."
         )
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        version = values["format_version"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); {_REMEDY}") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file}: format_version={version} must be {FORMAT_VERSION}; "
-            "prepare the data again with this version of mobilellm."
-        )
-    try:
-        manifest = _manifest(values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); {_REMEDY}") from error
+        values = strict_json.parse(strict_json.content_of(file))
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if type(version) is int and version != FORMAT_VERSION:
+            raise ValueError(
+                f"{file}: format_version={version} must be {FORMAT_VERSION}; "
+                "prepare the data again with this version of mobilellm."
+            )
+        manifest: Manifest = strict_json.as_type(values, Manifest)
+    except strict_json.JsonError as error:
+        raise ValueError(f"{file}: {str(error).removesuffix('.')}; {REMEDY}") from error
     for problem in _contradictions(manifest):
-        raise ValueError(f"{file} is damaged ({problem}); {_REMEDY}")
+        raise ValueError(f"{file}: {problem}; {REMEDY}")
     return manifest
 
 
@@ -223,80 +227,49 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     rundir.write_whole(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
 
 
-def verify_checksums(dataset: Dataset) -> None:
-    """Reads every shard on all cores, with a progress bar on a terminal, and compares checksums.
-
-    Raises:
-      ValueError: naming the first file that differs.
-    """
-    files = [
-        (dataset.path / f"{shard.name}.{suffix}", record)
-        for split in dataset.manifest.splits.values()
-        for shard in split.shards
-        for suffix, record in shard.files.items()
-    ]
-    total = sum(record.bytes for _, record in files)
-    bar = tqdm(total=total, desc="checking data", unit="B", unit_scale=True, disable=None)
-    # hashlib lets other threads run while it computes.
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (file, record), found in zip(
-            files, pool.map(sha256_of, [file for file, _ in files]), strict=True
-        ):
-            if found != record.sha256:
-                pool.shutdown(cancel_futures=True)
-                raise ValueError(
-                    f"{file} has SHA-256 {found}, but the manifest says {record.sha256}; {_REMEDY}"
-                )
-            bar.update(record.bytes)
-
-
-def sha256_of(file: Path) -> str:
-    """Returns the hexadecimal checksum of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-_REMEDY = "the folder is damaged: delete it and prepare it again."
-
-
-def _manifest(values: Mapping[str, Any]) -> Manifest:
-    """Returns `values` as dataclasses; their constructors know which fields there must be."""
-    splits = {}
-    for name, split in values["splits"].items():
-        shards = tuple(
-            Shard(**{**s, "files": {k: FileRecord(**f) for k, f in s["files"].items()}})
-            for s in split["shards"]
-        )
-        splits[name] = Split(**{**split, "shards": shards})
-    sources = tuple(
-        SourceRecord(
-            **{
-                **source,
-                "splits": {name: Counts(**c) for name, c in source["splits"].items()},
-                "bad_lines": tuple(source["bad_lines"]),
-            }
-        )
-        for source in values["sources"]
-    )
-    return Manifest(**{**values, "splits": splits, "sources": sources})
-
-
 def _contradictions(manifest: Manifest) -> Iterator[str]:
     """Yields what cannot be true of a manifest that `prepare` wrote."""
     if manifest.tokenizer not in rundir.TOKENIZER_FILES:
-        yield f"tokenizer={manifest.tokenizer!r} is not one of {', '.join(rundir.TOKENIZER_FILES)}"
-    if manifest.dtype not in ("uint16", "uint32"):
-        yield f"dtype={manifest.dtype!r} is neither uint16 nor uint32"
+        files = ", ".join(rundir.TOKENIZER_FILES)
+        yield f"tokenizer={shown(manifest.tokenizer)} is not one of {files}"
+    if manifest.vocab_size < 1 or manifest.vocab_size > MAX_VOCABULARY:
+        yield f"vocab_size={manifest.vocab_size} is not between 1 and {MAX_VOCABULARY}"
+    elif manifest.dtype != token_dtype(manifest.vocab_size).name:
+        wanted = token_dtype(manifest.vocab_size).name
+        yield f"dtype={shown(manifest.dtype)} is not {wanted}, as vocab_size demands"
+    for name in ("bos_id", "eos_id"):
+        if not 0 <= getattr(manifest, name) < manifest.vocab_size:
+            yield f"{name}={getattr(manifest, name)} is no id below vocab_size"
     for name, split in manifest.splits.items():
-        for shard in split.shards:
-            # A name with a slash would read outside of the folder.
-            if not _SHARD_NAME.fullmatch(shard.name):
-                yield f"{shard.name!r} is no name of a shard"
+        # A name with a slash would read outside of the folder.
+        if not _SPLIT_NAME.fullmatch(name):
+            yield f"{shown(name)} is no name of a split"
+        yield from _impossible(f"split {name}", split)
+        for index, shard in enumerate(split.shards):
+            if shard.name != shard_name(name, index, len(split.shards)):
+                yield f"{shown(shard.name)} is no name of shard {index} of split {name}"
             if not {TOKENS, OFFSETS} <= shard.files.keys() <= {TOKENS, OFFSETS, LOSS_MASK}:
-                yield f"shard {shard.name} has files {', '.join(shard.files)}"
+                yield f"shard {shard.name} has files {', '.join(map(shown, shard.files))}"
+            yield from _impossible(f"shard {shard.name}", shard)
+            if not shard.documents:
+                yield f"shard {shard.name} has no documents"
         yield from _unequal(f"{name} shards", split, split.shards)
         of_sources = [source.splits.get(name, Counts()) for source in manifest.sources]
         yield from _unequal(f"{name} of the sources", split, of_sources)
+    for number, source in enumerate(manifest.sources, start=1):
+        for name, counts in source.splits.items():
+            yield from _impossible(f"{shown(name)} of source {number}", counts)
+        if source.weight is not None and not source.weight > 0:
+            yield f"weight={source.weight} of source {number} is not above 0"
+    if len({source.weight is None for source in manifest.sources}) > 1:
+        yield "some sources have a weight, and others none"
+
+
+def _impossible(what: str, counts: Counts | Shard) -> Iterator[str]:
+    if not 0 <= counts.documents <= counts.tokens:
+        yield f"{what} has {counts.documents} documents in {counts.tokens} tokens"
+    elif counts.tokens and not counts.documents:
+        yield f"{what} has {counts.tokens} tokens without a document"
 
 
 def _unequal(what: str, whole: Counts, parts: Sequence[Counts | Shard]) -> Iterator[str]:
@@ -308,7 +281,7 @@ def _unequal(what: str, whole: Counts, parts: Sequence[Counts | Shard]) -> Itera
 
 def _check_size(file: Path, stated_bytes: int, implied_bytes: int) -> None:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; {_REMEDY}")
+        raise FileNotFoundError(f"{file} is missing; {REMEDY}")
     found = file.stat().st_size
     if found != stated_bytes or stated_bytes != implied_bytes:
-        raise ValueError(f"{file} has {found:,} bytes, expected {implied_bytes:,}; {_REMEDY}")
+        raise ValueError(f"{file} has {found:,} bytes, expected {implied_bytes:,}; {REMEDY}")

@@ -35,7 +35,7 @@ def count_targets(stream: TokenStream, boundaries: Boundaries) -> int:
     targets = 0
     for start in range(0, stream.tokens, _CHUNK):
         stop = min(start + _CHUNK, stream.tokens)
-        counts = _loss_mask(stream, start, stop) != 0
+        counts = _may_be_target(stream, start, stop)
         if documents:
             counts[stream.document_starts(start, stop) - start] = False
         elif start == 0:
@@ -75,7 +75,7 @@ def read_windows(
         tokens_BT[row, :inputs] = read[:seq_len]
         targets_BT[row, :targets] = read[1:]
         weights_BT[row, :targets] = (
-            _loss_mask(stream, start + 1, stop) if stream.has_loss_mask else 1
+            _may_be_target(stream, start + 1, stop) if stream.has_loss_mask else 1
         )
         inputs_B[row] = inputs
         if boundaries == "document_mask":
@@ -90,10 +90,11 @@ def read_windows(
     return batch
 
 
-def _loss_mask(stream: TokenStream, start: int, stop: int) -> NDArray[np.uint8]:
+def _may_be_target(stream: TokenStream, start: int, stop: int) -> NDArray[np.bool_]:
     mask = stream.loss_mask(start, stop)
     assert mask is not None, "the caller asks streams that have a mask"
-    return mask
+    # As bool: whatever else than 0 and 1 is in a file that nobody has verified.
+    return mask.astype(np.bool_)
 
 
 def _number_documents(

@@ -83,6 +83,13 @@ def test_missing_file_that_we_ask_for_is_bad_input(body: str) -> None:
     assert message(error) == "/none/x: No such file or directory."
 
 
+def test_a_message_moves_no_cursor() -> None:
+    error = ValueError("a\x1b[2Jb\u202e\ud800\x00é\nsecond line")
+    assert message(error) == "a\\x1b[2Jb\\u202e\\ud800\\x00é\nsecond line"
+    missing = caught(OURS, "open('/none/\x1b[2J')")
+    assert message(missing) == "/none/\\x1b[2J: No such file or directory."
+
+
 def test_missing_file_raised_here_keeps_its_text() -> None:
     error = caught(OURS, "raise FileNotFoundError('data.path=x holds no manifest.json.')")
     assert is_bad_input(error)

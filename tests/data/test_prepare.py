@@ -10,6 +10,7 @@ from mobilellm_jax.data import python_docs, shards
 from mobilellm_jax.data.prepare import prepare
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.verification import verify_files
 
 HOSTILE = "  <s> a\u2581b \x00 \t\n\n 👩‍👩‍👧 </s>  "
 
@@ -86,7 +87,7 @@ def test_every_document_comes_back_from_the_disk(corpus: Path, tmp_path: Path) -
         ),
     )
     dataset = shards.open_tokens(output)
-    shards.verify_checksums(dataset)
+    verify_files(dataset)
     assert dataset.manifest == shards.read_manifest(output)
     assert load_tokenizer(dataset.tokenizer).vocab_size == manifest.vocab_size == 320
 

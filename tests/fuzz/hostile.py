@@ -1,0 +1,264 @@
+"""Hostile files, and the one thing that a parser may do with them: take them or refuse them.
+
+`damaged_bytes` and `damaged_json` make inputs out of a valid one. `fuzz` gives them to a parser,
+which has to return or to raise an error that the command line would show as bad input. Everything
+else fails: another exception, code run or a process started, a file touched outside of the folder,
+a gigabyte of address space more, 20 seconds of computing on one input.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import resource
+import signal
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+import mobilellm_jax
+from mobilellm_jax.cli import errors
+
+_MORE_MEMORY_BYTES = 1 << 30
+_CPU_SEC = 20
+_LONGEST_MESSAGE = 20_000
+
+# Sizes, counts and offsets that lie.
+_NUMBERS = (0, 1, 2, 7, 255, 256, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 40, 1 << 62, (1 << 64) - 1)
+_SNIPPETS = (
+    b"\0",
+    b"\xff" * 8,
+    b"\x80",
+    b"\n",
+    b'"',
+    b"{",
+    b"]",
+    b"../",
+    b"\xed\xa0\x80",
+    b"\x1b[2J",
+)
+# JSON as it is written: some of it only Python or nobody reads.
+_VALUES = (
+    *("null", "true", "false", "0", "1", "-1", "1.5", "2147483648", "9223372036854775807"),
+    *("18446744073709551616", "-1e308", "1e999", "NaN", "-Infinity", "1" * 5000),
+    *('""', '"x"', '"../../x"', '"/etc/passwd"', r'"C:\\x"', r'"a\u0000b"', r'"\ud800"'),
+    *(r'"\u001b[2J"', f'"{"x" * 3000}"', "[]", "{}", "[null]", '["x"]', '[["x", 1]]', '{"": {}}'),
+    *('{"a": 1, "a": 2}', "[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000),
+)
+_RAW = "@raw@{}@"
+_REPEATED = "@repeated@"
+
+
+@st.composite
+def damaged_bytes(draw: DrawFn, valid: bytes) -> bytes:
+    """Up to four bytes, ranges or numbers of `valid` changed, inserted, cut or doubled."""
+    content = bytearray(valid)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(content)))
+        stop = min(len(content), at + draw(st.integers(1, 16)))
+        kind = draw(st.sampled_from(["bit", "byte", "number", "insert", "cut", "double", "end"]))
+        if kind == "bit" and at < len(content):
+            content[at] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "byte" and at < len(content):
+            content[at] = draw(st.integers(0, 255))
+        elif kind == "number":
+            size = draw(st.sampled_from([2, 4, 8]))
+            number = draw(st.sampled_from(_NUMBERS)) % (1 << 8 * size)
+            content[at : at + size] = number.to_bytes(size, "little")
+        elif kind == "insert":
+            content[at:at] = draw(st.sampled_from(_SNIPPETS))
+        elif kind == "cut":
+            del content[at:stop]
+        elif kind == "double":
+            content[at:at] = content[at:stop]
+        elif kind == "end":
+            del content[at:]
+    return bytes(content)
+
+
+def damaged_json(valid: Any) -> SearchStrategy[bytes]:
+    """The JSON value `valid` with up to three places changed, or its text damaged as bytes."""
+    text = json.dumps(valid).encode()
+    return _changed_json(text) | _changed_json(text) | damaged_bytes(text) | st.binary(max_size=20)
+
+
+@st.composite
+def _changed_json(draw: DrawFn, text: bytes) -> bytes:
+    root = [json.loads(text)]
+    for _ in range(draw(st.integers(1, 3))):
+        places = list(_places(root))
+        holder, key = draw(st.sampled_from(places))
+        kinds = ["raw", "raw", "raw", "delete", "add", "repeat", "move", "number"]
+        kind = draw(st.sampled_from(kinds))
+        if kind == "delete" and holder is not root:
+            del holder[key]
+        elif kind == "add" and isinstance(holder[key], dict):
+            name = draw(st.sampled_from(["", "x", "../x", "__class__", "\0", "\ud800", "a" * 300]))
+            holder[key][name] = _raw(draw)
+        elif kind == "repeat" and isinstance(holder, dict) and isinstance(key, str):
+            holder[_REPEATED + key] = _raw(draw)
+        elif kind == "move":
+            other, elsewhere = draw(st.sampled_from(places))
+            holder[key] = json.loads(json.dumps(other[elsewhere]))
+        elif kind == "number" and type(holder[key]) in (int, float):
+            holder[key] += draw(st.sampled_from([-1, 1, 1 << 32, -(1 << 32)]))
+        else:
+            holder[key] = _raw(draw)
+    changed = json.dumps(root[0]).replace(_REPEATED, "")
+    for number, value in enumerate(_VALUES):
+        changed = changed.replace(f'"{_RAW.format(number)}"', value)
+    return changed.encode()
+
+
+def _raw(draw: DrawFn) -> str:
+    return _RAW.format(draw(st.integers(0, len(_VALUES) - 1)))
+
+
+def _places(container: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields (container, key or index) of every value in it, at any depth."""
+    keys = list(container) if isinstance(container, dict) else range(len(container))
+    for key in keys:
+        yield container, key
+        if isinstance(container[key], (dict, list)):
+            yield from _places(container[key])
+
+
+def fuzz(
+    parse: Callable[[Any], object], inputs: SearchStrategy[Any], folder: Path, share: float = 1
+) -> None:
+    """Gives the parser as many inputs as the profile says, times `share`, and counts them.
+
+    Args:
+      parse: writes an input where the parser finds it, in `folder`, and calls the parser.
+      inputs: what it is given.
+      folder: the only one that may be written to.
+      share: less than 1 for what takes long.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+
+    @settings(settings(), max_examples=max(20, int(settings().max_examples * share)))
+    @given(inputs)
+    def hostile(content: Any) -> None:
+        with _watched(folder), _cpu_limited():
+            try:
+                parse(content)
+                counts["taken"] += 1
+            except (ValueError, OSError) as error:
+                if not errors.is_bad_input(error):
+                    raise
+                text = errors.message(error)
+                assert 10 < len(text) < _LONGEST_MESSAGE, f"message of {len(text)} characters"
+                assert all(c.isprintable() or c == "\n" for c in text), repr(text)
+                counts["refused"] += 1
+
+    with _memory_limited():
+        hostile()
+    assert counts["refused"], "nothing was refused: are these the parser's inputs?"
+    TRIED[os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]] = counts
+
+
+TRIED: dict[str, collections.Counter[str]] = {}
+"""Test -> how many of its inputs were taken and refused."""
+
+
+class Forbidden(BaseException):
+    """A parser did what no parser may do; no `except` of a library holds it up."""
+
+
+_FORBIDDEN = (
+    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty"),
+    *("socket.connect", "socket.getaddrinfo", "pickle.find_class", "code.__new__"),
+)
+_PATHS = (
+    *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod"),
+    *("os.truncate", "os.chown", "shutil.rmtree", "shutil.move", "shutil.copyfile"),
+)
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+_INSTALLED = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    str(Path(mobilellm_jax.__file__).parent),
+    "<frozen",
+)
+# Classes are made of strings there, when a library is imported late.
+_MAKE_CLASSES = (dataclasses.__file__, collections.__file__)
+_allowed: Path | None = None
+
+
+def _hook(event: str, args: tuple[Any, ...]) -> None:
+    if _allowed is None:
+        return
+    if event in _FORBIDDEN:
+        raise Forbidden(f"{event}: {args!r}")
+    if event == "exec" and not args[0].co_filename.startswith(_INSTALLED):
+        caller = sys._getframe(1).f_code.co_filename
+        if caller not in _MAKE_CLASSES:
+            raise Forbidden(f"exec of {args[0]!r} in {caller}")
+    if event == "open":
+        path, mode, flags = args
+        if isinstance(path, int) or not (flags & _WRITING or set(mode or "") & set("wax+")):
+            return
+        _check_path(event, path)
+    elif event in _PATHS:
+        # What is copied may lie anywhere; what is renamed or linked to may not.
+        paths = args[1:2] if event == "shutil.copyfile" else args[:2]
+        for path in paths:
+            if isinstance(path, (str, bytes, os.PathLike)):
+                _check_path(event, path)
+
+
+def _check_path(event: str, path: Any) -> None:
+    assert _allowed is not None
+    real = os.path.realpath(os.fsdecode(path))
+    if not real.startswith(f"{_allowed}{os.sep}") and real != os.devnull:
+        raise Forbidden(f"{event} of {real}, outside of {_allowed}")
+
+
+@functools.cache
+def _install_hook() -> None:
+    sys.addaudithook(_hook)  # for good: Python has no way to take one out
+
+
+@contextlib.contextmanager
+def _watched(folder: Path) -> Iterator[None]:
+    global _allowed
+    _install_hook()
+    _allowed = folder.resolve()
+    try:
+        yield
+    finally:
+        _allowed = None
+
+
+@contextlib.contextmanager
+def _cpu_limited() -> Iterator[None]:
+    # Of the time that this process computes: it does not run on while others have the cores.
+    def hung(*_: object) -> None:
+        raise Forbidden(f"more than {_CPU_SEC} s of computing")
+
+    before = signal.signal(signal.SIGVTALRM, hung)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _CPU_SEC)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _memory_limited() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + _MORE_MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
