@@ -204,6 +204,7 @@ class _Reporter:
             "train/loss": loss,
             "train/grad_norm": float(values["grad_norm"]),
             "train/learning_rate": float(values["learning_rate"]),
+            "train/attention": config.model.attention,
             **rates,
         }
         self._writer.write(step, record)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 
 import jax
 from tensorboard.summary import Writer
@@ -50,8 +50,11 @@ def model_flops_utilization(
     return flops_per_token(config, seq_len) * tokens_per_sec / (peak * jax.device_count())
 
 
-def read_metrics(path: Path) -> list[dict[str, int | float]]:
-    """Returns the records of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a `metrics.jsonl`; a last line cut short by a crash is left out.
+
+    All values are numbers but `train/attention`, the implementation that the step ran with.
+    """
     records = []
     lines = path.read_text("utf-8").split("\n") if path.exists() else []
     for number, line in enumerate(lines):
@@ -106,12 +109,13 @@ class MetricsWriter:
         self._board.close()
         self._file.close()
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one record; it is on disk when this returns."""
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Appends one record; it is on disk when this returns. TensorBoard gets its numbers."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if not isinstance(value, str):
+                self._board.add_scalar(name, value, step)
 
     def progress(self, step: int, text: str, eta_sec: float, *, force: bool = False) -> None:
         """Shows where the run is: on the bar or, without a terminal, as a line every 10 s."""
@@ -143,7 +147,7 @@ class SilentWriter(MetricsWriter):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def write(self, step: int, values: Mapping[str, float | str]) -> None: ...
 
     def progress(self, step: int, text: str, eta_sec: float, *, force: bool = False) -> None: ...
 

@@ -48,7 +48,7 @@ class Rig:
     def __call__(self) -> tuple[TrainState, bool]:
         rhythm = {"eval_every": 0, "checkpoint_every": 1000, "log_every": 1}
         config = Config(
-            model=ModelConfig(),
+            model=ModelConfig(attention="xla"),
             data=DataConfig(),
             train=TrainConfig(**({"global_batch": 4} | rhythm | self.train)),
             optimizer=dataclasses.replace(Config().optimizer, warmup_steps=0),
@@ -96,7 +96,7 @@ class Rig:
         self.events.append(f"validate {int(state.step)}")
         return {"validation/loss": 0.25}
 
-    def records(self) -> list[dict[str, float]]:
+    def records(self) -> list[dict[str, Any]]:
         return read_metrics(self.folder / "metrics.jsonl")
 
     def done(self, *kinds: str) -> list[str]:
@@ -186,6 +186,7 @@ def test_metrics_are_read_one_step_late_and_all_are(make: Callable[..., Rig]) ->
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5]
     assert [r["train/loss"] for r in records] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
     assert {(r["train/grad_norm"], r["train/learning_rate"]) for r in records} == {(2.0, 0.5)}
+    assert {r["train/attention"] for r in records} == {"xla"}
     assert "train/tokens_per_sec" not in records[0]  # the first step compiles
     for record in records[1:]:
         assert record["train/tokens_per_sec"] > 0

@@ -71,15 +71,16 @@ def test_records_are_on_disk_at_once_and_in_tensorboard(tmp_path: Path, stream: 
     with MetricsWriter(tmp_path, 0, 10, stream) as writer:
         writer.write(1, {"train/loss": 2.5})
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 2.5}\n'
-        writer.write(2, {"train/loss": 2.25, "train/grad_norm": 1.0})
+        writer.write(2, {"train/loss": 2.25, "train/attention": "xla", "train/grad_norm": 1.0})
         assert read_metrics(tmp_path / "metrics.jsonl") == [
             {"step": 1, "train/loss": 2.5},
-            {"step": 2, "train/loss": 2.25, "train/grad_norm": 1.0},
+            {"step": 2, "train/loss": 2.25, "train/attention": "xla", "train/grad_norm": 1.0},
         ]
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert content.count(b"train/loss") == 2
     assert content.count(b"train/grad_norm") == 1
+    assert b"train/attention" not in content  # its scalars are numbers
 
 
 def test_opening_cuts_the_record_back_to_the_first_step(tmp_path: Path, stream: Any) -> None:
