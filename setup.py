@@ -32,14 +32,17 @@ RUNTIME = [
 # By exactly this spelling: it is what launch/test.sh installs first, from a CPU build if there is
 # one, so that no later requirement brings CUDA libraries along.
 TORCH = "torch==2.13.0"
+EVAL = "lm-eval>=0.4.13"  # lm-evaluation-harness: prompts, examples and metrics of tasks
 
 EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10"],  # CUDA 13 libraries, from pip
     "tpu": ["jax[tpu]>=0.10"],  # libtpu
     "tokamax": ["tokamax>=0.0.12,!=0.1.0"],  # Hopper attention that keeps documents apart
     "beam": ["apache-beam>=2.70"],  # prepare --runner=beam; in an environment of its own
+    "eval": [EVAL],  # evaluate --tasks
     "export": [TORCH],  # reads pytorch_model.bin
     "test": [
+        EVAL,
         TORCH,  # the independent implementation,
         "transformers>=5.0",  # Hugging Face Llama,
         "accelerate>=1.10",  # and what it loads weights with

@@ -144,8 +144,12 @@ class TrainConfig:
 class EvaluateConfig:
     """What is looked at during training, besides the validation loss."""
 
-    every: int = 0  # steps between samples written to samples.txt; 0 = never
-    samples: int = 2  # texts sampled each time
+    every: int = 0  # steps between looks, after a checkpoint of the same step; 0 = never
+    samples: int = 2  # texts sampled into samples.txt
+    tasks: str = ""  # of lm-evaluation-harness, or groups, separated by commas
+    limit: int = 0  # rows of each task; 0 = all
+    data_dir: str = ""  # the tasks' rows, as for `evaluate --data_dir`; "" = they are downloaded
+    text: str = ""  # a file whose loss is measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -344,7 +348,7 @@ _NOT_NEGATIVE = (
     "train.spike_factor",
     *("data.seed", "train.seed", "optimizer.warmup_steps", "optimizer.weight_decay"),
     *("optimizer.clip_norm", "train.eval_every", "train.eval_batches", "train.keep_every"),
-    *("evaluate.every", "evaluate.samples"),
+    *("evaluate.every", "evaluate.samples", "evaluate.limit"),
 )
 _POSITIVE = (
     "model.rope_theta",
@@ -402,6 +406,12 @@ def _rule_violations(config: Config) -> Iterator[str]:
         )
     if usable("data.seq_len", "model.head_dim", "mesh.sequence"):
         yield from attention_violations(config, model.attention)
+    for name in ("evaluate.tasks", "evaluate.text"):
+        if name in sound and value[name] and config.evaluate.every == 0:
+            yield (
+                f"{name}={value[name]!r} is never looked at, since evaluate.every=0; set "
+                "--config.evaluate.every to a number of steps."
+            )
     if usable("train.global_batch", "train.accumulation_steps") and (
         train.global_batch % train.accumulation_steps
     ):

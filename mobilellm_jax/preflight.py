@@ -40,6 +40,7 @@ MAY_CHANGE = frozenset(
         *("train.max_bad_steps", "train.accumulation_steps", "train.loss_chunk"),
         *("train.spike_factor", "train.deterministic"),
         *("evaluate.every", "evaluate.samples", "model.attention", "model.remat"),
+        *("evaluate.tasks", "evaluate.limit", "evaluate.data_dir", "evaluate.text"),
         "model.scan_unroll",
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.dcn_data"),
         # The same tokens in another place; `data_state` compares.

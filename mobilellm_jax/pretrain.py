@@ -22,6 +22,7 @@ from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.data.mixture import Mixture
 from mobilellm_jax.data.sources import TRAIN, VALIDATION
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.evaluate.in_training import Evaluator, make_evaluator
 from mobilellm_jax.evaluate.validation import make_validator
 from mobilellm_jax.generate import generate
 from mobilellm_jax.host_memory import keep_freed_memory
@@ -69,6 +70,7 @@ def pretrain(config: Config, workdir: Path, profile: ProfiledSteps | None = None
         mixture = preflight.open_or_prepare(config)
         tokenizer = load_tokenizer(mixture.tokenizer)
         mesh, rules = preflight.check(config, mixture, tokenizer)
+        evaluator = make_evaluator(config, tokenizer, mesh, rules)
         start = preflight.data_state(config, mixture, workdir, resume_step)
         start_params = _initial_params(config, tokenizer) if resume_step is None else None
     with distributed.together("verifying the data", preflight.VERIFY_SEC):
@@ -115,7 +117,7 @@ def pretrain(config: Config, workdir: Path, profile: ProfiledSteps | None = None
                 put=functools.partial(put_batch, mesh=mesh, global_batch=config.train.global_batch),
                 save=save,
                 validate=_validator(config, mixture, mesh, rules, workdir),
-                sample=functools.partial(_write_samples, config, tokenizer, workdir),
+                sample=functools.partial(_look, config, tokenizer, workdir, evaluator, writer),
                 agree=distributed.Agreement(),
             )
             step_fn: TrainStep = make_train_step(config, optimizer, mesh, rules, state)
@@ -252,6 +254,24 @@ def _validator(
         return values
 
     return validate
+
+
+def _look(
+    config: Config,
+    tokenizer: Tokenizer,
+    workdir: Path,
+    evaluator: Evaluator,
+    writer: MetricsWriter,
+    step: int,
+    state: TrainState,
+) -> None:
+    """Samples texts and scores tasks, with the parameters where they are."""
+    _write_samples(config, tokenizer, workdir, step, state)
+    values = evaluator(state.params)
+    if values:
+        writer.write(step, values)
+        shown = "  ".join(f"{k.removeprefix('evaluate/')} {v:.4f}" for k, v in values.items())
+        writer.message(f"step {step}: {shown}")
 
 
 def _write_samples(

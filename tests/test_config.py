@@ -100,6 +100,11 @@ def test_the_edge_is_locked() -> None:
             "model.head_dim=63 must be even, because RoPE rotates pairs; choose 62 or 64.",
         ),
         ({"model__vocab_size": 0}, "model.vocab_size=0 must be at least 1."),
+        (
+            {"evaluate__tasks": "piqa"},
+            "evaluate.tasks='piqa' is never looked at, since evaluate.every=0; set "
+            "--config.evaluate.every to a number of steps.",
+        ),
         ({"model__norm_eps": 0.0}, "model.norm_eps=0.0 must be greater than 0."),
         ({"model__scan_unroll": 31}, "model.scan_unroll=31 must be at most model.num_blocks=30."),
         (

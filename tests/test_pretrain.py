@@ -23,6 +23,8 @@ from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Config, ConfigError, from_json
 from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.prepare import prepare
+from mobilellm_jax.evaluate.perplexity import perplexity
+from mobilellm_jax.open_model import open_model
 from mobilellm_jax.train.metrics import MetricsWriter
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +237,46 @@ def test_nothing_compiles_once_everything_has_happened(
     assert sum("jit(loss_sums)" in message for message in last) == 1
     assert compiled[3] == last[: len(compiled[3])]
     assert last[len(compiled[3]) :] == []
+
+
+def test_a_text_is_measured_after_saving_and_again_if_that_was_lost(
+    uninterrupted: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, workdir = data.parent / "0.txt", tmp_path / "run"
+    base = from_json((uninterrupted / "config.json").read_text())
+    train = dataclasses.replace(base.train, eval_every=0, checkpoint_every=2, steps=4)
+    evaluate = dataclasses.replace(base.evaluate, every=2, text=str(file))
+    config = dataclasses.replace(base, train=train, evaluate=evaluate)
+    events: list[str] = []
+    save, write = checkpoint.CheckpointWriter.save, MetricsWriter.write
+
+    def save_and_tell(self: Any, step: int, *args: Any) -> None:
+        save(self, step, *args)
+        events.append(f"saved {step}")
+
+    def write_and_tell(self: Any, step: int, values: Any) -> None:
+        write(self, step, values)
+        events.extend([f"measured {step}"] if "evaluate/text/loss" in values else [])
+
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", save_and_tell)
+    monkeypatch.setattr(MetricsWriter, "write", write_and_tell)
+    assert pretrain.pretrain(config, workdir)
+    assert events == ["saved 2", "measured 2", "saved 4", "measured 4"]
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    last = json.loads(lines[-1])
+    model = open_model(workdir)
+    expected = perplexity(
+        *(model.config, model.params, model.tokenizer, file.read_text()), stride=64
+    )
+    # Eight devices and trees of tokens there, one device and windows here, in float32.
+    assert last["evaluate/text/loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert last["evaluate/text/bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
+    board = workdir / "tensorboard"
+    assert any(b"evaluate/text/loss" in path.read_bytes() for path in board.iterdir())
+
+    (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert pretrain.pretrain(config, workdir)
+    assert (workdir / "metrics.jsonl").read_text() == "".join(lines)
 
 
 def test_profile_of_chosen_steps(config_file: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def perplexity(
     """
     ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
     length = config.max_seq_len
-    windows = _windows(length, ids) if stride is None else _strided(length, ids, stride)
+    windows = _windows(length, ids) if stride is None else strided(length, ids, stride)
     longest = max(window.stop - window.start for window in windows)
     batch = min(batch_size or max(1, _BATCH_TOKENS // length), len(windows))
     params = jax.device_put(params)  # once, if they come from the host
@@ -102,7 +102,7 @@ def perplexity(
     )
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """Tokens `start` to `stop` are read; what follows each from `scored` on is scored."""
 
     start: int
@@ -110,7 +110,7 @@ class _Window(NamedTuple):
     stop: int
 
 
-def _windows(length: int, ids: np.ndarray) -> list[_Window]:
+def _windows(length: int, ids: np.ndarray) -> list[Window]:
     """Returns the paper's: of `length` tokens, the last of which is only a target."""
     if length < 2:
         raise ValueError(
@@ -125,11 +125,15 @@ def _windows(length: int, ids: np.ndarray) -> list[_Window]:
             "--stride, which takes any."
         )
     starts = range(0, count * length, length)
-    return [_Window(start, start, start + length - 1) for start in starts]
+    return [Window(start, start, start + length - 1) for start in starts]
 
 
-def _strided(length: int, ids: np.ndarray, stride: int) -> list[_Window]:
-    """Returns windows that overlap so that every token but BOS is scored once."""
+def strided(length: int, ids: np.ndarray, stride: int) -> list[Window]:
+    """Returns windows of at most `length` tokens that score every token but BOS once.
+
+    Raises:
+      ValueError: if the stride is not within a window, or there is no token.
+    """
     if not 1 <= stride <= length:
         raise ValueError(
             f"--stride={stride} must be at least 1 and at most model.max_seq_len={length}."
@@ -137,11 +141,11 @@ def _strided(length: int, ids: np.ndarray, stride: int) -> list[_Window]:
     last = len(ids) - 1  # it is only a target
     if last < 1:
         raise ValueError("The text is empty; give one with at least a token.")
-    windows = [_Window(0, 0, min(length, last))]
+    windows = [Window(0, 0, min(length, last))]
     while windows[-1].stop < last:
         scored = windows[-1].stop
         stop = min(scored + stride, last)
-        windows.append(_Window(stop - length, scored, stop))
+        windows.append(Window(stop - length, scored, stop))
     return windows
 
 

@@ -77,7 +77,12 @@ def test_run_step_and_export_give_the_same_result(
         (["--perplexity=text.txt", "--output=no/such/x.json"], "the folder no/such does not exist"),
         (["--perplexity=text.txt", "--output=."], "--output=. is a folder"),
         (["--perplexity=text.txt", "--checkpoint=rum"], "'rum' does not exist. Did you mean run?"),
-        ([], "--perplexity is missing: text file in UTF-8"),
+        ([], "--tasks and --perplexity are both missing; give one of them"),
+        (["--perplexity=text.txt", "--tasks=piqa"], "--perplexity cannot both be given"),
+        (["--perplexity=text.txt", "--limit=3"], "--limit=3 goes with --tasks only"),
+        (["--perplexity=text.txt", "--data_dir=x"], "--data_dir=x goes with --tasks only"),
+        (["--tasks=piqa", "--stride=8"], "--stride=8 goes with --perplexity only"),
+        (["--perplexity=text.txt", "--stride=65"], "--stride=65 must be at least 1 and at most"),
     ],
 )
 def test_bad_input_ends_with_2_and_one_message(

@@ -1,0 +1,288 @@
+"""Our model as lm-evaluation-harness sees one (Gao et al.; the `eval` extra).
+
+The harness asks with strings; what reaches the model are the token ids that its own `hf` model
+would make of them: BOS before a text where the tokenizer's other users put one, a context's
+trailing spaces moved to the continuation, the border between the two found by encoding both
+together, and of what is too long the end. Scores come from prefix trees (`scoring.py`), texts from
+cached decoding; what was answered once is not asked again (`journal.py`).
+"""
+
+import collections
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tokenizers
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.evaluate.journal import Journal, key
+from mobilellm_jax.evaluate.prefix_trees import Query, make_query
+from mobilellm_jax.evaluate.scoring import Scorer
+from mobilellm_jax.generate import stream_batch
+from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.size import parameter_count
+from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.sampling import GREEDY, Sampling
+
+_MAX_NEW_TOKENS = 256  # where a task names no limit; the harness' own default
+_PROMPT_TOKENS = 16_384  # of the prompts that are read at once
+_PROMPTS = 32  # at most at once
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
+    """One model, for any number of tasks.
+
+    Args:
+      config: the architecture.
+      tokenizer: the one it was trained with.
+      scorer: for its config, on some mesh.
+      params: its parameters, on the scorer's mesh.
+      journal: of answers; requests that are in it are not computed.
+      origin: where the model is from, for the record.
+      show: how far it is, on a terminal.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        scorer: Scorer,
+        params: Params,
+        journal: Journal,
+        *,
+        origin: str,
+        show: bool = True,
+    ) -> None:
+        super().__init__()
+        self.params = params
+        self.cut = 0  # requests of which the beginning did not fit
+        self._config = config
+        self._tokens = tokenizer
+        self._scorer = scorer
+        self._journal = journal
+        self._origin = origin
+        self._show = show
+        self._beginning = beginning(tokenizer)
+
+    @property
+    def max_length(self) -> int:
+        return self._config.max_seq_len
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokens.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokens.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._tokens.sha256
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Returns what the harness writes into its record of the run."""
+        return {
+            "model": self._origin,
+            "model_num_parameters": parameter_count(self._config),
+            "model_dtype": str(compute_dtype(self._config)),
+        }
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: object
+    ) -> list[int]:
+        ids = self._tokens.encode(string)
+        return ids if add_special_tokens is False else [*self._beginning, *ids]
+
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        # Only so that no bar for the tokenizer is shown, which is quick.
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
+        windows: list[Request] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            cut = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            pairs = [make_disjoint_window(pair) for pair in cut]
+            windows += [(None, context, continuation) for context, continuation in pairs]
+            counts.append(len(pairs))
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], **_: object
+    ) -> list[tuple[float, bool]]:
+        queries: dict[str, Query] = {}
+        keys = []
+        for _strings, context, continuation in requests:
+            query = make_query(context, continuation, self.max_length)
+            self.cut += len(query.tokens) < len(context) + len(continuation) - 1
+            keys.append(key("log-likelihood", query.tokens, query.targets))
+            queries[keys[-1]] = query
+        answers = self._journal.answers
+        asked = [name for name in queries if name not in answers]
+        with _bar(len(queries), len(asked), "likelihood", self._show) as bar:
+            for scores in self._scorer.scores(self.params, [queries[name] for name in asked]):
+                self._journal.add((asked[number], list(score)) for number, score in scores)
+                bar.update(len(scores))
+        return [tuple(answers[name]) for name in keys]
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        prompts: dict[str, tuple[list[int], str]] = {}
+        keys = []
+        for text, settings in (request.args for request in requests):
+            how = normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)
+            room = self._room(how)
+            ids = self.tok_encode(text)
+            self.cut += len(ids) > room
+            ids = ids[-room:]
+            # As a string, which can be a dict's key and stands for the same in every run.
+            written = json.dumps(how, sort_keys=True)
+            keys.append(key("text", ids, written))
+            prompts[keys[-1]] = ids, written
+        answers = self._journal.answers
+        asked = [name for name in prompts if name not in answers]
+        with _bar(len(prompts), len(asked), "text", self._show) as bar:
+            for names in _batches(asked, prompts):
+                how = json.loads(prompts[names[0]][1])
+                texts = self._continue([prompts[name][0] for name in names], how)
+                self._journal.add(zip(names, texts, strict=True))
+                bar.update(len(names))
+        return [answers[name] for name in keys]
+
+    def _room(self, how: dict[str, Any]) -> int:
+        """Returns how many tokens a prompt may have.
+
+        Raises:
+          ValueError: if that is none, or if a setting is not known here.
+        """
+        unknown = how.keys() - _SETTINGS
+        if unknown:
+            raise ValueError(
+                f"A task asks for texts with {', '.join(sorted(unknown))}, which is not supported; "
+                f"the settings are {', '.join(sorted(_SETTINGS))}."
+            )
+        room = self.max_length - int(how["max_gen_toks"])
+        if room < 1:
+            raise ValueError(
+                f"A task asks for texts of up to {how['max_gen_toks']} tokens, which must be less "
+                f"than model.max_seq_len={self.max_length}; leave its task out."
+            )
+        return room
+
+    def _continue(self, prompts: Sequence[list[int]], how: dict[str, Any]) -> list[str]:
+        """Returns the prompts' continuations, each up to its first stop string."""
+        rows: list[list[int]] = [[] for _ in prompts]
+        texts = [""] * len(prompts)
+        stopped = [False] * len(prompts)
+        parts = stream_batch(
+            *(self._config, self.params, prompts),
+            max_new_tokens=int(how["max_gen_toks"]),
+            sampling=_sampling(how),
+            eos_id=self.eot_token_id,
+        )
+        for part in parts:
+            for b, new in enumerate(part):
+                if new and not stopped[b]:
+                    rows[b] += new
+                    texts[b] = decode(self._tokens, rows[b])
+                    stopped[b] = any(stop in texts[b] for stop in how["until"] if stop)
+            if all(done or not new for done, new in zip(stopped, part, strict=True)):
+                break  # a row without new tokens has met EOS
+        return [_up_to(text, how["until"]) for text in texts]
+
+
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """Returns the tokens that others put before every text.
+
+    BOS for a SentencePiece model, as LLaMA has it; for a tokenizer.json, what it says itself.
+    """
+    if tokenizer.file.suffix == ".model":
+        return [tokenizer.bos_id]
+    model = tokenizers.Tokenizer.from_file(str(tokenizer.file))
+    plain: list[int] = model.encode("a", add_special_tokens=False).ids
+    whole: list[int] = model.encode("a").ids
+    return whole[: len(whole) - len(plain)] if whole[-len(plain) :] == plain else []
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Returns the text as transformers shows it, which is the same unless the text is broken.
+
+    The unknown token has no text there, and of a run of byte tokens that is not UTF-8 every byte is
+    a U+FFFD, where SentencePiece keeps the characters among them.
+    """
+    known = [i for i in ids if i != tokenizer.unknown_id]
+    byte_of = {i: byte for byte, i in enumerate(tokenizer.byte_ids)}
+    shown: list[int] = []
+    for is_bytes, group in itertools.groupby(known, key=byte_of.__contains__):
+        run = list(group)
+        if is_bytes and not _is_utf8(bytes(byte_of[i] for i in run)):
+            run = [tokenizer.byte_ids[byte] for byte in _REPLACEMENT] * len(run)
+        shown += run
+    return tokenizer.decode(shown)
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _sampling(how: dict[str, Any]) -> Sampling:
+    if not how["do_sample"]:
+        return GREEDY
+    return Sampling(
+        temperature=float(how.get("temperature", 1.0)),
+        top_k=int(how.get("top_k", 0)),
+        top_p=float(how.get("top_p", 1.0)),
+    )
+
+
+def _up_to(text: str, stops: Iterable[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0] if stop else text
+    return text
+
+
+def _batches(
+    names: Iterable[str], prompts: dict[str, tuple[list[int], str]]
+) -> Iterable[list[str]]:
+    """Yields prompts of like settings and like lengths together, the longest first."""
+    alike = collections.defaultdict(list)
+    for name in names:
+        alike[prompts[name][1]].append(name)
+    for group in alike.values():
+        left = sorted(group, key=lambda name: -len(prompts[name][0]))
+        while left:
+            size = min(_PROMPTS, max(1, _PROMPT_TOKENS // len(prompts[left[0]][0])))
+            batch, left = left[:size], left[size:]
+            yield batch
+
+
+def _bar(total: int, left: int, unit: str, show: bool) -> "tqdm[Any]":
+    # disable=None: shown on a terminal only.
+    done = total - left
+    return tqdm(total=total, initial=done, unit=unit, disable=None if show else True)

@@ -1,0 +1,104 @@
+"""Tasks and a text, scored while a model trains: on the parameters as they lie on the devices."""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from mobilellm_jax.config import Config, ConfigError, EvaluateConfig
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.evaluate.perplexity import strided
+from mobilellm_jax.evaluate.prefix_trees import Query
+from mobilellm_jax.evaluate.scoring import Scorer
+from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.sharding import Rules
+
+Evaluator = Callable[[Params], dict[str, float]]
+
+
+def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rules) -> Evaluator:
+    """Returns a function from parameters to "evaluate/TASK/METRIC" and "evaluate/text/METRIC".
+
+    Rows and text are read here, so that what is wrong with them shows before the run starts.
+
+    Raises:
+      ConfigError: if `evaluate.tasks` needs what is not installed, or `evaluate.text` is no text.
+      ValueError, FileNotFoundError: for tasks and their rows, as `load_tasks`.
+    """
+    scorer = Scorer(config.model, mesh, rules)
+    parts = []
+    if config.evaluate.tasks:
+        parts.append(_task_evaluator(config, tokenizer, scorer))
+    if config.evaluate.text:
+        parts.append(_text_evaluator(config, tokenizer, scorer))
+
+    def evaluate(params: Params) -> dict[str, float]:
+        return {f"evaluate/{name}": value for part in parts for name, value in part(params).items()}
+
+    return evaluate
+
+
+def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Evaluator:
+    chosen = config.evaluate
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"evaluate.tasks={chosen.tasks!r} needs lm-evaluation-harness; install it with "
+            "pip install 'mobilellm-jax[eval]', or set --config.evaluate.tasks=."
+        )
+    # Here, since these need the extra.
+    from mobilellm_jax.evaluate.harness import HarnessModel
+    from mobilellm_jax.evaluate.journal import Journal
+    from mobilellm_jax.evaluate.tasks import load_tasks, quick_scores
+
+    names = [name.strip() for name in chosen.tasks.split(",")]
+    tasks = load_tasks(names, data_dir=Path(chosen.data_dir) if chosen.data_dir else None)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        # A journal in memory: other parameters, other answers.
+        model = HarnessModel(
+            *(config.model, tokenizer, scorer, params, Journal(None, {})),
+            origin="in training",
+            show=False,
+        )
+        return quick_scores(model, tasks, chosen.limit or None)
+
+    return evaluate
+
+
+def _text_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Evaluator:
+    """Every token is scored, in windows that read as much as the model can."""
+    text = _read_text(config.evaluate)
+    ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)])
+    length = config.model.max_seq_len
+    queries = [
+        Query(tuple(ids[w.start : w.stop].tolist()), tuple(ids[w.scored + 1 : w.stop + 1].tolist()))
+        for w in strided(length, ids, length)
+    ]
+    text_bytes = len(text.encode("utf-8"))
+
+    def evaluate(params: Params) -> dict[str, float]:
+        batches = scorer.scores(params, queries)
+        nats = -math.fsum(score.log_likelihood for batch in batches for _, score in batch)
+        loss = nats / (len(ids) - 1)
+        return {
+            "text/loss": loss,
+            "text/perplexity": math.exp(loss),
+            "text/bits_per_byte": nats / math.log(2) / text_bytes,
+        }
+
+    return evaluate
+
+
+def _read_text(chosen: EvaluateConfig) -> str:
+    try:
+        text = Path(chosen.text).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"evaluate.text={chosen.text!r} must be a text file in UTF-8: {error}."
+        ) from error
+    if not text:
+        raise ConfigError(f"evaluate.text={chosen.text!r} is empty; name a file with text.")
+    return text

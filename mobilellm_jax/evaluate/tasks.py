@@ -1,0 +1,276 @@
+"""The tasks of lm-evaluation-harness, those of the paper's tables first (the `eval` extra).
+
+A task of `TASK_DATA` is an overlay over the harness' own task file, which gives prompt, choices and
+metric: what is laid over it are the rows (`--data_dir`), the number of examples where the name says
+it, TriviaQA's F1, and RACE's other half. Any other task of the harness runs as it is.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import json
+import logging
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import lm_eval.api.task
+from lm_eval import evaluator
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable, make_table
+from tqdm import tqdm
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.evaluate.harness import HarnessModel
+from mobilellm_jax.evaluate.paper_table import format_table
+from mobilellm_jax.evaluate.task_data import FEWSHOT, GROUPS, TASK_DATA, read_rows
+
+_HERE = __name__
+_INSTALLED = Path(lm_eval.__file__).parent / "tasks"
+_FILES = {
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "social_iqa": "siqa/siqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "triviaqa": "triviaqa/default.yaml",
+    "race": "race/race.yaml",
+    "wikitext": "wikitext/wikitext.yaml",
+}
+# Of how many examples the name of a task speaks; whoever asks for another number, asks in vain.
+_SHOTS = {"triviaqa_1shot": 1, "triviaqa_5shot": 5, "triviaqa_64shot": 64, "wikitext": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """Tasks with their rows, ready to be asked."""
+
+    names: tuple[str, ...]  # groups of ours spelled out
+    loaded: Any  # the harness' own dict of them
+    manager: TaskManager
+
+
+def load_tasks(
+    names: Sequence[str], *, data_dir: Path | None = None, num_fewshot: int | None = None
+) -> Tasks:
+    """Loads tasks and their rows; without `data_dir`, the harness downloads what is not cached.
+
+    Args:
+      names: of tasks, or of groups; see `TASK_DATA` and `GROUPS` for ours.
+      data_dir: local files instead; see `task_data.py` for their layout.
+      num_fewshot: examples before each question, where the task's name does not say. None: as many
+        as the harness gives the task, mostly none.
+
+    Raises:
+      ValueError: for a name that is no task, with near misses; for a row that is not right.
+      FileNotFoundError: for a missing file of rows.
+    """
+    wanted = tuple(dict.fromkeys(t for name in names for t in GROUPS.get(name, (name,))))
+    if not wanted:
+        raise ValueError("--tasks is empty; name a task, or a group such as mobilellm.")
+    foreign = [name for name in wanted if name not in TASK_DATA]
+    if foreign and data_dir is not None:
+        raise ValueError(
+            f"--tasks: --data_dir serves no task {foreign[0]!r}."
+            f"{_near(foreign[0], [*GROUPS, *TASK_DATA])} It serves "
+            f"{', '.join([*GROUPS, *TASK_DATA])}."
+        )
+    if data_dir is not None:
+        _check_rows(wanted, data_dir, num_fewshot)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        for name in wanted:
+            if name in TASK_DATA:
+                overlay = _overlay(name, data_dir, _shots(name, num_fewshot))
+                (Path(folder) / f"{name}.yaml").write_text(overlay, "utf-8")
+        # Looking through all of the harness' thousands of tasks takes seconds.
+        manager = TaskManager(include_path=folder, include_defaults=bool(foreign))
+        unknown = [name for name in foreign if name not in manager.all_tasks]
+        if unknown:
+            known = [*GROUPS, *TASK_DATA, *manager.all_tasks]
+            raise ValueError(
+                f"--tasks: lm-evaluation-harness has no task {unknown[0]!r}."
+                f"{_near(unknown[0], known)} Ours are {', '.join([*GROUPS, *TASK_DATA])}."
+            )
+        try:
+            loaded = manager.load(list(wanted))
+        except OSError as error:
+            error.add_note("No data to be had from the network? --data_dir=DIR reads local files.")
+            raise
+    for name, task in loaded["tasks"].items():
+        given = task.get_config("num_fewshot")
+        # Zero in a task's own file means that it is not for changing.
+        if name not in _SHOTS and given != 0:
+            shots = given if num_fewshot is None else num_fewshot
+            task.set_config("num_fewshot", shots or 0)
+    return Tasks(wanted, loaded, manager)
+
+
+def quick_scores(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> dict[str, float]:
+    """Returns TASK/METRIC -> value, without the standard errors and the record of the machine."""
+    with _quiet():
+        for task in tasks.loaded["tasks"].values():
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples every time
+        results = evaluator.evaluate(
+            model, tasks.loaded, limit=limit, log_samples=False, bootstrap_iters=0
+        )
+    return {
+        f"{task}/{metric.partition(',')[0]}": value
+        for task, values in results["results"].items()
+        for metric, value in values.items()
+        if "," in metric and isinstance(value, float)
+    }
+
+
+def run_tasks(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> dict[str, Any]:
+    """Returns the results in the harness' own layout.
+
+    Args:
+      model: to be asked.
+      tasks: to ask it.
+      limit: rows of each task. None: all.
+    """
+    loaded = tasks.loaded
+    below = {name for members in loaded["group_map"].values() for name in members}
+    everything = {**loaded["groups"], **loaded["tasks"]}
+    with _quiet():
+        results: dict[str, Any] = evaluator.simple_evaluate(
+            model,
+            tasks=[each for name, each in everything.items() if name not in below],
+            task_manager=tasks.manager,
+            limit=limit,
+            log_samples=False,
+        )
+    return results
+
+
+def format_results(results: Mapping[str, Any], config: ModelConfig) -> str:
+    """Returns the results as tables: the paper's, and the harness' own for all other tasks."""
+    others = {name: v for name, v in results["results"].items() if name not in GROUPS["mobilellm"]}
+    parts = [format_table(results, config)]
+    if others:
+        parts.append(make_table({**results, "results": others}))
+    return "\n".join(part for part in parts if part)
+
+
+def as_json(results: Mapping[str, Any]) -> str:
+    """Returns the results as the harness writes them."""
+    return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
+
+
+def local_rows(task: str, data_dir: str, num_fewshot: int, **_: object) -> dict[str, Any]:
+    """Returns a task's splits; what the overlay names as the source of its rows."""
+    data = TASK_DATA[task]
+    files = data.files(Path(data_dir), num_fewshot)
+    return {
+        name: datasets.Dataset.from_list(read_rows(file, data.check))
+        for name, file in files.items()
+    }
+
+
+def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -> None:
+    if not data_dir.is_dir():
+        raise FileNotFoundError(f"--data_dir={data_dir} is no folder; see `evaluate --help`.")
+    missing: dict[str, list[str]] = {}
+    for name in names:
+        files = TASK_DATA[name].files(data_dir, _shots(name, num_fewshot))
+        gone = [str(file) for file in files.values() if not file.is_file()]
+        missing |= {name: gone} if gone else {}
+    if missing:
+        there = ",".join(name for name in names if name not in missing)
+        lines = [f"  {name}: {', '.join(files)}" for name, files in missing.items()]
+        remedy = f"add them, or leave the tasks out: --tasks={there}" if there else "add them"
+        raise FileNotFoundError(
+            f"--data_dir={data_dir} lacks files; {remedy}.\n" + "\n".join(lines)
+        )
+    for name in names:
+        data, shots = TASK_DATA[name], _shots(name, num_fewshot)
+        counts = {}
+        for split, file in data.files(data_dir, shots).items():
+            counts[split] = len(read_rows(file, data.check))
+        # The harness draws one more, in case the question itself is among them.
+        if shots and counts[data.fewshot] <= shots:
+            raise ValueError(
+                f"{data.files(data_dir, shots)[data.fewshot]} has {counts[data.fewshot]} rows, and "
+                f"{name} with {shots} examples needs at least {shots + 1}; add rows, or lower "
+                "--num_fewshot."
+            )
+
+
+def _shots(name: str, num_fewshot: int | None) -> int:
+    return _SHOTS.get(name, num_fewshot or 0)
+
+
+def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
+    base = next(base for base in _FILES if name.startswith(base))
+    fields: dict[str, Any] = {"include": str(_INSTALLED / _FILES[base]), "task": name}
+    functions = {}
+    if name in _SHOTS:
+        fields["num_fewshot"] = shots
+    if base == "triviaqa":
+        functions["process_results"] = "mobilellm_jax.evaluate.triviaqa.process_results"
+        fields["metric_list"] = [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in ("exact_match", "f1")
+        ]
+    if base == "race":
+        fields["dataset_name"] = name.removeprefix("race_")
+    if data_dir is not None:
+        data = TASK_DATA[name]
+        is_validation = data.scored == "validation"
+        examples = FEWSHOT if shots and data.fewshot == FEWSHOT else None
+        functions["custom_dataset"] = f"{_HERE}.{local_rows.__name__}"
+        fields |= {
+            "dataset_path": None,
+            "dataset_name": None,
+            "dataset_kwargs": {"task": name, "data_dir": str(data_dir), "num_fewshot": shots},
+            "training_split": examples,
+            "validation_split": data.scored if is_validation else None,
+            "test_split": None if is_validation else data.scored,
+        }
+    # JSON is YAML.
+    lines = [f"{field}: {json.dumps(value)}" for field, value in fields.items()]
+    lines += [f"{field}: !function {function}" for field, function in functions.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Has the harness show bars on a terminal only, and neither overlays nor git's complaints."""
+    logger, module = logging.getLogger("lm_eval"), lm_eval.api.task
+    level, bar, commit = logger.level, module.tqdm, evaluator.get_git_commit_hash
+    logger.setLevel(logging.ERROR)
+    module.tqdm = functools.partial(tqdm, disable=None)
+    evaluator.get_git_commit_hash = _git_commit
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        module.tqdm = bar
+        evaluator.get_git_commit_hash = commit
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _git_commit() -> str | None:
+    """What the harness would write down, without git's `fatal:` where there is no repository."""
+    if shutil.which("git") is None:
+        return None
+    described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
+    return described.stdout.strip() or None
