@@ -40,7 +40,6 @@ EXTRAS = {
     "tokamax": ["tokamax>=0.0.12,!=0.1.0"],  # Hopper attention that keeps documents apart
     "beam": ["apache-beam>=2.70"],  # prepare --runner=beam; in an environment of its own
     "eval": [EVAL],  # evaluate --tasks
-    "export": [TORCH],  # reads pytorch_model.bin
     "test": [
         EVAL,
         TORCH,  # the independent implementation,

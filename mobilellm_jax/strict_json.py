@@ -28,6 +28,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _INTEGERS = range(-(1 << 63), 1 << 64)
 _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = _shortened.maxlong = 80
+_shortened.maxlevel = 3
+_LONGEST_SHOWN = 200
+_REQUIRED: Any = object()
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -140,9 +143,38 @@ def as_type(value: Any, expected: Any, name: str = "") -> Any:
     return value
 
 
+def get(holder: Any, key: str, expected: Any, default: Any = _REQUIRED, name: str = "") -> Any:
+    """Returns one field of an object in which others may stand, or `default` if it is missing.
+
+    Args:
+      holder: the parsed object.
+      key: of the field.
+      expected: as for `as_type`; null is as good as missing.
+      default: without one the field is required.
+      name: where the object stands, for messages.
+
+    Raises:
+      JsonError: as `as_type`.
+    """
+    if not isinstance(holder, dict):
+        raise _wrong(name, holder, "an object")
+    value = holder.get(key)
+    if value is None and default is not _REQUIRED:
+        return default
+    if key not in holder:
+        raise JsonError(f"{_inside(name, key)} is missing.")
+    return as_type(value, expected, _inside(name, key))
+
+
+def plain(name: str) -> str:
+    """Returns a name out of a file as it is if it is short and shows, else as Python writes it."""
+    return name if name.isprintable() and 0 < len(name) <= _shortened.maxstring else shown(name)
+
+
 def shown(value: Any) -> str:
     """Returns a value as Python writes it, long ones shortened, for a message."""
-    return _shortened.repr(value)
+    text = _shortened.repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 _TOO_DEEP = f"is nested more than {MAX_DEPTH} deep."
@@ -208,9 +240,7 @@ def _dataclass(value: Any, cls: Any, name: str) -> Any:
 
 
 def _inside(name: str, key: str) -> str:
-    # Only what is an ordinary name stands in a message as it is.
-    key = key if key.isidentifier() and len(key) <= _shortened.maxstring else shown(key)
-    return f"{name}.{key}" if name else key
+    return f"{name}.{plain(key)}" if name else plain(key)
 
 
 def _wrong(name: str, value: Any, rule: str) -> JsonError:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from mobilellm_jax import strict_json
-from mobilellm_jax.strict_json import JsonError, as_type, parse, read, shown
+from mobilellm_jax.strict_json import JsonError, as_type, get, parse, plain, read, shown
 
 
 @pytest.mark.parametrize("value", [None, True, -1.5, (1 << 63) - 1, "é\U0001f600", [], {"a": [{}]}])
@@ -132,6 +132,23 @@ def test_a_value_that_is_no_object_at_all() -> None:
         as_type([], Outer)
 
 
+def test_one_field_of_an_object() -> None:
+    holder = {"a": 1, "b": None}
+    assert get(holder, "a", int) == 1
+    assert get(holder, "b", int, 7) == get(holder, "c", int, 7) == 7
+    with pytest.raises(JsonError, match=r"^x.c is missing"):
+        get(holder, "c", int, name="x")
+    with pytest.raises(JsonError, match=r"^b=None must be a whole number"):
+        get(holder, "b", int)
+    with pytest.raises(JsonError, match=r"^a=1 must be a text"):
+        get(holder, "a", str, "")
+    with pytest.raises(JsonError, match=r"^x=\[\] must be an object"):
+        get([], "a", int, name="x")
+
+
 def test_messages_stay_short() -> None:
     assert len(shown("x" * 10**6)) < 100
+    assert plain("model.norm.weight") == "model.norm.weight"
+    assert plain("x" * 100).startswith("'xxx") and len(plain("x" * 10**6)) < 100
+    assert plain("") == "''" and plain("\x1b[2J") == "'\\x1b[2J'"
     assert len(shown({str(i): list(range(1000)) for i in range(1000)})) < 1000

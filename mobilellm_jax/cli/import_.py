@@ -4,8 +4,9 @@
   mobilellm import --source=exported/ls --output=runs/ls
 
 The directory holds a LlamaForCausalLM, a MobileLLM in the layout of the paper's code, or what
-`mobilellm export` wrote: config.json, the weights (safetensors, or pytorch_model.bin where torch is
-installed) and tokenizer.model or tokenizer.json. Other models are refused, with what is in the way.
+`mobilellm export` wrote: config.json, the weights (safetensors or pytorch_model.bin) and
+tokenizer.model or tokenizer.json. Other models are refused, with what is in the way. Nothing in the
+directory is run: no modelling file, and pytorch_model.bin is read without unpickling it.
 """
 
 from pathlib import Path

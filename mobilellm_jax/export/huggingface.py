@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from flax import traverse_util
 
+from mobilellm_jax import strict_json
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mobilellm_jax.export.huggingface_config import (
@@ -36,6 +37,7 @@ from mobilellm_jax.export.weight_files import (
 )
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.rundir import TOKENIZER_FILES, whole_directory, write_whole
+from mobilellm_jax.strict_json import plain
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -177,12 +179,8 @@ def read_huggingface(directory: Path) -> Imported:
     file = directory / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{directory} is no Hugging Face directory: it has no {CONFIG}.")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold an object, not {type(values).__name__}.")
+    # Nothing that it names as code (auto_map) is looked at.
+    values = strict_json.as_type(strict_json.read(file), dict[str, Any], str(file))
     config = from_config_json(values, file)
     stored = open_tensors(directory)
     _check_tensors(config, stored, directory)
@@ -283,6 +281,11 @@ def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directo
         remedy = f"The safetensors may be broken; move them away, and {spare} beside is read."
     elif _HEAD not in stored and not config.tie_embeddings:
         remedy = "If its head is its embeddings, set tie_word_embeddings to true in config.json."
+    if config.num_blocks > len(stored):
+        raise ValueError(
+            f"{directory} does not fit the config: it has {len(stored)} tensors for "
+            f"num_hidden_layers={config.num_blocks}. {remedy}".rstrip()
+        )
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     expected = _their_shapes(config, range(config.num_blocks))
     _check_lists(expected, shapes, str(directory), remedy)
@@ -298,7 +301,7 @@ def _check_lists(
     both = [name for name in expected if name in found]
     lists = {
         "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
+        "unexpected": [plain(name) for name in found if name not in expected],
         "of another shape": [
             f"{name} {found[name]}, not {expected[name]}"
             for name in both

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from mobilellm_jax import strict_json
 from mobilellm_jax.config import Activation, Config, ConfigError, DataConfig, ModelConfig
+from mobilellm_jax.strict_json import plain, shown
 
 Layout = Literal["hf", "mobilellm"]
 
@@ -16,10 +18,30 @@ _ACTIVATIONS: Mapping[Activation, tuple[str, bool]] = {
     "relu": ("relu", False),
     "gelu": ("gelu", False),
 }
+_LIST_LIMIT = 8
 _REQUIRED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     "num_attention_heads",
 )
+_TYPES: Mapping[Any, tuple[str, ...]] = {
+    int: (
+        *(*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"),
+        *("layer_sharing_repeats", "sliding_window"),
+    ),
+    float: ("rms_norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor"),
+    bool: (
+        *("tie_word_embeddings", "share_embedding", "gated_mlp", "layer_sharing"),
+        *("attention_bias", "mlp_bias", "use_sliding_window"),
+    ),
+    str: ("model_type", "hidden_act", "layer_sharing_order"),
+    list[str]: ("architectures", "layer_types"),
+    dict[str, Any]: ("rope_parameters", "rope_scaling", "quantization_config"),
+}
+"""Type -> the keys that are read, all but those of RoPE; others may be there."""
+_ROPE_TYPES: Mapping[Any, tuple[str, ...]] = {
+    float: ("rope_theta", "partial_rotary_factor"),
+    str: ("rope_type", "type"),
+}
 
 
 def check_llama(config: ModelConfig) -> None:
@@ -93,12 +115,20 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
             f"{file} has no model_type, so it is not Hugging Face's; a run folder is used as it "
             "is, without an import."
         )
-    problems = list(_unsupported(values))
-    problems += [
+    # For transformers null is as good as missing.
+    values = {key: value for key, value in values.items() if value is not None}
+    other = []
+    if values.get("model_type") not in [*_ARCHITECTURES]:  # a list, for it may be of any type
+        model_type = shown(values.get("model_type"))
+        other.append(f"model_type={model_type} must be {' or '.join(_ARCHITECTURES)}.")
+    ill_typed = list(_ill_typed(values))
+    ill_typed += [
         f"{key}={values.get(key)!r} must be a whole number above 0."
         for key in _REQUIRED
-        if type(values.get(key)) is not int or values[key] < 1
+        if values.get(key) is None or (type(values[key]) is int and values[key] < 1)
     ]
+    # Only what has its type can be looked at.
+    problems = other + (ill_typed or list(_unsupported(values)))
     if problems:
         raise ValueError("\n".join([f"{file} describes a model that is none of ours:", *problems]))
     width, heads = values["hidden_size"], values["num_attention_heads"]
@@ -129,9 +159,9 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
         tie_embeddings=bool(values.get("tie_word_embeddings", False))
         or bool(values.get("share_embedding", False)),
         max_seq_len=values.get("max_position_embeddings", 2048),
-        rope_theta=_as_float(_rope(values).get("rope_theta", values.get("rope_theta", 10_000.0))),
-        norm_eps=_as_float(values.get("rms_norm_eps", 1e-6)),
-        init_std=_as_float(values.get("initializer_range", 0.02)),
+        rope_theta=float(_rope(values).get("rope_theta", values.get("rope_theta", 10_000.0))),
+        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        init_std=float(values.get("initializer_range", 0.02)),
     )
     try:
         Config(model=model, data=DataConfig(seq_len=1))
@@ -140,8 +170,18 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     return model
 
 
-def _as_float(value: Any) -> Any:
-    return float(value) if type(value) is int else value
+def _ill_typed(values: Mapping[str, Any]) -> Iterator[str]:
+    holders = [(values, "", _TYPES)]
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(values.get(name), dict):
+            holders.append((values[name], name, _ROPE_TYPES))
+    for holder, name, keys_of in holders:
+        for expected, keys in keys_of.items():
+            for key in keys:
+                try:
+                    strict_json.get(holder, key, expected, None, name)
+                except strict_json.JsonError as error:
+                    yield str(error)
 
 
 def _activation(values: Mapping[str, Any]) -> tuple[Any, bool]:
@@ -150,21 +190,20 @@ def _activation(values: Mapping[str, Any]) -> tuple[Any, bool]:
 
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns transformers 5's or 4's description of RoPE, {} for a plain one."""
-    found = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    return found if isinstance(found, Mapping) else {"rope_type": found}
+    found: Mapping[str, Any] = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _unsupported(values: Mapping[str, Any]) -> Iterator[str]:
     model_type = values.get("model_type")
-    if model_type not in _ARCHITECTURES:
-        yield f"model_type={model_type!r} must be {' or '.join(_ARCHITECTURES)}."
-    architectures = values.get("architectures") or []
+    architectures = values.get("architectures", [])
     if not set(architectures) <= set(_ARCHITECTURES.values()):
-        yield f"architectures={architectures} must be {' or '.join(_ARCHITECTURES.values())}."
+        known = " or ".join(_ARCHITECTURES.values())
+        yield f"architectures={shown(architectures)} must be {known}."
     rope = _rope(values)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
-        yield f"RoPE scaling {rope_type!r} is not supported, only the default (none)."
+        yield f"RoPE scaling {shown(rope_type)} is not supported, only the default (none)."
     for holder in (values, rope):
         factor = holder.get("partial_rotary_factor", 1.0)
         if factor != 1.0:
@@ -176,12 +215,13 @@ def _unsupported(values: Mapping[str, Any]) -> Iterator[str]:
         model_type == "llama" and _activation(values)[0] != "silu"
     ):
         allowed = "silu" if model_type == "llama" else "silu gated, or relu or gelu not gated"
-        yield f"hidden_act={values.get('hidden_act')!r} must be {allowed}."
+        yield f"hidden_act={shown(values.get('hidden_act'))} must be {allowed}."
     window = values.get("sliding_window")
     if window is not None and values.get("use_sliding_window", True):
         yield f"sliding_window={window} is not supported; attention reaches all earlier tokens."
-    odd = sorted({str(kind) for kind in values.get("layer_types") or []} - {"full_attention"})
+    odd = sorted(set(values.get("layer_types", [])) - {"full_attention"})
     if odd:
-        yield f"layer_types {', '.join(odd)} are not supported, only full_attention."
+        named = ", ".join(map(plain, odd[:_LIST_LIMIT]))
+        yield f"layer_types {named} are not supported, only full_attention."
     if values.get("quantization_config"):
         yield "quantization_config is not supported; give the unquantised weights."

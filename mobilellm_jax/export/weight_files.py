@@ -1,12 +1,12 @@
 """Files of named tensors as Hugging Face lays them out, written and read without torch.
 
 Written: `model.safetensors`, or numbered shards with an index from 5 GB on. Read: either of them,
-or `pytorch_model.bin`, for which torch has to be there.
+or `pytorch_model.bin` (`torch_files.py`).
 """
 
 import functools
 import json
-import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,10 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from mobilellm_jax import strict_json
+from mobilellm_jax.export.torch_files import open_torch
 from mobilellm_jax.rundir import write_whole
+from mobilellm_jax.strict_json import plain
 
 SHARD_BYTES = 5_000_000_000
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -27,6 +30,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 
 _SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+# Each stays open.
+_MOST_SHARDS = 256
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -79,8 +85,8 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
 
     Raises:
       FileNotFoundError: if it holds no weights, or a shard is missing.
-      ValueError: for a dtype that is no floating-point type of `DTYPES`; for a pytorch_model.bin
-        without torch.
+      ValueError: for a dtype that is no floating-point type of `DTYPES`, and for files that are
+        damaged or were made to mislead.
     """
     for name, open_file in ((_SAFETENSORS, _open_safetensors), (_PICKLE, _open_pickle)):
         if (directory / name).is_file():
@@ -103,12 +109,35 @@ def spare_pickle(directory: Path) -> str:
 def _open_shards(
     index: Path, open_file: Callable[[Path], dict[str, StoredTensor]]
 ) -> dict[str, StoredTensor]:
-    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    try:
+        weight_map: dict[str, str] = strict_json.get(
+            strict_json.parse(strict_json.content_of(index)), "weight_map", dict[str, str]
+        )
+    except strict_json.JsonError as error:
+        raise ValueError(f"{index}: {error} Fetch the file again.") from error
+    files = sorted(set(weight_map.values()))
+    if len(files) > _MOST_SHARDS:
+        raise ValueError(f"{index} names {len(files)} shards, and may name {_MOST_SHARDS}.")
     tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(weight_map.values())):
+    for file in files:
+        # A name with a slash would read outside of the folder.
+        if not _SHARD_NAME.fullmatch(file):
+            raise ValueError(
+                f"{index}: weight_map names {plain(file)}, which is no file beside it."
+            )
         if not (index.parent / file).is_file():
             raise FileNotFoundError(f"{index} names the shard {file}, which is not beside it.")
-        tensors.update(open_file(index.parent / file))
+        found = open_file(index.parent / file)
+        for name in found:
+            if name in tensors or weight_map.get(name, file) != file:
+                raise ValueError(f"{index}: {plain(name)} is in {file} and in another shard too.")
+        tensors.update(found)
+    missing = weight_map.keys() - tensors.keys()
+    if missing:
+        name = min(missing)
+        raise ValueError(
+            f"{index} says that {plain(name)} is in {weight_map[name]}, but it is not."
+        )
     return tensors
 
 
@@ -127,40 +156,13 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def _open_pickle(file: Path) -> dict[str, StoredTensor]:
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(
-            f"{file} is in torch's own format, and torch is not installed; run "
-            "`pip install mobilellm-jax[export]`, or save the model as safetensors."
-        ) from error
-    try:
-        # weights_only refuses pickles that would run code.
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{file} is not a whole file of torch tensors: {error}") from error
-
-    def read(tensor: Any) -> np.ndarray:
-        if tensor.dtype == torch.bfloat16:  # numpy() has no bfloat16; its bits have int16
-            bits: np.ndarray = tensor.contiguous().view(torch.int16).numpy()
-            return bits.view(ml_dtypes.bfloat16)
-        values: np.ndarray = tensor.numpy()
-        return values
-
-    return {
-        name: StoredTensor(
-            tuple(tensor.shape),
-            _known_dtype(file, name, str(tensor.dtype).removeprefix("torch.")),
-            functools.partial(read, tensor),
-        )
-        for name, tensor in loaded.items()
-    }
+    return {name: StoredTensor(*tensor) for name, tensor in open_torch(file).items()}
 
 
 def _known_dtype(file: Path, name: str, dtype: str) -> str:
     if dtype not in DTYPES:
         raise ValueError(
-            f"{file}: {name} has dtype {dtype}; only {', '.join(DTYPES)} can be read (quantised "
-            "weights cannot)."
+            f"{file}: {plain(name)} has dtype {dtype}; only {', '.join(DTYPES)} can be read "
+            "(quantised weights cannot)."
         )
     return dtype

@@ -371,7 +371,7 @@ def test_what_is_no_directory_of_a_model_is_refused(folder, tmp_path):
         file.unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer; put its tokenizer\.model"):
         read_huggingface(tmp_path / "bare")
-    for content, message in (("{", "is not JSON"), ("[]", "must hold an object, not list")):
+    for content, message in (("{", "is not JSON"), ("[]", r"config.json=\[\] must be an object")):
         (folder / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_huggingface(folder)

@@ -1,3 +1,5 @@
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -74,10 +76,41 @@ def test_safetensors_go_before_torch_files(tmp_path):
     assert spare_pickle(tmp_path) == "pytorch_model.bin"
 
 
-def test_torch_file_without_torch_names_the_extra(tmp_path, monkeypatch):
-    torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(ValueError, match=r"pip install mobilellm-jax\[export\]"):
+@pytest.mark.parametrize(
+    "name", ["../model-00002-of-00003.safetensors", "/etc/passwd", ".", "a\0b", "C:\\x", "a/b", ""]
+)
+def test_an_index_does_not_leave_its_folder(name, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_tensors(TENSORS.items(), folder, shard_bytes=1)
+    file = folder / "model.safetensors.index.json"
+    (folder / "model-00002-of-00003.safetensors").rename(
+        tmp_path / "model-00002-of-00003.safetensors"
+    )
+    index = json.loads(file.read_text())
+    index["weight_map"]["b"] = name
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json: weight_map names .* no file beside it"):
+        open_tensors(folder)
+
+
+def test_an_index_that_misleads(tmp_path):
+    write_tensors(TENSORS.items(), tmp_path, shard_bytes=1)
+    file = tmp_path / "model.safetensors.index.json"
+    whole = json.loads(file.read_text())["weight_map"]
+    first = whole["a"]
+    for weight_map, message in (
+        ({"a": first, "b": first}, "says that b is in model-00001.*, but it is not"),
+        ({"a": first, "x": whole["b"]}, "says that x is in model-00002.*, but it is not"),
+        ({str(i): f"{i}.safetensors" for i in range(257)}, "names 257 shards, and may name 256"),
+        ([], r"weight_map=\[\] must be an object"),
+    ):
+        file.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=message):
+            open_tensors(tmp_path)
+    file.write_text(json.dumps({"weight_map": whole}))
+    (tmp_path / whole["b"]).write_bytes((tmp_path / first).read_bytes())
+    with pytest.raises(ValueError, match="a is in model-00002.* and in another shard too"):
         open_tensors(tmp_path)
 
 
@@ -101,5 +134,5 @@ def test_broken_files_and_quantised_weights_are_refused(tmp_path):
         open_tensors(tmp_path)
     file.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"no torch file")
-    with pytest.raises(ValueError, match="not a whole file of torch tensors"):
+    with pytest.raises(ValueError, match="is no zip archive"):
         open_tensors(tmp_path)
