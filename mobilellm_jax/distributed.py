@@ -10,8 +10,7 @@ A run of one process passes through all of it without a coordinator.
 """
 
 import contextlib
-import dataclasses
-import importlib.util
+import hashlib
 import itertools
 import json
 import os
@@ -21,6 +20,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mobilellm_jax.cluster import find_cluster
 from mobilellm_jax.config import ConfigError
 
 _START_SEC = 300  # for all processes to be there
@@ -36,20 +38,13 @@ _SHUTDOWN_SEC = 120  # that a process waits for the others at its end
 _AGREE_SEC = 600  # for all processes to come through a check
 _POLL_SEC = 5  # signals are heard only between two polls
 
+_PROGRAMS_FOLLOW_FROM = ("jax", "jaxlib", "flax", "optax")
+
 _numbers = itertools.count()
 
 
 class DistributedError(RuntimeError):
     """Processes lost or never found each other."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cluster:
-    """What the environment says about the run's processes."""
-
-    name: str
-    several: bool
-    devices: list[int] | None = None  # GPUs of this process; None = what jax finds
 
 
 def start(
@@ -66,7 +61,8 @@ def start(
       One line that says what was found.
 
     Raises:
-      ConfigError: for some of the arguments without the others, or impossible ones.
+      ConfigError: for some of the arguments without the others, or impossible ones; if this process
+        runs other code than process 0.
       DistributedError: if process 0 cannot be reached.
     """
     coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -77,11 +73,13 @@ def start(
         if own:
             _wait_for(address)
         _initialize(address, count, own, cluster_detection_method="deactivate")
+        _same_code()
         return f"process {own} of {count}, from flags, process 0 at {address}"
-    cluster = _cluster(os.environ)
+    cluster = find_cluster(os.environ)
     if not cluster.several:
         return f"one process ({cluster.name})"
     _initialize(None, None, None, local_device_ids=cluster.devices)
+    _same_code()
     state = _state()
     return f"process {state.process_id} of {state.num_processes}, found by {cluster.name}"
 
@@ -235,72 +233,35 @@ def _initialize(address: str | None, count: int | None, own: int | None, **more:
         signal.signal(signal.SIGTERM, on_sigterm)
 
 
-def _cluster(env: Mapping[str, str]) -> _Cluster:
-    """Returns where this process runs, in the order in which jax looks.
-
-    jax knows how to ask each of these places for the address of process 0 and the rest. Left alone
-    it would ask any that looks present, and fail in a notebook's pod or in a shell that Slurm gave;
-    here a place counts only where it started several processes.
+def _same_code() -> None:
+    """Refuses processes that run different code: their programs would wait for each other for ever.
 
     Raises:
-      ConfigError: for several processes that jax cannot bring together.
+      ConfigError: naming what differs from process 0.
     """
-    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        if "OMPI_MCA_orte_hnp_uri" not in env:
+    with together("comparing versions"):
+        own = _code()
+        first = from_first("versions", lambda: own)
+        different = [
+            f"  {name}: {first.get(name)} there, {own.get(name)} here"
+            for name in sorted({*first, *own})
+            if first.get(name) != own.get(name)
+        ]
+        if different:
+            lines = "\n".join(different)
             raise ConfigError(
-                f"this is one of {env['OMPI_COMM_WORLD_SIZE']} processes of an Open MPI whose "
-                "variables jax cannot read; give --coordinator_address=HOST:PORT "
-                "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK, or "
-                "--num_processes=1 if each is a run of its own."
+                f"other code than that of process 0:\n{lines}\nInstall the same on every machine."
             )
-        return _Cluster("Open MPI", several=True)
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env:
-        return _Cluster(f"Slurm (job {env.get('SLURM_JOB_ID')})", True, _slurm_gpus(env))
-    # jax puts "tpu" there when it is imported on a machine with TPU chips and libtpu.
-    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]  # added late
-    if "tpu" in (platforms or "").split(","):
-        hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES"))
-        if hosts is None:
-            return _Cluster("TPU metadata", several=True)
-        slices = int(env.get("MEGASCALE_NUM_SLICES") or 1)
-        if slices == 1 and "," not in hosts:
-            return _Cluster("a TPU host of its own", several=False)
-        return _Cluster("TPU variables", several=True)
-    if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
-        if importlib.util.find_spec("kubernetes") is None:
-            raise ConfigError(
-                "this is a pod of an Indexed Job, and asking Kubernetes for the other pods takes "
-                "the package `kubernetes` (pip install 'jax[k8s]'); or give --coordinator_address, "
-                "--num_processes and --process_id, or --num_processes=1 if there are no others."
-            )
-        return _Cluster("Kubernetes", several=True)
-    return _Cluster("no cluster found", several=False)
 
 
-def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
-    """Returns the GPUs of this task, as numbers among those that it sees.
-
-    jax takes one GPU per task, the one with the task's number on its node. That leaves seven of
-    eight idle with one task per node, and fails where Slurm shows every task its own GPUs only.
-    """
-    visible = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    if not visible:
-        return None
-    gpus, tasks = len(visible), _slurm_tasks_here(env)
-    bound = gpus < tasks or gpus < int(env.get("SLURM_GPUS_ON_NODE", gpus))
-    if bound:
-        return list(range(gpus))
-    share, own = gpus // tasks, int(env["SLURM_LOCALID"])
-    return list(range(own * share, (own + 1) * share))
-
-
-def _slurm_tasks_here(env: Mapping[str, str]) -> int:
-    """Reads "2(x3),1": three nodes with two tasks, one with one."""
-    counts: list[int] = []
-    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        tasks, _, times = part.partition("(x")
-        counts += [int(tasks)] * int(times.rstrip(")") or 1)
-    return counts[min(int(env.get("SLURM_NODEID", 0)), len(counts) - 1)]
+def _code() -> dict[str, str]:
+    """Returns what the programs of a run follow from: versions, and a digest of this package."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    versions = {name: metadata.version(name) for name in _PROGRAMS_FOLLOW_FROM}
+    return {**versions, "mobilellm_jax (its source)": digest.hexdigest()[:12]}
 
 
 def _state() -> Any:

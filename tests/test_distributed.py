@@ -1,14 +1,20 @@
-"""Processes find each other, and share one fate; what a run is on several is in test_runs.py."""
+"""Processes find each other, and share one fate; what a run is on several is in test_meshes.py."""
 
 import json
 import os
 import socket
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
+from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, cluster, k8s_cluster
 
 from mobilellm_jax import distributed
+from mobilellm_jax.cluster import find_cluster
 from mobilellm_jax.config import ConfigError
 from tests.processes import free_port, run_together
 
@@ -165,11 +171,88 @@ def test_environment_is_recognised(
 def test_jax_finds_the_same(
     variables: dict[str, str], found: tuple[str, int, int], environment: dict[str, str]
 ) -> None:
-    from jax._src.clusters import ClusterEnv
-
     environment.update(variables)
+    assert found_by_jax() == found
+
+
+def found_by_jax() -> tuple[str, int, int]:
+    """The host of process 0, the number of processes and the number of this one."""
     address, *numbers, _ = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 1)
-    assert (address.rpartition(":")[0], *numbers) == found
+    return (address.rpartition(":")[0], *numbers)
+
+
+@pytest.fixture
+def tpu_host(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> dict[str, str]:
+    """The environment of a machine with TPU chips."""
+    for module in (cloud_tpu_cluster, cluster):
+        monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+    return environment
+
+
+def recognised_on_a_tpu(environment: dict[str, str]) -> str:
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "tpu,cpu")
+    try:
+        return find_cluster(environment).name
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def test_jax_finds_the_second_slice_of_a_job_set(tpu_host: dict[str, str]) -> None:
+    tpu_host.update(
+        TPU_SKIP_MDS_QUERY="true",  # set on GKE, whose pods reach no metadata server
+        TPU_WORKER_HOSTNAMES="host2,host3",
+        TPU_WORKER_ID="1",
+        MEGASCALE_COORDINATOR_ADDRESS="localhost:8080",
+        MEGASCALE_NUM_SLICES="2",
+        MEGASCALE_SLICE_ID="1",
+    )
+    assert recognised_on_a_tpu(tpu_host) == "TPU variables"
+    assert found_by_jax() == ("localhost", 4, 3)
+
+
+def test_jax_finds_what_the_metadata_of_a_tpu_say(
+    tpu_host: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attributes = {
+        "agent-worker-number": "2",
+        "worker-network-endpoints": "a:1:127.0.0.1,b:2:10.0.0.2,c:3:10.0.0.3,d:4:10.0.0.4",
+        "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'",
+    }
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (attributes[key], 200))
+    assert recognised_on_a_tpu(tpu_host) == "TPU metadata"
+    assert found_by_jax() == ("127.0.0.1", 4, 2)
+
+
+def test_jax_finds_the_job_set_of_a_pod(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an API server that knows one pod and its job."""
+    labels = {"jobset.sigs.k8s.io/jobset-name": "pretrain"}
+    job = SimpleNamespace(
+        metadata=SimpleNamespace(name="pretrain-workers-0", labels=labels),
+        spec=SimpleNamespace(parallelism=4),
+    )
+    owner = SimpleNamespace(controller=True, kind="Job")
+    pod = SimpleNamespace(
+        metadata=SimpleNamespace(labels={"job-name": job.metadata.name}, owner_references=[owner])
+    )
+    pods = SimpleNamespace(list_namespaced_pod=lambda **_: SimpleNamespace(items=[pod]))
+    client = SimpleNamespace(
+        CoreV1Api=lambda: pods,
+        BatchV1Api=lambda: SimpleNamespace(read_namespaced_job=lambda **_: job),
+        exceptions=SimpleNamespace(ApiException=OSError),
+    )
+    package = SimpleNamespace(
+        client=client, config=SimpleNamespace(load_incluster_config=lambda: None)
+    )
+    monkeypatch.setitem(sys.modules, "kubernetes", package)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(k8s_cluster.K8sCluster, "_namespace", lambda: "default")
+    monkeypatch.setattr(socket, "gethostbyname", lambda host: "10.0.0.7")
+    environment.update({**POD, "JOB_COMPLETION_INDEX": "2", "HOSTNAME": "pretrain-workers-0-2"})
+    assert find_cluster(environment).name == "Kubernetes"
+    assert found_by_jax() == ("pretrain-workers-0-0.pretrain", 4, 2)
 
 
 def test_processes_that_jax_cannot_bring_together_are_refused(
@@ -307,6 +390,45 @@ caught = open("/proc/self/status").read().partition("SigCgt:")[2].split()[0]
 found["catches SIGTERM"] = bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 print(json.dumps(found))
 """
+OTHER_CODE = """
+import sys
+from mobilellm_jax import distributed
+from mobilellm_jax.config import ConfigError
+
+own = int(sys.argv[2])
+if own == 1:
+    ours = distributed._code()
+    distributed._code = lambda: {**ours, "jaxlib": "0.1.2"}
+try:
+    distributed.start(sys.argv[1], 2, own)
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_processes_that_run_other_code_are_refused() -> None:
+    address = f"localhost:{free_port()}"
+    results = run_together([["-c", OTHER_CODE, address, str(own)] for own in (0, 1)], devices=1)
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert "other code than that of process 0:" in result.stdout
+        assert f"  jaxlib: {metadata.version('jaxlib')} there, 0.1.2 here\nInstall" in result.stdout
+        assert "its source" not in result.stdout  # which is the same
+    assert "process 1: other code" in results[0].stdout
+
+
+def test_code_is_known_by_its_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    monkeypatch.setattr(distributed, "__file__", str(tmp_path / "distributed.py"))
+    name, found = "mobilellm_jax (its source)", []
+    for text in ("a = 1", "a = 1", "a = 2"):
+        (tmp_path / "part" / "file.py").write_text(text)
+        found.append(distributed._code()[name])
+    (tmp_path / "part" / "file.py").rename(tmp_path / "part" / "other.py")
+    found.append(distributed._code()[name])
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
 MESHES: dict[str, tuple[dict[str, int], list[list[int]]]] = {
     "data": ({}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
     "data2_tensor4": ({"tensor": 4}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
