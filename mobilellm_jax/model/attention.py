@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.attention_kernels import SAVED, self_attention
+from mobilellm_jax.model.attention_kernels import self_attention
+from mobilellm_jax.model.blockwise_attention import causal_attention
 from mobilellm_jax.model.cache import KVCache
 from mobilellm_jax.model.parameters import matrix
 from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.products import product
 from mobilellm_jax.model.rope import Rotation, rotate
 
 
@@ -24,8 +25,10 @@ class AttentionContext:
 
     rotation: Rotation
     positions_BT: Int[Array, "#B T"]  # where this call's tokens stand in the cache
-    mask_BTS: Bool[Array, "#B T S"] | None  # True where the query may see the key; for `attend`
-    segments_BT: Int[Array, "B T"] | None = None  # for the kernels, which need no mask
+    # True where the query may see the key; None: those before it of its segment. Always there with
+    # a cache, never with a kernel.
+    mask_BTS: Bool[Array, "#B T S"] | None = None
+    segments_BT: Int[Array, "B T"] | None = None
 
 
 def uses_kernel(config: ModelConfig) -> bool:
@@ -36,16 +39,6 @@ def uses_kernel(config: ModelConfig) -> bool:
     return config.attention not in ("auto", "xla")
 
 
-def causal_mask(
-    segments_BT: Int[Array, "B T"] | None, length: int
-) -> Bool[Array, "#B {length} {length}"]:
-    """Returns the mask under which a token sees itself and earlier ones of its own segment."""
-    causal_1TS = jnp.tril(jnp.ones((1, length, length), bool))
-    if segments_BT is None:
-        return causal_1TS
-    return causal_1TS & (segments_BT[:, :, None] == segments_BT[:, None, :])
-
-
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
@@ -54,10 +47,10 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v, with G = N / K neighbouring query heads per key head.
 
-    Scores and softmax are float32 whatever the type of the operands. The G heads of a group and the
-    T queries are the rows (M) of one matrix product per key head, and the softmax is normalised
-    after the product with v, on T x H numbers instead of T x S: on a CPU both save passes over the
-    scores, which cost more than the products.
+    For any mask: decoding with a cache, and scoring. Scores and softmax are float32 whatever the
+    type of the operands. The G heads of a group and the T queries are the rows (M) of one matrix
+    product per key head, and the softmax is normalised after the product with v, on T x H numbers
+    instead of T x S: on a CPU both save passes over the scores, which cost more than the products.
     """
     batch, length, num_heads, head_dim = q_BTNH.shape
     keys, num_kv_heads = k_BSKH.shape[1:3]
@@ -108,7 +101,7 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int, axis: str) -> Float[Array, "B T heads H"]:
             kernel_DNH = matrix(self, name, (width, heads, head_dim), ("embed", axis, "head_dim"))
-            return jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel_DNH.astype(dtype))
+            return product("BTD,DNH->BTNH", x_BTD, kernel_DNH)
 
         q_BTNH = rotate(project("query", config.num_heads, "heads"), context.rotation)
         k_BTKH = rotate(project("key", config.num_kv_heads, "kv_heads"), context.rotation)
@@ -129,12 +122,13 @@ class Attention(nn.Module):
             )
             k_BSKH, v_BSKH = cache.k_LBSKH[slot].astype(dtype), cache.v_LBSKH[slot].astype(dtype)
 
-        if cache is None and uses_kernel(config):
+        if context.mask_BTS is not None:
+            out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, context.mask_BTS)
+        elif uses_kernel(config):
             segments_BT = context.segments_BT
             out_BTNH = self_attention(config.attention, q_BTNH, k_BSKH, v_BSKH, segments_BT)
         else:
-            assert context.mask_BTS is not None, "whoever makes the context knows the config"
-            out_BTNH = checkpoint_name(attend(q_BTNH, k_BSKH, v_BSKH, context.mask_BTS), SAVED)
+            out_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, context.segments_BT)
         shape, axes = (config.num_heads, head_dim, width), ("heads", "head_dim", "embed")
         kernel_NHD = matrix(self, "output", shape, axes)
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, kernel_NHD.astype(dtype)), cache
+        return product("BTNH,NHD->BTD", out_BTNH, kernel_NHD), cache

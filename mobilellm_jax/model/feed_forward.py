@@ -8,13 +8,12 @@ from typing import cast
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.parameters import matrix
-from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.products import product
 
 
 class FeedForward(nn.Module):
@@ -25,12 +24,11 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         config = self.config
-        dtype = compute_dtype(config)
         width, hidden = config.embed_dim, config.ffn_dim
 
         def widen(name: str) -> Float[Array, "B T F"]:
             kernel_DF = matrix(self, name, (width, hidden), ("embed", "mlp"))
-            wide_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, kernel_DF.astype(dtype))
+            wide_BTF = product("BTD,DF->BTF", x_BTD, kernel_DF)
             return cast(jax.Array, checkpoint_name(wide_BTF, name))
 
         if config.activation == "swiglu":
@@ -41,4 +39,4 @@ class FeedForward(nn.Module):
             hidden_BTF = jax.nn.gelu(widen("up"), approximate=False)
         hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "mlp"))
         kernel_FD = matrix(self, "down", (hidden, width), ("mlp", "embed"))
-        return jnp.einsum("BTF,FD->BTD", hidden_BTF, kernel_FD.astype(dtype))
+        return product("BTF,FD->BTD", hidden_BTF, kernel_FD)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.attention import AttentionContext, causal_mask, uses_kernel
+from mobilellm_jax.model.attention import AttentionContext, uses_kernel
 from mobilellm_jax.model.block import Block
 from mobilellm_jax.model.cache import KVCache
 from mobilellm_jax.model.layer_sharing import apply_blocks
@@ -92,8 +92,6 @@ class Transformer(nn.Module):
         length = tokens_BT.shape[1]
         if positions_BT is None:
             positions_BT = jnp.arange(length, dtype=jnp.int32)[None, :]
-        if not uses_kernel(config):
-            mask_BTS = causal_mask(segments_BT, length) if mask_BTS is None else mask_BTS
         assert mask_BTS is None or not uses_kernel(config), f"a mask for {config.attention}"
         context = AttentionContext(
             rotation=rotation(positions_BT, config.head_dim, config.rope_theta),

@@ -71,7 +71,9 @@ def _forward(
         hit_BCV = jnp.arange(head_VD.shape[0])[None, None, :] == targets_BC[:, :, None]
         softmax_BCV = jnp.exp(logits_BCV - log_normalizer_BC[:, :, None])
         grad_BCV = ((softmax_BCV - hit_BCV) * weights_BC[:, :, None]).astype(dtype)
-        grad_x_BCD = jnp.einsum("BCV,VD->BCD", grad_BCV, narrow_head_VD)
+        grad_x_BCD = jnp.einsum(
+            "BCV,VD->BCD", grad_BCV, narrow_head_VD, preferred_element_type=jnp.float32
+        ).astype(dtype)
         grad_head_VD += jnp.einsum(
             "BCV,BCD->VD", grad_BCV, x_BCD, preferred_element_type=jnp.float32
         )

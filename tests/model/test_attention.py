@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobilellm_jax.model.attention import attend, causal_mask
+from mobilellm_jax.model.attention import attend
+from tests.model.masks import causal_mask
 
 
 def naive(

@@ -19,11 +19,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mobilellm_jax.config import ATTENTION, Config, ModelConfig, Remat
 from mobilellm_jax.model import attention_kernels
-from mobilellm_jax.model.attention import attend, causal_mask
+from mobilellm_jax.model.attention import attend
 from mobilellm_jax.model.attention_kernels import segment_starts, self_attention, splash, tokamax
 from mobilellm_jax.model.on_device import device_violations
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 from mobilellm_jax.sharding import AXES, logical_rules, use
+from tests.model.masks import causal_mask
 
 LENGTH = 256
 # A document border within a block, one on the edge of a block, and documents of one token.

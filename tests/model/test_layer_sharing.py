@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.config import ModelConfig, Sharing
-from mobilellm_jax.model.attention import AttentionContext, causal_mask
+from mobilellm_jax.model.attention import AttentionContext
 from mobilellm_jax.model.block import Block
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.rope import rotation
@@ -67,7 +67,6 @@ def test_scan_equals_an_unrolled_loop(
         context = AttentionContext(
             rotation=rotation(positions, config.head_dim, config.rope_theta),
             positions_BT=positions,
-            mask_BTS=causal_mask(None, tokens.shape[1]),
         )
         x = params["embedding"]["table"][tokens]
         for u in application_order(3, 2, "reverse"):

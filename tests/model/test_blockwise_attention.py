@@ -1,0 +1,99 @@
+"""Blocks of queries against `attend` with the mask written out."""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from mobilellm_jax.model.attention import attend
+from mobilellm_jax.model.blockwise_attention import causal_attention
+from tests.model.masks import causal_mask
+
+
+def arrays(length: int, heads: int = 6, kv_heads: int = 2) -> list[jax.Array]:
+    """q, k, v, and the gradient of the output."""
+    rng = np.random.default_rng(length)
+    shapes = [(2, length, n, 8) for n in (heads, kv_heads, kv_heads, heads)]
+    return [jnp.asarray(2 * rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def documents(length: int) -> jax.Array:
+    """Borders within blocks, one document over several of them, and documents of one token."""
+    places = np.arange(length)
+    rows = [places // 90, np.where(places < length // 2, 0, places)]
+    return jnp.asarray(np.stack(rows), jnp.int32)
+
+
+def output_and_gradients(
+    function: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array
+) -> list[np.ndarray]:
+    @jax.jit
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull_back = jax.vjp(function, q, k, v)
+        return out, *pull_back(grad.astype(out.dtype))
+
+    return [np.asarray(x, np.float64) for x in both(q, k, v, grad)]
+
+
+# One block; two that do not divide; the most there are, unequal; groups of one and of all heads.
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (70, 2), (301, 1), (1100, 2), (256, 6)])
+@pytest.mark.parametrize("split", [False, True])
+def test_equals_attention_with_a_mask(length: int, kv_heads: int, split: bool) -> None:
+    *qkv, grad = arrays(length, kv_heads=kv_heads)
+    segments = documents(length) if split else None
+    mask = causal_mask(segments, length)
+    found = output_and_gradients(lambda q, k, v: causal_attention(q, k, v, segments), *qkv, grad)
+    expected = output_and_gradients(lambda q, k, v: attend(q, k, v, mask), *qkv, grad)
+    for name, ours, theirs in zip(("out", "q", "k", "v"), found, expected, strict=True):
+        # Float32, the same terms in another order. A token alone has gradients that cancel.
+        error = np.linalg.norm(ours - theirs) / max(*map(np.linalg.norm, (theirs, grad)))
+        assert error < 2e-6, name
+
+
+def test_bfloat16_is_as_near_to_float32_as_its_rounding() -> None:
+    *qkv, grad = arrays(300)
+    narrow = [x.astype(jnp.bfloat16) for x in qkv]
+    wide = [x.astype(jnp.float32) for x in narrow]
+    found = output_and_gradients(lambda q, k, v: causal_attention(q, k, v, None), *narrow, grad)
+    expected = output_and_gradients(lambda q, k, v: causal_attention(q, k, v, None), *wide, grad)
+    for name, ours, theirs in zip(("out", "q", "k", "v"), found, expected, strict=True):
+        # 8 bits of mantissa: 0.4% at most in operands and results, most of which averages out.
+        assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 6e-3, name
+
+
+def test_large_scores_stay_finite() -> None:
+    q = jnp.full((1, 300, 1, 4), 1e4)
+    value, gradient = jax.value_and_grad(lambda x: causal_attention(x, x, x, None).sum())(q)
+    np.testing.assert_allclose(value / q.size, 1e4)
+    assert jnp.isfinite(gradient).all()
+
+
+def test_no_array_holds_all_scores() -> None:
+    *qkv, grad = arrays(1024)
+    with_gradient = jax.jit(
+        lambda q, k, v, g: jax.vjp(lambda *x: causal_attention(*x, None), q, k, v)[1](g)
+    )
+    text = with_gradient.lower(*qkv, grad).compile().as_text()
+    sizes = [
+        np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)
+    ]
+    whole = 2 * 6 * 1024 * 1024
+    assert max(sizes) <= whole / 8  # the last block: an eighth of the queries, all keys
+
+
+def test_one_block_where_the_sequence_is_split_over_devices() -> None:
+    """Cut into blocks, each would be one device's work, and the others would wait."""
+    *qkv, _ = arrays(512)
+    mesh = jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,))
+
+    def products(**context: bool) -> int:
+        program = jax.make_jaxpr(lambda q, k, v: causal_attention(q, k, v, None))(*qkv)
+        return str(program).count("dot_general")
+
+    assert products() == 8
+    with jax.set_mesh(mesh):
+        assert products() == 2
