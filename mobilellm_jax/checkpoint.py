@@ -127,6 +127,16 @@ class CheckpointWriter:
             ),
         )
 
+    def wait(self) -> None:
+        """Waits until saves under way are complete, and raises what went wrong with one."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def forget_after(self, step: int) -> None:
+        """Removes what was saved after `step`, since the run takes these steps again."""
+        for later in [s for s in self._manager.all_steps() if s > step]:
+            self._manager.delete(later)
+
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Returns the state saved as `step`, in the shardings of `abstract`."""
         restored = self._manager.restore(

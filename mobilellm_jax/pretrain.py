@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -39,23 +40,38 @@ from mobilellm_jax.sharding import (
     place,
     put_batch,
 )
-from mobilellm_jax.train.loop import Hooks, train_loop
+from mobilellm_jax.train.loop import Hooks, Outcome, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, SilentWriter, read_metrics, stderr
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.profiler import ProfiledSteps, Profiler
-from mobilellm_jax.train.state import TrainState, abstract_state, init_state
+from mobilellm_jax.train.report import BadSteps
+from mobilellm_jax.train.state import TrainState, abstract_state, init_state, is_finite
 from mobilellm_jax.train.step import TrainStep, make_train_step
+from mobilellm_jax.train.stopping import Walltime
 
 _SAMPLE_TOKENS = 64
 
 
-def pretrain(config: Config, workdir: Path, profile: ProfiledSteps | None = None) -> bool:
+class TrainingDivergedError(RuntimeError):
+    """Steps stay non-finite, also after the run went back to its last good checkpoint."""
+
+
+def pretrain(
+    config: Config,
+    workdir: Path,
+    profile: ProfiledSteps | None = None,
+    walltime: Walltime | None = None,
+) -> bool:
     """Trains, or goes on training, the run in `workdir`, profiling the steps `profile`.
 
+    After `train.max_bad_steps` steps that are not finite, it goes back to the last good checkpoint,
+    once: going back to the same one a second time would show the same again.
+
     Returns:
-      Whether the run reached `train.steps`; False if a signal stopped it, saved.
+      Whether the run reached `train.steps`; False if a signal or `walltime` stopped it, saved.
 
     Raises:
+      TrainingDivergedError: if that did not help.
       ConfigError: for what config and files or devices do not agree on, before any compile.
       FileNotFoundError: for missing data.
     """
@@ -92,42 +108,114 @@ def pretrain(config: Config, workdir: Path, profile: ProfiledSteps | None = None
             if start_params is not None:
                 placed = jax.tree.map(place, start_params, abstract.params)
                 state = dataclasses.replace(state, params=placed)
-        first_step = int(state.step)
+        resumed_at = int(state.step)
+        step_fn: TrainStep = make_train_step(config, optimizer, mesh, rules, state)
+        validate = _validator(config, mixture, mesh, rules, workdir)
+        agree = distributed.Agreement()
 
-        def save(step: int, state: TrainState) -> None:
-            samples = (step - first_step) * config.train.global_batch
-            here = dataclasses.replace(start, next_sample=start.next_sample + samples)
-            checkpoints.save(step, state, here)
+        def data_after(step: int) -> checkpoint.DataState:
+            samples = (step - resumed_at) * config.train.global_batch
+            return dataclasses.replace(start, next_sample=start.next_sample + samples)
 
-        batches = train_batches(
-            mixture,
-            config.data,
-            global_batch=config.train.global_batch,
-            first_sample=start.next_sample,
-            num_batches=config.train.steps - first_step,
-            rows=local_rows(mesh, config.train.global_batch),
-        )
-        if distributed.is_first():
-            _cut_samples(workdir, first_step)
-            writer = MetricsWriter(workdir, first_step, config.train.steps, stderr())
-        else:
-            writer = SilentWriter()
-        with writer, contextlib.ExitStack() as stack:
-            hooks = Hooks(
-                put=functools.partial(put_batch, mesh=mesh, global_batch=config.train.global_batch),
-                save=save,
-                validate=_validator(config, mixture, mesh, rules, workdir),
-                sample=functools.partial(_look, config, tokenizer, workdir, evaluator, writer),
-                agree=distributed.Agreement(),
+        def train_from(state: TrainState) -> tuple[TrainState, Outcome]:
+            first_step = int(state.step)
+            batches = train_batches(
+                mixture,
+                config.data,
+                global_batch=config.train.global_batch,
+                first_sample=data_after(first_step).next_sample,
+                num_batches=config.train.steps - first_step,
+                rows=local_rows(mesh, config.train.global_batch),
             )
-            step_fn: TrainStep = make_train_step(config, optimizer, mesh, rules, state)
-            if profile is not None and distributed.is_first():
-                profiler = Profiler(step_fn, profile, first_step, workdir / rundir.PROFILE)
-                step_fn = stack.enter_context(profiler)
-            state, finished = train_loop(config, state, step_fn, batches, hooks, writer)
+            if distributed.is_first():
+                _cut_samples(workdir, first_step)
+                writer = MetricsWriter(workdir, first_step, config.train.steps, stderr())
+            else:
+                writer = SilentWriter()
+            with writer, contextlib.ExitStack() as stack:
+                hooks = Hooks(
+                    put=functools.partial(
+                        put_batch, mesh=mesh, global_batch=config.train.global_batch
+                    ),
+                    save=lambda step, state: checkpoints.save(step, state, data_after(step)),
+                    finish_saving=checkpoints.wait,
+                    validate=validate,
+                    sample=functools.partial(_look, config, tokenizer, workdir, evaluator, writer),
+                    agree=agree,
+                )
+                profiled = step_fn
+                if profile is not None and distributed.is_first():
+                    profiler = Profiler(step_fn, profile, first_step, workdir / rundir.PROFILE)
+                    profiled = stack.enter_context(profiler)
+                return train_loop(config, state, profiled, batches, hooks, writer, walltime)
+
+        state, outcome = train_from(state)
+        back_at: int | None = None
+        while outcome.bad is not None:
+            del state  # there may be no room for two
+            found = _newest_good(checkpoints, workdir, abstract)
+            if found is None or int(found.step) == back_at:
+                raise TrainingDivergedError(_diverged(config, workdir, outcome.bad, back_at))
+            back_at = int(found.step)
+            _say_going_back(outcome.bad, back_at)
+            checkpoints.forget_after(back_at)
+            state, outcome = train_from(found)
     _plot(workdir)
+    finished = outcome.kind == "finished"
     _summarize(workdir, finished)
     return finished
+
+
+def _newest_good(
+    checkpoints: checkpoint.CheckpointWriter, workdir: Path, abstract: TrainState
+) -> TrainState | None:
+    """Returns the newest saved state from which the run can heal, or None.
+
+    One that a signal made the run save between bad steps is not, nor is one that was damaged
+    before it was saved.
+    """
+    checkpoints.wait()
+    steps: list[int] = distributed.from_first("the checkpoints", lambda: checkpoint.steps(workdir))
+    for step in reversed(steps):
+        state = checkpoints.restore(step, abstract)
+        if int(state.bad_steps) == 0 and is_finite(state):
+            return state
+        del state
+    return None
+
+
+def _say_going_back(bad: BadSteps, good_step: int) -> None:
+    if distributed.is_first():
+        print(
+            f"GOING BACK to the checkpoint of step {good_step}: steps {bad.first} to {bad.last} "
+            "were not finite. If the state was damaged, that heals it; if they are not finite "
+            "again, the run ends.",
+            file=stderr(),
+            flush=True,
+        )
+
+
+def _diverged(config: Config, workdir: Path, bad: BadSteps, good_step: int | None) -> str:
+    """Says what happened, and how to see the batch and to meet it again."""
+    data, batch = config.data, config.train.global_batch
+    inspect = [
+        *("mobilellm", "inspect", f"--data={data.path}", f"--seq_len={data.seq_len}"),
+        *(f"--boundaries={data.boundaries}", f"--seed={data.seed}"),
+        *(f"--first_sample={(bad.first - 1) * batch}", f"--sample={batch}"),
+    ]
+    again = "there is no checkpoint before them to go back to"
+    if good_step is not None:
+        again = f"they were so again after going back to the checkpoint of step {good_step}"
+    return (
+        f"loss, gradient or update was not finite in steps {bad.first} to {bad.last} "
+        f"(train.max_bad_steps={config.train.max_bad_steps}), and {again}.\n"
+        f"The first of these batches is shown by\n  {shlex.join(inspect)}\n"
+        f"and met again by the same train command, which goes on from step {good_step or 0} of "
+        f"{workdir}.\n"
+        "If the data is right, lower "
+        f"optimizer.peak_lr={config.optimizer.peak_lr} in another --workdir that starts from a "
+        "checkpoint with --config.train.init_from."
+    )
 
 
 def _describe(

@@ -6,7 +6,9 @@
 
 It reads every file, compares its checksum and counts documents, tokens, bytes of text, unknown and
 byte tokens for each split and source. The windows shown are the first of a training run with the
-same data.seq_len, data.boundaries and data.seed. A damaged file is named, and ends it with 2.
+same data.seq_len, data.boundaries and data.seed, or those from --first_sample on: step s takes
+train.global_batch samples from (s - 1) * train.global_batch on. A damaged file is named, and ends
+it with 2.
 """
 
 import io
@@ -21,6 +23,7 @@ _DATA = flags.DEFINE_string(
     "data", None, "folder that prepare wrote, or a mixture: DIR:0.7,DIR:0.3", required=True
 )
 _SAMPLE = flags.DEFINE_integer("sample", 3, "windows to show", lower_bound=0)
+_FIRST = flags.DEFINE_integer("first_sample", 0, "sample to begin at, from 0", lower_bound=0)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", DataConfig.seq_len, "tokens per window", lower_bound=1)
 _BOUNDARIES = flags.DEFINE_enum(
     "boundaries",
@@ -45,4 +48,4 @@ def main(argv: list[str]) -> None:
         boundaries=typing.cast(Boundaries, _BOUNDARIES.value),
         seed=_SEED.value,
     )
-    inspect(data, _SAMPLE.value, print)
+    inspect(data, _SAMPLE.value, print, _FIRST.value)

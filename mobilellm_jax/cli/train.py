@@ -7,6 +7,9 @@
 A finished run is extended by a larger --config.train.steps. What is compiled is kept for the next
 start in ~/.cache/mobilellm, or where JAX_COMPILATION_CACHE_DIR says.
 
+SIGTERM, Ctrl-C or the end of --max_walltime save the run and end it with exit code 75: a scheduler
+may start the same command again, which goes on. Ctrl-C twice leaves at once.
+
 Several processes train one run: start the same command in each. Slurm, Kubernetes JobSet and TPU
 VMs tell them about each other; elsewhere give all three of --coordinator_address, --num_processes
 and --process_id. --workdir must be a folder that they share.
@@ -31,6 +34,9 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "number of this one, from 0"
 _PROFILE = flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST steps of which a profile is written to WORKDIR/profile"
 )
+_WALLTIME = flags.DEFINE_string(
+    "max_walltime", None, "be saved and gone after this time: 3h50m, 5400 (s), or 3:50:00"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -41,8 +47,12 @@ def main(argv: list[str]) -> int:
     from mobilellm_jax.compile_cache import use_compile_cache
     from mobilellm_jax.pretrain import pretrain
     from mobilellm_jax.train.profiler import ProfiledSteps
+    from mobilellm_jax.train.stopping import Walltime, parse_duration
     from mobilellm_jax.xla_flags import set_xla_flags
 
+    walltime = None
+    if _WALLTIME.value is not None:
+        walltime = Walltime(parse_duration("--max_walltime", _WALLTIME.value))
     profile = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
     # Before anything starts a backend, and in this order: processes meet with the flags set.
     xla_flags = set_xla_flags(deterministic=config.train.deterministic)
@@ -50,4 +60,5 @@ def main(argv: list[str]) -> int:
     found = distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     lines = [f"start   {found}", f"xla     flags added: {xla_flags}; compiled programs: {cache}"]
     print("\n".join(lines), file=sys.stderr, flush=True)
-    return 0 if pretrain(config, Path(_WORKDIR.value), profile) else SAVED_REQUEUE_ME
+    finished = pretrain(config, Path(_WORKDIR.value), profile, walltime)
+    return 0 if finished else SAVED_REQUEUE_ME

@@ -21,8 +21,10 @@ _BAR_COLUMNS = 40
 _ROW = "{:<12}{:>13}{:>18}{:>18}{:>9}{:>9}{:>9}"
 
 
-def inspect(data: DataConfig, samples: int, report: Callable[[str], None]) -> None:
-    """Checks and counts `data.path`, and shows the first `samples` windows of training.
+def inspect(
+    data: DataConfig, samples: int, report: Callable[[str], None], first_sample: int = 0
+) -> None:
+    """Checks and counts `data.path`, and shows `samples` windows of training.
 
     `report` gets the lines for the user.
 
@@ -41,7 +43,7 @@ def inspect(data: DataConfig, samples: int, report: Callable[[str], None]) -> No
     if samples:
         report(LEGEND)
         report("")
-        for line in window_lines(mixture, tokenizer, data, samples, _COLUMNS):
+        for line in window_lines(mixture, tokenizer, data, samples, _COLUMNS, first_sample):
             report(line)
 
 

@@ -25,22 +25,34 @@ _CONTEXT = "a"
 
 
 def window_lines(
-    mixture: Mixture, tokenizer: Tokenizer, data: DataConfig, count: int, columns: int
+    mixture: Mixture,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    count: int,
+    columns: int,
+    first_sample: int = 0,
 ) -> Iterator[str]:
-    """Yields lines that show the first `count` windows of training with this `data.seed`.
+    """Yields lines that show `count` windows of training with this `data.seed`.
+
+    They are those of the samples from `first_sample` on, which of step s are (s - 1) *
+    `train.global_batch` and the following.
 
     A document is headed by its positions; under `document_mask` they start from 0 in each. Whether
     a window's first token is a target is the window before's business, and is not shown.
     """
-    batch = _first_windows(mixture, data, count)
+    batch = _windows(mixture, data, first_sample, count)
     # Its segments tell the documents apart, whether or not the model is told.
-    masked = _first_windows(mixture, dataclasses.replace(data, boundaries="document_mask"), count)
-    component_B, _ = mixture.place(np.arange(count), data.seed)
+    apart = dataclasses.replace(data, boundaries="document_mask")
+    masked = _windows(mixture, apart, first_sample, count)
+    component_B, _ = mixture.place(first_sample + np.arange(count), data.seed)
     for row, component in enumerate(component_B.tolist()):
         name = "".join(escaped(mixture.components[component].name))
         inputs = int(np.count_nonzero(masked["segments"][row]))
         targets = int(np.count_nonzero(batch["weights"][row]))
-        yield f"Window {row + 1} of {count}, {name}: {inputs:,} tokens, {targets:,} targets"
+        sample = f" (sample {first_sample + row})" if first_sample else ""
+        yield (
+            f"Window {row + 1} of {count}{sample}, {name}: {inputs:,} tokens, {targets:,} targets"
+        )
         for start, stop in _documents(masked["segments"][row]):
             tokens = batch["tokens"][row, start:stop].tolist()
             first = start if data.boundaries == "concat" else 0
@@ -53,8 +65,10 @@ def window_lines(
         yield ""
 
 
-def _first_windows(mixture: Mixture, data: DataConfig, count: int) -> Batch:
-    return next(train_batches(mixture, data, global_batch=count, first_sample=0, num_batches=1))
+def _windows(mixture: Mixture, data: DataConfig, first_sample: int, count: int) -> Batch:
+    return next(
+        train_batches(mixture, data, global_batch=count, first_sample=first_sample, num_batches=1)
+    )
 
 
 def _documents(segments_T: NDArray[np.int32]) -> Iterator[tuple[int, int]]:

@@ -79,7 +79,8 @@ class MetricsWriter:
         kept = [
             r
             for r in read_metrics(path)
-            if r["step"] < first_step or (r["step"] == first_step and "train/loss" in r)
+            if r["step"] < first_step
+            or (r["step"] == first_step and any(name.startswith("train/") for name in r))
         ]
         rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("a", encoding="utf-8")

@@ -82,6 +82,16 @@ def init_state(
     return state
 
 
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(array)) for array in arrays]))
+
+
+def is_finite(state: TrainState) -> bool:
+    """Returns whether every number of parameters and optimizer is finite."""
+    return bool(_all_finite(jax.tree.leaves((state.params, state.optimizer))))
+
+
 def _init(config: Config, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
     init_key, run_key = jax.random.split(jax.random.key(seed))
     params = nn.unbox(init_boxed(config.model, init_key))

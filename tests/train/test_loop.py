@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,10 +16,12 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.config import Config, DataConfig, EvaluateConfig, ModelConfig, TrainConfig
-from mobilellm_jax.train.loop import Hooks, StopRequest, TrainingDivergedError, train_loop
+from mobilellm_jax.train.loop import Hooks, Outcome, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, read_metrics
+from mobilellm_jax.train.report import BadSteps
 from mobilellm_jax.train.spikes import nothing_yet
 from mobilellm_jax.train.state import TrainState
+from mobilellm_jax.train.stopping import StopRequest, Walltime
 
 
 class Watched:
@@ -43,9 +47,11 @@ class Rig:
     on_step: Callable[[int], None] = lambda step: None
     agree: Callable[[bool], bool] = bool
     bad: Callable[[int], int] = lambda step: 0  # bad steps in a row
+    spikes: tuple[int, ...] = ()  # steps
+    walltime: Walltime | None = None
     events: list[str] = dataclasses.field(default_factory=list)
 
-    def __call__(self) -> tuple[TrainState, bool]:
+    def __call__(self) -> tuple[TrainState, Outcome]:
         rhythm = {"eval_every": 0, "checkpoint_every": 1000, "log_every": 1}
         config = Config(
             model=ModelConfig(attention="xla"),
@@ -57,13 +63,15 @@ class Rig:
         hooks = Hooks(
             put=lambda batch: {"tokens": jnp.asarray(batch["tokens"])},
             save=lambda step, state: self.note("save", step, state),
+            finish_saving=self.finish_saving,
             validate=self.validate,
             sample=lambda step, state: self.note("sample", step, state),
             agree=self.agree,
         )
         with MetricsWriter(self.folder, self.first, config.train.steps, self.stream) as writer:
+            state = state_at(self.first)
             return train_loop(
-                config, state_at(self.first), self.step, self.batches(), hooks, writer
+                config, state, self.step, self.batches(), hooks, writer, self.walltime
             )
 
     def batches(self) -> Iterator[Mapping[str, np.ndarray]]:
@@ -82,11 +90,17 @@ class Rig:
             ),
             "grad_norm": np.float32(2.0),
             "learning_rate": np.float32(0.5),
+            "update_norm": np.float32(np.nan if bad else 0.25),
             "targets": np.float32(3),
-            "skipped": np.bool_(bad > 0),
+            "skipped": np.bool_(bad > 0 or step in self.spikes),
+            "spike": np.bool_(step in self.spikes),
             "bad_steps": np.int32(bad),
+            "skipped_steps": np.int32(7),
         }
         return dataclasses.replace(state, step=jnp.int32(step)), metrics
+
+    def finish_saving(self) -> None:
+        self.events.append("saved")
 
     def note(self, what: str, step: int, state: TrainState) -> None:
         assert int(state.step) == step
@@ -135,8 +149,9 @@ def test_processes_decide_together_when_to_stop(
             os.kill(os.getpid(), signal.SIGTERM)
 
     rig = make({"steps": 9}, agree=agree, on_step=on_step)
-    state, finished = rig()
-    assert (int(state.step), finished) == (4, False)
+    state, outcome = rig()
+    assert (int(state.step), outcome.kind) == (4, "stopped")
+    assert outcome.why == ("SIGTERM" if own_signal_at else "another process")
     assert rig.done("save") == ["save 4"]
     wanted = range(2, 5) if own_signal_at else ()
     assert asked == [step in wanted for step in range(1, 5)]
@@ -148,8 +163,8 @@ def send(number: signal.Signals) -> None:
 
 def test_rhythm_of_a_whole_run(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 7, "checkpoint_every": 3, "eval_every": 2}, every=5)
-    state, finished = rig()
-    assert (int(state.step), finished) == (7, True)
+    state, outcome = rig()
+    assert (int(state.step), outcome) == (7, Outcome("finished"))
     # Saved before anything looks at the same step; the last step is saved, validated and sampled.
     assert rig.done("step", "save", "validate", "sample") == [
         *("validate 0", "step 1", "step 2", "validate 2", "step 3", "save 3", "step 4"),
@@ -161,8 +176,8 @@ def test_rhythm_of_a_whole_run(make: Callable[..., Rig]) -> None:
 
 def test_resumed_run_goes_on_with_the_next_batch(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 6, "checkpoint_every": 4, "eval_every": 5}, first=3)
-    _, finished = rig()
-    assert finished
+    _, outcome = rig()
+    assert outcome.kind == "finished"
     assert rig.done("step", "save", "validate") == [
         *("step 4", "save 4", "step 5", "validate 5", "step 6", "save 6", "validate 6"),
     ]
@@ -170,8 +185,8 @@ def test_resumed_run_goes_on_with_the_next_batch(make: Callable[..., Rig]) -> No
 
 def test_finished_run_takes_no_step_and_looks_once_more(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 3, "eval_every": 1}, first=3)
-    state, finished = rig()
-    assert (int(state.step), finished, rig.events) == (3, True, ["validate 3"])
+    state, outcome = rig()
+    assert (int(state.step), outcome.kind, rig.events) == (3, "finished", ["validate 3"])
 
 
 def test_metrics_are_read_one_step_late_and_all_are(make: Callable[..., Rig]) -> None:
@@ -208,8 +223,8 @@ def test_the_next_batch_is_made_while_a_step_runs(make: Callable[..., Rig]) -> N
         assert read[step].wait(timeout=30)
 
     rig.batches, rig.on_step = batches, on_step  # type: ignore[method-assign]
-    _, finished = rig()
-    assert finished
+    _, outcome = rig()
+    assert outcome.kind == "finished"
     assert [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")] == []
 
 
@@ -255,77 +270,150 @@ def test_signal_ends_the_run_saved_after_the_step(
         {"steps": 9, "checkpoint_every": 4},
         on_step=lambda step: send(number) if step == 2 else None,
     )
-    state, finished = rig()
-    assert (int(state.step), finished) == (2, False)
-    assert rig.done("step", "save") == ["step 1", "step 2", "save 2"]
+    state, outcome = rig()
+    assert (int(state.step), outcome) == (2, Outcome("stopped", number.name))
+    assert rig.done("step", "save", "saved") == ["step 1", "step 2", "save 2", "saved"]
     assert [r["step"] for r in rig.records()] == [1, 2]
     assert signal.getsignal(number) is before
+    assert f"step 2: stopping ({number.name}); saving" in rig.stream.getvalue()
 
 
 def test_signal_in_the_last_step_finds_a_finished_run(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 2}, on_step=lambda step: send(signal.SIGTERM) if step == 2 else None)
-    _, finished = rig()
-    assert finished
+    _, outcome = rig()
+    assert outcome.kind == "finished"
     assert rig.done("save") == ["save 2"]
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_second_interrupt_does_not_wait(first: signal.Signals, make: Callable[..., Rig]) -> None:
-    def twice(step: int) -> None:
-        send(first)
-        rig.events.append("still here")
-        send(signal.SIGINT)
-        rig.events.append("not reached")
+TWICE = """
+import os, signal, sys, time
+from mobilellm_jax.train.stopping import StopRequest
 
+with StopRequest() as stop:
+    os.kill(os.getpid(), int(sys.argv[1]))
+    print("still here", flush=True)
+    # As a library does that waits in a call which Python's handlers cannot interrupt.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    os.kill(os.getpid(), int(sys.argv[2]))
+    print("not reached" if int(sys.argv[2]) == signal.SIGINT else "waits", flush=True)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_second_interrupt_does_not_wait(first: signal.Signals) -> None:
+    command = [sys.executable, "-c", TWICE, str(int(first)), str(int(signal.SIGINT))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (-signal.SIGINT, "still here\n"), result.stderr
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_second_terminate_still_waits(first: signal.Signals) -> None:
+    command = [sys.executable, "-c", TWICE, str(int(first)), str(int(signal.SIGTERM))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "still here\nwaits\n"), result.stderr
+
+
+def test_the_first_signal_is_the_one_that_is_told() -> None:
     before = signal.getsignal(signal.SIGINT)
-    rig = make({"steps": 3}, on_step=twice)
-    with pytest.raises(KeyboardInterrupt):
-        rig()
-    assert rig.events == ["step 1", "still here"]
+    with StopRequest() as stop:
+        assert stop.signal is None
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+        assert stop.signal is signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_second_terminate_still_waits() -> None:
-    with StopRequest() as stop:
-        assert stop.signal is None
-        try:
-            send(signal.SIGINT)
-            send(signal.SIGTERM)
-        except KeyboardInterrupt:  # which would end pytest itself
-            pytest.fail("interrupted")
-        assert stop.signal is signal.SIGTERM
-
-
 def test_skipped_steps_are_told_with_their_samples(make: Callable[..., Rig]) -> None:
-    rig = make({"steps": 4, "max_bad_steps": 3}, bad=lambda step: {2: 1, 3: 2}.get(step, 0))
-    _, finished = rig()
-    assert finished
-    told = [line for line in rig.stream.getvalue().splitlines() if "not finite" in line]
-    assert len(told) == 2
-    assert told[0].startswith("step 2: loss nan or gradient norm 2.0")
-    assert "1 in a row, samples 4 to 7" in told[0]
-    assert "2 in a row, samples 8 to 11" in told[1]
+    rig = make(
+        {"steps": 9, "max_bad_steps": 3, "log_every": 100, "spike_factor": 6.0},
+        bad=lambda step: {2: 1, 3: 2}.get(step, 0),
+        spikes=(5,),
+    )
+    _, outcome = rig()
+    assert outcome.kind == "finished"
+    told = [line for line in rig.stream.getvalue().splitlines() if "SKIPPED" in line]
+    assert len(told) == 3
+    assert told[0].startswith("SKIPPED step 2, not finite (1 of train.max_bad_steps=3 in a row)")
+    assert "loss nan, gradient norm 2, update norm nan; samples 4 to 7" in told[0]
+    assert "(2 of train.max_bad_steps=3 in a row)" in told[1]
+    assert "samples 8 to 11" in told[1]
+    assert told[2].startswith("SKIPPED step 5, a spike (train.spike_factor=6.0): loss 0.2")
+    # They are recorded between the steps that are due; JSON has no NaN.
+    skipped = [r for r in rig.records() if "train/skipped_steps" in r]
+    assert [r["step"] for r in skipped] == [2, 3, 5]
+    assert [r["train/bad_steps"] for r in skipped] == [1, 2, 0]
+    assert [r["train/first_sample"] for r in skipped] == [4, 8, 16]
+    assert ["train/loss" in r for r in skipped] == [False, False, True]
+    assert {r["train/skipped_steps"] for r in skipped} == {7}
+    assert "NaN" not in (rig.folder / "metrics.jsonl").read_text()
 
 
-def test_diverged_run_stops_unsaved(make: Callable[..., Rig]) -> None:
+def test_diverged_run_ends_unsaved(make: Callable[..., Rig]) -> None:
     # Steps 4, 5 and 6 are bad; step 6 is also due to be saved.
     rig = make(
         {"steps": 20, "checkpoint_every": 3, "max_bad_steps": 3},
         bad=lambda step: max(0, step - 3),
     )
-    with pytest.raises(TrainingDivergedError) as error:
-        rig()
+    _, outcome = rig()
+    assert outcome == Outcome("diverged", bad=BadSteps(4, 6))
     assert rig.done("save") == ["save 3"]
     assert rig.done("step")[-1] == "step 6"
-    message = str(error.value)
-    assert "3 steps in a row, up to step 6" in message
-    assert "optimizer.peak_lr=0.002" in message
-    assert "start again from the last checkpoint" in message
 
 
 def test_diverged_run_is_noticed_one_step_late(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 20, "max_bad_steps": 2}, bad=lambda step: step)
-    with pytest.raises(TrainingDivergedError):
-        rig()
+    _, outcome = rig()
+    assert outcome == Outcome("diverged", bad=BadSteps(1, 2))
     assert rig.done("step") == ["step 1", "step 2", "step 3"]
     assert rig.done("save") == []
+
+
+def test_nothing_is_saved_between_bad_steps_but_where_the_run_ends(
+    make: Callable[..., Rig],
+) -> None:
+    bad = {3: 1, 4: 2, 8: 1, 9: 2}
+    rig = make({"steps": 9, "checkpoint_every": 2}, bad=lambda step: bad.get(step, 0))
+    _, outcome = rig()
+    assert outcome.kind == "finished"
+    assert rig.done("save") == ["save 2", "save 6", "save 9"]
+
+
+def test_walltime_ends_the_run_saved_in_time(
+    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only steps and saves move: 10 s a step, 25 s a save, 100 s a look."""
+    now = [0.0]
+    monkeypatch.setattr("mobilellm_jax.train.loop.time.monotonic", lambda: now[0])
+
+    def on_step(step: int) -> None:
+        now[0] += 60 if step == 1 else 10  # the first one compiles
+
+    class Slow(Rig):
+        def finish_saving(self) -> None:
+            now[0] += 25
+            super().finish_saving()
+
+        def validate(self, state: TrainState) -> Mapping[str, float]:
+            now[0] += 100
+            return super().validate(state)
+
+    rig = make({"steps": 1000, "checkpoint_every": 3})
+    limit = Walltime(400.0, now=lambda: now[0])
+    slow = Slow(rig.folder, rig.stream, rig.train, on_step=on_step, walltime=limit)
+    state, outcome = slow()
+    assert outcome == Outcome("stopped", "--max_walltime=400 s")
+    # Known by then: two steps (20 s), two saves (50 s), a hundredth of the limit (4 s).
+    assert slow.done("save", "saved")[:3] == ["save 3", "saved", "save 6"]
+    assert slow.done("save", "saved")[-2:] == [f"save {int(state.step)}", "saved"]
+    ended = now[0]
+    assert 400 - 74 <= ended - 25 < 400 - 74 + 10
+    assert ended <= 400
+
+    # A look that is due next would not fit.
+    now[0] = 0.0
+    limit = Walltime(400.0, now=lambda: now[0])
+    train = {"steps": 1000, "checkpoint_every": 3, "eval_every": 15}
+    slow = Slow(rig.folder, rig.stream, train, on_step=on_step, walltime=limit)
+    state, outcome = slow()
+    assert (int(state.step), outcome.kind) == (14, "stopped")
+    assert slow.done("validate") == ["validate 0"]

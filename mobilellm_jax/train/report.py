@@ -1,0 +1,156 @@
+"""What the loop says about its steps: device scalars become records and lines, one step late.
+
+Reading a number makes the host wait for the step that it comes from, so those of a step are read
+when the next is under way.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+
+import jax
+
+from mobilellm_jax.config import Config
+from mobilellm_jax.train.metrics import MetricsWriter, model_flops_utilization
+from mobilellm_jax.train.step import StepMetrics
+
+
+@dataclasses.dataclass(frozen=True)
+class BadSteps:
+    """Steps in a row whose numbers were not finite; both ends are included."""
+
+    first: int
+    last: int
+
+
+@dataclasses.dataclass
+class Meter:
+    """Targets per second and share of time spent waiting for data, since the last reading."""
+
+    targets: float = 0.0
+    waited_sec: float = 0.0
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def read(self) -> tuple[float, float]:
+        elapsed = time.perf_counter() - self.started
+        rates = self.targets / elapsed, self.waited_sec / elapsed
+        self.reset()
+        return rates
+
+    def reset(self) -> None:
+        self.targets, self.waited_sec, self.started = 0.0, 0.0, time.perf_counter()
+
+
+class Reporter:
+    """Reads the metrics of every step; writes some of them, and everything that went wrong."""
+
+    def __init__(self, config: Config, writer: MetricsWriter) -> None:
+        self.meter = Meter()
+        self.bad: BadSteps | None = None  # that the newest step read was part of
+        self._config = config
+        self._writer = writer
+        self._pending: tuple[int, StepMetrics] | None = None
+        self._first_step: int | None = None
+        self._began = time.perf_counter()
+
+    @property
+    def diverged(self) -> bool:
+        """Whether `train.max_bad_steps` steps in a row were not finite."""
+        return self.bad is not None and (
+            self.bad.last - self.bad.first + 1 >= self._config.train.max_bad_steps
+        )
+
+    def step(self, step: int, metrics: StepMetrics) -> None:
+        """Takes a step's metrics; reads those of the step before."""
+        pending, self._pending = self._pending, (step, metrics)
+        if pending is not None:
+            self._record(*pending)
+
+    def flush(self) -> None:
+        """Reads the metrics of the step that was just run."""
+        if self._pending is not None:
+            self._record(*self._pending)
+            self._pending = None
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Records an evaluation; its time counts in no training rate."""
+        self._writer.write(step, values)
+        shown = "  ".join(
+            f"{name.removeprefix('validation/')} {v:.4f}" for name, v in values.items()
+        )
+        self._writer.message(f"step {step}: validation {shown}")
+        self.meter.reset()
+
+    def _record(self, step: int, metrics: StepMetrics) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        train = self._config.train
+        bad_steps = int(values["bad_steps"])
+        self.bad = BadSteps(step - bad_steps + 1, step) if bad_steps else None
+        self.meter.targets += values["targets"]
+        due = step == 1 or step % train.log_every == 0 or step == train.steps
+        rates: dict[str, float] = {}
+        if self._first_step is None:
+            # The first step compiles; rates start after it.
+            self._first_step, self._began = step, time.perf_counter()
+            self.meter.reset()
+        elif due:
+            tokens_per_sec, data_wait = self.meter.read()
+            rates = {"train/tokens_per_sec": tokens_per_sec, "train/data_wait": data_wait}
+            mfu = model_flops_utilization(
+                self._config.model, self._config.data.seq_len, tokens_per_sec
+            )
+            rates |= {} if mfu is None else {"train/mfu": mfu}
+        if due or values["skipped"]:
+            self._writer.write(step, self._record_of(step, values) | rates)
+        if values["skipped"]:
+            self._writer.message(_skip_line(self._config, step, values))
+        if due:
+            self._show(step, values["loss"], rates)
+
+    def _record_of(self, step: int, values: Mapping[str, float]) -> dict[str, float | str]:
+        """Returns what is written of a step; JSON has no word for what is not finite."""
+        names = ("loss", "grad_norm", "learning_rate")
+        record: dict[str, float | str] = {
+            f"train/{name}": values[name] for name in names if math.isfinite(values[name])
+        }
+        record["train/attention"] = self._config.model.attention
+        if values["skipped"]:
+            record |= {
+                "train/skipped_steps": values["skipped_steps"],
+                "train/bad_steps": values["bad_steps"],
+                "train/first_sample": float((step - 1) * self._config.train.global_batch),
+            }
+        return record
+
+    def _show(self, step: int, loss: float, rates: Mapping[str, float]) -> None:
+        assert self._first_step is not None, "a step has been read"
+        done, left = step - self._first_step, self._config.train.steps - step
+        eta = (time.perf_counter() - self._began) / done * left if done else 0.0
+        text = f"loss {loss:.4f}"
+        if rates:
+            mfu_text = f"{rates['train/mfu']:.1%}" if "train/mfu" in rates else "n/a on CPU"
+            text += (
+                f"  {rates['train/tokens_per_sec']:,.0f} tokens/s  MFU {mfu_text}"
+                f"  data wait {rates['train/data_wait']:.1%}"
+            )
+        self._writer.progress(step, text, eta, force=not left)
+
+
+def _skip_line(config: Config, step: int, values: Mapping[str, float]) -> str:
+    numbers = (
+        f"loss {values['loss']:.6g}, gradient norm {values['grad_norm']:.6g}, update norm "
+        f"{values['update_norm']:.6g}"
+    )
+    train = config.train
+    first = (step - 1) * train.global_batch
+    samples = f"samples {first} to {first + train.global_batch - 1}"
+    if values["spike"]:
+        what = f"a spike (train.spike_factor={train.spike_factor})"
+    else:
+        what = f"not finite ({values['bad_steps']:.0f} of train.max_bad_steps={train.max_bad_steps}"
+        what += " in a row)"
+    return (
+        f"SKIPPED step {step}, {what}: {numbers}; {samples}; nothing was updated; "
+        f"{values['skipped_steps']:.0f} skipped in this run"
+    )

@@ -1,0 +1,112 @@
+"""When to stop before the last step: a signal, or a time limit with room for saving.
+
+Times are differences of `time.monotonic`: a clock that is set back or forward changes nothing.
+"""
+
+import math
+import re
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from types import FrameType
+from typing import Literal
+
+from mobilellm_jax.config import ConfigError
+
+_LATEST = 16  # durations of each kind that are looked at
+_UNKNOWN_SAVE_SHARE = 0.1  # of the limit, for a save when none has been measured
+_UNKNOWN_SAVE_MAX_SEC = 300.0
+_EXIT_SHARE = 0.01  # of the limit, for closing files
+_UNITS_SEC = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+
+
+class StopRequest:
+    """Remembers the first SIGTERM or SIGINT; from then on SIGINT ends the process at once.
+
+    A further SIGTERM changes nothing, since schedulers repeat it. The second SIGINT is left to the
+    operating system, so that it ends a process that waits inside a library too; what was saved
+    completely by then is whole, and what was not is not there.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._old: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def __enter__(self) -> "StopRequest":
+        # Python delivers signals to the main thread only, and refuses handlers set elsewhere.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class Walltime:
+    """A limit on the run's time, kept with what steps, saves and looks were measured to take.
+
+    Processes of a run may differ in what they measure; the loop stops all when the first is up.
+    """
+
+    def __init__(self, limit_sec: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.limit_sec = limit_sec
+        self._now = now
+        self._began = now()
+        self._taken: dict[str, deque[float]] = {}
+
+    @property
+    def knows_save(self) -> bool:
+        """Whether a save has been measured."""
+        return "save" in self._taken
+
+    def measured(self, what: Literal["step", "save", "look"], seconds: float) -> None:
+        """Takes note of how long something took, from its start to its end."""
+        self._taken.setdefault(what, deque(maxlen=_LATEST)).append(seconds)
+
+    def is_up(self, look_is_near: bool) -> bool:
+        """Returns whether the run has to stop now in order to have been saved by the limit.
+
+        Processes agree one step late, so there is room for two steps; a save may have to wait for
+        one that is under way, so there is room for two of them.
+        """
+        unknown_save = min(_UNKNOWN_SAVE_MAX_SEC, _UNKNOWN_SAVE_SHARE * self.limit_sec)
+        ahead = 2 * self._longest("step") + 2 * self._longest("save", unknown_save)
+        ahead += _EXIT_SHARE * self.limit_sec
+        if look_is_near:
+            ahead += self._longest("look")
+        return self._now() - self._began + ahead >= self.limit_sec
+
+    def _longest(self, what: str, unknown: float = 0.0) -> float:
+        return max(self._taken.get(what, ()), default=unknown)
+
+
+def parse_duration(flag: str, text: str) -> float:
+    """Reads "3h50m", "90m", "1d12h", "5400s", "5400" or Slurm's "3:50:00" as seconds.
+
+    Raises:
+      ConfigError: naming `flag`, if it is none of these, or no time at all.
+    """
+    seconds: float | None = None
+    if match := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text):
+        numbers = zip(match.groups(), _UNITS_SEC.values(), strict=True)
+        seconds = math.fsum(int(number) * unit for number, unit in numbers if number)
+    elif match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):
+        numbers = zip(match.groups(), _UNITS_SEC.values(), strict=True)
+        seconds = math.fsum(int(number) * unit for number, unit in numbers if number)
+    elif re.fullmatch(r"\d+(\.\d+)?", text):
+        seconds = float(text)
+    if not seconds:
+        raise ConfigError(
+            f"{flag}={text} must be a time such as 3h50m, 5400 (seconds) or Slurm's 3:50:00, "
+            "greater than 0."
+        )
+    return seconds

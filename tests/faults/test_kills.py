@@ -1,0 +1,169 @@
+"""Runs that are killed at any moment, again and again, leave what an undisturbed run leaves."""
+
+import collections
+import dataclasses
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from mobilellm_jax import checkpoint
+from mobilellm_jax.config import Config, to_json
+from tests.faults import lives
+from tests.faults.records import assert_same_run, log
+
+STEPS = 120
+SAVED_REQUEUE_ME = 75
+KINDS = ("time", "progress", "saving", "evaluating")
+_WAIT_SEC = 600  # for a machine that does other things
+
+
+@pytest.fixture(scope="module")
+def config_file(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config file whose run has 120 steps, 24 checkpoints and 15 evaluations."""
+    path = tmp_path_factory.mktemp("kills") / "config.py"
+    train = dataclasses.replace(config.train, steps=STEPS, checkpoint_every=5)
+    evaluate = dataclasses.replace(config.evaluate, every=24)
+    whole = dataclasses.replace(config, train=train, evaluate=evaluate)
+    path.write_text(
+        "from mobilellm_jax.config import from_json, to_config_dict\n\n"
+        f"def get_config():\n    return to_config_dict(from_json({to_json(whole)!r}))\n"
+    )
+    return path
+
+
+@dataclasses.dataclass
+class Harness:
+    """Starts lives of one run folder and ends them early."""
+
+    config_file: Path
+    cache: Path
+    random: random.Random
+    planned: list[tuple[str, signal.Signals]] = dataclasses.field(default_factory=list)
+    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def start(self, workdir: Path, *flags: str) -> ForkServerProcess:
+        arguments = [f"--config={self.config_file}", f"--workdir={workdir}", *flags]
+        return lives.start(arguments, workdir.with_suffix(".log"), self.cache)
+
+    def uninterrupted(self, workdir: Path) -> float:
+        """Lets a run live; returns how long it took."""
+        began = time.monotonic()
+        process = self.start(workdir)
+        process.join(_WAIT_SEC)
+        assert process.exitcode == 0, said(workdir)
+        return time.monotonic() - began
+
+    def kill_once(self, workdir: Path, life_sec: float) -> bool:
+        """Starts a life and ends it at a random moment; returns whether it was done before."""
+        if not self.planned:  # every kind comes up before one comes up again
+            signals = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
+            self.planned = [(kind, number) for kind in KINDS for number in signals]
+            self.random.shuffle(self.planned)
+        kind, number = self.planned.pop()
+        is_time = self._moment(kind, workdir, life_sec)
+        process = self.start(workdir)
+        deadline = time.monotonic() + _WAIT_SEC
+        while process.exitcode is None and not is_time():
+            assert time.monotonic() < deadline, said(workdir)
+            time.sleep(0.001)
+        if process.exitcode is None and process.pid is not None:
+            os.kill(process.pid, number)
+        process.join(_WAIT_SEC)
+        self._check(process.exitcode, number, workdir)
+        if process.exitcode == 0:
+            self.counts["finished first"] += 1
+            return True
+        self.counts[f"{number.name} {kind}"] += 1
+        return False
+
+    def _moment(self, kind: str, workdir: Path, life_sec: float) -> Callable[[], bool]:
+        """Returns a function that says when to kill; it begins to look now."""
+        delay = self.random.choice([0.0, self.random.uniform(0, 0.03)])
+        reached: list[float] = []
+
+        def a_moment_after(reaches: Callable[[], bool]) -> Callable[[], bool]:
+            def is_time() -> bool:
+                if not reached and reaches():
+                    reached.append(time.monotonic())
+                return bool(reached) and time.monotonic() - reached[0] >= delay
+
+            return is_time
+
+        if kind == "time":
+            end = time.monotonic() + self.random.uniform(0, life_sec)
+            return lambda: time.monotonic() >= end
+        if kind == "saving":
+            before = names_in(workdir / "checkpoints")
+            return a_moment_after(lambda: bool(names_in(workdir / "checkpoints") - before))
+        if kind == "evaluating":
+            return a_moment_after(lambda: 0 <= last_loss(workdir) - last_validation(workdir) - 8)
+        steps = self.random.randint(1, 40)
+        first = last_loss(workdir)
+        # The record is cut back at the start, so that a life may be past `first` only late.
+        return a_moment_after(lambda: last_loss(workdir) >= min(first + steps, STEPS - 1))
+
+    def _check(self, code: int | None, number: signal.Signals, workdir: Path) -> None:
+        # Where no step is under way, SIGTERM ends the process as it ends any other.
+        allowed = {0, -number} | ({SAVED_REQUEUE_ME} if number == signal.SIGTERM else set())
+        assert code in allowed, f"exit code {code}\n{said(workdir)}"
+        if code == SAVED_REQUEUE_ME:
+            self.counts["saved on SIGTERM"] += 1
+            assert checkpoint.latest_step(workdir) == last_loss(workdir), said(workdir)
+
+
+def names_in(folder: Path) -> set[str]:
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def last_loss(workdir: Path) -> int:
+    return max((r["step"] for r in _log(workdir) if "train/loss" in r), default=0)
+
+
+def last_validation(workdir: Path) -> int:
+    return max((r["step"] for r in _log(workdir) if "validation/loss" in r), default=-1)
+
+
+def _log(workdir: Path) -> list[dict[str, int]]:
+    return log(workdir) if (workdir / "metrics.jsonl").exists() else []
+
+
+def said(workdir: Path) -> str:
+    path = workdir.with_suffix(".log")
+    return path.read_text()[-4000:] if path.exists() else "nothing was said"
+
+
+def kill_and_compare(config_file: Path, folder: Path, kills: int, seed: int) -> str:
+    """Kills runs so many times in all, letting each end; returns the figures."""
+    harness = Harness(config_file, folder / "cache", random.Random(seed))
+    expected = folder / "expected"
+    harness.uninterrupted(expected)  # compiles
+    life_sec = harness.uninterrupted(folder / "again")
+    assert_same_run(folder / "again", expected, STEPS)
+    runs = done = 0
+    while done < kills:
+        workdir, finished = folder / f"run{runs}", False
+        while not finished and done < kills:
+            finished = harness.kill_once(workdir, life_sec)
+            done += not finished
+        if not finished:
+            harness.uninterrupted(workdir)
+        assert_same_run(workdir, expected, STEPS)
+        runs += 1
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(harness.counts.items()))
+    return f"{done} kills of {runs} runs, seed {seed}: all equal to the bit ({counts})"
+
+
+def test_killed_runs_end_like_one_that_was_not(config_file: Path, tmp_path: Path) -> None:
+    print(kill_and_compare(config_file, tmp_path, kills=6, seed=0))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", [1])
+def test_a_hundred_kills(config_file: Path, tmp_path: Path, seed: int) -> None:
+    print(kill_and_compare(config_file, tmp_path, kills=100, seed=seed))
