@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -133,7 +134,13 @@ def test_every_implementation_is_there() -> None:
 @pytest.mark.parametrize("segments_BT", [None, SEGMENTS_BT], ids=["concat", "documents"])
 def test_tokamax_told_by_first_keys(segments_BT: np.ndarray | None) -> None:
     """Its reference implementation, which takes the same arguments as its kernel."""
-    run = functools.partial(tokamax, implementation="xla")
+    # As in `mobilellm`; it would read pytest's arguments (0.0.12).
+    flags.FLAGS.mark_as_parsed()
+
+    def run(*arrays: Any) -> jax.Array:
+        with jax.numpy_rank_promotion("allow"):  # inside it (0.0.17)
+            return tokamax(*arrays, implementation="xla")
+
     assert_equal_to_reference(run, segments_BT, inputs(jnp.float32), 1e-5)
 
 
