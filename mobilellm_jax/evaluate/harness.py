@@ -74,6 +74,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self._origin = origin
         self._show = show
         self._beginning = beginning(tokenizer)
+        # A model that could not read a prompt beside that many writes fewer.
+        short = config.max_seq_len <= _MAX_NEW_TOKENS
+        self._max_new_tokens = config.max_seq_len // 2 if short else _MAX_NEW_TOKENS
 
     @property
     def max_length(self) -> int:
@@ -152,7 +155,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         prompts: dict[str, tuple[list[int], str]] = {}
         keys = []
         for text, settings in (request.args for request in requests):
-            how = normalize_gen_kwargs(settings, _MAX_NEW_TOKENS)
+            how = normalize_gen_kwargs(settings, self._max_new_tokens)
             room = self._room(how)
             ids = self.tok_encode(text)
             self.cut += len(ids) > room

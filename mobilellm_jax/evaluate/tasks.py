@@ -223,7 +223,8 @@ def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
             for metric in ("exact_match", "f1")
         ]
     if base == "race":
-        fields["dataset_name"] = name.removeprefix("race_")
+        # Named as the split that is scored, it is drawn from without the article in question.
+        fields |= {"dataset_name": name.removeprefix("race_"), "fewshot_split": "test"}
     if data_dir is not None:
         data = TASK_DATA[name]
         is_validation = data.scored == "validation"
@@ -236,6 +237,7 @@ def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
             "training_split": examples,
             "validation_split": data.scored if is_validation else None,
             "test_split": None if is_validation else data.scored,
+            "fewshot_split": data.scored if data.fewshot == data.scored else None,
         }
     # JSON is YAML.
     lines = [f"{field}: {json.dumps(value)}" for field, value in fields.items()]

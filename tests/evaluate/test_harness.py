@@ -1,0 +1,273 @@
+"""Our model in the harness, beside the harness' own `hf` model on the same weights, exported."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Read once, when transformers and datasets are first imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="the eval extra")
+
+import tokenizers
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from mobilellm_jax.config import MeshConfig, ModelConfig
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.evaluate.harness import HarnessModel
+from mobilellm_jax.evaluate.journal import Journal
+from mobilellm_jax.evaluate.scoring import Scorer
+from mobilellm_jax.export.huggingface import write_huggingface
+from mobilellm_jax.model.transformer import Params, init_params
+from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
+
+torch.set_num_threads(1)
+VOCAB = 320
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    embed_dim=32,
+    num_blocks=2,
+    num_repeats=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=48,
+    max_seq_len=96,
+    init_std=0.15,  # so that the likelihoods differ
+    compute_dtype="float32",
+)
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
+    "Question: Which is it?\nAnswer: this one\n\nQuestion: What is red?\nAnswer: the wall.",
+    "It was the best of times, it was the worst of times; stra\u00dfe, na\u00efve, \u65e5\u672c.",
+] * 3
+CLOSE = 1e-3  # the float32 sums of up to 96 tokens; 2e-5 is what is seen
+
+
+class Pair(NamedTuple):
+    """The same model twice."""
+
+    ours: HarnessModel
+    theirs: Any
+
+
+def sentencepiece(folder: Path) -> Tokenizer:
+    return train_tokenizer(TEXTS, VOCAB, folder / "tokenizer.model")
+
+
+def byte_level(folder: Path) -> Tokenizer:
+    """As GPT-2 has it: nothing is put before a text."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(TEXTS, trainer)
+    model.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    params = init_params(CONFIG, jax.random.key(0))
+    # Tied to the head, strong embeddings say a token again: some of what is asked is greedy. Those
+    # of bytes are weak: no text is broken, where what `hf` shows depends on who shares its batch.
+    scale_V = np.where(np.arange(VOCAB) < 260, 0.1, 6.0).astype(np.float32)
+    table_VD = params["embedding"]["table"] * scale_V[:, None]
+    return {**params, "embedding": {"table": table_VD}}
+
+
+@pytest.fixture(scope="module", params=[sentencepiece, byte_level], ids=lambda make: make.__name__)
+def pair(
+    request: pytest.FixtureRequest, params: Params, tmp_path_factory: pytest.TempPathFactory
+) -> Pair:
+    folder = tmp_path_factory.mktemp("harness")
+    tokenizer = request.param(folder)
+    write_huggingface(CONFIG, params, tokenizer, folder / "hf")
+    theirs = HFLM(pretrained=str(folder / "hf"), device="cpu", dtype="float32", batch_size=4)
+    return Pair(make_model(params, tokenizer), theirs)
+
+
+def make_model(
+    params: Params, tokenizer: Tokenizer, config: ModelConfig = CONFIG, journal: Path | None = None
+) -> HarnessModel:
+    mesh = make_mesh(MeshConfig())
+    scorer = Scorer(config, mesh, logical_rules(config, mesh.shape))
+    placed = jax.device_put(params, replicated(mesh))
+    return HarnessModel(
+        *(config, tokenizer, scorer, placed, Journal(journal, {"weights": "these"})),
+        origin="here",
+        show=False,
+    )
+
+
+def instances(kind: str, asked: Sequence[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(kind, {}, args, i) for i, args in enumerate(asked)]
+
+
+def likelihood_requests() -> list[tuple[str, str]]:
+    context = "Question: What is red?\nAnswer:"
+    long = "The quick brown fox jumps over the lazy dog, and " * 12
+    return [
+        *((context, ending) for ending in (" the wall.", " this one", " the", ":")),
+        ("the the the the", " the the"),
+        ("", " the dog does not mind."),
+        ("", "the dog"),
+        ("The dog  ", "does"),  # spaces that move over
+        ("It was the best of ", " times"),
+        ("T", "he quick brown fox"),  # a word across the border
+        ("Is", " it the worst of times; or the best of times, or the lazy dog?"),  # a short context
+        (long, " the dog."),  # longer than the model reads
+        (long[:200], long[200:260]),
+        ("stra\u00dfe \u65e5", "\u672c \N{GRINNING FACE} na\u00efve"),
+        ("The quick brown fox", " jumps"),
+        ("The quick brown dog", " jumps"),
+    ]
+
+
+def test_token_ids_and_likelihoods_are_those_of_hf(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = likelihood_requests()
+    ids: list[list[Any]] = []
+    for model in pair:
+        inner = model._loglikelihood_tokens
+
+        def note(requests: Any, inner: Any = inner, **settings: Any) -> Any:
+            ids.append([(list(c), list(t)) for _, c, t in requests])
+            return inner(requests, **settings)
+
+        monkeypatch.setattr(model, "_loglikelihood_tokens", note)
+    ours, theirs = (model.loglikelihood(instances("loglikelihood", asked)) for model in pair)
+    assert ids[0] == ids[1]
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    if pair.ours.tok_encode(""):  # with BOS; byte by byte, this model repeats nothing
+        assert 0 < sum(greedy for _, greedy in ours) < len(asked)
+    np.testing.assert_allclose([x for x, _ in ours], [x for x, _ in theirs], atol=CLOSE, rtol=0)
+    assert pair.ours.cut >= 1
+
+
+def test_whole_texts_are_those_of_hf(pair: Pair) -> None:
+    texts = ["the dog", "The quick brown fox jumps. " * 40, TEXTS[2]]
+    ours, theirs = (
+        model.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in texts]))
+        for model in pair
+    )
+    # A sum over 11 windows for the long one.
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_texts_are_those_of_hf(pair: Pair) -> None:
+    stop_at_line = {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": 24}
+    to_the_end = {"until": [], "do_sample": False, "max_gen_toks": 40}
+    prompts = ["Question: What is red?\nAnswer:", "The dog", "fox " * 60, "It was", "\u65e5"]
+    asked = [(prompt, how) for how in (stop_at_line, to_the_end) for prompt in prompts]
+    # Stopping in the middle of what the model says.
+    [whole] = pair.ours.generate_until(instances("generate_until", [("The", to_the_end)]))
+    asked.append(("The", {**to_the_end, "until": [whole[5:8]]}))
+    ours, theirs = (model.generate_until(instances("generate_until", asked)) for model in pair)
+    assert ours == theirs
+    assert ours[-1] == whole.split(whole[5:8])[0]
+    assert len(set(ours)) > 3
+
+
+def test_a_continuation_longer_than_the_model_is_refused_as_hf_does(pair: Pair) -> None:
+    [request] = instances("loglikelihood", [("The", " quick brown fox" * 60)])
+    with pytest.raises(ValueError, match="longer than model.max_seq_len=96"):
+        pair.ours.loglikelihood([request])
+    with pytest.raises(AssertionError):
+        pair.theirs.loglikelihood([request])
+
+
+def test_texts_longer_than_the_model(params: Params, tmp_path: Path) -> None:
+    model = make_model(params, sentencepiece(tmp_path))
+    asked = instances("generate_until", [("The", {"max_gen_toks": 96})])
+    with pytest.raises(ValueError, match="up to 96 tokens, which must be less than model.max_seq"):
+        model.generate_until(asked)
+    # Where the task says nothing, the harness' 256, or what leaves half of it to the prompt.
+    [text] = model.generate_until(instances("generate_until", [("The", {})]))
+    [longest] = model.generate_until(instances("generate_until", [("The", {"max_gen_toks": 48})]))
+    assert text == longest
+    with pytest.raises(ValueError, match="asks for texts with num_beams"):
+        model.generate_until(instances("generate_until", [("The", {"num_beams": 2})]))
+
+
+def test_what_was_answered_before_a_kill_is_not_asked_again(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, path = sentencepiece(tmp_path), tmp_path / "journal"
+    # Rows of 256 places and one row per device at once: several batches.
+    contexts = [f"{i} was the {'best ' * (i % 20)} of times" for i in range(120)]
+    asked = instances("loglikelihood", [(context, " and") for context in contexts])
+    prompts = instances("generate_until", [(c, {"max_gen_toks": 4}) for c in contexts[:40]])
+    whole = make_model(params, tokenizer)
+    expected = whole.loglikelihood(asked), whole.generate_until(prompts)
+
+    killed = make_model(params, tokenizer, journal=path)
+    killed._scorer._batch_tokens = 8 * 256
+    scored: list[int] = []
+
+    def scores_until_killed(params: Params, queries: Any) -> Any:
+        for batch in Scorer.scores(killed._scorer, params, queries):
+            if scored:
+                raise KeyboardInterrupt
+            scored.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(killed._scorer, "scores", scores_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        killed.loglikelihood(asked)
+    assert 0 < scored[0] < len(asked)
+
+    again = make_model(params, tokenizer, journal=path)
+    asked_again: list[int] = []
+
+    def scores(params: Params, queries: Any) -> Any:
+        asked_again.append(len(queries))
+        return Scorer.scores(again._scorer, params, queries)
+
+    monkeypatch.setattr(again._scorer, "scores", scores)
+    # Packed otherwise; the order of float32 sums may differ.
+    np.testing.assert_allclose(again.loglikelihood(asked), expected[0], atol=1e-4)
+    assert asked_again == [len(asked) - scored[0]]
+
+    batches: list[int] = []
+
+    def texts_until_killed(prompts: Any, how: Any) -> Any:
+        if batches:
+            raise KeyboardInterrupt
+        batches.append(len(prompts))
+        return HarnessModel._continue(again, prompts, how)
+
+    monkeypatch.setattr(again, "_continue", texts_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        again.generate_until(prompts)
+    last = make_model(params, tokenizer, journal=path)
+    left: list[int] = []
+
+    def texts(prompts: Any, how: Any) -> Any:
+        left.append(len(prompts))
+        return HarnessModel._continue(last, prompts, how)
+
+    monkeypatch.setattr(last, "_continue", texts)
+    assert last.generate_until(prompts) == expected[1]
+    assert sum(left) == len(prompts) - batches[0]
+
+
+def test_the_record_says_what_ran(params: Params, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    info = make_model(params, sentencepiece(tmp_path), config).get_model_info()
+    assert info["model"] == "here" and info["model_dtype"] == "bfloat16"
