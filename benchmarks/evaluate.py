@@ -1,0 +1,174 @@
+"""`evaluate --tasks` beside lm-evaluation-harness' own `hf` model: seconds for the same requests.
+
+    pip install 'mobilellm-jax[eval]' torch transformers accelerate
+    python benchmarks/evaluate.py --data_dir=EVALS --rows=200 --rounds=3
+
+Both have the same weights (random, of --model's shape), compute in float32 on this machine's CPU
+with all its cores, and score the requests of the same rows of --task. All contenders (every size of
+a batch, of ours in tokens and of theirs in sequences) take turns, round by round; medians, and the
+ratio of the best of each. A first round, which compiles, is not counted and printed apart. A long
+measurement can be done in pieces (--first=0 --rows=50, --first=50 --rows=50, ...).
+
+The vocabulary of the model is the real one; the tokenizer is trained on the task and has fewer
+pieces, so that a text has somewhat more tokens than it would have.
+"""
+
+import argparse
+import dataclasses
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+import jax
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+
+from mobilellm_jax.architectures import MOBILELLM
+from mobilellm_jax.config import MeshConfig, ModelConfig
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.evaluate.harness import HarnessModel
+from mobilellm_jax.evaluate.journal import Journal
+from mobilellm_jax.evaluate.scoring import Scorer
+from mobilellm_jax.evaluate.tasks import load_tasks, run_tasks
+from mobilellm_jax.export.huggingface import write_huggingface
+from mobilellm_jax.host_memory import keep_freed_memory
+from mobilellm_jax.model.transformer import Params, init_params
+from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
+
+_CLOSE = 1e-3
+Score = Callable[[Sequence[Instance]], list[tuple[float, bool]]]
+
+
+class _Recorder(LM):
+    """Remembers what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Instance] = []
+
+    def loglikelihood(self, requests: list[Instance], **_: Any) -> list[tuple[float, bool]]:
+        self.asked += requests
+        return [(-1.0, False) for _ in requests]
+
+    def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
+        raise NotImplementedError("choose a task of continuations")
+
+    generate_until = loglikelihood_rolling
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data_dir", type=Path, required=True, help="as for `evaluate`")
+    parser.add_argument("--task", default="hellaswag")
+    parser.add_argument("--model", default="125m", choices=sorted(MOBILELLM))
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_tokens", default="2048", help="ours, separated by commas")
+    parser.add_argument("--batch_sizes", default="8,16", help="theirs")
+    arguments = parser.parse_args()
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "torch", "lm_eval"))
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {versions}")
+    asked = _requests(arguments)
+    last = arguments.first + arguments.rows
+    requests = [each for each in asked if arguments.first <= each.doc_id < last]
+    config = dataclasses.replace(MOBILELLM[arguments.model], compute_dtype="float32")
+    params = init_params(config, jax.random.key(0))
+    keep_freed_memory()
+    contenders: dict[str, Score] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts = ["".join(request.args) for request in asked]
+        tokenizer = train_tokenizer(texts, 4096, folder / "tokenizer.model")
+        write_huggingface(config, params, tokenizer, folder / "hf")
+        for size in arguments.batch_tokens.split(","):
+            contenders[f"ours {size}"] = _ours(config, params, tokenizer, int(size))
+        for size in arguments.batch_sizes.split(","):
+            theirs = HFLM(
+                pretrained=str(folder / "hf"), device="cpu", dtype="float32", batch_size=int(size)
+            )
+            contenders[f"hf {size}"] = _theirs(theirs)
+    torch.set_num_threads(os.cpu_count() or 1)
+    print(
+        f"{arguments.model}, float32, {arguments.task} rows {arguments.first} to "
+        f"{last - 1}, {len(requests)} requests",
+        flush=True,
+    )
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    scores = {}
+    for turn in range(-1, arguments.rounds):
+        for name, score in contenders.items():
+            if turn < 0 and name.startswith("hf"):
+                score(requests[:4])  # nothing to compile; its memory is touched
+                continue
+            started = time.perf_counter()
+            scores[name] = score(requests)
+            elapsed = time.perf_counter() - started
+            print(
+                f"{'compiling' if turn < 0 else turn:>10}  {name:<12}{elapsed:8.2f} s", flush=True
+            )
+            if turn >= 0:
+                seconds[name].append(elapsed)
+    _report(seconds, scores)
+
+
+def _requests(arguments: argparse.Namespace) -> list[Instance]:
+    recorder = _Recorder()
+    tasks = load_tasks([arguments.task], data_dir=arguments.data_dir, num_fewshot=0)
+    run_tasks(recorder, tasks)
+    return recorder.asked
+
+
+def _ours(config: ModelConfig, params: Params, tokenizer: Tokenizer, batch_tokens: int) -> Score:
+    mesh = make_mesh(MeshConfig())
+    rules = logical_rules(config, mesh.shape)
+    scorer = Scorer(config, mesh, rules, batch_tokens=batch_tokens)
+    placed = jax.device_put(params, replicated(mesh))
+
+    def score(requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        # A journal of its own each time: nothing is remembered.
+        model = HarnessModel(
+            *(config, tokenizer, scorer, placed, Journal(None, {})), origin="", show=False
+        )
+        return model.loglikelihood(requests)
+
+    return score
+
+
+def _theirs(model: HFLM) -> Score:
+    return lambda requests: model.loglikelihood(requests, disable_tqdm=True)
+
+
+def _report(seconds: dict[str, list[float]], scores: dict[str, list[tuple[float, bool]]]) -> None:
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"\n{'':<12}{'median s':>10}{'least':>8}{'most':>8}")
+    for name, values in seconds.items():
+        print(f"{name:<12}{medians[name]:10.2f}{min(values):8.2f}{max(values):8.2f}")
+    best = {
+        who: min((name for name in medians if name.startswith(who)), key=lambda name: medians[name])
+        for who in ("ours", "hf")
+    }
+    print(f"{best['ours']} is {medians[best['hf']] / medians[best['ours']]:.2f} x {best['hf']}")
+    pairs = list(zip(scores[best["ours"]], scores[best["hf"]], strict=True))
+    worst = max(abs(ours - theirs) for (ours, _), (theirs, _) in pairs)
+    greedy = sum(ours != theirs for (_, ours), (_, theirs) in pairs)
+    print(f"largest difference of a log-likelihood {worst:.1e}, of `is_greedy` {greedy}")
+    assert worst < _CLOSE and not greedy, "the two models do not say the same"
+
+
+if __name__ == "__main__":
+    main()
