@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     # Only now, so that --help and a mistake in the config are answered at once.
     from mobilellm_jax import distributed
     from mobilellm_jax.compile_cache import use_compile_cache
+    from mobilellm_jax.host_memory import share_one_heap
     from mobilellm_jax.pretrain import pretrain
     from mobilellm_jax.train.profiler import ProfiledSteps
     from mobilellm_jax.train.stopping import Walltime, parse_duration
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> int:
         walltime = Walltime(parse_duration("--max_walltime", _WALLTIME.value))
     profile = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
     # Before anything starts a backend, and in this order: processes meet with the flags set.
+    share_one_heap()
     xla_flags = set_xla_flags(deterministic=config.train.deterministic)
     cache = use_compile_cache()
     found = distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
