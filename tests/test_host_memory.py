@@ -8,8 +8,8 @@ import pytest
 from mobilellm_jax.host_memory import keep_freed_memory
 
 # The resident pages of the process before, with and after 64 blocks of which 1 MiB is used; mmap
-# and trimming would give them back. In a thread, as in XLA. In a process of its own, because there is no
-# way back.
+# and trimming would give them back. In a thread, as in XLA; in a process of its own, because there
+# is no way back.
 PROGRAM = """
 import ctypes, resource, sys, threading
 from mobilellm_jax.host_memory import keep_freed_memory, share_one_heap
