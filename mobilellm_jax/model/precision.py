@@ -1,29 +1,65 @@
 """Which number type activations and matrix products use; parameters are float32 throughout."""
 
 import dataclasses
+import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import ComputeDtype, ModelConfig
+
+_CPU_INFO = Path("/proc/cpuinfo")  # Linux
+_CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
+# Below, a step is made of passes over activations, which bfloat16 does not speed up on a CPU.
+_CPU_LEAST_WIDTH = 512
 
 
 def resolve_compute_dtype(config: ModelConfig, device: jax.Device | None = None) -> ModelConfig:
-    """Replaces `compute_dtype="auto"` by the type that is fastest on the device (the default one).
+    """Replaces `compute_dtype="auto"` by the type that trains fastest on the (default) device.
 
-    That is bfloat16 on TPUs and on GPUs from compute capability 8.0 on, which have matrix units
-    for it, and float32 elsewhere: XLA's CPU backend converts bfloat16 operands before most
-    products and loses more than it gains.
+    That is bfloat16 on TPUs, on GPUs with matrix units for it (NVIDIA from 8.0, AMD from MI200),
+    and for models of width 512 and more on CPUs with instructions for it; float32 elsewhere.
     """
     if config.compute_dtype != "auto":
         return config
     device = jax.devices()[0] if device is None else device
-    capability = float(getattr(device, "compute_capability", 0) or 0)
-    fast = device.platform == "tpu" or (device.platform == "gpu" and capability >= 8.0)
-    return dataclasses.replace(config, compute_dtype="bfloat16" if fast else "float32")
+    narrow = _multiplies_bfloat16(device) or (
+        device.platform == "cpu"
+        and config.embed_dim >= _CPU_LEAST_WIDTH
+        and cpu_multiplies_bfloat16()
+    )
+    return dataclasses.replace(config, compute_dtype=_NAMES[narrow])
 
 
 def compute_dtype(config: ModelConfig) -> jax.typing.DTypeLike:
-    """Returns the JAX type of activations, resolving "auto" for the default device."""
-    name = resolve_compute_dtype(config).compute_dtype
-    return jnp.dtype(name)
+    """Returns the JAX type of activations.
+
+    An "auto" that training did not resolve is bfloat16 on TPUs and GPUs with matrix units for it,
+    float32 on CPUs: scores on a CPU are compared with other programs'.
+    """
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    return jnp.dtype(_NAMES[_multiplies_bfloat16(jax.devices()[0])])
+
+
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Returns whether this machine's CPU says that it has instructions for bfloat16 products."""
+    if not _CPU_INFO.is_file():
+        return False
+    lines = _CPU_INFO.read_text("utf-8", errors="replace").splitlines()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return bool(_CPU_BFLOAT16 & set(flags.split()))
+
+
+_NAMES: dict[bool, ComputeDtype] = {False: "float32", True: "bfloat16"}
+
+
+def _multiplies_bfloat16(device: jax.Device) -> bool:
+    if device.platform != "gpu":
+        return device.platform == "tpu"
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx942" of an MI300
+    if capability.startswith("gfx"):
+        return capability.startswith(("gfx90a", "gfx94", "gfx95"))
+    return float(capability or 0) >= 8.0
