@@ -151,10 +151,16 @@ class Agreement:
     A signal or a clock reaches each process in a moment of its own, and a process that left the
     loop alone would leave the others waiting in a collective. So each step a flag per device is
     reduced over all of them, and the answer is read one step late, when it costs no wait.
+
+    A preemption notice that reached jax's coordination service in any process counts as asked. The
+    service settles on a step by the steps that it is told, so these are the run's, as in Orbax,
+    which tells it too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 0) -> None:
         self._pending: jax.Array | None = None
+        self._step = step
+        self._preemption = _state().preemption_sync_manager  # None: off by jax's own setting
         self._several = jax.process_count() > 1
         if self._several:
             mesh = Mesh(np.array(jax.devices()), ("device",))
@@ -165,6 +171,9 @@ class Agreement:
         """Returns whether any process had asked by its last call; alone, whether it asks now."""
         if not self._several:
             return asked
+        self._step += 1
+        if self._preemption is not None and self._preemption.reached_sync_point(self._step):
+            asked = True
         flags = jax.make_array_from_callback(
             (jax.device_count(),), self._split, lambda index: np.full((1,), asked)
         )

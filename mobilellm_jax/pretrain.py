@@ -111,7 +111,6 @@ def pretrain(
         resumed_at = int(state.step)
         step_fn: TrainStep = make_train_step(config, optimizer, mesh, rules, state)
         validate = _validator(config, mixture, mesh, rules, workdir)
-        agree = distributed.Agreement()
 
         def data_after(step: int) -> checkpoint.DataState:
             samples = (step - resumed_at) * config.train.global_batch
@@ -141,7 +140,7 @@ def pretrain(
                     finish_saving=checkpoints.wait,
                     validate=validate,
                     sample=functools.partial(_look, config, tokenizer, workdir, evaluator, writer),
-                    agree=agree,
+                    agree=distributed.Agreement(first_step),
                 )
                 profiled = step_fn
                 if profile is not None and distributed.is_first():

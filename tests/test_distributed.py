@@ -373,6 +373,17 @@ found["late"] = outcome(lambda: distributed.from_first("x", lambda: time.sleep(1
 agreed = distributed.Agreement()
 found["stop"] = [agreed(own == 1 and step == 3) for step in range(6)]
 
+# As the service does when a scheduler announces the end, here for now.
+agreed = distributed.Agreement(step=100)
+notice = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+found["notice"] = 0
+while found["notice"] < 1000 and not agreed(False):
+    found["notice"] += 1
+    if own == 1 and found["notice"] == 5:
+        client = jax._src.distributed.global_state.client
+        client.key_value_set("RECEIVED_PREEMPTION_NOTICE", notice)
+    time.sleep(0.01)
+
 batch = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
 found["rows"] = {}
 for name, sizes in json.loads(sys.argv[3]).items():
@@ -466,6 +477,8 @@ def test_two_processes_share_one_fate() -> None:
 
     # Process 1 asks in step 3; both hear of it in step 4.
     assert first["stop"] == second["stop"] == [False] * 4 + [True, False]
+    # A notice to the coordination service stops both in one step, whatever it was.
+    assert 5 <= first["notice"] == second["notice"] < 1000
     expected = {name: rows for name, (_, rows) in MESHES.items()}
     assert {name: [first["rows"][name], second["rows"][name]] for name in MESHES} == expected
     # Before and after the loop it ends a process, as it does one that is alone.
