@@ -9,12 +9,17 @@ device, and lists all violations together. Rules that do need one are in `pretra
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ml_collections import ConfigDict
+
+from mobilellm_jax import strict_json
+from mobilellm_jax.strict_json import plain, shown
 
 Sharing = Literal["immediate", "repeat_all", "reverse"]
 Activation = Literal["swiglu", "relu", "gelu"]
@@ -200,18 +205,30 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Returns the checked `Config` of a `config.json`.
+    """Returns the checked `Config` of the text of a `config.json`.
 
     Raises:
       ConfigError: as `from_config_dict`; for text that is not a JSON object too.
     """
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"config.json is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config.json must hold an object, not {type(values).__name__}.")
-    return _from_mapping(values)
+        values = strict_json.parse(text)
+    except strict_json.JsonError as error:
+        raise ConfigError(f"config.json: {error}") from error
+    return _from_object(values, "config.json")
+
+
+def read_json(file: Path) -> Config:
+    """Returns the checked `Config` of a `config.json`.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ConfigError: as `from_json`.
+    """
+    try:
+        values = strict_json.read(file)
+    except strict_json.JsonError as error:
+        raise ConfigError(str(error)) from error
+    return _from_object(values, str(file))
 
 
 def near_miss(name: str, candidates: typing.Iterable[str]) -> str:
@@ -243,6 +260,12 @@ def _fields(config: Config) -> Iterator[tuple[str, Any]]:
             yield f"{group.name}.{field.name}", getattr(node, field.name)
 
 
+def _from_object(values: Any, where: str) -> Config:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must hold an object, not {type(values).__name__}.")
+    return _from_mapping(values)
+
+
 def _from_mapping(values: Mapping[str, Any]) -> Config:
     hints = typing.get_type_hints(Config)
     known = [*hints, *field_types()]
@@ -250,15 +273,15 @@ def _from_mapping(values: Mapping[str, Any]) -> Config:
     groups: dict[str, Any] = {}
     for group, entries in values.items():
         if group not in hints:
-            violations.append(f"{group}: unknown config group.{near_miss(group, known)}")
+            violations.append(f"{plain(group)}: unknown config group.{near_miss(group, known)}")
             continue
         if not isinstance(entries, Mapping):
-            violations.append(f"{group}={entries!r} must be a group of fields.")
+            violations.append(f"{group}={shown(entries)} must be a group of fields.")
             continue
         names = {f.name for f in dataclasses.fields(hints[group])}
         for name in entries:
             if name not in names:
-                dotted = f"{group}.{name}"
+                dotted = f"{group}.{plain(name)}"
                 violations.append(f"{dotted}: unknown config key.{near_miss(dotted, known)}")
         accepted = {k: _as_annotated(hints[group], k, v) for k, v in entries.items() if k in names}
         groups[group] = hints[group](**accepted)
@@ -273,9 +296,9 @@ def _from_mapping(values: Mapping[str, Any]) -> Config:
 
 def _as_annotated(cls: type, name: str, value: Any) -> Any:
     """An int where a float belongs (JSON and Python both write 1 for 1.0) becomes that float."""
-    if typing.get_type_hints(cls)[name] is float and type(value) is int:
-        return float(value)
-    return value
+    whole = typing.get_type_hints(cls)[name] is float and type(value) is int
+    # One that no float holds exactly stays what it is, and is refused for that.
+    return float(value) if whole and abs(value) <= 1 << 53 else value
 
 
 def _type_violations(config: Config) -> Iterator[str]:
@@ -285,11 +308,17 @@ def _type_violations(config: Config) -> Iterator[str]:
         if typing.get_origin(expected) is Literal:
             choices = get_args(expected)
             if value not in choices:
-                yield f"{dotted}={value!r} must be one of {', '.join(choices)}." + (
+                yield f"{dotted}={shown(value)} must be one of {', '.join(choices)}." + (
                     near_miss(value, choices) if isinstance(value, str) else ""
                 )
         elif type(value) is not expected:
-            yield f"{dotted}={value!r} must be of type {expected.__name__}, not {_name(value)}."
+            yield (
+                f"{dotted}={shown(value)} must be of type {expected.__name__}, not {_name(value)}."
+            )
+        elif expected is int and value not in _WHOLE_NUMBERS:
+            yield f"{dotted}={shown(value)} must fit 32 bits: at most {_WHOLE_NUMBERS[-1]:,}."
+        elif expected is float and not math.isfinite(value):
+            yield f"{dotted}={value} must be a finite number."
 
 
 def _name(value: Any) -> str:
@@ -299,8 +328,9 @@ def _name(value: Any) -> str:
 def attention_violations(config: Config, name: str) -> Iterator[str]:
     """Yields what the implementation `name` cannot do that the config asks for, device aside."""
     model, data = config.model, config.data
-    rules = ATTENTION.get(name)
-    if rules is None:  # auto, which is one that can; or no choice at all, which is said elsewhere
+    # auto is one that can; what is no choice at all, of whatever type, is said elsewhere.
+    rules = ATTENTION.get(name) if isinstance(name, str) else None
+    if rules is None:
         return
     field = f"model.attention={name!r}"
 
@@ -336,6 +366,8 @@ def attention_violations(config: Config, name: str) -> Iterator[str]:
         )
 
 
+# Of every whole number: what a device counts with, and far more than there is a use for.
+_WHOLE_NUMBERS = range(-(1 << 31), 1 << 31)
 _AT_LEAST_ONE = (
     *("model.vocab_size", "model.embed_dim", "model.num_blocks", "model.num_repeats"),
     *("model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
@@ -364,6 +396,8 @@ def _rule_violations(config: Config) -> Iterator[str]:
     value = dict(_fields(config))
     types_of = field_types()
     sound = {k for k, v in value.items() if type(v) is types_of[k]}
+    sound -= {k for k in sound if types_of[k] is int and value[k] not in _WHOLE_NUMBERS}
+    sound -= {k for k in sound if types_of[k] is float and not math.isfinite(value[k])}
 
     def broken(names: tuple[str, ...], holds: typing.Callable[[Any], bool], rule: str) -> list[str]:
         wrong = [n for n in names if n in sound and not holds(value[n])]
@@ -383,8 +417,9 @@ def _rule_violations(config: Config) -> Iterator[str]:
         return all(n in sound and (n not in _AT_LEAST_ONE or value[n] >= 1) for n in names)
 
     if usable("model.num_heads", "model.num_kv_heads") and model.num_heads % model.num_kv_heads:
-        divisors = [d for d in range(1, model.num_heads + 1) if model.num_heads % d == 0]
-        choices = ", ".join(map(str, divisors))
+        heads = model.num_heads
+        low = [d for d in range(1, math.isqrt(heads) + 1) if heads % d == 0]
+        choices = ", ".join(map(str, sorted({*low, *(heads // d for d in low)})))
         yield (
             f"model.num_heads={model.num_heads} must be a multiple of "
             f"model.num_kv_heads={model.num_kv_heads}; choose num_kv_heads from {choices}."

@@ -74,7 +74,7 @@ def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
     if resume_step is None:
         config = dataclasses.replace(config, model=resolve_compute_dtype(config.model))
         return resolve_attention(config, device)
-    old = config_lib.from_json((workdir / rundir.CONFIG).read_text("utf-8"))
+    old = config_lib.read_json(workdir / rundir.CONFIG)
     if config.model.compute_dtype == "auto":
         model = dataclasses.replace(config.model, compute_dtype=old.model.compute_dtype)
         config = dataclasses.replace(config, model=model)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mobilellm_jax import checkpoint, distributed, preflight, rundir
+from mobilellm_jax import checkpoint, distributed, preflight, rundir, strict_json
 from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.data.mixture import Mixture
@@ -385,9 +385,9 @@ def _write_samples(
 def _cut_samples(workdir: Path, first_step: int) -> None:
     path = workdir / rundir.SAMPLES
     if path.exists():
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] < first_step]
-        rundir.write_whole(path, "".join(kept))
+        records = strict_json.read_lines(path)
+        kept = [r for r in records if strict_json.get(r, "step", int, name=str(path)) < first_step]
+        rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 
 def _plot(workdir: Path) -> None:

@@ -53,6 +53,32 @@ def read(file: Path) -> Any:
         raise JsonError(f"{file}: {error}") from error
 
 
+def read_lines(file: Path, *, non_finite: bool = False) -> list[Any]:
+    """Returns the values of a file of JSON lines; none if there is no file.
+
+    A last line that a crash cut short, which has no line end, is left out.
+
+    Args:
+      file: of lines of UTF-8; empty ones count for nothing.
+      non_finite: as for `parse`.
+
+    Raises:
+      JsonError: naming the file and the line.
+    """
+    values = []
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                values.append(parse(line, non_finite=non_finite))
+        except JsonError as error:
+            if number < len(lines):
+                raise JsonError(
+                    f"{file}, line {number}: {error} Correct the line or take it out."
+                ) from error
+    return values
+
+
 def content_of(file: Path) -> bytes:
     """Returns the bytes of a file that should hold JSON.
 

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import typing
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mobilellm_jax.config import (
     from_config_dict,
     from_json,
     near_miss,
+    read_json,
     to_config_dict,
     to_json,
 )
@@ -66,8 +68,13 @@ def test_json_of_an_int_where_a_float_belongs() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", "config.json is not JSON: Expecting"),
+        ("{", "config.json: is not JSON (Expecting"),
         ("[]", "config.json must hold an object, not list."),
+        ('{"model": {"vocab_size": 1e999}}', "config.json: holds the number 1e999"),
+        (
+            '{"optimizer": {"peak_lr": 9007199254740993}}',
+            "optimizer.peak_lr=9007199254740993 must be of type float, not int.",
+        ),
         ('{"model": 3}', "model=3 must be a group of fields."),
         ('{"modle": {}}', "modle: unknown config group. Did you mean model?"),
         (
@@ -80,6 +87,18 @@ def test_bad_json(text: str, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_json(text)
     assert str(caught.value).startswith(expected)
+
+
+def test_a_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        read_json(file)
+    for content, message in ((b"\xff", "is not UTF-8"), (b"[]", "must hold an object, not list")):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{file}:? {message}"):
+            read_json(file)
+    file.write_text(to_json(Config()))
+    assert read_json(file) == Config()
 
 
 def test_the_edge_is_locked() -> None:
@@ -122,6 +141,20 @@ def test_the_edge_is_locked() -> None:
             {"data__seq_len": 4096},
             "data.seq_len=4096 must be at most model.max_seq_len=2048; "
             "shorten the windows or raise model.max_seq_len.",
+        ),
+        (
+            {"optimizer__peak_lr": math.inf},
+            "optimizer.peak_lr=inf must be a finite number.",
+        ),
+        ({"optimizer__eps": math.nan}, "optimizer.eps=nan must be a finite number."),
+        (
+            {"data__seed": 1 << 31},
+            "data.seed=2147483648 must fit 32 bits: at most 2,147,483,647.",
+        ),
+        (
+            {"model__num_heads": 2_000_000_011, "model__num_kv_heads": 2},  # a prime
+            "model.num_heads=2000000011 must be a multiple of model.num_kv_heads=2; "
+            "choose num_kv_heads from 1, 2000000011.",
         ),
         ({"optimizer__min_lr_ratio": 1.5}, "optimizer.min_lr_ratio=1.5 must be between 0 and 1."),
         ({"optimizer__beta2": 1.0}, "optimizer.beta2=1.0 must be at least 0 and less than 1."),

@@ -16,8 +16,14 @@ from mobilellm_jax.data.sources import TRAIN, BadLine, BadLineError, Piece
 COMPRESSED = (".gz", ".zst")
 
 _BUFFER_BYTES = 1 << 20
-# What it decompresses to is in memory at once: 8 MB even at a ratio of 256.
-_COMPRESSED_CHUNK_BYTES = 1 << 15
+# What a chunk decompresses to is in memory at once. gzip can make 1,032 bytes of one, zstd 128 kB
+# of four: a few dozen megabytes either way.
+_COMPRESSED_CHUNK_BYTES = {True: 1 << 15, False: 1 << 10}
+DOCUMENT_BYTES = 1 << 28
+"""Of a line, and of a compressed file that is one document: a few kilobytes can become terabytes.
+
+Tokenising a tenth of it takes gigabytes already.
+"""
 _GZIP = 16 + zlib.MAX_WBITS
 # `zstd --long=31`, with which the largest corpora are compressed; it costs memory only there.
 _ZSTD_WINDOW_BYTES = 1 << 31
@@ -144,15 +150,19 @@ def contents(path: str, size_bytes: int) -> bytes:
     """Returns the whole file, decompressed.
 
     Raises:
-      BadLineError: if it is compressed and cut off or damaged.
+      BadLineError: if it is compressed and cut off or damaged, or is too long for a document.
     """
     with opened(path, size_bytes) as file:
         if not path.endswith(COMPRESSED):
+            if size_bytes > DOCUMENT_BYTES:
+                raise _too_long(path, 1, 0)
             return file.read()
         content = io.BytesIO()
         try:
             for chunk in _decompressed(file, path):
                 content.write(chunk)
+                if content.tell() > DOCUMENT_BYTES:
+                    raise _too_long(path, 1, 0)
         except _Damage as damage:
             text = content.getvalue()
             raise _lost(path, text.count(b"\n") + 1, len(text), damage) from damage
@@ -166,7 +176,7 @@ def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[i
     decompressed text. Memory holds a line, not the file.
 
     Raises:
-      BadLineError: if the file is compressed and cut off or damaged.
+      BadLineError: if the file is compressed and cut off or damaged, or a line is too long.
     """
     with opened(path, size_bytes) as file:
         if path.endswith(COMPRESSED):
@@ -185,9 +195,11 @@ def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[i
                 if not rest or offset >= stop:
                     return
         while offset < stop:
-            line = file.readline()
+            line = file.readline(DOCUMENT_BYTES + 1)
             if not line:
                 return
+            if len(line) > DOCUMENT_BYTES:
+                raise _too_long(path, LineNumbers().at(path, size_bytes, offset), offset)
             yield offset, line
             offset += len(line)
 
@@ -250,7 +262,10 @@ def _decompressed_lines(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]
     offset, number = 0, 1
     chunks = _Chunks(_decompressed(file, path))
     try:
-        for line in io.BufferedReader(chunks, _BUFFER_BYTES):
+        buffered = io.BufferedReader(chunks, _BUFFER_BYTES)
+        while line := buffered.readline(DOCUMENT_BYTES + 1):
+            if len(line) > DOCUMENT_BYTES:
+                raise _too_long(path, number, offset)
             yield offset, line
             offset += len(line)
             number += 1
@@ -275,7 +290,7 @@ def _decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
 
     current = member()
     begun = any_before = False
-    while chunk := file.read(_COMPRESSED_CHUNK_BYTES):
+    while chunk := file.read(_COMPRESSED_CHUNK_BYTES[gzip]):
         while chunk:
             if gzip and any_before and not begun:
                 chunk = chunk.lstrip(b"\0")  # tapes and some tools fill up with zeros
@@ -302,6 +317,16 @@ def _lost(path: str, line: int, offset: int, damage: _Damage) -> BadLineError:
     return BadLineError(
         f"{bad}. All that follows is lost, which is more than --on_bad_line=skip may leave out; "
         "fetch the file again, or take it out of the pattern."
+    )
+
+
+def _too_long(path: str, line: int, offset: int) -> BadLineError:
+    bad = BadLine(
+        path, line, offset, f"a document begins here of more than {DOCUMENT_BYTES:,} bytes"
+    )
+    return BadLineError(
+        f"{bad}. That is more than memory may have to hold; divide it, or take the file out of the "
+        "pattern."
     )
 
 

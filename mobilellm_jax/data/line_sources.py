@@ -20,6 +20,7 @@ from mobilellm_jax.data.sources import (
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_FIELDS = 10
+_SHOWN_CHARACTERS = 100
 _JSON_TYPES = {
     dict: "an object",
     list: "an array",
@@ -214,7 +215,8 @@ def _whole_numbers(
         index, wrong = next(
             (i, v) for i, v in enumerate(values) if type(v) is not int or not in_range(v, v)
         )
-        raise _Fault(f"{field}[{index}] is {json.dumps(wrong)}; it must be a whole number, {rule}")
+        shown = json.dumps(wrong)[:_SHOWN_CHARACTERS]
+        raise _Fault(f"{field}[{index}] is {shown}; it must be a whole number, {rule}")
     return values
 
 

@@ -29,7 +29,7 @@ class SentencePieceTokenizer:
             raise ValueError(f"{file} is not a SentencePiece model: it is empty.")
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not a SentencePiece model: {error}") from error
         self.file = file
         self.kind = "SentencePiece"
@@ -42,10 +42,18 @@ class SentencePieceTokenizer:
                 f"{file} has bos_id={self.bos_id} and eos_id={self.eos_id}; both are needed, since "
                 "documents are stored as BOS text EOS. Train the model with bos_id and eos_id >= 0."
             )
-        pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
+        try:
+            pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} has a piece that is not UTF-8: {error.reason}.") from error
         self.unknown_id: int | None = self._model.unk_id()
         byte_ids = {piece: i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
-        self.byte_ids = [byte_ids[f"<0x{byte:02X}>"] for byte in range(256)] if byte_ids else []
+        bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
+        if byte_ids and byte_ids.keys() != {*bytes_of}:
+            raise ValueError(
+                f"{file} has tokens for {len(byte_ids)} of the 256 bytes; all or none."
+            )
+        self.byte_ids = [byte_ids[piece] for piece in bytes_of] if byte_ids else []
         # Stands for U+2581: no piece holds it, so it always comes out as its own three bytes.
         used = frozenset("".join(pieces))
         self._stand_in = next((chr(c) for c in _PRIVATE_USE if chr(c) not in used), None)

@@ -23,12 +23,11 @@ import numpy as np
 
 from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.data.token_stream import ShardFiles, TokenStream
+from mobilellm_jax.data.tokenizer import MAX_VOCABULARY
 from mobilellm_jax.strict_json import shown
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
-MAX_VOCABULARY = 1 << 24
-"""Of a folder and of a tokenizer: 60 times the largest there is."""
 UINT32_VOCABULARY = 65_536
 
 TOKENS, OFFSETS, LOSS_MASK = "tokens", "offsets", "loss_mask"

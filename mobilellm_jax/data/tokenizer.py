@@ -16,6 +16,9 @@ from mobilellm_jax import rundir
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
+MAX_VOCABULARY = 1 << 24
+"""Of a tokenizer, and of the tokens made with it: 60 times the largest there is."""
+
 SPACE_MARK = "\u2581"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mobilellm_jax import strict_json
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.model.precision import compute_dtype
@@ -58,11 +59,11 @@ class Journal:
         if path is None:
             return
         first = json.dumps(whose)
-        lines = path.read_text("utf-8").split("\n") if path.is_file() else [""]
+        lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         # What follows the last line end was cut short.
         whole = lines[:-1]
-        if whole and whole[0] == first:
-            self.answers = dict(json.loads(line) for line in whole[1:])
+        if whole and whole[0] == first.encode():
+            self.answers = dict(filter(None, map(_answer, whole[1:])))
         else:
             self.replaced = bool(whole)
         content = [first, *(json.dumps(answer) for answer in self.answers.items())]
@@ -80,6 +81,22 @@ class Journal:
         """Deletes the file: what it was for is done."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+def _answer(line: bytes) -> tuple[str, Any] | None:
+    """Returns the key and the answer of a line; None if it is damaged, so that it is asked again.
+
+    An answer is a text, or a log-likelihood and whether it is that of the likeliest tokens.
+    """
+    try:
+        name, answer = strict_json.as_type(
+            strict_json.parse(line, non_finite=True), tuple[str, Any]
+        )
+        if isinstance(answer, list):
+            return name, list(strict_json.as_type(answer, tuple[float, bool]))
+        return name, strict_json.as_type(answer, str)
+    except strict_json.JsonError:
+        return None
 
 
 def _fingerprint(params: Params) -> str:

@@ -7,12 +7,15 @@ set's rows on the Hugging Face Hub: the split that is scored (`test.jsonl`, `val
 
 import ast
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mobilellm_jax import strict_json
+from mobilellm_jax.strict_json import shown
+
 FEWSHOT = "fewshot"
+_SHOWN_CHOICES = 20
 Row = dict[str, Any]
 
 
@@ -42,11 +45,14 @@ def read_rows(file: Path, check: Callable[[Row], str]) -> list[Row]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; it should hold JSON lines.")
     rows = []
-    for number, line in _lines(file):
+    # Not str.splitlines(), which also splits at U+2028 and its like inside a string.
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _bad_line(file, number, f"is not JSON: {error}") from None
+            row = strict_json.parse(line)
+        except strict_json.JsonError as error:
+            raise _bad_line(file, number, str(error)) from None
         wrong = check(row) if isinstance(row, dict) else "is not a JSON object."
         if wrong:
             raise _bad_line(file, number, wrong)
@@ -54,16 +60,6 @@ def read_rows(file: Path, check: Callable[[Row], str]) -> list[Row]:
     if not rows:
         raise ValueError(f"{file} has no rows; a task needs at least one.")
     return rows
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    # Not str.splitlines(), which also splits at U+2028 and its like inside a string.
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            try:
-                yield number, line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise _bad_line(file, number, f"is not UTF-8: {error}") from None
 
 
 def _bad_line(file: Path, number: int, wrong: str) -> ValueError:
@@ -81,21 +77,31 @@ def _fields(row: Mapping[str, Any], **types: type | tuple[type, ...]) -> str:
             found = type(value).__name__
             named = expected if isinstance(expected, tuple) else (expected,)
             wanted = " or ".join(each.__name__ for each in named)
-            return f"has {name}={value!r}, of type {found}; it must be of type {wanted}."
+            return f"has {name}={shown(value)}, of type {found}; it must be of type {wanted}."
+        if isinstance(value, str) and not _is_text(value):
+            return f"has {name}={shown(value)}, with half a surrogate pair, which is no character."
     return ""
 
 
 def _strings(name: str, values: list[Any], count: int | None = None) -> str:
-    if not values or not all(isinstance(value, str) for value in values):
-        return f"has {name}={values!r}, which must be a list of strings."
+    if not values or not all(isinstance(value, str) and _is_text(value) for value in values):
+        return f"has {name}={shown(values)}, which must be a list of strings."
     if count is not None and len(values) != count:
         return f"has {len(values)} {name}, which must be {count}."
     return ""
 
 
-def _one_of(name: str, value: Any, choices: Any) -> str:
-    shown = ", ".join(map(repr, choices))
-    return "" if value in choices else f"has {name}={value!r}, which must be one of {shown}."
+def _one_of(name: str, value: Any, choices: Sequence[Any]) -> str:
+    some = ", ".join(map(shown, choices[:_SHOWN_CHOICES]))
+    return "" if value in choices else f"has {name}={shown(value)}, which must be one of {some}."
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _lettered(question: str) -> Callable[[Row], str]:
@@ -143,7 +149,7 @@ def _check_winogrande(row: Row) -> str:
     wrong = _fields(row, sentence=str, option1=str, option2=str, answer=str)
     wrong = wrong or _one_of("answer", row["answer"], ("1", "2"))
     if not wrong and "_" not in row["sentence"]:
-        return f"has sentence={row['sentence']!r}, without the _ for an option."
+        return f"has sentence={shown(row['sentence'])}, without the _ for an option."
     return wrong
 
 
@@ -158,13 +164,15 @@ def _check_race(row: Row) -> str:
         return wrong
     try:
         problems = ast.literal_eval(row["problems"])
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, TypeError) as error:
         return f"has problems that are no Python literal: {error}."
+    except (MemoryError, RecursionError):  # of Python's parser, whatever memory there is
+        return "has problems that are nested too deep for a Python literal."
     if not isinstance(problems, list) or not problems:
         return "has problems that are no list with at least one of them."
     for problem in problems:
         if not isinstance(problem, dict):
-            return f"has a problem that is not a dict: {problem!r}."
+            return f"has a problem that is not a dict: {shown(problem)}."
         wrong = (
             _fields(problem, question=str, options=list, answer=str)
             or _strings("options", problem["options"], 4)

@@ -7,6 +7,7 @@ everything else is refused. The numbers stay in the archive, uncompressed, until
 and their checksums are compared then.
 """
 
+import errno
 import functools
 import math
 import pickletools
@@ -99,6 +100,10 @@ def open_torch(file: Path) -> dict[str, TorchTensor]:
         ) from error
     except _Refused as error:
         raise _error(file, str(error)) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a place before the file's start, where it was sent
+            raise
+        raise _error(file, "it refers to what is not in it") from error
 
 
 def _error(file: Path, problem: str) -> ValueError:
@@ -178,6 +183,10 @@ def _read(
             content = _content(archive, info, info.file_size)
     except (zipfile.BadZipFile, struct.error, _Refused) as error:
         raise _error(file, f"{plain(name)}: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a place before the file's start, where it was sent
+            raise
+        raise _error(file, "it refers to what is not in it") from error
     if not tensor.size:
         return np.empty(tensor.shape, dtype)
     values = np.frombuffer(content, dtype)[tensor.offset :]

@@ -15,9 +15,11 @@ import jax
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
-from mobilellm_jax import rundir
+from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.size import flops_per_token
+
+_ATTENTION = "train/attention"
 
 PEAK_BF16_FLOPS = {
     "NVIDIA A100": 312e12,
@@ -55,14 +57,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     All values are numbers but `train/attention`, the implementation that the step ran with.
     """
-    records = []
-    lines = path.read_text("utf-8").split("\n") if path.exists() else []
-    for number, line in enumerate(lines):
+    records = strict_json.read_lines(path, non_finite=True)
+    for record in records:
         try:
-            records += [json.loads(line)] if line else []
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:  # a whole line ends in a newline, so others follow it
-                raise
+            strict_json.get(record, "step", int)
+            for name, value in record.items():
+                strict_json.as_type(value, str if name == _ATTENTION else float, name)
+        except strict_json.JsonError as error:
+            raise ValueError(f"{path}: {error} Correct the line or take it out.") from error
     return records
 
 

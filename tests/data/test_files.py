@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import gzip
 import io
 import itertools
@@ -280,7 +281,8 @@ def test_compressed_members_are_one_text(
     tmp_path: Path, suffix: str, compress: Compress, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr(files, "_COMPRESSED_CHUNK_BYTES", rng.choice([1, 2, 7, 1 << 15]))
+    size = rng.choice([1, 2, 7, 1 << 15])
+    monkeypatch.setattr(files, "_COMPRESSED_CHUNK_BYTES", {True: size, False: size})
     content = random_content(rng)
     borders = sorted({0, len(content), *(rng.randrange(len(content) + 1) for _ in range(3))})
     members = [compress(content[a:b]) for a, b in itertools.pairwise(borders)]
@@ -354,3 +356,31 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None
     tracemalloc.stop()
     assert count == len(text) == 16_016_000
     assert peak < 4_000_000
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_a_document_has_an_end(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "DOCUMENT_BYTES", 10)
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[ending]
+    path = tmp_path / f"file{ending}"
+    path.write_bytes(pack(b"short\n0123456789\n"))
+    size = path.stat().st_size
+    with pytest.raises(BadLineError, match=r"line 2, byte 6: a document begins here of more than"):
+        list(files.lines(str(path), size, 0, size))
+    with pytest.raises(BadLineError, match=r"line 1, byte 0: a document begins here of more than"):
+        files.contents(str(path), size)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_small_file_of_much_text_takes_little_memory(ending: str, tmp_path: Path) -> None:
+    zeros = bytes(1 << 27)
+    pack = {".gz": functools.partial(gzip.compress, compresslevel=1), ".zst": zstandard.compress}
+    path = tmp_path / f"bomb{ending}"
+    path.write_bytes(pack[ending](zeros))
+    size = path.stat().st_size
+    assert size < len(zeros) / 200
+    with path.open("rb") as file:
+        largest = max(len(chunk) for chunk in files._decompressed(file, str(path)))
+    assert largest <= 1 << 26

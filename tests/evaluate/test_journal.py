@@ -46,8 +46,20 @@ def test_answers_are_there_after_a_kill(tmp_path: Path) -> None:
     again = Journal(path, WHOSE)
     assert again.answers == {"a": [-1.25, True], "b": "text\u2028 with\nlines"}
     assert not again.replaced
-    again.add([("d", 1)])
-    assert Journal(path, WHOSE).answers == {**again.answers, "d": 1}
+    again.add([("d", "one")])
+    assert Journal(path, WHOSE).answers == {**again.answers, "d": "one"}
+
+
+@pytest.mark.parametrize(
+    "line", ["not JSON", "\xff", "[1]", '["x"]', '["x", 1]', '["x", [1.0]]', '["x", [true, true]]']
+)
+def test_a_damaged_answer_is_asked_again(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "journal"
+    Journal(path, WHOSE).add([("a", "one"), ("b", "two")])
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = line.encode("latin-1")
+    path.write_bytes(b"\n".join(lines))
+    assert Journal(path, WHOSE).answers == {"b": "two"}
 
 
 def test_answers_of_another_model_are_not_used(tmp_path: Path) -> None:

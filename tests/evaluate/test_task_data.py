@@ -101,7 +101,7 @@ def test_a_damaged_row_is_told_by_file_and_line(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"page": "x"}\n{"page": \n', r"line 2 is not JSON: Expecting value"),
+        (b'{"page": "x"}\n{"page": \n', r"line 2 is not JSON .Expecting value"),
         (b'{"page": "x"}\n{"page": "caf\xe9"}\n', r"line 2 is not UTF-8"),
         (b"\n", r"test\.jsonl has no rows"),
     ],

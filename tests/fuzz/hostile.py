@@ -45,14 +45,19 @@ _SNIPPETS = (
     b"\xed\xa0\x80",
     b"\x1b[2J",
 )
-# JSON as it is written: some of it only Python or nobody reads.
-_VALUES = (
+# JSON as it is written.
+_READABLE = (
     *("null", "true", "false", "0", "1", "-1", "1.5", "2147483648", "9223372036854775807"),
-    *("18446744073709551616", "-1e308", "1e999", "NaN", "-Infinity", "1" * 5000),
-    *('""', '"x"', '"../../x"', '"/etc/passwd"', r'"C:\\x"', r'"a\u0000b"', r'"\ud800"'),
-    *(r'"\u001b[2J"', f'"{"x" * 3000}"', "[]", "{}", "[null]", '["x"]', '[["x", 1]]', '{"": {}}'),
-    *('{"a": 1, "a": 2}', "[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000),
+    *("1e-300", "-1e308", '""', '"x"', '"../../x"', '"/etc/passwd"', r'"C:\\x"', r'"a\u0000b"'),
+    *(r'"\ud800"', r'"\u001b[2J"', f'"{"x" * 3000}"', '"(x+x+)+y"'),
+    *("[]", "{}", "[null]", '["x"]', '[["x", 1]]', '{"": {}}', "[" * 60 + "]" * 60),
 )
+# What only Python reads, or nobody.
+_UNREADABLE = (
+    *("18446744073709551616", "1e999", "NaN", "-Infinity", "1" * 5000, '{"a": 1, "a": 2}'),
+    *("[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000),
+)
+_VALUES = (*_READABLE, *_UNREADABLE)
 _RAW = "@raw@{}@"
 _REPEATED = "@repeated@"
 
@@ -87,17 +92,18 @@ def damaged_bytes(draw: DrawFn, valid: bytes) -> bytes:
 def damaged_json(valid: Any) -> SearchStrategy[bytes]:
     """The JSON value `valid` with up to three places changed, or its text damaged as bytes."""
     text = json.dumps(valid).encode()
-    return _changed_json(text) | _changed_json(text) | damaged_bytes(text) | st.binary(max_size=20)
+    changed = [_changed_json(text)] * 6
+    return st.one_of(*changed, damaged_bytes(text), st.binary(max_size=20))
 
 
 @st.composite
 def _changed_json(draw: DrawFn, text: bytes) -> bytes:
     root = [json.loads(text)]
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         places = list(_places(root))
         holder, key = draw(st.sampled_from(places))
-        kinds = ["raw", "raw", "raw", "delete", "add", "repeat", "move", "number"]
-        kind = draw(st.sampled_from(kinds))
+        kinds = ["raw", "raw", "delete", "add", "move", "number"]
+        kind = "repeat" if draw(st.integers(0, 19)) == 19 else draw(st.sampled_from(kinds))
         if kind == "delete" and holder is not root:
             del holder[key]
         elif kind == "add" and isinstance(holder[key], dict):
@@ -119,7 +125,9 @@ def _changed_json(draw: DrawFn, text: bytes) -> bytes:
 
 
 def _raw(draw: DrawFn) -> str:
-    return _RAW.format(draw(st.integers(0, len(_VALUES) - 1)))
+    # Seldom one that nobody reads: it would hide what the rest does.
+    last = len(_VALUES if draw(st.integers(0, 9)) == 9 else _READABLE) - 1
+    return _RAW.format(draw(st.integers(0, last)))
 
 
 def _places(container: Any) -> Iterator[tuple[Any, Any]]:
@@ -132,7 +140,12 @@ def _places(container: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def fuzz(
-    parse: Callable[[Any], object], inputs: SearchStrategy[Any], folder: Path, share: float = 1
+    parse: Callable[[Any], object],
+    inputs: SearchStrategy[Any],
+    folder: Path,
+    *,
+    share: float = 1,
+    refuses: bool = True,
 ) -> None:
     """Gives the parser as many inputs as the profile says, times `share`, and counts them.
 
@@ -141,6 +154,7 @@ def fuzz(
       inputs: what it is given.
       folder: the only one that may be written to.
       share: less than 1 for what takes long.
+      refuses: whether the parser refuses anything at all; a few answer damage by leaving it out.
     """
     counts: collections.Counter[str] = collections.Counter()
 
@@ -161,7 +175,8 @@ def fuzz(
 
     with _memory_limited():
         hostile()
-    assert counts["refused"], "nothing was refused: are these the parser's inputs?"
+    if refuses:
+        assert counts["refused"], "nothing was refused: are these the parser's inputs?"
     TRIED[os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]] = counts
 
 

@@ -101,7 +101,17 @@ def test_only_the_last_line_may_be_torn(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2')
     assert read_metrics(path) == [{"step": 1}]
     path.write_text('{"st\n{"step": 2}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1: is not JSON"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", '{"loss": 1}', '{"step": "1"}', '{"step": 1, "train/loss": []}', "\xff"]
+)
+def test_a_record_that_is_none(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl.*Correct the line or take it out"):
         read_metrics(path)
 
 

@@ -1,0 +1,34 @@
+"""config.json, of a run and of a Hugging Face directory."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mobilellm_jax.config import Config, read_json
+from mobilellm_jax.export.huggingface_config import from_config_json, to_config_json
+from mobilellm_jax.strict_json import as_type, read
+from tests.fuzz.hostile import damaged_json, fuzz
+
+
+def test_config_of_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+
+    def parse(content: bytes) -> None:
+        file.write_bytes(content)
+        assert isinstance(read_json(file), Config)
+
+    fuzz(parse, damaged_json(dataclasses.asdict(Config())), tmp_path)
+
+
+def test_config_of_a_hugging_face_directory(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    model = Config().model
+    valid = to_config_json(model, 30, "mobilellm")
+    valid |= {"rope_scaling": {"rope_type": "default"}, "layer_types": ["full_attention"]}
+    valid |= {"sliding_window": None, "quantization_config": None, "head_dim": None}
+
+    def parse(content: bytes) -> None:
+        file.write_bytes(content)
+        from_config_json(as_type(read(file), dict[str, Any]), file)
+
+    fuzz(parse, damaged_json(valid), tmp_path)

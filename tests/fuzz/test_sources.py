@@ -1,0 +1,59 @@
+"""Corpora: files of lines, compressed or not, and Parquet tables."""
+
+import gzip
+import io
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis.strategies import SearchStrategy
+
+from mobilellm_jax.data.sources import BadLine, open_source, stop
+from tests.fuzz.hostile import damaged_bytes, damaged_json, fuzz
+
+LINES = b'{"text": "a\\u00e9"}\n\n{"text": "b", "n": [1]}\n{"text": ""}\n'
+
+
+def fuzz_file(spec: str, name: str, inputs: SearchStrategy[bytes], folder: Path) -> None:
+    def parse(content: bytes) -> None:
+        (folder / name).write_bytes(content)
+        source = open_source(f"{spec}:{folder / name}", folder / "scratch")
+        bad: list[BadLine] = []
+        for piece in source.pieces("train"):
+            for document in source.documents(piece, bad.append):
+                assert document.name
+        for line in bad:
+            assert len(str(line)) < 2_000
+            stop(line)
+
+    fuzz(parse, inputs, folder)
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "tokens"])
+def test_lines(kind: str, tmp_path: Path) -> None:
+    fuzz_file(kind, "file", damaged_bytes(LINES), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [("jsonl", {"text": "a", "n": [1]}), ("tokens", {"token_ids": [1, 2], "loss_mask": [0, 1]})],
+)
+def test_records(kind: str, record: object, tmp_path: Path) -> None:
+    fuzz_file(kind, "file", damaged_json(record), tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_compressed(kind: str, ending: str, tmp_path: Path) -> None:
+    valid = gzip.compress(LINES * 3) if ending == ".gz" else zstandard.compress(LINES * 3)
+    fuzz_file(kind, f"file{ending}", damaged_bytes(valid), tmp_path)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_parquet(compression: str, tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a", "", "b" * 50, "é"], "n": [1, 2, 3, 4]})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer, compression=compression, row_group_size=2)
+    fuzz_file("parquet", "file.parquet", damaged_bytes(buffer.getvalue()), tmp_path)
