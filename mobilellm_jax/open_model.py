@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from mobilellm_jax import rundir
-from mobilellm_jax.checkpoint import latest_step, restore_model, steps
+from mobilellm_jax.checkpoint import MODEL_PARTS, latest_step, restore_model, steps
 from mobilellm_jax.config import Config, ConfigError, ModelConfig, near_miss
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mobilellm_jax.export.huggingface import CONFIG as HUGGINGFACE_CONFIG
@@ -34,7 +34,7 @@ class OpenedModel:
 
 
 def open_model(ckpt: str | Path) -> OpenedModel:
-    """Opens a checkpoint; of a run folder, the latest complete step.
+    """Opens a checkpoint; of a run folder, the latest step that is complete and not damaged.
 
     Raises:
       FileNotFoundError: if there is no such folder, or a run in it has no complete step yet.
@@ -48,13 +48,13 @@ def open_model(ckpt: str | Path) -> OpenedModel:
     if folder.resolve().parent.name == rundir.CHECKPOINTS and folder.resolve().name.isdecimal():
         return _open_step(run, int(folder.resolve().name))
     if (folder / rundir.CHECKPOINTS).is_dir():
-        step = latest_step(folder)
+        step = latest_step(folder, MODEL_PARTS)
         if step is None:
             raise FileNotFoundError(
                 f"checkpoint={str(ckpt)!r} is a run with no complete checkpoint yet; let it train "
                 "until train.checkpoint_every."
             )
-        return _open_step(folder, step)
+        return _open_step(folder, step, verified=True)
     if (folder / HUGGINGFACE_CONFIG).is_file() and any(
         next(folder.glob(pattern), None) for pattern in _WEIGHTS
     ):
@@ -64,8 +64,8 @@ def open_model(ckpt: str | Path) -> OpenedModel:
     raise ValueError(f"checkpoint={str(ckpt)!r} must be {_LAYOUTS}; it holds {found or 'nothing'}.")
 
 
-def _open_step(run: Path, step: int) -> OpenedModel:
-    restored = restore_model(run, step)
+def _open_step(run: Path, step: int, *, verified: bool = False) -> OpenedModel:
+    restored = restore_model(run, step, verified=verified)
     return _checked(
         config=restored.config.model,
         params=restored.params,

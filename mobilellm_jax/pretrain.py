@@ -31,6 +31,7 @@ from mobilellm_jax.model.size import FLOP_CONVENTION, flops_per_token, parameter
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.plots import plot_losses
+from mobilellm_jax.run_lock import RunLock
 from mobilellm_jax.sampling import Sampling
 from mobilellm_jax.sharding import (
     Rules,
@@ -65,7 +66,8 @@ def pretrain(
     """Trains, or goes on training, the run in `workdir`, profiling the steps `profile`.
 
     After `train.max_bad_steps` steps that are not finite, it goes back to the last good checkpoint,
-    once: going back to the same one a second time would show the same again.
+    once: going back to the same one a second time would show the same again. The folder is this
+    run's alone while it lasts.
 
     Returns:
       Whether the run reached `train.steps`; False if a signal or `walltime` stopped it, saved.
@@ -75,8 +77,23 @@ def pretrain(
       ConfigError: for what config and files or devices do not agree on, before any compile.
       FileNotFoundError: for missing data.
     """
+    with contextlib.ExitStack() as stack:
+        lock = RunLock(workdir)
+        with distributed.together("taking the run folder"):
+            preflight.check_writable(workdir)
+            if distributed.is_first():
+                stack.enter_context(lock)
+        return _pretrain(config, workdir, profile, walltime, lock)
+
+
+def _pretrain(
+    config: Config,
+    workdir: Path,
+    profile: ProfiledSteps | None,
+    walltime: Walltime | None,
+    lock: RunLock,
+) -> bool:
     with distributed.together("checking the run"):
-        preflight.check_writable(workdir)
         resume_step: int | None = distributed.from_first(
             "the latest checkpoint", lambda: checkpoint.latest_step(workdir)
         )
@@ -100,7 +117,7 @@ def pretrain(
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     abstract = abstract_state(config, optimizer, mesh, rules)
     _describe(config, mixture, mesh, abstract, resume_step)
-    with checkpoint.CheckpointWriter(workdir, config, tokenizer) as checkpoints:
+    with checkpoint.CheckpointWriter(workdir, config, tokenizer, lock.check) as checkpoints:
         if resume_step is not None:
             state = checkpoints.restore(resume_step, abstract)
         else:
@@ -138,6 +155,7 @@ def pretrain(
                     ),
                     save=lambda step, state: checkpoints.save(step, state, data_after(step)),
                     finish_saving=checkpoints.wait,
+                    save_again=checkpoints.save_again,
                     validate=validate,
                     sample=functools.partial(_look, config, tokenizer, workdir, evaluator, writer),
                     agree=distributed.Agreement(first_step),
@@ -174,7 +192,9 @@ def _newest_good(
     before it was saved.
     """
     checkpoints.wait()
-    steps: list[int] = distributed.from_first("the checkpoints", lambda: checkpoint.steps(workdir))
+    steps: list[int] = distributed.from_first(
+        "the checkpoints", lambda: checkpoint.whole_steps(workdir)
+    )
     for step in reversed(steps):
         state = checkpoints.restore(step, abstract)
         if int(state.bad_steps) == 0 and is_finite(state):

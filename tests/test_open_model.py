@@ -7,7 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
+from mobilellm_jax import sealing
 from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.config import Config, DataConfig, ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer
@@ -137,6 +139,23 @@ def test_mobilellm_directory_keeps_the_sharing(tokenizer: Tokenizer, tmp_path: P
     assert_same(opened.params, params_of(1))
 
 
+def test_damaged_step_is_named_and_the_one_before_it_opened(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = (run / "checkpoints" / "20" / "params" / "d").iterdir()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    opened = open_model(run)
+    assert opened.step == 9
+    assert_same(opened.params, params_of(9))
+    message = capsys.readouterr().err
+    assert f"skipped: {run}/checkpoints/20 is damaged: {file} has SHA-256" in message
+    assert "step 9 is used instead" in message
+    with pytest.raises(ValueError, match=rf"checkpoints/20 is damaged: {file} has SHA-256"):
+        open_model(run / "checkpoints" / "20")
+
+
 def test_missing_folder_names_the_near_miss(saved_run: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"quikc' does not exist\. Did you mean quick\?"):
         open_model(saved_run.parent / "quikc")
@@ -176,7 +195,12 @@ def test_other_folder_is_answered_with_what_was_looked_for_and_found(tmp_path: P
 def test_tokenizer_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
     words = " ".join(f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst")
     other = train_tokenizer([words], 310, tmp_path / "other.model")
-    shutil.copyfile(other.file, run / "checkpoints" / "20" / "tokenizer" / "tokenizer.model")
+    folder = epath.Path(run / "checkpoints" / "20")
+    content = sealing.read_manifest(folder)
+    shutil.copyfile(other.file, folder / "tokenizer" / "tokenizer.model")
+    with pytest.raises(ValueError, match=r"tokenizer\.model has .* bytes, but its manifest says"):
+        open_model(run / "checkpoints" / "20")
+    sealing.seal(folder, {k: v for k, v in content.items() if k != "files"})
     with pytest.raises(ValueError, match=r"has 310 tokens, but .*model\.vocab_size=300"):
         open_model(run)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mobilellm_jax import checkpoint, distributed, preflight, pretrain
+from mobilellm_jax import checkpoint, distributed, preflight, pretrain, sealing
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Attention, Config, ConfigError, DataConfig, from_json, to_json
 from mobilellm_jax.data.mixture import open_mixture
@@ -172,10 +172,9 @@ def test_no_held_out_targets_but_evaluation_is_refused(prepared: Path, tmp_path:
 
 
 def saved(workdir: Path, step: int, **data: Any) -> None:
-    folder = workdir / "checkpoints" / str(step) / "run"
+    folder = checkpoint.step_folder(workdir, step)
     folder.mkdir(parents=True)
-    run = {"format_version": checkpoint.FORMAT_VERSION, "data": data}
-    (folder / "metadata").write_text(json.dumps(run))
+    sealing.seal(folder, {"format_version": checkpoint.FORMAT_VERSION, "data": data})
 
 
 def test_a_run_goes_on_where_its_data_state_says(prepared: Path, tmp_path: Path) -> None:

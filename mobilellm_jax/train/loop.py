@@ -33,6 +33,8 @@ class Hooks:
     finish_saving: Callable[[], None]  # waits until it is, and raises what went wrong
     validate: Callable[[TrainState], Mapping[str, float]]
     sample: Callable[[int, TrainState], None]
+    # Whether a save that was under way failed and is to be tried again, in all processes alike.
+    save_again: Callable[[], bool] = bool
     agree: Callable[[bool], bool] = bool  # whether this process wants to stop -> whether all do
 
 
@@ -116,7 +118,7 @@ def train_loop(
                 why = f"--max_walltime={walltime.limit_sec:.0f} s"
             stopping = hooks.agree(bool(why)) and step < steps
             last = stopping or step == steps
-            due = last or step % train.checkpoint_every == 0
+            due = last or step % train.checkpoint_every == 0 or hooks.save_again()
             if due:
                 report.flush()
             if report.diverged:

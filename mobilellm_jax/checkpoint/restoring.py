@@ -1,0 +1,145 @@
+"""Reading checkpoints: a model alone, or all that a run needs to go on."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+
+from mobilellm_jax import config as config_lib
+from mobilellm_jax import rundir, sealing
+from mobilellm_jax.checkpoint.layout import (
+    DATA_STATE_VERSION,
+    IN_PLACE,
+    MODEL_PARTS,
+    OPTIMIZER,
+    PARAMS,
+    TOKENIZER,
+    CheckpointError,
+    DataState,
+    arrays_of,
+    check_arrays,
+    composite,
+    read_content,
+    step_folder,
+    trees_of,
+)
+from mobilellm_jax.config import Config
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.model.transformer import Params, init_params
+from mobilellm_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoredModel:
+    """A model as a checkpoint holds it: float32 parameters on the host's default device."""
+
+    config: Config
+    params: Params
+    tokenizer: Tokenizer
+    step: int
+
+
+def restore_model(run: epath.PathLike, step: int, *, verified: bool = False) -> RestoredModel:
+    """Returns the model saved as `step` of a run, whole on one device.
+
+    Args:
+      run: the run folder.
+      step: one of its steps.
+      verified: that `latest_step` has just compared the files with their checksums; otherwise
+        that is done here.
+
+    Raises:
+      DamagedError: naming what is missing or not as it was saved.
+      CheckpointError: if it was written by another format version or for other arrays.
+      ConfigError: if its config no longer obeys the rules.
+    """
+    folder = step_folder(run, step)
+    config = read_config(folder)
+    if not verified:
+        sealing.verify(folder, MODEL_PARTS)
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes
+    )
+    params = _restore(folder, {PARAMS: abstract})[PARAMS]
+    return RestoredModel(config, params, _tokenizer(folder), step)
+
+
+def restore_state(run: epath.PathLike, step: int, abstract: TrainState) -> TrainState:
+    """Returns the state saved as `step`, in the shardings of `abstract`.
+
+    Its files are not verified again: `latest_step` has done that once for all processes.
+
+    Raises:
+      CheckpointError: if it holds other arrays than `abstract`.
+    """
+    restored = _restore(step_folder(run, step), trees_of(abstract))
+    return TrainState(params=restored[PARAMS], **restored[OPTIMIZER])
+
+
+def can_resume(run: epath.PathLike, step: int) -> bool:
+    """Returns whether the step holds an optimizer state besides the parameters."""
+    content = read_content(step_folder(run, step))
+    return any(name.startswith(f"{OPTIMIZER}/") for name in content["arrays"])
+
+
+def read_config(folder: epath.PathLike) -> Config:
+    """Returns the config in a step folder.
+
+    Raises:
+      DamagedError: if the folder is no complete checkpoint.
+      CheckpointError: if it has another format version.
+    """
+    return config_lib.from_json(json.dumps(read_content(epath.Path(folder))["config"]))
+
+
+def read_data_state(run: epath.PathLike, step: int) -> DataState:
+    """Returns where the run stood in its data after `step`; only resuming needs it.
+
+    Raises:
+      CheckpointError: if the step has none, or one of another version.
+    """
+    folder = step_folder(run, step)
+    data = read_content(folder).get("data")
+    if data is None or data["version"] != DATA_STATE_VERSION:
+        found = "no data state" if data is None else f"a data state of version {data['version']}"
+        raise CheckpointError(
+            f"{folder} has {found}, and this program resumes version {DATA_STATE_VERSION}, because "
+            "the order of samples may differ; resume it with the release that wrote it, or start "
+            "from its parameters in another --workdir with "
+            f"--config.train.init_from={folder}."
+        )
+    return DataState(next_sample=data["next_sample"], fingerprint=data["fingerprint"])
+
+
+def _restore(folder: epath.Path, abstract: dict[str, Params]) -> dict[str, Params]:
+    there = {
+        name: kind
+        for name, kind in read_content(folder)["arrays"].items()
+        if name.split("/")[0] in abstract
+    }
+    check_arrays(folder, there, arrays_of(abstract))
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+    with ocp.Checkpointer(composite(abstract), temporary_path_class=IN_PLACE) as reader:
+        restored = reader.restore(folder, args=ocp.args.Composite(**items))
+    return {name: restored[name] for name in abstract}
+
+
+def _tokenizer(folder: epath.Path) -> Tokenizer:
+    place = folder / TOKENIZER
+    if sealing.is_local(folder):
+        local = Path(place)
+    else:  # where whoever has the tokenizer can copy it from as long as this process lives
+        local = Path(tempfile.mkdtemp(prefix="mobilellm-tokenizer-"))
+        for file in place.iterdir():
+            (local / file.name).write_bytes(file.read_bytes())
+    found = rundir.tokenizer_file(local)
+    if found is None:
+        raise CheckpointError(f"{place} holds none of {', '.join(rundir.TOKENIZER_FILES)}.")
+    return load_tokenizer(found)

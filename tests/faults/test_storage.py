@@ -1,0 +1,395 @@
+"""What a disk does to checkpoints: full, damaged, gone, without renames, taken by another run."""
+
+import dataclasses
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from mobilellm_jax import checkpoint, sealing
+from mobilellm_jax.checkpoint import folders, saving
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.run_lock import LockLostError
+from tests.test_checkpoint import CONFIG, DATA, abstract, filled, tokenizer
+
+__all__ = ["tokenizer"]  # the fixture
+FIRST, SECOND = filled(CONFIG, seed=1), filled(CONFIG, seed=2)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed saves are tried again without waiting."""
+    monkeypatch.setattr(saving, "RETRY_SEC", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture(scope="module")
+def two_steps(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
+        writer.save(1, FIRST, DATA)
+        writer.save(2, SECOND, DATA)
+    return run
+
+
+@pytest.fixture
+def run(two_steps: Path, tmp_path: Path) -> Path:
+    """A run with the steps 1 and 2, to damage."""
+    return Path(shutil.copytree(two_steps, tmp_path / "run"))
+
+
+def files_of(run: Path, step: int) -> list[Path]:
+    return sorted(p for p in (run / "checkpoints" / str(step)).rglob("*") if p.is_file())
+
+
+def same(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def flip(file: Path, seed: int) -> None:
+    content = bytearray(file.read_bytes())
+    place = random.Random(seed).randrange(len(content) * 8)
+    content[place // 8] ^= 1 << place % 8
+    file.write_bytes(content)
+
+
+def truncate(file: Path, seed: int) -> None:
+    os.truncate(file, random.Random(seed).randrange(file.stat().st_size))
+
+
+def remove(file: Path, seed: int) -> None:
+    del seed
+    file.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, remove])
+def test_damage_to_any_file_of_the_newest_is_named_and_the_previous_one_used(
+    damage: Any, run: Path, tokenizer: Tokenizer
+) -> None:
+    files = files_of(run, 2)
+    assert len(files) > 15
+    for seed, file in enumerate(files):
+        content = file.read_bytes()
+        damage(file, seed)
+        said: list[str] = []
+        assert checkpoint.latest_step(run, report=said.append) == 1
+        first, second = said
+        assert first.startswith(f"skipped: {run}/checkpoints/2 is ") and file.name in first
+        assert second == "step 1 is used instead."
+        file.write_bytes(content)
+    assert checkpoint.latest_step(run) == 2
+    damage(files[-1], 0)
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
+        same(FIRST, writer.restore(1, abstract(CONFIG)))
+
+
+def test_nothing_that_can_be_used_is_an_error_and_no_fresh_start(run: Path) -> None:
+    for step in (1, 2):
+        flip(files_of(run, step)[0], step)
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.latest_step(run, report=lambda _: None)
+    for part in ("checkpoints/1 is damaged", "checkpoints/2 is damaged", "start anew"):
+        assert part in str(error.value)
+
+
+def test_damaged_ones_neither_count_nor_go(run: Path, tokenizer: Tokenizer) -> None:
+    os.truncate(files_of(run, 2)[0], 1)
+    before = [file.read_bytes() for file in files_of(run, 2)]
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
+        for step in (3, 5):  # keep_checkpoints=2, keep_every=4
+            writer.save(step, FIRST, DATA)
+    assert [file.read_bytes() for file in files_of(run, 2)] == before
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"2", "3", "5"}
+
+
+def test_damaged_step_is_put_aside_when_it_is_saved_again(run: Path, tokenizer: Tokenizer) -> None:
+    (run / "checkpoints" / "2.damaged-1").mkdir()
+    file = files_of(run, 2)[3]
+    flip(file, 0)
+    damaged, said = file.read_bytes(), []
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+        writer.save(2, FIRST, DATA)
+    assert checkpoint.latest_step(run) == 2
+    same(FIRST.params, checkpoint.restore_model(run, 2).params)
+    moved = run / "checkpoints" / "2.damaged-2" / file.relative_to(run / "checkpoints" / "2")
+    assert moved.read_bytes() == damaged
+    assert len(said) == 1 and "put aside as 2.damaged-2" in said[0] and file.name in said[0]
+
+
+def test_save_that_was_cut_off_is_named_and_replaced(run: Path, tokenizer: Tokenizer) -> None:
+    (run / "checkpoints" / "2").rename(run / "checkpoints" / "2.saving-1")
+    (run / "checkpoints" / "9.deleted").mkdir()
+    said: list[str] = []
+    assert checkpoint.latest_step(run, report=said.append) == 1 and not said
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+        (line,) = said
+        assert "2.saving-1 is incomplete" in line
+        writer.save(2, FIRST, DATA)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"1", "2"}
+    same(FIRST.params, checkpoint.restore_model(run, 2).params)
+
+
+def test_other_arrays_are_told_in_three_lists(run: Path, tokenizer: Tokenizer) -> None:
+    other = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, activation="relu", ffn_dim=32)
+    )
+    with checkpoint.CheckpointWriter(run, other, tokenizer) as writer:
+        with pytest.raises(checkpoint.CheckpointError) as error:
+            writer.restore(2, abstract(other))
+    lines = str(error.value).splitlines()
+    there, here, different = (
+        lines.index("only in the checkpoint:"),
+        lines.index("only in this program: none"),
+        lines.index("different:"),
+    )
+    assert "  params/blocks/feed_forward/gate" in lines[there:here]
+    up = "  params/blocks/feed_forward/up: float32[2,16,24] there, float32[2,16,32] here"
+    assert up in lines[different:]
+
+
+# In a process of its own: after an error TensorStore still calls an event loop that is closed.
+FULL = """
+import sys
+from pathlib import Path
+from tests.faults import test_storage
+getattr(test_storage, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def fails_to_save(run: Path, tokenizer_file: Path, fault: Callable[[], None]) -> None:
+    """Saves step 3 twice in vain, the disk being as `fault` makes it."""
+    said: list[str] = []
+    tokenizer = load_tokenizer(tokenizer_file)
+    with pytest.raises(checkpoint.SaveError, match="could not be saved in 2 attempts"):
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+            fault()
+            writer.save(3, FIRST, DATA)
+            writer.wait()
+    assert len([line for line in said if "step 3 was not saved" in line]) == 2, said
+    # Threads of a failed attempt may have written to its folder after that was deleted.
+    names = {p.name for p in (run / "checkpoints").iterdir()}
+    assert {name for name in names if ".saving-" not in name} == {"1", "2"}, said
+
+
+def still_sound(run: Path) -> None:
+    assert checkpoint.latest_step(run) == 2
+    same(SECOND.params, checkpoint.restore_model(run, 2).params)
+
+
+def limit_files(run: Path, tokenizer_file: Path) -> None:
+    """The kernel holds a limit to the size of a file, under which another file fails first."""
+    saving.RETRY_SEC = (0.0,)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    without = resource.RLIM_INFINITY
+    sizes = {file.stat().st_size - 1 for file in files_of(run, 2)}
+    for limit in sorted(sizes):
+
+        def fault(limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, without))
+
+        fails_to_save(run, tokenizer_file, fault)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (without, without))
+        still_sound(run)
+    print(f"{len(sizes)} points")
+
+
+def fill_disk(run: Path, tokenizer_file: Path) -> None:
+    """Leaves so many blocks of 4 KiB free; a step has more files than that."""
+    saving.RETRY_SEC = (0.0,)
+    filler = run / "filler"
+    free = shutil.disk_usage(run).free
+    points = range(0, 24, 2)
+    for blocks in points:
+        size = free - 4096 * blocks
+        fails_to_save(run, tokenizer_file, lambda size=size: filler.write_bytes(b"\0" * size))
+        still_sound(run)
+        filler.unlink()
+    with checkpoint.CheckpointWriter(run, CONFIG, load_tokenizer(tokenizer_file)) as writer:
+        writer.save(3, FIRST, DATA)
+    assert checkpoint.latest_step(run) == 3
+    print(f"{len(points)} points")
+
+
+def in_a_process_of_its_own(name: str, run: Path, tokenizer: Tokenizer) -> int:
+    """Returns at how many points a save was made to fail."""
+    result = subprocess.run(
+        [sys.executable, "-c", FULL, name, str(run), str(tokenizer.file)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return int(result.stdout.split()[0])
+
+
+def test_disk_that_refuses_any_file_of_a_save_leaves_the_previous_one(
+    run: Path, tokenizer: Tokenizer
+) -> None:
+    assert in_a_process_of_its_own("limit_files", run, tokenizer) > 10
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 1.5 MB."""
+    folder = Path(tempfile.mkdtemp(prefix="mobilellm-disk-"))
+    command = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        folder.rmdir()
+        pytest.skip("mounting a small disk takes more rights than this process has")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+        folder.rmdir()
+
+
+def test_full_disk_at_every_point_of_a_save(
+    small_disk: Path, two_steps: Path, tokenizer: Tokenizer
+) -> None:
+    run = Path(shutil.copytree(two_steps, small_disk / "run"))
+    assert in_a_process_of_its_own("fill_disk", run, tokenizer) == 12
+
+
+@pytest.mark.usefixtures("at_once")
+def test_failed_save_is_tried_again_with_the_state_of_that_moment(
+    run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal, failures = sealing.seal, [errno.ENOSPC, errno.EIO]
+
+    def fail_twice(*args: Any) -> None:
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop(0)))
+        seal(*args)
+
+    monkeypatch.setattr(sealing, "seal", fail_twice)
+    said: list[str] = []
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+        writer.save(5, FIRST, DATA)
+        assert writer._written is not None
+        writer._written.exception()
+        assert writer.save_again()
+        writer.save(6, FIRST, DATA)
+        writer.save(7, SECOND, DATA)
+        writer.wait()
+        assert not writer.save_again()
+    assert [line.split(",")[0] for line in said] == ["step 5 was not saved", "step 6 was not saved"]
+    assert "No space left on device" in said[0] and "tried again in 0 s" in said[0]
+    assert checkpoint.steps(run)[-1] == 7
+    same(SECOND.params, checkpoint.restore_model(run, 7).params)
+
+
+def test_last_attempt_fails_the_run_and_no_other_error_is_hidden(
+    run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(sealing, "seal", fail)
+    monkeypatch.setattr(saving, "RETRY_SEC", (1e6,))
+    said: list[str] = []
+    with pytest.raises(checkpoint.SaveError, match="failed, see above"):
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+            writer.save(3, FIRST, DATA)
+    assert "Read-only file system" in said[0]
+    with pytest.raises(KeyError, match="what ended the run"):
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+            writer.save(3, FIRST, DATA)
+            raise KeyError("what ended the run")
+    with pytest.raises(checkpoint.SaveError, match="in 2 attempts: .*Read-only file system"):
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+            writer.save(3, FIRST, DATA)
+            assert not writer.save_again()  # not yet
+            writer.save(6, FIRST, DATA)
+            writer.save(9, FIRST, DATA)
+    assert "this was the last attempt" in said[-1]
+    assert checkpoint.latest_step(run) == 2
+
+
+@pytest.mark.usefixtures("at_once")
+def test_vanished_run_folder_is_not_made_anew(run: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(checkpoint.SaveError, match=r"No such file or directory: .*checkpoints"):
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=lambda _: None) as writer:
+            shutil.rmtree(run)
+            writer.save(3, FIRST, DATA)
+            writer.wait()
+    assert not run.exists()
+
+
+def test_nothing_is_saved_into_a_folder_that_another_run_took(
+    run: Path, tokenizer: Tokenizer
+) -> None:
+    def lost() -> None:
+        raise LockLostError("another")
+
+    with pytest.raises(LockLostError):
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, lost) as writer:
+            writer.save(3, FIRST, DATA)
+    assert checkpoint.steps(run) == [1, 2]
+
+
+@pytest.fixture
+def no_rename(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store in which a name is given once: folders are not renamed, nor synchronised."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("this store cannot rename")
+
+    monkeypatch.setattr(sealing, "is_local", lambda path: False)
+    monkeypatch.setattr(os, "rename", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
+
+
+@pytest.mark.usefixtures("no_rename")
+def test_store_without_rename_holds_what_has_a_manifest(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        for step in (1, 3, 5):
+            writer.save(step, FIRST, DATA)
+        writer.save(6, SECOND, DATA)
+    assert checkpoint.steps(tmp_path) == [5, 6]
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"5", "6"}
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        same(SECOND, writer.restore(6, abstract(CONFIG)))
+    # A save that a kill cut off: the manifest, which is written last, is not there.
+    (tmp_path / "checkpoints" / "6" / "manifest.json").unlink()
+    said: list[str] = []
+    assert checkpoint.latest_step(tmp_path, report=said.append) == 5
+    assert "checkpoints/6 is incomplete: it has no manifest.json" in said[0]
+    with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
+        writer.save(6, FIRST, DATA)
+    model = checkpoint.restore_model(tmp_path, 6)
+    same(FIRST.params, model.params)
+    assert model.tokenizer.encode("a thin phone") == tokenizer.encode("a thin phone")
+
+
+@pytest.mark.usefixtures("no_rename")
+def test_first_save_that_was_cut_off_on_a_store_lets_the_run_begin_anew(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "3" / "params").mkdir(parents=True)
+    said: list[str] = []
+    assert checkpoint.latest_step(tmp_path, report=said.append) is None
+    assert "checkpoints/3 is incomplete" in said[0]
+
+
+def test_deletion_that_was_cut_off_is_no_checkpoint(run: Path) -> None:
+    """At every file: what goes first is the name, or the manifest."""
+    folder = epath.Path(run / "checkpoints")
+    removed = folder / "1.deleted"
+    (folder / "1").rename(removed)
+    for file in files_of(run, 1):
+        file.unlink()
+    assert checkpoint.steps(run) == [2]
+    folders.tidy(folder, lambda _: None)
+    assert [p.name for p in folder.iterdir()] == ["2"]
