@@ -1,9 +1,9 @@
 """Text from a model: prefill, then decoding with a KV cache, one compiled loop per chunk of tokens.
 
 Prompts of different lengths share a batch: they are padded on the right, read at once (prefill),
-and each row's cache is taken back to its true length. From then on the device draws a token,
-appends it and goes on without the host; the host hears of it once per chunk. Shapes are rounded up
-to powers of two, so that a session of many prompts compiles a handful of programs.
+and the cache is shifted so that all rows end at the same place. From then on the device draws a
+token, appends it and goes on without the host; the host hears of it once per chunk. Shapes are
+rounded up to powers of two, so that a session of many prompts compiles a handful of programs.
 
 A block that is applied R times (layer sharing, paper Sec. 2.5) has R slots in the cache, so cached
 decoding equals the full forward pass for every sharing order.
@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Int
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer
-from mobilellm_jax.model.cache import KVCache, init_cache
+from mobilellm_jax.model.cache import AlignedCache, align, init_cache
+from mobilellm_jax.model.decoding import DecodingWeights, decode, decoding_weights
 from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.transformer import Params, Transformer
 from mobilellm_jax.sampling import DEFAULT, Draw, Method, Sampling, as_arrays, method_of, next_token
@@ -33,9 +34,29 @@ _SMALLEST_BUCKET = 64  # tokens; compiling another program takes longer than so 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+@struct.dataclass
+class Prepared:
+    """Parameters ready for generating: cast, and laid out for decoding."""
+
+    params: Params  # stacked, for the prefill
+    weights: DecodingWeights
+
+
+def prepare(config: ModelConfig, params: Params) -> Prepared:
+    """Returns what every function here may be given instead of `params`.
+
+    They prepare parameters at every call otherwise, and let go of them at its end. It is a copy of
+    the parameters in the compute dtype (two if that is not float32): in training, no more than the
+    gradients, which are not there between steps.
+    """
+    return Prepared(
+        params=_to_compute_dtype(params, config), weights=decoding_weights(params, config)
+    )
+
+
 def generate(
     config: ModelConfig,
-    params: Params,
+    params: Params | Prepared,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -49,7 +70,7 @@ def generate(
 
     Args:
       config: the architecture.
-      params: its parameters, on any device.
+      params: its parameters, on any device, or what `prepare` made of them.
       prompts: token ids, each with at least BOS.
       max_new_tokens: at which a row ends that met no `eos_id`.
       sampling: how tokens are drawn.
@@ -68,7 +89,7 @@ def generate(
 
 def stream_batch(
     config: ModelConfig,
-    params: Params,
+    params: Params | Prepared,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -84,7 +105,7 @@ def stream_batch(
 
 def stream(
     config: ModelConfig,
-    params: Params,
+    params: Params | Prepared,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -103,7 +124,7 @@ def stream(
 
 def stream_text(
     config: ModelConfig,
-    params: Params,
+    params: Params | Prepared,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -160,7 +181,7 @@ def decode_stream(
 class _State:
     """Where every row of a batch stands."""
 
-    cache: KVCache
+    cache: AlignedCache
     token_B: Int[Array, "B"]  # drawn last, not yet in the cache
     done_B: Bool[Array, "B"]
     drawn: Int[Array, ""]  # tokens per row so far
@@ -168,7 +189,7 @@ class _State:
 
 def _parts(
     config: ModelConfig,
-    params: Params,
+    params: Params | Prepared,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
@@ -190,7 +211,7 @@ def _parts(
 
 def _chunks(
     config: ModelConfig,
-    params: Params,
+    params: Params | Prepared,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
@@ -203,7 +224,7 @@ def _chunks(
     _check_lengths(config, prompts, max_new_tokens)
     count = len(prompts)
     lengths = [len(prompt) for prompt in prompts]
-    batch, width = _power_of_two(count), _bucket(max(lengths))
+    batch, width = _rows(config, count), _bucket(max(lengths))
     tokens_BT = np.zeros((batch, width), np.int32)
     lengths_B = np.ones((batch,), np.int32)
     for b, prompt in enumerate(prompts):
@@ -213,10 +234,10 @@ def _chunks(
     done_B = np.arange(batch) >= count  # rows that only fill the batch
     draw = as_arrays(sampling, config.vocab_size, batch)
     method = method_of(sampling)
-    params = _to_compute_dtype(params, config)
+    prepared = params if isinstance(params, Prepared) else prepare(config, params)
     capacity = _bucket(max(lengths) + max_new_tokens)
     state = _prefill(
-        *(params, tokens_BT, lengths_B, done_B, stop, draw),
+        *(prepared.params, tokens_BT, lengths_B, done_B, stop, draw),
         config=config,
         capacity=capacity,
         method=method,
@@ -226,7 +247,7 @@ def _chunks(
     while left and not np.asarray(state.done_B).all():
         steps = min(chunk, left)
         state, new_BT = _decode(
-            params, state, np.int32(steps), stop, draw, config=config, method=method
+            prepared.weights, state, np.int32(steps), stop, draw, config=config, method=method
         )
         yield np.asarray(new_BT)[:count, :steps]
         left -= steps
@@ -258,6 +279,15 @@ def _lone_byte(tokenizer: Tokenizer) -> int | None:
 def _common_prefix(one: str, other: str) -> int:
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _rows(config: ModelConfig, count: int) -> int:
+    """Returns how many rows the batch has; those past `count` are done from the start."""
+    rows = _power_of_two(count)
+    # XLA's CPU backend has no product of a bfloat16 matrix and a vector: it converts the matrix to
+    # float32 at every token, which takes longer than a second row.
+    alone = jax.default_backend() == "cpu" and compute_dtype(config) == jnp.bfloat16
+    return max(rows, 2) if alone else rows
 
 
 def _power_of_two(at_least: int) -> int:
@@ -302,15 +332,20 @@ def _prefill(
     logits_B1V = model.logits(last_B1D)
     drawn = jnp.zeros((), jnp.int32)
     token_B = next_token(logits_B1V[:, 0], draw, drawn, method)
-    # The padding's keys lie past the true length: masked, and overwritten one by one.
+    # The padding's keys lie past the true length: not part of the row.
     cache = dataclasses.replace(cache, length_B=lengths_B)
-    return _State(cache=cache, token_B=token_B, done_B=done_B | (token_B == stop), drawn=drawn + 1)
+    return _State(
+        cache=align(cache),
+        token_B=token_B,
+        done_B=done_B | (token_B == stop),
+        drawn=drawn + 1,
+    )
 
 
 # The cache is by far the largest array here; donated, the loop updates it in place.
 @functools.partial(jax.jit, static_argnames=("config", "method"), donate_argnames="state")
 def _decode(
-    params: Params,
+    weights: DecodingWeights,
     state: _State,
     steps: Int[Array, ""],
     stop: Int[Array, ""],
@@ -323,7 +358,6 @@ def _decode(
 
     The columns of the second result past those are `stop`.
     """
-    model = Transformer(config).bind({"params": params})
     first = state.drawn
 
     def unfinished(carry: tuple[_State, jax.Array]) -> jax.Array:
@@ -332,9 +366,8 @@ def _decode(
 
     def one_token(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
         state, new_BT = carry
-        x_B1D, cache = model.extend(state.token_B[:, None], state.cache)
-        logits_B1V = model.logits(x_B1D)
-        token_B = next_token(logits_B1V[:, 0], draw, state.drawn, method)
+        logits_BV, cache = decode(config, weights, state.token_B, state.cache)
+        token_B = next_token(logits_BV, draw, state.drawn, method)
         new_BT = new_BT.at[:, state.drawn - first].set(token_B)
         state = _State(
             cache=cache,

@@ -164,6 +164,24 @@ def test_batch_of_different_lengths_equals_each_alone(params: Params) -> None:
     assert [ids[:40] for ids in together] == alone
 
 
+def test_prepared_parameters_generate_the_same_and_are_prepared_once(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[1, 5, 7, 200, 31], [1, 2]]
+    expected = generate(TINY, params, prompts, max_new_tokens=30, sampling=PLAIN)
+    prepared = generate_module.prepare(TINY, params)
+    monkeypatch.setattr(generate_module, "prepare", None)
+    for _ in range(2):
+        rows = generate(TINY, prepared, prompts, max_new_tokens=30, sampling=PLAIN)
+        assert rows == expected
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", [1, 2, 4]), ("bfloat16", [2, 2, 4])])
+def test_bfloat16_on_a_cpu_never_multiplies_one_row(dtype: str, rows: list[int]) -> None:
+    config = dataclasses.replace(TINY, compute_dtype=dtype)
+    assert [generate_module._rows(config, count) for count in (1, 2, 3)] == rows
+
+
 def test_sampled_row_does_not_depend_on_its_neighbours(params: Params) -> None:
     a, b, c = [1, 20], [1, 30, 31, 32, 33], [1] * 30
     first = generate(TINY, params, [a, b, a], max_new_tokens=20, sampling=PLAIN)

@@ -25,7 +25,7 @@ from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.evaluate.journal import Journal, key
 from mobilellm_jax.evaluate.prefix_trees import Query, make_query
 from mobilellm_jax.evaluate.scoring import Scorer
-from mobilellm_jax.generate import stream_batch
+from mobilellm_jax.generate import Prepared, prepare, stream_batch
 from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.model.transformer import Params
@@ -166,10 +166,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             prompts[keys[-1]] = ids, written
         answers = self._journal.answers
         asked = [name for name in prompts if name not in answers]
+        # Nothing to ask for, nothing to lay out; the copy lives as long as this call.
+        params = prepare(self._config, self.params) if asked else self.params
         with _bar(len(prompts), len(asked), "text", self._show) as bar:
             for names in _batches(asked, prompts):
                 how = json.loads(prompts[names[0]][1])
-                texts = self._continue([prompts[name][0] for name in names], how)
+                texts = self._continue(params, [prompts[name][0] for name in names], how)
                 self._journal.add(zip(names, texts, strict=True))
                 bar.update(len(names))
         return [answers[name] for name in keys]
@@ -194,13 +196,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             )
         return room
 
-    def _continue(self, prompts: Sequence[list[int]], how: dict[str, Any]) -> list[str]:
+    def _continue(
+        self, params: Params | Prepared, prompts: Sequence[list[int]], how: dict[str, Any]
+    ) -> list[str]:
         """Returns the prompts' continuations, each up to its first stop string."""
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         stopped = [False] * len(prompts)
         parts = stream_batch(
-            *(self._config, self.params, prompts),
+            *(self._config, params, prompts),
             max_new_tokens=int(how["max_gen_toks"]),
             sampling=_sampling(how),
             eos_id=self.eot_token_id,

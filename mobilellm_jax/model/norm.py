@@ -8,15 +8,22 @@ from jaxtyping import Array, Float
 from mobilellm_jax.model.parameters import norm_scale
 
 
+def rms_norm(
+    x: Float[Array, "*rows D"], scale_D: Float[Array, "D"], eps: float
+) -> Float[Array, "*rows D"]:
+    """X / sqrt(mean(x^2) + eps) * scale, computed in float32, returned in the type of x."""
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(mean_square + eps)
+    scale = scale_D.reshape((1,) * (x.ndim - 1) + scale_D.shape)
+    return (normed * scale).astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, computed in float32, returned in the type of x."""
+    """`rms_norm` with a scale of its own."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale_D = norm_scale(self, "scale", x_BTD.shape[-1])
-        wide_BTD = x_BTD.astype(jnp.float32)
-        mean_square_BT1 = jnp.mean(jnp.square(wide_BTD), axis=-1, keepdims=True)
-        normed_BTD = wide_BTD * jax.lax.rsqrt(mean_square_BT1 + self.eps)
-        return (normed_BTD * scale_D[None, None, :]).astype(x_BTD.dtype)
+        return rms_norm(x_BTD, norm_scale(self, "scale", x_BTD.shape[-1]), self.eps)

@@ -102,6 +102,61 @@ def test_piped_lines_are_continued_each(
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in texts)
 
 
+def test_several_prompts_are_continued_together(
+    run: Path, model: OpenedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["the cat", "", "the dog \u2028 sat"]
+    args = ["generate", f"--checkpoint={run}", "--max_new_tokens=12", "--seed=3", "--batch_size=2"]
+    assert cli.main([*args, *(f"--prompt={prompt}" for prompt in prompts)]) == 0
+    out, err = capsys.readouterr()
+    expected = ""
+    for batch in (prompts[:2], prompts[2:]):
+        ids = [[model.tokenizer.bos_id, *model.tokenizer.encode(prompt)] for prompt in batch]
+        rows = generate(
+            *(model.config, model.params, ids),
+            max_new_tokens=12,
+            sampling=Sampling(seed=3),
+            eos_id=model.tokenizer.eos_id,
+        )
+        for before, new in zip(ids, rows, strict=True):
+            expected += model.tokenizer.decode([*before, *new]) + "\n"
+    assert out == expected
+    assert len(re.findall(r"\[\d+ tokens in", err)) == 2
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    assert cli.main([*args, f"--prompt_file={file}"]) == 0
+    assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (b"a\xff", [], "must be UTF-8"),
+        (b"", [], "is empty; put a prompt on each line"),
+        (None, [], "prompts.txt"),
+        (b"a", ["--prompt=b"], "exclude each other"),
+        (b"a\nb", ["--batch_size=0"], "batch_size"),
+        (b"a\n" + b"z" * 70, [], "shorten the prompt"),
+    ],
+)
+def test_prompt_file_that_cannot_be_used_ends_with_2(
+    content: bytes | None,
+    flags: list[str],
+    message: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    assert cli.main(["generate", f"--checkpoint={run}", f"--prompt_file={file}", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
 def test_piped_line_that_does_not_fit_ends_with_2(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
