@@ -172,3 +172,15 @@ def test_an_exponential_pickle_takes_no_time(tmp_path: Path) -> None:
     changed(file, "data.pkl", doubled)
     with pytest.raises(ValueError, match="a dict in it has the key"):
         open_torch(file)
+
+
+def test_a_tensor_that_reaches_beyond_its_numbers(tmp_path: Path) -> None:
+    file = saved(tmp_path, {"a": torch.zeros(6)})
+    with zipfile.ZipFile(file) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        content = archive.read(name)
+    size_six, size_seven = b"K\x06\x85", b"K\x07\x85"  # BININT1, TUPLE1
+    assert content.count(size_six) == 1
+    changed(file, "data.pkl", content.replace(size_six, size_seven))
+    with pytest.raises(ValueError, match="a reaches beyond its numbers"):
+        open_torch(file)
