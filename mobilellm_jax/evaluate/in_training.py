@@ -28,6 +28,8 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
       ConfigError: if `evaluate.tasks` needs what is not installed, or `evaluate.text` is no text.
       ValueError, FileNotFoundError: for tasks and their rows, as `load_tasks`.
     """
+    if not (config.evaluate.tasks or config.evaluate.text):
+        return lambda params: {}
     scorer = Scorer(config.model, mesh, rules)
     parts = []
     if config.evaluate.tasks:
