@@ -148,7 +148,10 @@ def _refused(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Returns what the library's call returns; its refusal becomes a `JsonError`."""
     try:
         return call(*args, **options)
-    except Exception as error:  # the library raises no other class than that
+    except BaseException as error:
+        # The library raises no class but Exception; where it panics, one that cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise strict_json.JsonError(f"the `tokenizers` library says: {error}") from error
 
 

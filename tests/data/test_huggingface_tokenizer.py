@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from mobilellm_jax.data import huggingface_tokenizer
 from mobilellm_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
 from mobilellm_jax.data.tokenizer import Tokenizer, changes_text, copy_tokenizer, load_tokenizer
 from tests.data.example_tokenizers import TEXTS
@@ -89,3 +90,22 @@ def test_a_tokenizer_json_that_loses_the_space_mark_refuses_it(tmp_path: Path) -
     assert tokenizer.decode(tokenizer.encode("the lazy dog")) == "the lazy dog"
     with pytest.raises(ValueError, match=r"U\+2581, which .* turns into a space"):
         tokenizer.encode("the \u2581 dog")
+
+
+def test_a_file_on_which_the_library_panics_is_refused(
+    byte_level: Tokenizer, tmp_path: Path
+) -> None:
+    parsed = json.loads(byte_level.file.read_text())
+    parsed["model"]["continuing_subword_prefix"] = "longer than any token"
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(parsed))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the `tokenizers` library says: range"):
+        load_tokenizer(file)
+
+
+def test_an_interruption_is_no_refusal() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        huggingface_tokenizer._refused(interrupted)
