@@ -7,8 +7,6 @@ over the T x T scores costs more than the product that made them, forward and ba
 half of what they take for all queries at once.
 """
 
-from typing import cast
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,4 +147,4 @@ def _rows(x_BKGCX: jax.Array) -> jax.Array:
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return cast(jax.Array, jnp.einsum(spec, a, b, preferred_element_type=jnp.float32))
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)

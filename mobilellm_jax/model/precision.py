@@ -58,7 +58,7 @@ _NAMES: dict[bool, ComputeDtype] = {False: "float32", True: "bfloat16"}
 
 def _multiplies_bfloat16(device: jax.Device) -> bool:
     if device.platform != "gpu":
-        return device.platform == "tpu"
+        return bool(device.platform == "tpu")
     capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx942" of an MI300
     if capability.startswith("gfx"):
         return capability.startswith(("gfx90a", "gfx94", "gfx95"))

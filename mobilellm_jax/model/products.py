@@ -8,7 +8,6 @@ accumulate in float32 whatever they return.
 """
 
 from functools import partial
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ def product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     Sums are float32 in both directions. `spec` is two inputs and an output, such as
     "BTD,DF->BTF"; every letter of an input is in the other one or in the output.
     """
-    return cast(jax.Array, _product(spec, x, kernel.astype(x.dtype)))
+    return _product(spec, x, kernel.astype(x.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -56,4 +55,5 @@ def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
     if a.dtype == jnp.float32:
         return plain(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=summed_wide, default=plain)
+    product: jax.Array = jax.lax.platform_dependent(a, b, cpu=summed_wide, default=plain)
+    return product
