@@ -246,11 +246,11 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(
 
     batches: list[int] = []
 
-    def texts_until_killed(prompts: Any, how: Any) -> Any:
+    def texts_until_killed(weights: Any, prompts: Any, how: Any) -> Any:
         if batches:
             raise KeyboardInterrupt
         batches.append(len(prompts))
-        return HarnessModel._continue(again, prompts, how)
+        return HarnessModel._continue(again, weights, prompts, how)
 
     monkeypatch.setattr(again, "_continue", texts_until_killed)
     with pytest.raises(KeyboardInterrupt):
@@ -258,9 +258,9 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(
     last = make_model(params, tokenizer, journal=path)
     left: list[int] = []
 
-    def texts(prompts: Any, how: Any) -> Any:
+    def texts(weights: Any, prompts: Any, how: Any) -> Any:
         left.append(len(prompts))
-        return HarnessModel._continue(last, prompts, how)
+        return HarnessModel._continue(last, weights, prompts, how)
 
     monkeypatch.setattr(last, "_continue", texts)
     assert last.generate_until(prompts) == expected[1]
