@@ -9,7 +9,7 @@ modelling file of ours; it also takes what plain Llama cannot express.
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -122,6 +122,7 @@ def write_huggingface(
     layout: Layout = "hf",
     dtype: Dtype = "float32",
     shard_bytes: int = SHARD_BYTES,
+    finish: Callable[[Path], None] | None = None,
 ) -> Exported:
     """Writes a complete Hugging Face directory, which appears whole or not at all.
 
@@ -133,6 +134,7 @@ def write_huggingface(
       layout: see the module's docstring.
       dtype: of the stored weights.
       shard_bytes: weights beyond it are stored in several files.
+      finish: is given the complete folder before it has its name, and may add to it or refuse it.
 
     Raises:
       ValueError: if `layout` cannot express the model, or `dtype` a weight; if `directory` is not
@@ -165,6 +167,8 @@ def write_huggingface(
         _write_json(folder / CONFIG, values)
         if layout == "mobilellm":
             shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
+        if finish is not None:
+            finish(folder)
     return Exported(tensor_bytes, counted, len(blocks))
 
 

@@ -57,13 +57,15 @@ def test_import_then_export_gives_the_files_back(
 
     flags = [f"--checkpoint={run}", "--format=mobilellm", f"--output={back}"]
     assert cli.main(["export", *flags]) == 0
-    assert f"once: {4 * BLOCK_BYTES:,} bytes less than --format=hf" in capsys.readouterr().out
+    assert f"once: about {4 * BLOCK_BYTES:,} bytes less than" in capsys.readouterr().out
+    assert "parameters | " in (back / "model_card.md").read_text()
     for file in source.iterdir():
         assert (back / file.name).read_bytes() == file.read_bytes(), file.name
 
     assert cli.main(["export", f"--checkpoint={run}", f"--output={plain}"]) == 0
     out = capsys.readouterr().out
-    assert f"{4 * BLOCK_BYTES:,} bytes more than --format=mobilellm" in out
+    assert f"about {4 * BLOCK_BYTES:,} bytes more than stored once" in out
+    assert "greedy tokens equal: 32 of 32" in out
     assert "6 layers stored, 6 applied" in out
     assert json.loads((plain / "config.json").read_text())["model_type"] == "llama"
 
@@ -88,7 +90,7 @@ def test_bad_input_has_a_message_and_makes_nothing(
         (["import", f"--source={tmp_path / 'no'}", f"--output={new}"], "no Hugging Face directory"),
         (["import", f"--source={source}", full], "exists; name a new folder"),
         (["export", f"--checkpoint={source}", full], "exists; give a new folder"),
-        (["export", f"--checkpoint={source}", "--format=gguf", f"--output={new}"], "hf|mobilellm"),
+        (["export", f"--checkpoint={source}", "--format=pdf", f"--output={new}"], "hf|mobilellm"),
         (["export", f"--checkpoint={source}"], "--output is missing: folder to make"),
     ):
         assert cli.main(args) == 2

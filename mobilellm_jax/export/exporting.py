@@ -1,0 +1,155 @@
+"""An export is written, run, compared with its checkpoint, and only then gets its name.
+
+Everything is written beside the output's name, opened from there in the format's own runtime and
+compared; a model card says what was found. Folders for devices are sealed besides.
+"""
+
+import dataclasses
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from mobilellm_jax.export.formats import FORMATS, HUGGINGFACE_PRECISIONS, Precision, Source
+from mobilellm_jax.export.huggingface import Dtype, write_huggingface
+from mobilellm_jax.export.huggingface_config import Layout
+from mobilellm_jax.export.model_card import Training, write_model_card
+from mobilellm_jax.export.verify import Verification, VerificationError, verify
+from mobilellm_jax.model.size import block_matrix_parameters, parameter_count
+from mobilellm_jax.rundir import whole_directory
+from mobilellm_jax.runtimes.artifact import (
+    RUNTIMES,
+    Artifact,
+    ArtifactInfo,
+    is_installed,
+    seal_artifact,
+)
+from mobilellm_jax.runtimes.runtime import Runtime
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    layers: int  # stored ones; blocks that are shared and stored once count once
+    model_bytes: int  # without tokenizer, card and manifest
+    verification: Verification | None
+
+
+def export_for_device(
+    source: Source,
+    directory: Path,
+    *,
+    format_name: str,
+    precision: str,
+    training: Training | None = None,
+    verified: bool = True,
+) -> Exported:
+    """Writes an artefact, which appears whole and verified or not at all.
+
+    Args:
+      source: the model.
+      directory: to be made; it must not exist, unless empty.
+      format_name: of FORMATS.
+      precision: one of the format's.
+      training: for the model card, if it is known.
+      verified: whether the artefact is run and compared first.
+
+    Raises:
+      ValueError: if `directory` is not empty, or the format cannot express the model.
+      VerificationError: if the artefact is further from the checkpoint than its precision allows.
+    """
+    _refuse_existing(directory)
+    form, config = FORMATS[format_name], source.config
+    with whole_directory(directory) as folder:
+        shutil.copyfile(source.tokenizer.file, folder / source.tokenizer.file.name)
+        layers = form.writer()(source, folder, precision)
+        info = ArtifactInfo(
+            format=format_name,
+            file=form.file,
+            precision=precision,
+            vocab_size=config.vocab_size,
+            max_seq_len=config.max_seq_len,
+            parameters=parameter_count(config),
+            applied_parameters=config.applied_depth * block_matrix_parameters(config)
+            + config.vocab_size * config.embed_dim,
+            loss=None,
+            origin=source.origin,
+        )
+        artifact = Artifact(folder, info)
+        found = None
+        if verified:
+            found = _verified(artifact.load(), source, form.precisions[precision])
+            info = dataclasses.replace(info, loss=found.loss)
+        stored = f"`{form.file}` ({format_name}) in {precision}: {artifact.model_bytes:,} bytes."
+        _write_card(folder, source, training, stored, found)
+        seal_artifact(folder, info)
+        return Exported(layers, artifact.model_bytes, found)
+
+
+def export_huggingface(
+    source: Source,
+    directory: Path,
+    *,
+    layout: Layout,
+    dtype: Dtype,
+    training: Training | None = None,
+    verified: bool = True,
+) -> Exported:
+    """Writes a Hugging Face directory; `verified` by transformers, else as `export_for_device`.
+
+    Raises:
+      ValueError: as `write_huggingface`.
+      VerificationError: as `export_for_device`.
+    """
+    found: Verification | None = None
+
+    def finish(folder: Path) -> None:
+        nonlocal found
+        if verified:
+            from mobilellm_jax.runtimes.huggingface import HuggingFaceRuntime
+
+            found = _verified(HuggingFaceRuntime(folder), source, HUGGINGFACE_PRECISIONS[dtype])
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        stored = f"A Hugging Face directory ({layout}) in {dtype}: {size:,} bytes of weights."
+        _write_card(folder, source, training, stored, found)
+
+    written = write_huggingface(
+        *(source.config, source.params, source.tokenizer, directory),
+        layout=layout,
+        dtype=dtype,
+        finish=finish,
+    )
+    return Exported(written.layers, written.tensor_bytes, found)
+
+
+def can_verify(format_name: str) -> bool:
+    """Returns whether the runtime of a format, a device's or a Hugging Face layout, is there."""
+    if format_name in RUNTIMES:
+        return is_installed(format_name)
+    return all(importlib.util.find_spec(package) for package in ("torch", "transformers"))
+
+
+def _refuse_existing(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists; give a new folder, or delete this one first.")
+
+
+def _verified(runtime: Runtime, source: Source, allowed: Precision) -> Verification:
+    found = verify(runtime, source)
+    if problems := found.problems(allowed):
+        raise VerificationError(
+            f"The export is not what the checkpoint is: {'; '.join(problems)}. Nothing was "
+            "written.\n" + "\n".join(found.lines())
+        )
+    return found
+
+
+def _write_card(
+    folder: Path,
+    source: Source,
+    training: Training | None,
+    stored: str,
+    found: Verification | None,
+) -> None:
+    measured = found.lines() if found else ()
+    write_model_card(folder, source, training, stored=stored, measured=measured)

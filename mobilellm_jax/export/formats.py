@@ -1,0 +1,97 @@
+"""The formats for devices: what each can hold, how exactly, and which file writes it.
+
+Every format's module has a function
+
+    write(source: Source, folder: Path, precision: str) -> int
+
+which writes the model file into a folder that exists and returns how many layers are stored.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mobilellm_jax.config import ModelConfig, near_miss
+from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.runtimes.artifact import EXTRA
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The model that is exported."""
+
+    config: ModelConfig
+    params: Mapping[str, Any]  # float32
+    tokenizer: Tokenizer
+    origin: str  # the checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """One way to store the weights, and what verification allows it to change."""
+
+    bits: float  # per weight of a matrix, scales included
+    logits: float | None  # largest difference as a share of max(1, largest logit); None: not held
+    loss: float  # largest rise of the loss of the verification's text, in nats per token
+    tokens: bool = False  # whether greedy tokens must be equal
+
+
+# float32 is sums in another order; the bound is that of the tests against Hugging Face, times two.
+EXACT = Precision(32, logits=2e-4, loss=1e-4, tokens=True)
+# A weight is off by at most 2^-11 or 2^-8 of itself.
+HALF = Precision(16, logits=2e-2, loss=1e-2)
+BRAIN = Precision(16, logits=1e-1, loss=3e-2)
+HUGGINGFACE_PRECISIONS = {"float32": EXACT, "bfloat16": BRAIN, "float16": HALF}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format for devices."""
+
+    module: str  # of this room
+    file: str  # the model's
+    packages: tuple[str, ...]  # that writing takes, besides ours
+    shares_blocks: bool  # whether a block that is applied several times is stored once
+    precisions: Mapping[str, Precision]  # by --dtype or --quantize
+
+    def writer(self) -> Callable[[Source, Path, str], int]:
+        module = importlib.import_module(f"mobilellm_jax.export.{self.module}")
+        write: Callable[[Source, Path, str], int] = module.write
+        return write
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def offered(name: str, *, quantized: bool) -> list[str]:
+    """Returns the precisions of a format that --quantize, or else --dtype, can ask for."""
+    return [p for p in FORMATS[name].precisions if (p not in DTYPES) == quantized]
+
+
+def check_precision(name: str, dtype: str | None, quantize: str | None) -> str:
+    """Returns the precision that --dtype and --quantize ask for; without either, float32.
+
+    Raises:
+      ValueError: if the format has no such precision, both are given, or what writes the format is
+        not installed.
+    """
+    if dtype is not None and quantize is not None:
+        raise ValueError(
+            f"--dtype={dtype} and --quantize={quantize} both say how weights are stored; give one."
+        )
+    flag = "dtype" if quantize is None else "quantize"
+    asked = quantize or dtype or "float32"
+    choices = offered(name, quantized=quantize is not None)
+    if asked not in choices:
+        raise ValueError(
+            f"--{flag}={asked} is none of --format={name}; it has {', '.join(choices) or 'none'}."
+            f"{near_miss(asked, choices)}"
+        )
+    if missing := [p for p in FORMATS[name].packages if importlib.util.find_spec(p) is None]:
+        raise ValueError(f"--format={name} is written with {', '.join(missing)}; {EXTRA}.")
+    return asked

@@ -1,0 +1,148 @@
+"""Exported folders: what they hold, whether they are whole, and their model in its own runtime.
+
+Such a folder is sealed (`sealing.py`): `manifest.json` says what the model file is and has the
+SHA-256 of every file, so that no runtime in C++ is handed bytes that are not those of the export.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from mobilellm_jax import rundir, sealing, strict_json
+from mobilellm_jax.config import near_miss
+from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.runtimes.runtime import Runtime
+
+VERSION = 1
+EXTRA = "pip install 'mobilellm-jax[export]'"
+
+
+class _Opener(NamedTuple):
+    """Where a format's runtime is, and the library that it stands on."""
+
+    module: str  # of this room, with a function load(file, info)
+    package: str
+
+
+RUNTIMES = {
+    "gguf": _Opener("llama_cpp", "llama_cpp"),
+    "onnx": _Opener("onnx", "onnxruntime"),
+    "stablehlo": _Opener("stablehlo", "jax"),
+    "executorch": _Opener("executorch", "executorch"),
+    "litert": _Opener("litert", "ai_edge_litert"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArtifactInfo:
+    """What the manifest says of a model file."""
+
+    format: str  # of RUNTIMES
+    file: str  # the model's, in the folder
+    precision: str  # of the weights: float32, q8_0, ...
+    vocab_size: int
+    max_seq_len: int  # tokens that its cache has room for
+    parameters: int  # of the model, shared ones once
+    applied_parameters: int  # the weights of matrix products, as often as a token meets them
+    loss: float | None  # nats per token of the text of the verification, in its runtime
+    origin: str  # the checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """An exported folder that is what its writer sealed."""
+
+    folder: Path
+    info: ArtifactInfo
+
+    @property
+    def file(self) -> Path:
+        return self.folder / self.info.file
+
+    @property
+    def model_bytes(self) -> int:
+        """What a device has to store: the model file and what lies beside it under its name."""
+        stem = self.file.stem
+        return sum(f.stat().st_size for f in self.folder.iterdir() if f.stem.split(".")[0] == stem)
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder)
+
+    def load(self) -> Runtime:
+        """Loads the model in its runtime.
+
+        Raises:
+          ValueError: if the runtime is not installed, or refuses the file.
+        """
+        opener = RUNTIMES[self.info.format]
+        if not is_installed(self.info.format):
+            raise ValueError(
+                f"{self.file} runs in {opener.package}, which is not installed; {EXTRA}."
+            )
+        module = importlib.import_module(f"mobilellm_jax.runtimes.{opener.module}")
+        runtime: Runtime = module.load(self.file, self.info)
+        return runtime
+
+
+def is_installed(format_name: str) -> bool:
+    """Returns whether the runtime of a format is there."""
+    return importlib.util.find_spec(RUNTIMES[format_name].package) is not None
+
+
+def seal_artifact(folder: Path, info: ArtifactInfo) -> None:
+    """Writes the manifest over all files of `folder`, which makes an artefact of it."""
+    sealing.seal(epath.Path(folder), {"artifact": VERSION, **dataclasses.asdict(info)})
+
+
+def open_artifact(path: str | Path) -> Artifact:
+    """Opens an exported folder, or the model file in it; every byte of it is verified.
+
+    Raises:
+      FileNotFoundError: if there is nothing there.
+      ValueError: if it is no export, or not as it was written.
+    """
+    given = Path(path)
+    if not given.exists():
+        names = [p.name for p in given.parent.iterdir()] if given.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"artifact={str(path)!r} does not exist.{near_miss(given.name, names)}"
+        )
+    folder = given if given.is_dir() else given.parent
+    if not (folder / sealing.MANIFEST).is_file():
+        raise ValueError(
+            f"artifact={str(path)!r} must be a folder that mobilellm export made, or the model "
+            f"file in it; {folder} has no {sealing.MANIFEST}."
+        )
+    content = sealing.verify(epath.Path(folder))
+    info = _info(content, folder)
+    if given.is_file() and given.name != info.file:
+        raise ValueError(f"artifact={str(path)!r}: the model file of {folder} is {info.file}.")
+    return Artifact(folder, info)
+
+
+def _info(content: dict[str, Any], folder: Path) -> ArtifactInfo:
+    where = str(folder / sealing.MANIFEST)
+    if "artifact" not in content:
+        raise ValueError(f"{where} is not that of an export, but of something else.")
+    version = content.pop("artifact")
+    if version != VERSION:
+        raise ValueError(
+            f"{where} has format version {strict_json.shown(version)}, and this program reads "
+            f"{VERSION}; export again."
+        )
+    files = content.pop("files")
+    info = strict_json.as_type(content, ArtifactInfo, where)
+    assert isinstance(info, ArtifactInfo), "what it was asked for"
+    if info.format not in RUNTIMES or info.file not in files:
+        raise ValueError(
+            f"{where} names the format {strict_json.shown(info.format)} and the model file "
+            f"{strict_json.shown(info.file)}; the formats are {', '.join(RUNTIMES)}, and the file "
+            "must be one of the folder's."
+        )
+    if not any(name in files for name in rundir.TOKENIZER_FILES):
+        raise ValueError(f"{where} names no tokenizer; export again.")
+    return info

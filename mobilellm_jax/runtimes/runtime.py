@@ -1,0 +1,57 @@
+"""What every runtime answers, and what it takes from a sequence to the next."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Runtime(Protocol):
+    """A model loaded in the runtime of its format, with room for one sequence."""
+
+    @property
+    def name(self) -> str:
+        """The runtime and its version, for the eye."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Length of a row of logits."""
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that a sequence may have."""
+
+    def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Forgets everything and reads a sequence at once; returns [tokens, vocabulary] logits.
+
+        Row t holds the logits of what follows token t. The sequence, of at least a token, is kept
+        in the cache.
+        """
+
+    def append(self, token: int) -> NDArray[np.float32]:
+        """Reads one token more by the cache; returns the logits of what follows it."""
+
+
+def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:
+    """Returns the likeliest `count` tokens after `prompt`, decoded one by one."""
+    logits_V = runtime.read(prompt)[-1]
+    tokens: list[int] = []
+    while True:
+        tokens.append(int(np.argmax(logits_V)))
+        if len(tokens) == count:
+            return tokens
+        logits_V = runtime.append(tokens[-1])
+
+
+def check_room(runtime: Runtime, tokens: int) -> None:
+    """Refuses a sequence that the cache has no room for.
+
+    Raises:
+      ValueError: if `tokens` is none, or more than the artefact was exported for.
+    """
+    if not 1 <= tokens <= runtime.max_seq_len:
+        raise ValueError(
+            f"A sequence of {tokens:,} tokens must have at least 1 and at most max_seq_len="
+            f"{runtime.max_seq_len:,}, for which the artefact was exported."
+        )
