@@ -37,6 +37,7 @@ from mobilellm_jax.architectures import MOBILELLM
 from mobilellm_jax.config import MeshConfig, ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.evaluate.engine import JaxEngine
 from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.journal import Journal
 from mobilellm_jax.evaluate.scoring import Scorer
@@ -142,7 +143,9 @@ def _ours(config: ModelConfig, params: Params, tokenizer: Tokenizer, batch_token
     def score(requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         # A journal of its own each time: nothing is remembered.
         model = HarnessModel(
-            *(config, tokenizer, scorer, placed, Journal(None, {})), origin="", show=False
+            *(JaxEngine(config, scorer, placed), tokenizer, Journal(None, {})),
+            origin="",
+            show=False,
         )
         return model.loglikelihood(requests)
 

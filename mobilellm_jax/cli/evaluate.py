@@ -5,6 +5,7 @@
   mobilellm evaluate --checkpoint=runs/mine --tasks=triviaqa --num_fewshot=5
   mobilellm evaluate --checkpoint=runs/quickstart --perplexity=README.md
   mobilellm evaluate --checkpoint=exported/hf --perplexity=wiki.txt --stride=512 --output=wiki.json
+  mobilellm evaluate --artifact=exported/q8 --tasks=piqa --limit=100 --output=scores.json
 
 Tasks are those of the installed harness (pip install 'mobilellm-jax[eval]'), and `mobilellm` is
 the paper's table: arc_easy, arc_challenge, boolq, piqa, social_iqa, hellaswag, openbookqa and
@@ -14,6 +15,9 @@ DIR/TASK/test.jsonl or validation.jsonl, whichever the task scores, and fewshot.
 (siqa for social_iqa, one triviaqa, race/middle.jsonl and race/high.jsonl), in the layout of the
 data sets' rows. --output=FILE.json gets the harness' own layout; an evaluation that was killed goes
 on from FILE.json.journal when it is started again.
+
+With --artifact an exported folder is measured instead, in its own runtime: what the export and its
+quantization cost. It reads one sequence after the other.
 
 For perplexity the text is cut into windows of model.max_seq_len tokens, without overlap; what is
 left after the last full window is not scored. With --stride=N every token is scored, after as many
@@ -26,18 +30,22 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from mobilellm_jax.cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from mobilellm_jax.data.tokenizer import Tokenizer
+    from mobilellm_jax.evaluate.engine import Engine
+
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
-    None,
+    "",
     "run folder (its latest step), step folder or Hugging Face directory",
-    required=True,
 )
+_ARTIFACT = flags.DEFINE_string("artifact", "", "folder that mobilellm export made for a device")
 _TASKS = flags.DEFINE_list("tasks", [], "tasks or groups of them, separated by commas")
 _NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot", None, "solved examples before each question", lower_bound=0
@@ -65,14 +73,24 @@ def main(argv: list[str]) -> None:
 
 
 def _measure_perplexity(file: Path, output: Path | None) -> None:
-    from mobilellm_jax.evaluate.perplexity import perplexity
+    from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
     from mobilellm_jax.open_model import open_model
     from mobilellm_jax.rundir import write_whole
+    from mobilellm_jax.runtimes.artifact import open_artifact
 
     text = _read_text(file)
-    model = open_model(_CHECKPOINT.value)
-    result = perplexity(model.config, model.params, model.tokenizer, text, stride=_STRIDE.value)
-    record: dict[str, Any] = {"checkpoint": model.origin, "file": str(file)}
+    record: dict[str, Any]
+    if _ARTIFACT.value:
+        artifact = open_artifact(_ARTIFACT.value)
+        result = runtime_perplexity(
+            artifact.load(), artifact.tokenizer(), text, stride=_STRIDE.value
+        )
+        record = {"artifact": _ARTIFACT.value, "precision": artifact.info.precision}
+    else:
+        model = open_model(_CHECKPOINT.value)
+        result = perplexity(model.config, model.params, model.tokenizer, text, stride=_STRIDE.value)
+        record = {"checkpoint": model.origin}
+    record["file"] = str(file)
     if _STRIDE.value is not None:
         record["stride"] = _STRIDE.value
     content = json.dumps({**record, **dataclasses.asdict(result)}, indent=2) + "\n"
@@ -86,48 +104,81 @@ def _evaluate_tasks(output: Path | None) -> None:
     if data_dir is not None:
         # Read when the libraries are imported: with local files, nothing asks a network.
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    import jax
-
-    from mobilellm_jax.config import MeshConfig
     from mobilellm_jax.evaluate.harness import HarnessModel
-    from mobilellm_jax.evaluate.journal import Journal, identity
-    from mobilellm_jax.evaluate.scoring import Scorer
+    from mobilellm_jax.evaluate.journal import Journal
     from mobilellm_jax.evaluate.tasks import as_json, format_results, load_tasks, run_tasks
-    from mobilellm_jax.host_memory import keep_freed_memory
-    from mobilellm_jax.open_model import open_model
     from mobilellm_jax.rundir import write_whole
-    from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
 
     tasks = load_tasks(_TASKS.value, data_dir=data_dir, num_fewshot=_NUM_FEWSHOT.value)
-    opened = open_model(_CHECKPOINT.value)
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-    mesh = make_mesh(MeshConfig())
-    params = jax.device_put(opened.params, replicated(mesh))
+    subject = _artifact_subject() if _ARTIFACT.value else _checkpoint_subject()
     path = output.with_name(f"{output.name}.journal") if output else None
-    journal = Journal(path, identity(opened.config, params, opened.tokenizer))
+    journal = Journal(path, subject.identity)
     if journal.replaced:
         _say(f"{path} was of another model; starting anew.")
     elif journal.answers:
         _say(f"{path} has {len(journal.answers):,} answers; going on from there.")
-    model = HarnessModel(
-        opened.config,
-        opened.tokenizer,
-        Scorer(opened.config, mesh, logical_rules(opened.config, mesh.shape)),
-        params,
-        journal,
-        origin=opened.origin,
-    )
+    config = subject.engine.config
+    model = HarnessModel(subject.engine, subject.tokenizer, journal, origin=subject.origin)
     results = run_tasks(model, tasks, _LIMIT.value)
     if model.cut:
         _say(
             f"{model.cut:,} requests were longer than model.max_seq_len="
-            f"{opened.config.max_seq_len}; the beginnings of their contexts were left out."
+            f"{config.max_seq_len}; the beginnings of their contexts were left out."
         )
-    print(format_results(results, opened.config), end="", flush=True)
+    print(format_results(results, config), end="", flush=True)
     if output is not None:
         write_whole(output, as_json(results))
         journal.remove()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What is evaluated on tasks."""
+
+    engine: "Engine"
+    tokenizer: "Tokenizer"
+    identity: dict[str, Any]  # tells its answers from those of others
+    origin: str
+
+
+def _checkpoint_subject() -> _Subject:
+    import jax
+
+    from mobilellm_jax.config import MeshConfig
+    from mobilellm_jax.evaluate.engine import JaxEngine
+    from mobilellm_jax.evaluate.journal import identity
+    from mobilellm_jax.evaluate.scoring import Scorer
+    from mobilellm_jax.host_memory import keep_freed_memory
+    from mobilellm_jax.open_model import open_model
+    from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
+
+    opened = open_model(_CHECKPOINT.value)
+    config = opened.config
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+    mesh = make_mesh(MeshConfig())
+    params = jax.device_put(opened.params, replicated(mesh))
+    scorer = Scorer(config, mesh, logical_rules(config, mesh.shape))
+    return _Subject(
+        JaxEngine(config, scorer, params),
+        opened.tokenizer,
+        identity(config, params, opened.tokenizer),
+        opened.origin,
+    )
+
+
+def _artifact_subject() -> _Subject:
+    from mobilellm_jax.evaluate.engine import RuntimeEngine
+    from mobilellm_jax.runtimes.artifact import open_artifact
+
+    artifact = open_artifact(_ARTIFACT.value)
+    runtime = artifact.load()
+    return _Subject(
+        RuntimeEngine(artifact.info.model, artifact.info.precision, runtime),
+        artifact.tokenizer(),
+        {"artifact": artifact.sha256, "runtime": runtime.name},
+        str(artifact.folder),
+    )
 
 
 def _say(text: str) -> None:
@@ -146,6 +197,9 @@ def _check_output(output: Path) -> None:
 
 def _check_flags() -> None:
     """Refuses flags that do not go together, before anything is loaded."""
+    if bool(_CHECKPOINT.value) == bool(_ARTIFACT.value):
+        both = "cannot both be given" if _ARTIFACT.value else "are both missing; give one of them"
+        raise UsageError(f"--checkpoint and --artifact {both}. See mobilellm evaluate --help.")
     if bool(_TASKS.value) == bool(_PERPLEXITY.value):
         both = "cannot both be given" if _TASKS.value else "are both missing; give one of them"
         raise UsageError(f"--tasks and --perplexity {both}. See mobilellm evaluate --help.")

@@ -20,20 +20,15 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.evaluate.engine import Engine, Writer
 from mobilellm_jax.evaluate.journal import Journal, key
 from mobilellm_jax.evaluate.prefix_trees import Query, make_query
-from mobilellm_jax.evaluate.scoring import Scorer
-from mobilellm_jax.generate import Prepared, prepare, stream_batch
-from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.size import parameter_count
-from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.sampling import GREEDY, Sampling
 
 _MAX_NEW_TOKENS = 256  # where a task names no limit; the harness' own default
 _PROMPT_TOKENS = 16_384  # of the prompts that are read at once
-_PROMPTS = 32  # at most at once
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
@@ -44,10 +39,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     """One model, for any number of tasks.
 
     Args:
-      config: the architecture.
+      engine: what scores and writes.
       tokenizer: the one it was trained with.
-      scorer: for its config, on some mesh.
-      params: its parameters, on the scorer's mesh.
       journal: of answers; requests that are in it are not computed.
       origin: where the model is from, for the record.
       show: how far it is, on a terminal.
@@ -55,32 +48,28 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     def __init__(
         self,
-        config: ModelConfig,
+        engine: Engine,
         tokenizer: Tokenizer,
-        scorer: Scorer,
-        params: Params,
         journal: Journal,
         *,
         origin: str,
         show: bool = True,
     ) -> None:
         super().__init__()
-        self.params = params
         self.cut = 0  # requests of which the beginning did not fit
-        self._config = config
+        self._engine = engine
         self._tokens = tokenizer
-        self._scorer = scorer
         self._journal = journal
         self._origin = origin
         self._show = show
         self._beginning = beginning(tokenizer)
         # A model that could not read a prompt beside that many writes fewer.
-        short = config.max_seq_len <= _MAX_NEW_TOKENS
-        self._max_new_tokens = config.max_seq_len // 2 if short else _MAX_NEW_TOKENS
+        longest = engine.config.max_seq_len
+        self._max_new_tokens = longest // 2 if longest <= _MAX_NEW_TOKENS else _MAX_NEW_TOKENS
 
     @property
     def max_length(self) -> int:
-        return self._config.max_seq_len
+        return self._engine.config.max_seq_len
 
     @property
     def eot_token_id(self) -> int:
@@ -98,8 +87,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         """Returns what the harness writes into its record of the run."""
         return {
             "model": self._origin,
-            "model_num_parameters": parameter_count(self._config),
-            "model_dtype": str(compute_dtype(self._config)),
+            "model_num_parameters": parameter_count(self._engine.config),
+            "model_dtype": self._engine.precision,
         }
 
     def tok_encode(
@@ -146,7 +135,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         answers = self._journal.answers
         asked = [name for name in queries if name not in answers]
         with _bar(len(queries), len(asked), "likelihood", self._show) as bar:
-            for scores in self._scorer.scores(self.params, [queries[name] for name in asked]):
+            for scores in self._engine.scores([queries[name] for name in asked]):
                 self._journal.add((asked[number], list(score)) for number, score in scores)
                 bar.update(len(scores))
         return [tuple(answers[name]) for name in keys]
@@ -166,12 +155,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             prompts[keys[-1]] = ids, written
         answers = self._journal.answers
         asked = [name for name in prompts if name not in answers]
-        # Nothing to ask for, nothing to lay out; the copy lives as long as this call.
-        params = prepare(self._config, self.params) if asked else self.params
         with _bar(len(prompts), len(asked), "text", self._show) as bar:
-            for names in _batches(asked, prompts):
+            # Nothing to ask for, nothing to lay out; a copy of the weights lives for this call.
+            write = self._engine.writer() if asked else None
+            for names in _batches(asked, prompts, self._engine.prompts_at_once):
+                assert write is not None, "there is something to ask for"
                 how = json.loads(prompts[names[0]][1])
-                texts = self._continue(params, [prompts[name][0] for name in names], how)
+                texts = self._continue(write, [prompts[name][0] for name in names], how)
                 self._journal.add(zip(names, texts, strict=True))
                 bar.update(len(names))
         return [answers[name] for name in keys]
@@ -197,14 +187,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return room
 
     def _continue(
-        self, params: Params | Prepared, prompts: Sequence[list[int]], how: dict[str, Any]
+        self, write: Writer, prompts: Sequence[list[int]], how: dict[str, Any]
     ) -> list[str]:
         """Returns the prompts' continuations, each up to its first stop string."""
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         stopped = [False] * len(prompts)
-        parts = stream_batch(
-            *(self._config, params, prompts),
+        parts = write(
+            prompts,
             max_new_tokens=int(how["max_gen_toks"]),
             sampling=_sampling(how),
             eos_id=self.eot_token_id,
@@ -275,7 +265,7 @@ def _up_to(text: str, stops: Iterable[str]) -> str:
 
 
 def _batches(
-    names: Iterable[str], prompts: dict[str, tuple[list[int], str]]
+    names: Iterable[str], prompts: dict[str, tuple[list[int], str]], most: int
 ) -> Iterable[list[str]]:
     """Yields prompts of like settings and like lengths together, the longest first."""
     alike = collections.defaultdict(list)
@@ -284,7 +274,7 @@ def _batches(
     for group in alike.values():
         left = sorted(group, key=lambda name: -len(prompts[name][0]))
         while left:
-            size = min(_PROMPTS, max(1, _PROMPT_TOKENS // len(prompts[left[0]][0])))
+            size = min(most, max(1, _PROMPT_TOKENS // len(prompts[left[0]][0])))
             batch, left = left[:size], left[size:]
             yield batch
 

@@ -51,6 +51,7 @@ def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Eva
             "pip install 'mobilellm-jax[eval]', or set --config.evaluate.tasks=."
         )
     # Here, since these need the extra.
+    from mobilellm_jax.evaluate.engine import JaxEngine
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.journal import Journal
     from mobilellm_jax.evaluate.tasks import load_tasks, quick_scores
@@ -61,7 +62,7 @@ def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Eva
     def evaluate(params: Params) -> dict[str, float]:
         # A journal in memory: other parameters, other answers.
         model = HarnessModel(
-            *(config.model, tokenizer, scorer, params, Journal(None, {})),
+            *(JaxEngine(config.model, scorer, params), tokenizer, Journal(None, {})),
             origin="in training",
             show=False,
         )

@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.evaluate.scoring import log_softmax
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
+from mobilellm_jax.runtimes.runtime import Runtime
 from mobilellm_jax.train.loss import token_losses
 
 _BATCH_TOKENS = 8192  # at once; attention scores of a 125M model then take 1.2 GB at T = 2048
@@ -64,9 +66,8 @@ def perplexity(
       ValueError: if the text is too short, or the stride not within a window.
       FloatingPointError: if the model gives no finite loss.
     """
-    ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
     length = config.max_seq_len
-    windows = _windows(length, ids) if stride is None else strided(length, ids, stride)
+    ids, windows = _cut(tokenizer, text, length, stride)
     longest = max(window.stop - window.start for window in windows)
     batch = min(batch_size or max(1, _BATCH_TOKENS // length), len(windows))
     params = jax.device_put(params)  # once, if they come from the host
@@ -83,6 +84,34 @@ def perplexity(
             is_scored_BT[b, window.scored - window.start : here.stop] = True
         losses_BT = np.asarray(_losses(params, tokens_BT, targets_BT, config))
         total += float(losses_BT.sum(dtype=np.float64, where=is_scored_BT))
+    return _result(total, tokenizer, text, ids, windows)
+
+
+def runtime_perplexity(
+    runtime: Runtime, tokenizer: Tokenizer, text: str, *, stride: int | None = None
+) -> PerplexityResult:
+    """Scores `text` by an artefact in its own runtime, otherwise as `perplexity`."""
+    ids, windows = _cut(tokenizer, text, runtime.max_seq_len, stride)
+    total = 0.0
+    for window in tqdm(windows, unit="window", disable=None):
+        log_TV = log_softmax(runtime.read(ids[window.start : window.stop].tolist()))
+        scored = range(window.scored - window.start, window.stop - window.start)
+        total -= math.fsum(log_TV[scored, ids[window.scored + 1 : window.stop + 1]].tolist())
+    return _result(total, tokenizer, text, ids, windows)
+
+
+def _cut(
+    tokenizer: Tokenizer, text: str, length: int, stride: int | None
+) -> tuple[np.ndarray, list["Window"]]:
+    """Returns BOS and the text's tokens, and the windows over them."""
+    ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
+    return ids, _windows(length, ids) if stride is None else strided(length, ids, stride)
+
+
+def _result(
+    total: float, tokenizer: Tokenizer, text: str, ids: np.ndarray, windows: list["Window"]
+) -> PerplexityResult:
+    """Returns what `total` nats over the windows' scored tokens mean."""
     if not math.isfinite(total):
         raise FloatingPointError(
             f"The loss of the text is {total}: the parameters are not finite, or overflow."

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.prefix_trees import Batch, Query, grow_trees, make_batches, pack_rows
@@ -141,11 +142,29 @@ def _read(batch: Batch, arrays: tuple[jax.Array, jax.Array]) -> list[tuple[int, 
     log_BS, greedy_BS = (np.asarray(array) for array in arrays)
     found = []
     for query, row, start, stop in batch.spans:
-        log_likelihood = math.fsum(log_BS[row, start:stop].tolist())
-        if not math.isfinite(log_likelihood):
-            raise FloatingPointError(
-                f"The log-likelihood of a continuation is {log_likelihood}: the parameters are not "
-                "finite, or overflow."
-            )
-        found.append((query, Score(log_likelihood, bool(greedy_BS[row, start:stop].all()))))
+        is_greedy = bool(greedy_BS[row, start:stop].all())
+        found.append((query, checked_score(log_BS[row, start:stop].tolist(), is_greedy)))
     return found
+
+
+def checked_score(log_probabilities: Sequence[float], is_greedy: bool) -> Score:
+    """Returns the score of a continuation from those of its tokens.
+
+    Raises:
+      FloatingPointError: if their sum is not a number.
+    """
+    log_likelihood = math.fsum(log_probabilities)
+    if not math.isfinite(log_likelihood):
+        raise FloatingPointError(
+            f"The log-likelihood of a continuation is {log_likelihood}: the parameters are not "
+            "finite, or overflow."
+        )
+    return Score(log_likelihood, is_greedy)
+
+
+def log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Returns log-probabilities, in float64: a runtime's logits may be large."""
+    wide_TV = logits_TV.astype(np.float64)
+    wide_TV -= wide_TV.max(axis=-1, keepdims=True)
+    shifted: NDArray[np.float64] = wide_TV - np.log(np.exp(wide_TV).sum(axis=-1, keepdims=True))
+    return shifted

@@ -15,7 +15,6 @@ from mobilellm_jax.export.huggingface import Dtype, write_huggingface
 from mobilellm_jax.export.huggingface_config import Layout
 from mobilellm_jax.export.model_card import Training, write_model_card
 from mobilellm_jax.export.verify import Verification, VerificationError, verify
-from mobilellm_jax.model.size import block_matrix_parameters, parameter_count
 from mobilellm_jax.rundir import whole_directory
 from mobilellm_jax.runtimes.artifact import (
     RUNTIMES,
@@ -59,7 +58,7 @@ def export_for_device(
       VerificationError: if the artefact is further from the checkpoint than its precision allows.
     """
     _refuse_existing(directory)
-    form, config = FORMATS[format_name], source.config
+    form = FORMATS[format_name]
     with whole_directory(directory) as folder:
         shutil.copyfile(source.tokenizer.file, folder / source.tokenizer.file.name)
         layers = form.writer()(source, folder, precision)
@@ -67,11 +66,7 @@ def export_for_device(
             format=format_name,
             file=form.file,
             precision=precision,
-            vocab_size=config.vocab_size,
-            max_seq_len=config.max_seq_len,
-            parameters=parameter_count(config),
-            applied_parameters=config.applied_depth * block_matrix_parameters(config)
-            + config.vocab_size * config.embed_dim,
+            model=source.config,
             loss=None,
             origin=source.origin,
         )

@@ -124,7 +124,7 @@ def verify(runtime: Runtime, source: Source) -> Verification:
     prompt = tokens[: min(_PROMPT, room // 2)]
     count = min(_NEW, room - len(prompt))
     [ours] = generate(config, params, [prompt], max_new_tokens=count, sampling=GREEDY)
-    theirs = greedy(runtime, prompt, count)
+    theirs = list(greedy(runtime, prompt, count))
     equal = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), count)
     return Verification(
         runtime=runtime.name,

@@ -5,6 +5,7 @@ SHA-256 of every file, so that no runtime in C++ is handed bytes that are not th
 """
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from mobilellm_jax import rundir, sealing, strict_json
-from mobilellm_jax.config import near_miss
+from mobilellm_jax.config import Config, DataConfig, ModelConfig, near_miss
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mobilellm_jax.runtimes.runtime import Runtime
 
@@ -44,12 +45,18 @@ class ArtifactInfo:
     format: str  # of RUNTIMES
     file: str  # the model's, in the folder
     precision: str  # of the weights: float32, q8_0, ...
-    vocab_size: int
-    max_seq_len: int  # tokens that its cache has room for
-    parameters: int  # of the model, shared ones once
-    applied_parameters: int  # the weights of matrix products, as often as a token meets them
+    model: ModelConfig
     loss: float | None  # nats per token of the text of the verification, in its runtime
     origin: str  # the checkpoint
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that the artefact's cache has room for."""
+        return self.model.max_seq_len
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Artifact:
 
     folder: Path
     info: ArtifactInfo
+    sha256: str = ""  # of the manifest, which has those of all files; "" before there is one
 
     @property
     def file(self) -> Path:
@@ -118,10 +126,11 @@ def open_artifact(path: str | Path) -> Artifact:
             f"file in it; {folder} has no {sealing.MANIFEST}."
         )
     content = sealing.verify(epath.Path(folder))
+    checksum = hashlib.sha256((folder / sealing.MANIFEST).read_bytes()).hexdigest()
     info = _info(content, folder)
     if given.is_file() and given.name != info.file:
         raise ValueError(f"artifact={str(path)!r}: the model file of {folder} is {info.file}.")
-    return Artifact(folder, info)
+    return Artifact(folder, info, checksum)
 
 
 def _info(content: dict[str, Any], folder: Path) -> ArtifactInfo:
@@ -137,6 +146,7 @@ def _info(content: dict[str, Any], folder: Path) -> ArtifactInfo:
     files = content.pop("files")
     info = strict_json.as_type(content, ArtifactInfo, where)
     assert isinstance(info, ArtifactInfo), "what it was asked for"
+    Config(model=info.model, data=DataConfig(seq_len=1))  # its rules
     if info.format not in RUNTIMES or info.file not in files:
         raise ValueError(
             f"{where} names the format {strict_json.shown(info.format)} and the model file "

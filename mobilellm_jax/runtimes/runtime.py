@@ -1,6 +1,6 @@
 """What every runtime answers, and what it takes from a sequence to the next."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -33,15 +33,14 @@ class Runtime(Protocol):
         """Reads one token more by the cache; returns the logits of what follows it."""
 
 
-def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> list[int]:
-    """Returns the likeliest `count` tokens after `prompt`, decoded one by one."""
+def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> Iterator[int]:
+    """Yields the likeliest `count` tokens after `prompt`, decoded one by one."""
     logits_V = runtime.read(prompt)[-1]
-    tokens: list[int] = []
-    while True:
-        tokens.append(int(np.argmax(logits_V)))
-        if len(tokens) == count:
-            return tokens
-        logits_V = runtime.append(tokens[-1])
+    for left in reversed(range(count)):
+        token = int(np.argmax(logits_V))
+        yield token
+        if left:
+            logits_V = runtime.append(token)
 
 
 def check_room(runtime: Runtime, tokens: int) -> None:

@@ -23,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from mobilellm_jax.config import MeshConfig, ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.evaluate.engine import JaxEngine
 from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.journal import Journal
 from mobilellm_jax.evaluate.scoring import Scorer
@@ -108,7 +109,7 @@ def make_model(
     scorer = Scorer(config, mesh, logical_rules(config, mesh.shape))
     placed = jax.device_put(params, replicated(mesh))
     return HarnessModel(
-        *(config, tokenizer, scorer, placed, Journal(journal, {"weights": "these"})),
+        *(JaxEngine(config, scorer, placed), tokenizer, Journal(journal, {"weights": "these"})),
         origin="here",
         show=False,
     )
@@ -217,17 +218,17 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(
     expected = whole.loglikelihood(asked), whole.generate_until(prompts)
 
     killed = make_model(params, tokenizer, journal=path)
-    killed._scorer._batch_tokens = 8 * 256
+    killed._engine.scorer._batch_tokens = 8 * 256
     scored: list[int] = []
 
     def scores_until_killed(params: Params, queries: Any) -> Any:
-        for batch in Scorer.scores(killed._scorer, params, queries):
+        for batch in Scorer.scores(killed._engine.scorer, params, queries):
             if scored:
                 raise KeyboardInterrupt
             scored.append(len(batch))
             yield batch
 
-    monkeypatch.setattr(killed._scorer, "scores", scores_until_killed)
+    monkeypatch.setattr(killed._engine.scorer, "scores", scores_until_killed)
     with pytest.raises(KeyboardInterrupt):
         killed.loglikelihood(asked)
     assert 0 < scored[0] < len(asked)
@@ -237,9 +238,9 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(
 
     def scores(params: Params, queries: Any) -> Any:
         asked_again.append(len(queries))
-        return Scorer.scores(again._scorer, params, queries)
+        return Scorer.scores(again._engine.scorer, params, queries)
 
-    monkeypatch.setattr(again._scorer, "scores", scores)
+    monkeypatch.setattr(again._engine.scorer, "scores", scores)
     # Packed otherwise; the order of float32 sums may differ.
     np.testing.assert_allclose(again.loglikelihood(asked), expected[0], atol=1e-4)
     assert asked_again == [len(asked) - scored[0]]

@@ -57,6 +57,7 @@ def looking_at(**fields: Any) -> Config:
 
 def test_tasks_and_text_on_sharded_parameters(tokenizer: Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the eval extra")
+    from mobilellm_jax.evaluate.engine import JaxEngine
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.tasks import load_tasks, run_tasks
 
@@ -78,7 +79,9 @@ def test_tasks_and_text_on_sharded_parameters(tokenizer: Tokenizer, tmp_path: Pa
     whole = jax.device_put(jax.device_get(params), replicated(alone))
     scorer = Scorer(config.model, alone, logical_rules(config.model, alone.shape))
     model = HarnessModel(
-        *(config.model, tokenizer, scorer, whole, Journal(None, {})), origin="here", show=False
+        *(JaxEngine(config.model, scorer, whole), tokenizer, Journal(None, {})),
+        origin="here",
+        show=False,
     )
     tasks = load_tasks(names, data_dir=tmp_path / "evals")
     results = run_tasks(model, tasks, 2)["results"]

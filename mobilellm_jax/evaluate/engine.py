@@ -1,0 +1,123 @@
+"""What an evaluation asks of a model, whether it is a checkpoint or an exported artefact."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.evaluate.prefix_trees import Query
+from mobilellm_jax.evaluate.scoring import Score, Scorer, checked_score, log_softmax
+from mobilellm_jax.generate import prepare, stream_batch
+from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.runtimes.runtime import Runtime, greedy
+from mobilellm_jax.sampling import GREEDY, Sampling
+
+Continuations = Iterator[list[list[int]]]
+"""Some new tokens of every prompt at a time, up to and without EOS."""
+
+
+class Writer(Protocol):
+    """Continues prompts, as `generate.stream_batch` does."""
+
+    def __call__(
+        self, prompts: Sequence[list[int]], *, max_new_tokens: int, sampling: Sampling, eos_id: int
+    ) -> Continuations: ...
+
+
+class Engine(Protocol):
+    """A model that scores and writes."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, for the record."""
+
+    @property
+    def prompts_at_once(self) -> int:
+        """How many a writer may be given."""
+
+    def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
+        """Yields (number of the query, its score) for all queries, some at a time."""
+
+    def writer(self) -> Writer:
+        """Returns what continues prompts; it may hold a copy of the weights while it is held."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JaxEngine:
+    """A checkpoint, on the mesh of its scorer."""
+
+    config: ModelConfig
+    scorer: Scorer
+    params: Params
+    prompts_at_once: int = 32
+
+    @property
+    def precision(self) -> str:
+        return str(compute_dtype(self.config))
+
+    def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
+        return self.scorer.scores(self.params, queries)
+
+    def writer(self) -> Writer:
+        prepared = prepare(self.config, self.params)
+
+        def write(
+            prompts: Sequence[list[int]], *, max_new_tokens: int, sampling: Sampling, eos_id: int
+        ) -> Continuations:
+            return stream_batch(
+                *(self.config, prepared, prompts),
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                eos_id=eos_id,
+            )
+
+        return write
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeEngine:
+    """An artefact in its own runtime, one sequence after the other."""
+
+    config: ModelConfig
+    precision: str
+    runtime: Runtime
+    prompts_at_once: int = 1
+
+    def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
+        """As `Engine`; sequences that are the same are read once."""
+        order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
+        tokens: tuple[int, ...] = ()
+        log_TV: NDArray[np.float64] = np.zeros((0, 0))
+        for number in order:
+            query = queries[number]
+            if query.tokens != tokens:
+                tokens, log_TV = query.tokens, log_softmax(self.runtime.read(query.tokens))
+            rows_SV = log_TV[len(tokens) - len(query.targets) :]
+            found_S = rows_SV[np.arange(len(query.targets)), list(query.targets)]
+            is_greedy = bool((rows_SV.argmax(axis=-1) == query.targets).all())
+            yield [(number, checked_score(found_S.tolist(), is_greedy))]
+
+    def writer(self) -> Writer:
+        return self._write
+
+    def _write(
+        self, prompts: Sequence[list[int]], *, max_new_tokens: int, sampling: Sampling, eos_id: int
+    ) -> Continuations:
+        if sampling != GREEDY:
+            raise ValueError(
+                "A task asks for sampled texts, and an artefact only writes the likeliest tokens; "
+                "leave its task out, or evaluate the checkpoint."
+            )
+        [prompt] = prompts
+        for token in greedy(self.runtime, prompt, max_new_tokens):
+            if token == eos_id:
+                return
+            yield [[token]]
