@@ -31,10 +31,11 @@ COMMANDS = {
     "inspect": "check token shards, count what is in them, show some of it",
     "plan": "say what a run will need: memory, communication and time, without a TPU",
     "train": "train from a config; the same command again resumes",
-    "evaluate": "measure the perplexity of a text",
+    "evaluate": "score tasks or measure the perplexity of a text",
     "generate": "continue a prompt, or talk",
     "import": "turn a Hugging Face directory into a run folder",
-    "export": "write a checkpoint in a format that others read",
+    "export": "write a checkpoint in a format that others read, for phones too",
+    "benchmark": "measure exports in their own runtimes: size, speed, memory, loss",
 }
 
 _HELP = {"-h", "-help", "--help"}

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,14 +87,22 @@ class Artifact:
         Raises:
           ValueError: if the runtime is not installed, or refuses the file.
         """
+        return self.loader()()
+
+    def loader(self) -> Callable[[], Runtime]:
+        """Returns what loads the model; the runtime's library is imported here.
+
+        Raises:
+          ValueError: if it is not installed.
+        """
         opener = RUNTIMES[self.info.format]
         if not is_installed(self.info.format):
             raise ValueError(
                 f"{self.file} runs in {opener.package}, which is not installed; {EXTRA}."
             )
         module = importlib.import_module(f"mobilellm_jax.runtimes.{opener.module}")
-        runtime: Runtime = module.load(self.file, self.info)
-        return runtime
+        load: Callable[[Path, ArtifactInfo], Runtime] = module.load
+        return lambda: load(self.file, self.info)
 
 
 def is_installed(format_name: str) -> bool:

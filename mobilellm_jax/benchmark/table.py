@@ -1,0 +1,131 @@
+"""Measurements as a table and a picture.
+
+Energy is not measured but estimated, by the figure that the paper cites (Sec. 1): 0.1 J per token
+and billion parameters. Parameters are counted as often as a token meets them, so that a block that
+is applied twice costs twice. The battery is the paper's phone of about 50 kJ, at 10 tokens/s.
+"""
+
+import csv
+import dataclasses
+import io
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from mobilellm_jax.benchmark.measure import Measurement
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.model.size import block_matrix_parameters
+from mobilellm_jax.rundir import write_whole
+
+_JOULES_PER_TOKEN_AND_BILLION = 0.1
+_BATTERY_JOULES = 50e3
+_TOKENS_PER_SEC = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A model's medians."""
+
+    name: str
+    runtime: str
+    precision: str
+    megabytes: float
+    load_sec: float
+    init_sec: float
+    prefill_tokens_per_sec: float
+    decode_tokens_per_sec: float
+    memory_megabytes: float
+    loss: float
+    joules_per_token: float  # an estimate
+    battery_hours: float  # an estimate
+
+
+def summarize(measurements: Sequence[Measurement], prompt_tokens: int) -> Row:
+    """Returns the medians over the processes, and over their rounds, of one model."""
+    first = measurements[0]
+    joules = joules_per_token(first.model)
+    prefill = statistics.median(sec for m in measurements for sec in m.prefill_sec)
+    decode = statistics.median(sec for m in measurements for sec in m.decode_sec)
+    return Row(
+        name=Path(first.path).name or first.path,
+        runtime=first.runtime,
+        precision=first.precision,
+        megabytes=first.model_bytes / 1e6,
+        load_sec=statistics.median(m.load_sec for m in measurements),
+        init_sec=statistics.median(m.init_sec for m in measurements),
+        prefill_tokens_per_sec=prompt_tokens / prefill,
+        decode_tokens_per_sec=1 / decode,
+        memory_megabytes=statistics.median(m.memory_bytes for m in measurements) / 1e6,
+        loss=first.loss,
+        joules_per_token=joules,
+        battery_hours=_BATTERY_JOULES / (joules * _TOKENS_PER_SEC) / 3600,
+    )
+
+
+def joules_per_token(config: ModelConfig) -> float:
+    """Returns the estimate of the module's docstring."""
+    met = config.applied_depth * block_matrix_parameters(config)
+    met += config.vocab_size * config.embed_dim
+    return _JOULES_PER_TOKEN_AND_BILLION * met / 1e9
+
+
+_COLUMNS = (
+    ("model", "name", "{}"),
+    ("runtime", "runtime", "{}"),
+    ("weights", "precision", "{}"),
+    ("MB", "megabytes", "{:,.2f}"),
+    ("load s", "load_sec", "{:.3f}"),
+    ("init s", "init_sec", "{:.3f}"),
+    ("prefill tok/s", "prefill_tokens_per_sec", "{:,.0f}"),
+    ("decode tok/s", "decode_tokens_per_sec", "{:,.1f}"),
+    ("memory MB", "memory_megabytes", "{:,.0f}"),
+    ("loss", "loss", "{:.4f}"),
+    ("J/token (est.)", "joules_per_token", "{:.4f}"),
+    ("battery h (est.)", "battery_hours", "{:,.0f}"),
+)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Returns the table in Markdown."""
+    lines = [
+        "| " + " | ".join(title for title, _, _ in _COLUMNS) + " |",
+        "|" + "---|" * len(_COLUMNS),
+    ]
+    for row in rows:
+        cells = (form.format(getattr(row, field)) for _, field, form in _COLUMNS)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Returns the rows with all digits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)])
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draws decoding speed against size, coloured by loss, as a PNG."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    sizes, speeds = [r.megabytes for r in rows], [r.decode_tokens_per_sec for r in rows]
+    points = axes.scatter(sizes, speeds, c=[r.loss for r in rows], cmap="viridis", s=70, zorder=3)
+    for row in rows:
+        axes.annotate(
+            f"{row.name} ({row.precision})",
+            (row.megabytes, row.decode_tokens_per_sec),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axes.set(xlabel="model file (MB)", ylabel="decoding (tokens/s)", xscale="log", yscale="log")
+    axes.margins(x=0.2, y=0.15)
+    axes.grid(alpha=0.3, which="both")
+    figure.colorbar(points, label="loss (nats per token)")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_whole(path, buffer.getvalue())

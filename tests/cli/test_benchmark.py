@@ -1,0 +1,78 @@
+"""`mobilellm benchmark` on checkpoints; exports are measured where their runtimes are installed."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from mobilellm_jax.cli import main as cli
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.evaluate.perplexity import perplexity
+from mobilellm_jax.export.huggingface import write_huggingface
+from mobilellm_jax.model.transformer import init_params
+from mobilellm_jax.open_model import open_model
+
+CONFIG = ModelConfig(
+    vocab_size=290,
+    embed_dim=16,
+    num_blocks=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_dim=24,
+    max_seq_len=64,
+)
+TEXT = "The quick brown fox jumps over the lazy dog. " * 9
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmark")
+    tokenizer = train_tokenizer([TEXT] * 9, 290, folder / "x.model")
+    params = init_params(CONFIG, jax.random.key(0))
+    write_huggingface(CONFIG, params, tokenizer, folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_measured_in_processes_of_its_own(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    flags = [f"--artifact={checkpoint}", f"--output={tmp_path / 'out'}", f"--text={text}"]
+    lengths = ["--prompt_tokens=16", "--new_tokens=8", "--runs=2", "--rounds=2"]
+    assert cli.main(["benchmark", *flags, *lengths]) == 0
+    assert "| model | JAX" in capsys.readouterr().out
+    measured = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert [len(each["decode_sec"]) for each in measured] == [2, 2]
+    assert all(each["load_sec"] > 0 and each["memory_bytes"] > 0 for each in measured)
+    opened = open_model(checkpoint)
+    expected = perplexity(opened.config, opened.params, opened.tokenizer, TEXT, stride=64)
+    assert measured[0]["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {f"benchmark.{kind}" for kind in ("md", "csv", "json", "png")}
+
+
+def test_bad_input_is_refused_before_anything_is_measured(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    output = f"--output={tmp_path / 'out'}"
+    for flags, message in (
+        ([f"--artifact={checkpoint}x"], "does not exist. Did you mean model?"),
+        ([f"--artifact={checkpoint}"], "--prompt_tokens=128 and --new_tokens=64 and one more must"),
+        ([f"--artifact={checkpoint / 'model.safetensors'}"], "has no manifest.json"),
+        ([f"--artifact={checkpoint}", "--new_tokens=0"], "new_tokens"),
+        (["--text=x"], "--artifact is missing"),
+    ):
+        assert cli.main(["benchmark", *flags, output]) == 2
+        assert message in capsys.readouterr().err
+    short = [f"--artifact={checkpoint}", "--prompt_tokens=8", "--new_tokens=8", output]
+    for name in ("empty", "latin"):
+        assert cli.main(["benchmark", *short, f"--text={tmp_path / name}.txt"]) == 2
+        assert "--text=" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
