@@ -40,6 +40,20 @@ EXTRAS = {
     "tokamax": ["tokamax>=0.0.12,!=0.1.0"],  # Hopper attention that keeps documents apart
     "beam": ["apache-beam>=2.70"],  # prepare --runner=beam; in an environment of its own
     "eval": [EVAL],  # evaluate --tasks
+    "export": [  # formats for devices, and their runtimes
+        TORCH,  # ExecuTorch and LiteRT are lowered from it
+        "transformers>=5.0",  # runs Hugging Face directories
+        "gguf>=0.19",  # writes GGUF,
+        "llama-cpp-python>=0.3.36",  # and llama.cpp runs it; built when it is installed
+        "onnx>=1.23",  # writes ONNX,
+        "onnxruntime>=1.32",  # which this runs
+        "flatbuffers>=25",  # jax.export needs it and does not say so
+        "executorch>=1.5.1",  # writes and runs .pte, with
+        "torchao>=0.18",  # its quantization
+        "litert-torch>=0.10",  # writes .tflite,
+        "ai-edge-quantizer>=0.10",  # in 8 bits,
+        "ai-edge-litert>=2.3",  # which this runs
+    ],
     "test": [
         EVAL,
         TORCH,  # the independent implementation,

@@ -27,12 +27,15 @@ find_python() {
 }
 
 # Prints the constraints file for Python $1 and the extras $2; a Python newer than the pinned ones
-# gets the newest. Beam holds packages back, so that it has versions of its own.
+# gets the newest. Beam and the runtimes for devices hold packages back, so that they have versions of
+# their own.
 constraints_for() {
   local minor
   minor=$("$1" -c 'import sys; print(sys.version_info[1])')
   if [ "$2" = beam ]; then
     echo constraints/beam.txt
+  elif [[ $2 = *export* ]]; then
+    echo constraints/export.txt
   elif [ "$minor" = 11 ]; then
     echo constraints/py311.txt
   else

@@ -19,7 +19,7 @@ class JaxRuntime:
 
     def __init__(self, config: ModelConfig, params: Params) -> None:
         self._config = dataclasses.replace(config, compute_dtype="float32")
-        model = Transformer(self._config).bind({"params": params})
+        model = Transformer(self._config).bind({"params": jax.device_put(params)})
 
         def extend(tokens_BT, cache):
             x_BTD, cache = model.extend(tokens_BT, cache)
