@@ -9,10 +9,12 @@ wait has an end.
 A run of one process passes through all of it without a coordinator.
 """
 
+import atexit
 import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -31,9 +33,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mobilellm_jax.cluster import find_cluster
 from mobilellm_jax.config import ConfigError
+from mobilellm_jax.early_stop import Stopped
+from mobilellm_jax.peers import Parting, Peers, delay_aborts
 
 _START_SEC = 300  # for all processes to be there
-_HEARTBEAT_SEC = 100  # without a sign of life, a process counts as dead and ends the run
+PEER_TIMEOUT_SEC = 60.0  # without a sign of life, a process counts as gone and ends the run
+_JAX_HEARTBEAT_SEC = 100  # the same, as jax has it, which aborts without saying who is gone
 _SHUTDOWN_SEC = 120  # that a process waits for the others at its end
 _AGREE_SEC = 600  # for all processes to come through a check
 _POLL_SEC = 5  # signals are heard only between two polls
@@ -41,6 +46,7 @@ _POLL_SEC = 5  # signals are heard only between two polls
 _PROGRAMS_FOLLOW_FROM = ("jax", "jaxlib", "flax", "optax")
 
 _numbers = itertools.count()
+_peers: Peers | None = None
 
 
 class DistributedError(RuntimeError):
@@ -51,11 +57,19 @@ def start(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    peer_timeout_sec: float = PEER_TIMEOUT_SEC,
 ) -> str:
     """Joins the processes of the run; call it before anything starts a backend.
 
-    All three arguments, or none: then the environment is asked. `num_processes=1` alone says that
-    there is one process whatever the environment looks like.
+    From then on this process ends, with its name, if another one is gone.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0. All three, or none: then the environment is
+        asked.
+      num_processes: of the run; 1 alone says that there are no others whatever the environment
+        looks like.
+      process_id: of this one, from 0.
+      peer_timeout_sec: silence after which another process counts as gone; 0 leaves that to jax.
 
     Returns:
       One line that says what was found.
@@ -72,13 +86,13 @@ def start(
         address, count, own = _checked(coordinator_address, num_processes, process_id)
         if own:
             _wait_for(address)
-        _initialize(address, count, own, cluster_detection_method="deactivate")
+        _initialize(*(address, count, own, peer_timeout_sec), cluster_detection_method="deactivate")
         _same_code()
         return f"process {own} of {count}, from flags, process 0 at {address}"
     cluster = find_cluster(os.environ)
     if not cluster.several:
         return f"one process ({cluster.name})"
-    _initialize(None, None, None, local_device_ids=cluster.devices)
+    _initialize(None, None, None, peer_timeout_sec, local_device_ids=cluster.devices)
     _same_code()
     state = _state()
     return f"process {state.process_id} of {state.num_processes}, found by {cluster.name}"
@@ -181,6 +195,40 @@ class Agreement:
         return pending is not None and bool(pending)
 
 
+def leave(how: Parting, why: str = "") -> None:
+    """Tells the others that this process ends now; one that does not say so is gone to them.
+
+    Args:
+      how: done; stopped, so that all shall and the run goes on later; failed.
+      why: for their message.
+    """
+    if _peers is not None:
+        _peers.leave(how, why)
+
+
+@contextlib.contextmanager
+def telling_failures() -> Iterator[None]:
+    """Tells the other processes of the run what ends the block in this one.
+
+    Raises:
+      DistributedError: for an error of the devices that comes from another process being gone.
+    """
+    try:
+        yield
+    except Stopped:
+        leave("stopped", signal.SIGTERM.name)
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        why = None if _peers is None else _peers.explain()
+        leave("failed", f"{type(error).__name__}: {error}")
+        if why is not None:
+            raise DistributedError(why) from error
+        raise
+    except BaseException as error:
+        leave("failed", f"{type(error).__name__}: {error}")
+        raise
+
+
 def _checked(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> tuple[str, int, int]:
@@ -227,12 +275,19 @@ def _wait_for(address: str) -> None:
         time.sleep(0.2)
 
 
-def _initialize(address: str | None, count: int | None, own: int | None, **more: Any) -> None:
+def _initialize(
+    address: str | None,
+    count: int | None,
+    own: int | None,
+    peer_timeout_sec: float,
+    **more: Any,
+) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     jax.distributed.initialize(
         *(address, count, own),
         initialization_timeout=_START_SEC,
-        heartbeat_timeout_seconds=_HEARTBEAT_SEC,
+        # Later than ours, which knows names.
+        heartbeat_timeout_seconds=max(_JAX_HEARTBEAT_SEC, math.ceil(2 * peer_timeout_sec)),
         shutdown_timeout_seconds=_SHUTDOWN_SEC,
         **more,
     )
@@ -240,6 +295,32 @@ def _initialize(address: str | None, count: int | None, own: int | None, **more:
     # elsewhere, in a long compilation say, the signal shall end the process as it ends any other.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
+    if peer_timeout_sec and _client() is not None:
+        _watch_peers(peer_timeout_sec)
+
+
+def _watch_peers(timeout_sec: float) -> None:
+    global _peers
+    state, client = _state(), _client()
+    peers = Peers(state.process_id, state.num_processes, timeout_sec)
+    if is_first():
+        client.key_value_set("mobilellm/peers", json.dumps(peers.listen()))
+    else:
+        what = "finding process 0"
+        port, token = json.loads(_read(client, "mobilellm/peers", what, _START_SEC))
+        host = state.coordinator_address.rpartition(":")[0].strip("[]")
+        try:
+            peers.connect(host, port, token)
+        except OSError as error:
+            raise DistributedError(
+                f"process 0 cannot be reached at {host}:{port} ({error}); let the processes of the "
+                "run connect to each other at any port, or give --peer_timeout=0: then jax alone "
+                "looks for one that is gone, which takes longer and tells no name."
+            ) from error
+    delay_aborts()
+    peers.start()
+    _peers = peers
+    atexit.register(leave, "done")
 
 
 def _same_code() -> None:
@@ -313,6 +394,8 @@ def _failure(error: BaseException) -> dict[str, Any]:
 def _raise_if_failed(answer: Mapping[str, Any], process: int, what: str) -> None:
     if "error" not in answer:
         return
+    if answer["type"] == Stopped.__name__:
+        raise Stopped
     if answer["bad_input"]:
         raise ConfigError(f"process {process}: {answer['error']}")
     raise DistributedError(

@@ -49,6 +49,21 @@ MAY_CHANGE = frozenset(
 )
 
 
+def local_workdir(workdir: str) -> Path:
+    """Returns the run folder; the records in it are appended to, which object stores cannot do.
+
+    Raises:
+      ConfigError: for a URL. As a path it would be a new folder on this machine.
+    """
+    if "://" in workdir:
+        raise ConfigError(
+            f"workdir={workdir!r} is a URL, and a run appends to files and locks its folder, which "
+            "object stores cannot do; mount the bucket (gcsfuse, mount-s3, JuiceFS) and give the "
+            "path, or another file system that all processes share."
+        )
+    return Path(workdir)
+
+
 def check_writable(workdir: Path) -> None:
     """Makes the folder if it is missing and tries to write in it."""
     try:

@@ -77,7 +77,7 @@ def pretrain(
       ConfigError: for what config and files or devices do not agree on, before any compile.
       FileNotFoundError: for missing data.
     """
-    with contextlib.ExitStack() as stack:
+    with distributed.telling_failures(), contextlib.ExitStack() as stack:
         lock = RunLock(workdir)
         with distributed.together("taking the run folder"):
             preflight.check_writable(workdir)

@@ -16,15 +16,18 @@ ROOT = Path(__file__).parent.parent
 
 # A room is a file or a folder directly under the package.
 FLOORS = {
+    "exit_codes": 0,
     "strict_json": 0,
     "compile_cache": 1,
     "config": 1,
+    "early_stop": 1,
     "host_memory": 1,
     "rundir": 1,
     "sealing": 2,
     "architectures": 2,
     "cluster": 2,
     "data": 2,
+    "peers": 2,
     "plots": 2,
     "run_lock": 2,
     "sharding": 2,

@@ -94,6 +94,17 @@ def flip_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://b/run", "file:///tmp/run", "memory://x"])
+def test_a_url_is_no_run_folder(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        preflight.local_workdir(url)
+    for part in (f"workdir={url!r} is a URL", "mount the bucket"):
+        assert part in str(error.value)
+    assert preflight.local_workdir("runs/a") == Path("runs/a")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("no_compile")
 @pytest.mark.parametrize("damaged", ["one/train-00001", "two/validation-00000"])
 @pytest.mark.parametrize("suffix", ["tokens", "offsets"])

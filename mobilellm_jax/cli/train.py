@@ -8,21 +8,24 @@ A finished run is extended by a larger --config.train.steps. What is compiled is
 start in ~/.cache/mobilellm, or where JAX_COMPILATION_CACHE_DIR says.
 
 SIGTERM, Ctrl-C or the end of --max_walltime save the run and end it with exit code 75: a scheduler
-may start the same command again, which goes on. Ctrl-C twice leaves at once.
+may start the same command again, which goes on. Ctrl-C twice leaves at once, and so does once
+before the first step.
 
 Several processes train one run: start the same command in each. Slurm, Kubernetes JobSet and TPU
 VMs tell them about each other; elsewhere give all three of --coordinator_address, --num_processes
-and --process_id. --workdir must be a folder that they share.
+and --process_id. --workdir must be a folder that they share. When one dies, or gives no sign of
+life for --peer_timeout seconds, the others name it and end with exit code 75.
 """
 
+import signal
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from mobilellm_jax.cli.config_flags import load_config
-
-SAVED_REQUEUE_ME = 75  # EX_TEMPFAIL: a scheduler may start the same command again
+from mobilellm_jax.config import Config
+from mobilellm_jax.early_stop import EarlyStop
+from mobilellm_jax.exit_codes import SAVED_REQUEUE_ME
 
 _CONFIG = flags.DEFINE_string("config", None, "config file, configs/NAME.py", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "run folder, made if missing", required=True)
@@ -31,6 +34,12 @@ _PROCESSES = flags.DEFINE_integer(
     "num_processes", None, "processes of the run; 1 = look for no others", lower_bound=1
 )
 _PROCESS = flags.DEFINE_integer("process_id", None, "number of this one, from 0", lower_bound=0)
+_PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout",
+    60.0,
+    "seconds of silence after which another process of the run counts as gone; 0 = not looked for",
+    lower_bound=0.0,
+)
 _PROFILE = flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST steps of which a profile is written to WORKDIR/profile"
 )
@@ -42,8 +51,15 @@ _WALLTIME = flags.DEFINE_string(
 def main(argv: list[str]) -> int:
     """Trains."""
     config = load_config(_CONFIG.value, argv[1:])
+    finished = False
+    with EarlyStop(_tell_the_others) as stop:
+        finished = _train(config)
+    return 0 if finished and not stop.asked else SAVED_REQUEUE_ME
+
+
+def _train(config: Config) -> bool:
     # Only now, so that --help and a mistake in the config are answered at once.
-    from mobilellm_jax import distributed
+    from mobilellm_jax import distributed, preflight
     from mobilellm_jax.compile_cache import use_compile_cache
     from mobilellm_jax.host_memory import share_one_heap
     from mobilellm_jax.pretrain import pretrain
@@ -51,6 +67,7 @@ def main(argv: list[str]) -> int:
     from mobilellm_jax.train.stopping import Walltime, parse_duration
     from mobilellm_jax.xla_flags import set_xla_flags
 
+    workdir = preflight.local_workdir(_WORKDIR.value)
     walltime = None
     if _WALLTIME.value is not None:
         walltime = Walltime(parse_duration("--max_walltime", _WALLTIME.value))
@@ -59,8 +76,15 @@ def main(argv: list[str]) -> int:
     share_one_heap()
     xla_flags = set_xla_flags(deterministic=config.train.deterministic)
     cache = use_compile_cache()
-    found = distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    found = distributed.start(
+        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _PEER_TIMEOUT.value
+    )
     lines = [f"start   {found}", f"xla     flags added: {xla_flags}; compiled programs: {cache}"]
     print("\n".join(lines), file=sys.stderr, flush=True)
-    finished = pretrain(config, Path(_WORKDIR.value), profile, walltime)
-    return 0 if finished else SAVED_REQUEUE_ME
+    return pretrain(config, workdir, profile, walltime)
+
+
+def _tell_the_others() -> None:
+    from mobilellm_jax import distributed
+
+    distributed.leave("stopped", signal.SIGTERM.name)

@@ -59,7 +59,8 @@ def train_loop(
     """Trains from `state.step` to `train.steps`; returns the state and how it ended.
 
     It stops early, saved, at the end of the step in which SIGTERM or SIGINT arrived or `walltime`
-    was up; where a run is several processes, all stop at the end of the next. Where saving and
+    was up; where a run is several processes, all stop at the end of the next. Until the first step
+    is under way the signals are left to the caller. Where saving and
     evaluation fall on the same step, saving comes first, so that nothing lost by an evaluation is
     lost to the run.
 
@@ -101,7 +102,9 @@ def train_loop(
     # The run may have been stopped after saving this step and before looking at it.
     look(first)
     saved, why = first, ""
-    with StopRequest() as stop, contextlib.closing(prefetch(batches, hooks.put)) as placed:
+    stop = StopRequest()
+    with contextlib.ExitStack() as stack:
+        placed = stack.enter_context(contextlib.closing(prefetch(batches, hooks.put)))
         report.meter.reset()
         for step in range(first + 1, steps + 1):
             began = time.monotonic()
@@ -109,6 +112,9 @@ def train_loop(
             batch = next(placed)
             report.meter.waited_sec += time.perf_counter() - waiting
             state, metrics = step_fn(state, batch)
+            if step == first + 1:
+                # Not before: it has compiled for minutes maybe, and there was nothing to save.
+                stack.enter_context(stop)
             report.step(step, metrics)
             if walltime is not None and step > first + 1:  # the first compiles
                 walltime.measured("step", time.monotonic() - began)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
 from mobilellm_jax.train.metrics import read_metrics
 
@@ -22,8 +23,10 @@ def log(workdir: Path) -> list[dict[str, Any]]:
 def stored(workdir: Path, step: int) -> dict[str, Any]:
     """Everything that a step holds, read by Orbax itself: parameters, optimizer, step, key."""
     folder = workdir / "checkpoints" / str(step)
-    with ocp.StandardCheckpointer() as reader:
-        return {name: reader.restore(folder / name) for name in ("params", "optimizer")}
+    here = SingleDeviceSharding(jax.devices()[0])  # two processes may have written it
+    args = ocp.args.StandardRestore(fallback_sharding=here)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        return {n: reader.restore(folder / n, args=args) for n in ("params", "optimizer")}
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:

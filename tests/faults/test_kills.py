@@ -26,8 +26,11 @@ _WAIT_SEC = 600  # for a machine that does other things
 @pytest.fixture(scope="module")
 def config_file(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config file whose run has 120 steps, 24 checkpoints and 15 evaluations."""
-    path = tmp_path_factory.mktemp("kills") / "config.py"
-    train = dataclasses.replace(config.train, steps=STEPS, checkpoint_every=5)
+    return write_config(config, tmp_path_factory.mktemp("kills") / "config.py", STEPS)
+
+
+def write_config(config: Config, path: Path, steps: int) -> Path:
+    train = dataclasses.replace(config.train, steps=steps, checkpoint_every=5)
     evaluate = dataclasses.replace(config.evaluate, every=24)
     whole = dataclasses.replace(config, train=train, evaluate=evaluate)
     path.write_text(
@@ -44,6 +47,7 @@ class Harness:
     config_file: Path
     cache: Path
     random: random.Random
+    steps: int = STEPS
     planned: list[tuple[str, signal.Signals]] = dataclasses.field(default_factory=list)
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
@@ -67,15 +71,16 @@ class Harness:
             self.random.shuffle(self.planned)
         kind, number = self.planned.pop()
         is_time = self._moment(kind, workdir, life_sec)
+        before = len(said(workdir, whole=True))
         process = self.start(workdir)
         deadline = time.monotonic() + _WAIT_SEC
-        while process.exitcode is None and not is_time():
+        while process.exitcode is None and not (catches_sigterm(process.pid) and is_time()):
             assert time.monotonic() < deadline, said(workdir)
             time.sleep(0.001)
         if process.exitcode is None and process.pid is not None:
             os.kill(process.pid, number)
         process.join(_WAIT_SEC)
-        self._check(process.exitcode, number, workdir)
+        self._check(process.exitcode, number, workdir, said(workdir, whole=True)[before:])
         if process.exitcode == 0:
             self.counts["finished first"] += 1
             return True
@@ -106,15 +111,28 @@ class Harness:
         steps = self.random.randint(1, 40)
         first = last_loss(workdir)
         # The record is cut back at the start, so that a life may be past `first` only late.
-        return a_moment_after(lambda: last_loss(workdir) >= min(first + steps, STEPS - 1))
+        return a_moment_after(lambda: last_loss(workdir) >= min(first + steps, self.steps - 1))
 
-    def _check(self, code: int | None, number: signal.Signals, workdir: Path) -> None:
-        # Where no step is under way, SIGTERM ends the process as it ends any other.
-        allowed = {0, -number} | ({SAVED_REQUEUE_ME} if number == signal.SIGTERM else set())
-        assert code in allowed, f"exit code {code}\n{said(workdir)}"
+    def _check(
+        self, code: int | None, number: signal.Signals, workdir: Path, in_this_life: str
+    ) -> None:
+        ends = SAVED_REQUEUE_ME if number == signal.SIGTERM else -number
+        assert code in (0, ends), f"exit code {code}\n{said(workdir)}"
         if code == SAVED_REQUEUE_ME:
-            self.counts["saved on SIGTERM"] += 1
-            assert checkpoint.latest_step(workdir) == last_loss(workdir), said(workdir)
+            if "SIGTERM: no step is under way" in in_this_life:
+                self.counts["SIGTERM outside of the steps"] += 1
+            else:
+                self.counts["saved on SIGTERM"] += 1
+                assert checkpoint.latest_step(workdir) == last_loss(workdir), said(workdir)
+
+
+def catches_sigterm(pid: int | None) -> bool:
+    """Whether the process has come so far that it has a say in how SIGTERM ends it."""
+    try:
+        caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -133,9 +151,9 @@ def _log(workdir: Path) -> list[dict[str, int]]:
     return log(workdir) if (workdir / "metrics.jsonl").exists() else []
 
 
-def said(workdir: Path) -> str:
+def said(workdir: Path, *, whole: bool = False) -> str:
     path = workdir.with_suffix(".log")
-    return path.read_text()[-4000:] if path.exists() else "nothing was said"
+    return path.read_text()[0 if whole else -4000 :] if path.exists() else ""
 
 
 def kill_and_compare(config_file: Path, folder: Path, kills: int, seed: int) -> str:

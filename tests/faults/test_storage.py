@@ -340,6 +340,27 @@ def test_nothing_is_saved_into_a_folder_that_another_run_took(
     assert checkpoint.steps(run) == [1, 2]
 
 
+def test_rename_that_moves_file_by_file_may_be_cut_off_anywhere(
+    run: Path, tokenizer: Tokenizer
+) -> None:
+    """As a bucket does that is mounted: it has no folders, so it renames their files one by one."""
+    final = run / "checkpoints" / "2"
+    work = final.rename(f"{final}.saving-1")
+    files = sorted(p for p in work.rglob("*") if p.is_file())
+    for file in files[:-1]:
+        place = final / file.relative_to(work)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(place)
+        said: list[str] = []
+        assert checkpoint.latest_step(run, report=said.append) == 1
+        assert said[0].startswith(f"skipped: {final} is ")
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+        writer.save(2, FIRST, DATA)
+    assert checkpoint.latest_step(run) == 2
+    same(FIRST.params, checkpoint.restore_model(run, 2).params)
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"1", "2", "2.damaged-1"}
+
+
 @pytest.fixture
 def no_rename(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store in which a name is given once: folders are not renamed, nor synchronised."""

@@ -278,6 +278,21 @@ def test_signal_ends_the_run_saved_after_the_step(
     assert f"step 2: stopping ({number.name}); saving" in rig.stream.getvalue()
 
 
+def test_signal_before_the_first_step_is_done_is_left_to_the_caller(
+    make: Callable[..., Rig],
+) -> None:
+    """It may compile for minutes, and nothing is lost if the caller ends it."""
+    came: list[int] = []
+    old = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        rig = make({"steps": 3}, on_step=lambda step: send(signal.SIGTERM) if step < 3 else None)
+        state, outcome = rig()
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert came == [signal.SIGTERM]
+    assert (int(state.step), outcome) == (2, Outcome("stopped", "SIGTERM"))
+
+
 def test_signal_in_the_last_step_finds_a_finished_run(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 2}, on_step=lambda step: send(signal.SIGTERM) if step == 2 else None)
     _, outcome = rig()
