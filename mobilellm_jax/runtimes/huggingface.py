@@ -20,6 +20,8 @@ class HuggingFaceRuntime:
     """
 
     def __init__(self, folder: Path) -> None:
+        logging: Any = transformers.utils.logging
+        logging.disable_progress_bar()
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True
         )
