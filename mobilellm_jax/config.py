@@ -29,6 +29,10 @@ Attention = Literal["auto", "xla", "cudnn", "splash", "tokamax"]
 Boundaries = Literal["concat", "document_mask"]
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "constant"]
+QuantizeScheme = Literal[
+    "none", "w8a8", "w8", "w8g32", "w8g128", "w4", "w4g32", "w4g128", "w4a8", "w4a8g32", "w4a8g128"
+]
+QUANTIZE_PARTS = ("embedding", "head", "attention", "cache")
 
 
 class ConfigError(ValueError):
@@ -169,6 +173,14 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """Quantization-aware training: the step computes with matrices and activations on levels."""
+
+    scheme: QuantizeScheme = "none"  # see quantize/schemes.py; none = floating point
+    parts: str = "embedding,head"  # of QUANTIZE_PARTS, besides the blocks' matrices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A complete, checked run."""
 
@@ -178,6 +190,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     mesh: MeshConfig = MeshConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
 
     def __post_init__(self) -> None:
         violations = [*_type_violations(self), *_rule_violations(self)]
@@ -366,6 +379,31 @@ def attention_violations(config: Config, name: str) -> Iterator[str]:
         )
 
 
+def part_violations(field: str, parts: str) -> Iterator[str]:
+    """Yields what among the names is no part of a model."""
+    for part in quantize_parts(parts):
+        if part not in QUANTIZE_PARTS:
+            yield (
+                f"{field}={parts!r}: {plain(part)} is none of {', '.join(QUANTIZE_PARTS)}."
+                + near_miss(part, QUANTIZE_PARTS)
+            )
+
+
+def tied_violations(field: str, parts: str, model: ModelConfig) -> Iterator[str]:
+    """Yields that half of one matrix was named, if it was."""
+    chosen = quantize_parts(parts)
+    if model.tie_embeddings is True and ("embedding" in chosen) != ("head" in chosen):
+        yield (
+            f"{field}={parts!r}: embedding and head are one matrix of this model "
+            "(model.tie_embeddings=True); name both or neither."
+        )
+
+
+def quantize_parts(parts: str) -> tuple[str, ...]:
+    """Returns the names in a list separated by commas."""
+    return tuple(part.strip() for part in parts.split(",") if part.strip())
+
+
 # Of every whole number: what a device counts with, and far more than there is a use for.
 _WHOLE_NUMBERS = range(-(1 << 31), 1 << 31)
 _AT_LEAST_ONE = (
@@ -441,6 +479,14 @@ def _rule_violations(config: Config) -> Iterator[str]:
         )
     if usable("data.seq_len", "model.head_dim", "mesh.sequence"):
         yield from attention_violations(config, model.attention)
+    if usable("quantize.parts") and config.quantize.scheme != "none":
+        yield from part_violations("quantize.parts", config.quantize.parts)
+        yield from tied_violations("quantize.parts", config.quantize.parts, model)
+        if "attention" in quantize_parts(config.quantize.parts):
+            yield (
+                f"quantize.parts={config.quantize.parts!r}: attention is not trained in 8 bits; "
+                "leave it out, and name it when the model is evaluated."
+            )
     for name in ("evaluate.tasks", "evaluate.text"):
         if name in sound and value[name] and config.evaluate.every == 0:
             yield (

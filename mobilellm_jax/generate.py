@@ -22,8 +22,10 @@ from jaxtyping import Array, Bool, Int
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.model.cache import AlignedCache, align, init_cache
-from mobilellm_jax.model.decoding import DecodingWeights, decode, decoding_weights
+from mobilellm_jax.model.decoding import DecodingWeights, decode, decoding_weights, in_8_bits
 from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.products import narrowed
+from mobilellm_jax.model.quantized import Kernel, QuantizedKernel
 from mobilellm_jax.model.transformer import Params, Transformer
 from mobilellm_jax.sampling import DEFAULT, Draw, Method, Sampling, as_arrays, method_of, next_token
 
@@ -224,7 +226,8 @@ def _chunks(
     _check_lengths(config, prompts, max_new_tokens)
     count = len(prompts)
     lengths = [len(prompt) for prompt in prompts]
-    batch, width = _rows(config, count), _bucket(max(lengths))
+    prepared = params if isinstance(params, Prepared) else prepare(config, params)
+    batch, width = _rows(config, prepared.weights, count), _bucket(max(lengths))
     tokens_BT = np.zeros((batch, width), np.int32)
     lengths_B = np.ones((batch,), np.int32)
     for b, prompt in enumerate(prompts):
@@ -234,7 +237,6 @@ def _chunks(
     done_B = np.arange(batch) >= count  # rows that only fill the batch
     draw = as_arrays(sampling, config.vocab_size, batch)
     method = method_of(sampling)
-    prepared = params if isinstance(params, Prepared) else prepare(config, params)
     capacity = _bucket(max(lengths) + max_new_tokens)
     state = _prefill(
         *(prepared.params, tokens_BT, lengths_B, done_B, stop, draw),
@@ -281,13 +283,15 @@ def _common_prefix(one: str, other: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _rows(config: ModelConfig, count: int) -> int:
+def _rows(config: ModelConfig, weights: DecodingWeights, count: int) -> int:
     """Returns how many rows the batch has; those past `count` are done from the start."""
     rows = _power_of_two(count)
-    # XLA's CPU backend has no product of a bfloat16 matrix and a vector: it converts the matrix to
-    # float32 at every token, which takes longer than a second row.
-    alone = jax.default_backend() == "cpu" and compute_dtype(config) == jnp.bfloat16
-    return max(rows, 2) if alone else rows
+    # XLA's CPU backend has no product of a vector and a matrix of bfloat16 or int8: it converts the
+    # matrix to float32 or int32 at every token, which takes longer than a second row.
+    down_FD = weights.blocks[0].down_FD
+    in_integers = isinstance(down_FD, QuantizedKernel) and down_FD.integer_products
+    converted = in_integers or compute_dtype(config) == jnp.bfloat16
+    return max(rows, 2) if converted and jax.default_backend() == "cpu" else rows
 
 
 def _power_of_two(at_least: int) -> int:
@@ -302,13 +306,15 @@ def _bucket(tokens: int) -> int:
 def _to_compute_dtype(params: Params, config: ModelConfig) -> Params:
     """Casts every matrix once instead of at every token; the model would cast it to the same.
 
-    Norm scales stay float32, since they are multiplied in float32.
+    Norm scales stay float32, since they are multiplied in float32, and integers integers.
     """
 
-    def cast(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
-        return leaf if path[-1].key == "scale" else leaf.astype(compute_dtype(config))
+    def cast(path: tuple[jax.tree_util.DictKey, ...], leaf: Kernel) -> Kernel:
+        return leaf if path[-1].key == "scale" else narrowed(leaf, compute_dtype(config))
 
-    return jax.tree_util.tree_map_with_path(cast, params)  # type: ignore[no-any-return]  # untyped
+    return jax.tree_util.tree_map_with_path(  # type: ignore[no-any-return]  # untyped
+        cast, params, is_leaf=lambda node: isinstance(node, QuantizedKernel)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "method"))
@@ -326,7 +332,8 @@ def _prefill(
 ) -> _State:
     """Reads the prompts, padded on the right, and draws the first token of each row."""
     model, batch = Transformer(config).bind({"params": params}), tokens_BT.shape[0]
-    cache = init_cache(config, batch, capacity, compute_dtype(config))
+    cache_dtype = jnp.int8 if in_8_bits(params).cache else compute_dtype(config)
+    cache = init_cache(config, batch, capacity, cache_dtype)
     x_BTD, cache = model.extend(tokens_BT, cache)
     last_B1D = x_BTD[jnp.arange(batch)[:, None], lengths_B[:, None] - 1]
     logits_B1V = model.logits(last_B1D)

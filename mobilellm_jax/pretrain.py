@@ -31,6 +31,8 @@ from mobilellm_jax.model.size import FLOP_CONVENTION, flops_per_token, parameter
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.plots import plot_losses
+from mobilellm_jax.quantize.schemes import trained_scheme
+from mobilellm_jax.quantize.training import derivation, training_transform
 from mobilellm_jax.run_lock import RunLock
 from mobilellm_jax.sampling import Sampling
 from mobilellm_jax.sharding import (
@@ -47,7 +49,7 @@ from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.profiler import ProfiledSteps, Profiler
 from mobilellm_jax.train.report import BadSteps
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state, is_finite
-from mobilellm_jax.train.step import TrainStep, make_train_step
+from mobilellm_jax.train.step import TrainStep, Transform, make_train_step
 from mobilellm_jax.train.stopping import Walltime
 
 _SAMPLE_TOKENS = 64
@@ -126,8 +128,9 @@ def _pretrain(
                 placed = jax.tree.map(place, start_params, abstract.params)
                 state = dataclasses.replace(state, params=placed)
         resumed_at = int(state.step)
-        step_fn: TrainStep = make_train_step(config, optimizer, mesh, rules, state)
-        validate = _validator(config, mixture, mesh, rules, workdir)
+        transform, derive = training_transform(config), derivation(config)
+        step_fn: TrainStep = make_train_step(config, optimizer, mesh, rules, state, transform)
+        validate = _validator(config, mixture, mesh, rules, workdir, derive)
 
         def data_after(step: int) -> checkpoint.DataState:
             samples = (step - resumed_at) * config.train.global_batch
@@ -157,7 +160,9 @@ def _pretrain(
                     finish_saving=checkpoints.wait,
                     save_again=checkpoints.save_again,
                     validate=validate,
-                    sample=functools.partial(_look, config, tokenizer, workdir, evaluator, writer),
+                    sample=functools.partial(
+                        _look, config, tokenizer, workdir, evaluator, writer, derive
+                    ),
                     agree=distributed.Agreement(first_step),
                 )
                 profiled = step_fn
@@ -261,6 +266,9 @@ def _describe(
         f"state   {bytes_per_device(state.params) / 1e6:,.1f} MB of parameters and "
         f"{bytes_per_device(state.optimizer) / 1e6:,.1f} MB of optimizer state on each device",
     ]
+    scheme = trained_scheme(config)
+    if scheme is not None:
+        lines.append(f"quantize trained for {scheme}")
     if resume_step is not None:
         lines.append(f"resume  from step {resume_step:,}")
     print("\n".join(lines), file=stderr(), flush=True)
@@ -350,12 +358,17 @@ def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
 
 
 def _validator(
-    config: Config, mixture: Mixture, mesh: Mesh, rules: Rules, workdir: Path
+    config: Config,
+    mixture: Mixture,
+    mesh: Mesh,
+    rules: Rules,
+    workdir: Path,
+    derive: Transform,
 ) -> Callable[[TrainState], Mapping[str, float]]:
     validator = make_validator(config, mixture, mesh, rules)
 
     def validate(state: TrainState) -> Mapping[str, float]:
-        values = validator(state.params)
+        values = validator(derive(state.params))
         if int(state.step):
             _plot(workdir)
         return values
@@ -369,12 +382,14 @@ def _look(
     workdir: Path,
     evaluator: Evaluator,
     writer: MetricsWriter,
+    derive: Transform,
     step: int,
     state: TrainState,
 ) -> None:
     """Samples texts and scores tasks, with the parameters where they are."""
-    _write_samples(config, tokenizer, workdir, step, state)
-    values = evaluator(state.params)
+    params = derive(state.params)
+    _write_samples(config, tokenizer, workdir, step, params, state.key_data)
+    values = evaluator(params)
     if values:
         writer.write(step, values)
         shown = "  ".join(f"{k.removeprefix('evaluate/')} {v:.4f}" for k, v in values.items())
@@ -382,14 +397,19 @@ def _look(
 
 
 def _write_samples(
-    config: Config, tokenizer: Tokenizer, workdir: Path, step: int, state: TrainState
+    config: Config,
+    tokenizer: Tokenizer,
+    workdir: Path,
+    step: int,
+    params: Params,
+    key_data: jax.Array,
 ) -> None:
     count = config.evaluate.samples
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), step)
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
     seed = int(jax.random.randint(key, (), 0, np.iinfo(np.int32).max))
     texts = generate(
         config.model,
-        state.params,
+        params,
         [[tokenizer.bos_id]] * count,
         max_new_tokens=min(_SAMPLE_TOKENS, config.model.max_seq_len - 1),
         sampling=Sampling(seed=seed),

@@ -9,7 +9,8 @@ from mobilellm_jax.architectures import MOBILELLM
 from mobilellm_jax.cli.config_flags import load_config
 from mobilellm_jax.config import Config
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.py"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
 def config_of(name: str) -> Config:
@@ -25,7 +26,7 @@ def test_config_builds(file: Path) -> None:
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_header_says_how_and_what(file: Path) -> None:
     header = ast.get_docstring(ast.parse(file.read_text())) or ""
-    assert f"--config=configs/{file.name}" in header
+    assert f"--config={file.relative_to(ROOT)}" in header
     assert {"Data:", "Run:", "Cost:", "Result:"} <= set(header.split())
 
 

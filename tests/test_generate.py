@@ -19,6 +19,7 @@ from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.export.huggingface import write_huggingface
 from mobilellm_jax.generate import decode_stream, encode_prompt, generate, stream, stream_text
 from mobilellm_jax.model.cache import KVCache, init_cache
+from mobilellm_jax.model.decoding import decoding_weights
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 from mobilellm_jax.sampling import GREEDY, Sampling
 from tests.test_sampling import naive_support
@@ -177,9 +178,12 @@ def test_prepared_parameters_generate_the_same_and_are_prepared_once(
 
 
 @pytest.mark.parametrize(("dtype", "rows"), [("float32", [1, 2, 4]), ("bfloat16", [2, 2, 4])])
-def test_bfloat16_on_a_cpu_never_multiplies_one_row(dtype: str, rows: list[int]) -> None:
+def test_bfloat16_on_a_cpu_never_multiplies_one_row(
+    params: Params, dtype: str, rows: list[int]
+) -> None:
     config = dataclasses.replace(TINY, compute_dtype=dtype)
-    assert [generate_module._rows(config, count) for count in (1, 2, 3)] == rows
+    weights = decoding_weights(params, config)
+    assert [generate_module._rows(config, weights, count) for count in (1, 2, 3)] == rows
 
 
 def test_sampled_row_does_not_depend_on_its_neighbours(params: Params) -> None:

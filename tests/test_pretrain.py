@@ -20,7 +20,7 @@ import pytest
 
 from mobilellm_jax import checkpoint, pretrain
 from mobilellm_jax.cli.main import main
-from mobilellm_jax.config import Config, ConfigError, from_json
+from mobilellm_jax.config import Config, ConfigError, QuantizeConfig, from_json
 from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.prepare import prepare
 from mobilellm_jax.evaluate.perplexity import perplexity
@@ -310,6 +310,34 @@ def test_start_from_another_runs_parameters(
     # The first update is zero, so validation before it is that of the parameters given.
     expected = validations(uninterrupted)[16]
     assert validations(tmp_path / "run")[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_quantized_training_goes_on_exactly_and_says_what_it_is(
+    data: Path, tmp_path: Path, uninterrupted: Path
+) -> None:
+    base = from_json((uninterrupted / "config.json").read_text())
+    train = dataclasses.replace(
+        base.train, init_from=str(uninterrupted), steps=6, eval_every=6, checkpoint_every=3
+    )
+    optimizer = dataclasses.replace(base.optimizer, schedule="constant")
+    quantize = QuantizeConfig(scheme="w4a8")
+    config = dataclasses.replace(base, train=train, optimizer=optimizer, quantize=quantize)
+    assert pretrain.pretrain(config, tmp_path / "whole")
+    half = dataclasses.replace(config, train=dataclasses.replace(train, steps=3))
+    assert pretrain.pretrain(half, tmp_path / "run")
+    assert pretrain.pretrain(config, tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert_same_bits(stored(tmp_path / "run", 6), stored(tmp_path / "whole", 6))
+    # The floats are the truth; what is validated are the integers that they stand for.
+    opened = open_model(tmp_path / "run")
+    assert opened.run_config is not None
+    assert opened.run_config.quantize == quantize
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(opened.params))
+    assert validations(tmp_path / "whole")[0] != pytest.approx(
+        validations(uninterrupted)[16], rel=1e-5
+    )
+    with pytest.raises(ConfigError, match=r"quantize.scheme: 'w4a8' there, 'none' here"):
+        pretrain.pretrain(dataclasses.replace(config, quantize=QuantizeConfig()), tmp_path / "run")
 
 
 def test_mixture_goes_on_exactly_and_is_told_apart(

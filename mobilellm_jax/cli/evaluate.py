@@ -5,6 +5,7 @@
   mobilellm evaluate --checkpoint=runs/mine --tasks=triviaqa --num_fewshot=5
   mobilellm evaluate --checkpoint=runs/quickstart --perplexity=README.md
   mobilellm evaluate --checkpoint=exported/hf --perplexity=wiki.txt --stride=512 --output=wiki.json
+  mobilellm evaluate --checkpoint=runs/mine --tasks=mobilellm --quantize=w8a8
   mobilellm evaluate --artifact=exported/q8 --tasks=piqa --limit=100 --output=scores.json
 
 Tasks are those of the installed harness (pip install 'mobilellm-jax[eval]'), and `mobilellm` is
@@ -22,6 +23,8 @@ quantization cost. It reads one sequence after the other.
 For perplexity the text is cut into windows of model.max_seq_len tokens, without overlap; what is
 left after the last full window is not scored. With --stride=N every token is scored, after as many
 tokens as N leaves in a window.
+
+With --quantize=SCHEME the checkpoint is measured in integers, on tasks and text alike.
 """
 
 import dataclasses
@@ -35,6 +38,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from mobilellm_jax.cli.errors import UsageError
+from mobilellm_jax.cli.quantizing import PARTS_HELP, QUANTIZE_HELP, chosen_scheme, quantize_opened
+from mobilellm_jax.quantize.schemes import Scheme
 
 if TYPE_CHECKING:
     from mobilellm_jax.data.tokenizer import Tokenizer
@@ -56,6 +61,8 @@ _PERPLEXITY = flags.DEFINE_string("perplexity", None, "text file in UTF-8")
 _STRIDE = flags.DEFINE_integer(
     "stride", None, "tokens that each window of the text scores; it reads model.max_seq_len"
 )
+_QUANTIZE = flags.DEFINE_string("quantize", None, QUANTIZE_HELP)
+_QUANTIZED_PARTS = flags.DEFINE_string("quantized_parts", None, PARTS_HELP)
 _OUTPUT = flags.DEFINE_string("output", None, "file for the result, besides the standard output")
 
 
@@ -63,16 +70,17 @@ def main(argv: list[str]) -> None:
     """Evaluates."""
     del argv  # no config, no overrides
     _check_flags()
+    scheme = chosen_scheme(_QUANTIZE.value, _QUANTIZED_PARTS.value)
     output = Path(_OUTPUT.value) if _OUTPUT.value else None
     if output is not None:
         _check_output(output)
     if _PERPLEXITY.value:
-        _measure_perplexity(Path(_PERPLEXITY.value), output)
+        _measure_perplexity(Path(_PERPLEXITY.value), output, scheme)
     else:
-        _evaluate_tasks(output)
+        _evaluate_tasks(output, scheme)
 
 
-def _measure_perplexity(file: Path, output: Path | None) -> None:
+def _measure_perplexity(file: Path, output: Path | None, scheme: Scheme | None) -> None:
     from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
     from mobilellm_jax.open_model import open_model
     from mobilellm_jax.rundir import write_whole
@@ -87,9 +95,11 @@ def _measure_perplexity(file: Path, output: Path | None) -> None:
         )
         record = {"artifact": _ARTIFACT.value, "precision": artifact.info.precision}
     else:
-        model = open_model(_CHECKPOINT.value)
+        model = quantize_opened(open_model(_CHECKPOINT.value), scheme)
         result = perplexity(model.config, model.params, model.tokenizer, text, stride=_STRIDE.value)
         record = {"checkpoint": model.origin}
+        if scheme is not None:
+            record["quantize"] = str(scheme)
     record["file"] = str(file)
     if _STRIDE.value is not None:
         record["stride"] = _STRIDE.value
@@ -99,7 +109,7 @@ def _measure_perplexity(file: Path, output: Path | None) -> None:
         write_whole(output, content)
 
 
-def _evaluate_tasks(output: Path | None) -> None:
+def _evaluate_tasks(output: Path | None, scheme: Scheme | None) -> None:
     data_dir = Path(_DATA_DIR.value) if _DATA_DIR.value else None
     if data_dir is not None:
         # Read when the libraries are imported: with local files, nothing asks a network.
@@ -110,7 +120,7 @@ def _evaluate_tasks(output: Path | None) -> None:
     from mobilellm_jax.rundir import write_whole
 
     tasks = load_tasks(_TASKS.value, data_dir=data_dir, num_fewshot=_NUM_FEWSHOT.value)
-    subject = _artifact_subject() if _ARTIFACT.value else _checkpoint_subject()
+    subject = _artifact_subject() if _ARTIFACT.value else _checkpoint_subject(scheme)
     path = output.with_name(f"{output.name}.journal") if output else None
     journal = Journal(path, subject.identity)
     if journal.replaced:
@@ -141,7 +151,7 @@ class _Subject:
     origin: str
 
 
-def _checkpoint_subject() -> _Subject:
+def _checkpoint_subject(scheme: Scheme | None) -> _Subject:
     import jax
 
     from mobilellm_jax.config import MeshConfig
@@ -152,7 +162,8 @@ def _checkpoint_subject() -> _Subject:
     from mobilellm_jax.open_model import open_model
     from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
 
-    opened = open_model(_CHECKPOINT.value)
+    opened = quantize_opened(open_model(_CHECKPOINT.value), scheme)
+    how = str(scheme) if scheme else None
     config = opened.config
     if jax.default_backend() == "cpu":
         keep_freed_memory()
@@ -162,8 +173,8 @@ def _checkpoint_subject() -> _Subject:
     return _Subject(
         JaxEngine(config, scorer, params),
         opened.tokenizer,
-        identity(config, params, opened.tokenizer),
-        opened.origin,
+        identity(config, params, opened.tokenizer, how),
+        f"{opened.origin}, {how}" if how else opened.origin,
     )
 
 
@@ -203,6 +214,11 @@ def _check_flags() -> None:
     if bool(_TASKS.value) == bool(_PERPLEXITY.value):
         both = "cannot both be given" if _TASKS.value else "are both missing; give one of them"
         raise UsageError(f"--tasks and --perplexity {both}. See mobilellm evaluate --help.")
+    if _ARTIFACT.value and _QUANTIZE.value is not None:
+        raise UsageError(
+            f"--quantize={_QUANTIZE.value} goes with --checkpoint only: an artifact was quantized "
+            "when it was exported."
+        )
     of_tasks = {"num_fewshot": _NUM_FEWSHOT, "limit": _LIMIT, "data_dir": _DATA_DIR}
     others = {"stride": _STRIDE} if _TASKS.value else of_tasks
     for name, flag in others.items():

@@ -4,6 +4,7 @@
   mobilellm generate --checkpoint=runs/quickstart/checkpoints/400 --prompt='Once' --temperature=0
   mobilellm generate --checkpoint=exported/hf --top_k=40 --top_p=1 --seed=7
   mobilellm generate --checkpoint=runs/quickstart --prompt_file=prompts.txt --batch_size=16
+  mobilellm generate --checkpoint=runs/quickstart --prompt='Once' --quantize=w8a8
   cat prompts.txt | mobilellm generate --checkpoint=runs/quickstart --max_new_tokens=50
 
 Prompt and continuation go to the standard output, tokens per second to the standard error. One
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from mobilellm_jax.cli.errors import UsageError, is_bad_input
+from mobilellm_jax.cli.quantizing import PARTS_HELP, QUANTIZE_HELP, chosen_scheme, quantize_opened
 
 if TYPE_CHECKING:
     from mobilellm_jax.generate import Prepared
@@ -58,6 +60,8 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "keep the K likeliest tokens; 0 keeps 
 _TOP_P = flags.DEFINE_float(
     "top_p", 0.95, "keep the likeliest tokens that together reach this probability; 1 keeps all"
 )
+_QUANTIZE = flags.DEFINE_string("quantize", None, QUANTIZE_HELP)
+_QUANTIZED_PARTS = flags.DEFINE_string("quantized_parts", None, PARTS_HELP)
 _SEED = flags.DEFINE_integer("seed", 0, "same seed, same text")
 
 # An untrained model says any byte. On a terminal, control characters are shown as symbols.
@@ -75,8 +79,10 @@ def main(argv: list[str]) -> None:
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value
     )
     prompts = _prompts()
+    scheme = chosen_scheme(_QUANTIZE.value, _QUANTIZED_PARTS.value)
     use_compile_cache()
-    speaker = _Speaker.of(open_model(_CHECKPOINT.value), sampling)
+    model = quantize_opened(open_model(_CHECKPOINT.value), scheme)
+    speaker = _Speaker.of(model, sampling)
     if prompts is not None and len(prompts) == 1:
         speaker.speak(prompts[0])
     elif prompts is not None:

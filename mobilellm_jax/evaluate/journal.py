@@ -27,10 +27,16 @@ _FORMAT = 1
 _NOT_THE_MODEL = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype")
 
 
-def identity(config: ModelConfig, params: Params, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns what tells this model's answers from any other's: shape, weights, tokenizer, type."""
+def identity(
+    config: ModelConfig, params: Params, tokenizer: Tokenizer, quantized: str | None = None
+) -> dict[str, Any]:
+    """Returns what tells this model's answers from any other's: shape, weights, tokenizer, type.
+
+    And how it is quantized, since that is not in its weights alone.
+    """
     fields = dataclasses.asdict(config)
     return {
+        **({"quantized": quantized} if quantized else {}),
         "format": _FORMAT,
         "model": {name: fields[name] for name in fields if name not in _NOT_THE_MODEL},
         "weights": _fingerprint(params),

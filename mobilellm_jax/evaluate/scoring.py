@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.prefix_trees import Batch, Query, grow_trees, make_batches, pack_rows
+from mobilellm_jax.model.products import narrowed, scores
+from mobilellm_jax.model.quantized import Kernel
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
 from mobilellm_jax.sharding import (
     Rules,
@@ -102,13 +104,13 @@ class Scorer:
         mask_BTS = is_before_TS[None] & (place_T[None, :, None] < ends_BT[:, None, :])
         x_BTD = model.hidden(batch["tokens"], positions_BT=batch["positions"], mask_BTS=mask_BTS)
         x_BSD = jnp.take_along_axis(x_BTD, batch["sources"][:, :, None], axis=1)
-        head_VD = head_matrix(params, self._config).astype(x_BSD.dtype)
+        head_VD = narrowed(head_matrix(params, self._config), x_BSD.dtype)
         return self._score_vocabulary(x_BSD, head_VD, batch["targets"])
 
     def _score_vocabulary(
         self,
         x_BSD: Float[Array, "B S D"],
-        head_VD: Float[Array, "V D"],
+        head_VD: Kernel,
         targets_BS: Int[Array, "B S"],
     ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
         rows, length = targets_BS.shape
@@ -123,9 +125,7 @@ class Scorer:
 
         def score(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x_BCD, targets_BC = xs
-            logits_BCV = jnp.einsum(
-                "BCD,VD->BCV", x_BCD, head_VD, preferred_element_type=jnp.float32
-            )
+            logits_BCV = scores("BCD,VD->BCV", x_BCD, head_VD)
             found_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)
             total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
             return found_BC1[:, :, 0] - total_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC

@@ -1,7 +1,5 @@
 """Grouped-query causal attention (paper Sec. 2.4; Ainslie et al. 2023, arXiv:2305.13245)."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,10 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.attention_kernels import self_attention
 from mobilellm_jax.model.blockwise_attention import causal_attention
-from mobilellm_jax.model.cache import KVCache
-from mobilellm_jax.model.parameters import matrix
-from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.cache import KVCache, read, written
+from mobilellm_jax.model.parameters import attention_in_8_bits, matrix
 from mobilellm_jax.model.products import product
+from mobilellm_jax.model.quantized import tokens_on_levels
+from mobilellm_jax.model.quantized_attention import attend_in_8_bits, causal_mask
 from mobilellm_jax.model.rope import Rotation, rotate
 
 
@@ -96,7 +95,7 @@ class Attention(nn.Module):
         `context.positions_BT`, which the caller keeps within the cache's length.
         """
         config = self.config
-        dtype = compute_dtype(config)
+        in_8_bits = attention_in_8_bits(self)
         width, head_dim = config.embed_dim, config.head_dim
 
         def project(name: str, heads: int, axis: str) -> Float[Array, "B T heads H"]:
@@ -109,20 +108,18 @@ class Attention(nn.Module):
         q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads", "head_dim"))
 
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        if in_8_bits.cache:  # without one too, so that a text costs what writing it would
+            k_BSKH, v_BSKH = tokens_on_levels(k_BTKH), tokens_on_levels(v_BTKH)
         if cache is not None:
-            rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-            cache = dataclasses.replace(
-                cache,
-                k_LBSKH=cache.k_LBSKH.at[slot, rows_B1, context.positions_BT].set(
-                    k_BTKH.astype(cache.k_LBSKH.dtype)
-                ),
-                v_LBSKH=cache.v_LBSKH.at[slot, rows_B1, context.positions_BT].set(
-                    v_BTKH.astype(cache.v_LBSKH.dtype)
-                ),
-            )
-            k_BSKH, v_BSKH = cache.k_LBSKH[slot].astype(dtype), cache.v_LBSKH[slot].astype(dtype)
+            cache = written(cache, slot, context.positions_BT, k_BTKH, v_BTKH)
+            k_BSKH, v_BSKH = read(cache, slot, x_BTD.dtype)
 
-        if context.mask_BTS is not None:
+        if in_8_bits.products:
+            mask_BTS = context.mask_BTS
+            if mask_BTS is None:
+                mask_BTS = causal_mask(x_BTD.shape[1], context.segments_BT)
+            out_BTNH = attend_in_8_bits(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+        elif context.mask_BTS is not None:
             out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, context.mask_BTS)
         elif uses_kernel(config):
             segments_BT = context.segments_BT

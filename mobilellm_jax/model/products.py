@@ -5,21 +5,74 @@ weight's gradient, a fifth of a block's time. In bfloat16 that backend has fast 
 products that return their float32 sums: asked for bfloat16 it converts all operands and multiplies
 in float32, at less than half the speed, or a sixth where a CPU has matrix units. Other devices
 accumulate in float32 whatever they return.
+
+A matrix may be quantized (`quantized.py`): what it is multiplied with then is its own rule.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mobilellm_jax.model.quantized import (
+    Kernel,
+    QuantizedKernel,
+    TrainedKernel,
+    quantized_product,
+    tokens_on_levels,
+)
 
 
-def product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def product(spec: str, x: jax.Array, kernel: Kernel) -> jax.Array:
     """Returns einsum(spec, x, kernel) in the type of x, which the kernel is converted to.
 
     Sums are float32 in both directions. `spec` is two inputs and an output, such as
     "BTD,DF->BTF"; every letter of an input is in the other one or in the output.
     """
-    return _product(spec, x, kernel.astype(x.dtype))
+    if isinstance(kernel, QuantizedKernel):
+        return quantized_product(spec, x, kernel).astype(x.dtype)
+    x, matrix = operands(spec, x, kernel)
+    return _product(spec, x, matrix.astype(x.dtype))
+
+
+def scores(spec: str, x: jax.Array, head: Kernel) -> jax.Array:
+    """Returns einsum(spec, x, head) in float32; a float head is converted to the type of x."""
+    if isinstance(head, QuantizedKernel):
+        return quantized_product(spec, x, head)
+    x, matrix = operands(spec, x, head)
+    return jnp.einsum(spec, x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def narrowed(kernel: Kernel, dtype: jax.typing.DTypeLike) -> Kernel:
+    """Returns a matrix of floats in that type; one of integers has no other."""
+    if isinstance(kernel, QuantizedKernel):
+        return kernel
+    if isinstance(kernel, TrainedKernel):
+        return dataclasses.replace(kernel, values=kernel.values.astype(dtype))
+    return kernel.astype(dtype)
+
+
+def operands(spec: str, x: jax.Array, kernel: Kernel) -> tuple[jax.Array, jax.Array]:
+    """Returns what is multiplied in floating point: with a `TrainedKernel`, numbers on levels."""
+    assert not isinstance(kernel, QuantizedKernel), "its products are integers, without gradients"
+    if not isinstance(kernel, TrainedKernel):
+        return x, kernel
+    if kernel.integer_products:
+        inputs, out_axes = spec.split("->")
+        summed = tuple(i for i, axis in enumerate(inputs.split(",")[0]) if axis not in out_axes)
+        x = tokens_on_levels(x, summed)
+    return x, kernel.values
+
+
+def rows_of(table_VD: Kernel, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Returns the table's rows, as floats of whatever type it holds or stands for."""
+    if isinstance(table_VD, QuantizedKernel):
+        rows: jax.Array = table_VD.values[tokens].astype(jnp.float32) * table_VD.scale[tokens]
+        return rows
+    table: jax.Array = table_VD.values if isinstance(table_VD, TrainedKernel) else table_VD
+    return table[tokens]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

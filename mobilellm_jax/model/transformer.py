@@ -5,7 +5,7 @@ Three ways through it: `hidden` for training (the loss scores the vocabulary its
 """
 
 import dataclasses
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -20,10 +20,15 @@ from mobilellm_jax.model.layer_sharing import apply_blocks
 from mobilellm_jax.model.norm import RMSNorm
 from mobilellm_jax.model.parameters import matrix
 from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.products import rows_of, scores
+from mobilellm_jax.model.quantized import Kernel
 from mobilellm_jax.model.rope import rotation
 
 Params = dict[str, Any]
-"""A nested dict of arrays; the names are those of the modules below."""
+"""A nested dict of arrays, some of them perhaps quantized; the names are those of the modules."""
+
+
+Table = TypeVar("Table", bound=Kernel)
 
 
 class Embedding(nn.Module):
@@ -32,7 +37,7 @@ class Embedding(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> Float[Array, "V D"]:
+    def __call__(self) -> Kernel:
         shape = (self.config.vocab_size, self.config.embed_dim)
         return matrix(self, "table", shape, ("vocab", "embed"))
 
@@ -43,7 +48,7 @@ class Head(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> Float[Array, "D V"]:
+    def __call__(self) -> Kernel:
         shape = (self.config.embed_dim, self.config.vocab_size)
         return matrix(self, "kernel", shape, ("embed", "vocab"))
 
@@ -112,7 +117,7 @@ class Transformer(nn.Module):
         back to its true length by replacing `length_B`.
         """
         config = self.config
-        length, capacity = tokens_BT.shape[1], cache.k_LBSKH.shape[2]
+        length, capacity = tokens_BT.shape[1], cache.capacity
         positions_BT = cache.length_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
         keys_11S = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
         context = AttentionContext(
@@ -128,25 +133,29 @@ class Transformer(nn.Module):
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores the vocabulary, accumulating in float32; tied embeddings are not scaled."""
         head_DV = self.embedding().T if self.config.tie_embeddings else self.head()
-        return jnp.einsum(
-            "BTD,DV->BTV", x_BTD, head_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
-        )
+        return scores("BTD,DV->BTV", x_BTD, head_DV)
 
     def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         # Gathered over `fsdp` before the lookup: GSPMD would otherwise copy the result everywhere.
-        table_VD = nn.with_logical_constraint(self.embedding(), ("vocab", "activation_embed"))
+        table_VD = gathered(self.embedding())
         # Rows are converted after the lookup, so that the gradients of a token that occurs often
         # are summed in float32.
-        x_BTD = table_VD[tokens_BT].astype(compute_dtype(self.config))
+        x_BTD = rows_of(table_VD, tokens_BT).astype(compute_dtype(self.config))
         axes = ("batch", "length", "activation_embed")
         return cast(jax.Array, nn.with_logical_constraint(x_BTD, axes))
 
 
-def head_matrix(params: Params, config: ModelConfig) -> Float[Array, "V D"]:
+def head_matrix(params: Params, config: ModelConfig) -> Kernel:
     """Returns the matrix that scores the vocabulary, one row per token, from a parameter tree."""
     if config.tie_embeddings:
-        return cast(jax.Array, params["embedding"]["table"])
-    return cast(jax.Array, params["head"]["kernel"]).T
+        return cast(Kernel, params["embedding"]["table"])
+    return cast(Kernel, params["head"]["kernel"]).T
+
+
+def gathered(table_VD: Table) -> Table:
+    """Returns a table, or the parts of a quantized one, whole over `fsdp`."""
+    axes = ("vocab", "activation_embed")
+    return cast(Table, jax.tree.map(lambda x: nn.with_logical_constraint(x, axes), table_VD))
 
 
 def init_boxed(config: ModelConfig, key: PRNGKeyArray) -> Params:

@@ -13,6 +13,7 @@ from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.model.on_device import device_violations, resolve_attention
 from mobilellm_jax.model.precision import resolve_compute_dtype
 from mobilellm_jax.plan.hlo import Program, read_program
+from mobilellm_jax.quantize.training import training_transform
 from mobilellm_jax.sharding import (
     Rules,
     batch_sharding,
@@ -74,7 +75,7 @@ def lower_step(config: Config, mesh: Mesh, rules: Rules) -> jax.stages.Lowered:
     """Lowers the step that `train` runs."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = abstract_state(config, optimizer, mesh, rules)
-    step = make_train_step(config, optimizer, mesh, rules, state)
+    step = make_train_step(config, optimizer, mesh, rules, state, training_transform(config))
     names = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     if config.data.boundaries == "document_mask":
         names |= {"segments": jnp.int32, "positions": jnp.int32}

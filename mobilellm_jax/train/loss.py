@@ -7,12 +7,14 @@ three products per chunk, where recomputing the logits in the backward pass take
 """
 
 from functools import partial
-from typing import cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from mobilellm_jax.model.products import narrowed, scores
+from mobilellm_jax.model.quantized import Kernel
+from mobilellm_jax.model.transformer import gathered
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -33,16 +35,16 @@ def weighted_loss(
 
 def token_losses(
     x_BTD: Float[Array, "B T D"],
-    head_VD: Float[Array, "V D"],
+    head_VD: Kernel,
     targets_BT: Int[Array, "B T"],
     chunk: int,
 ) -> Float[Array, "B T"]:
     """Returns the cross-entropy of every target in nats, float32; not meant for gradients."""
-    head_VD = _gathered(head_VD.astype(x_BTD.dtype))
+    head_VD = gathered(narrowed(head_VD, x_BTD.dtype))
 
     def score(_: None, chunk_xs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         x_BCD, targets_BC = chunk_xs
-        logits_BCV = _logits(x_BCD, head_VD)
+        logits_BCV = scores("BCD,VD->BCV", x_BCD, head_VD)
         return None, _losses(logits_BCV, jax.nn.logsumexp(logits_BCV, axis=-1), targets_BC)
 
     _, losses_nBC = jax.lax.scan(score, None, (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk)))
@@ -57,14 +59,16 @@ def _forward(
     chunk: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     dtype = x_BTD.dtype
-    narrow_head_VD = _gathered(head_VD.astype(dtype))
+    # Gathered, and its gradient reduced, once per step: left to itself, the compiler does both for
+    # every chunk.
+    narrow_head_VD = gathered(head_VD.astype(dtype))
 
     def score(
         carry: tuple[jax.Array, jax.Array], chunk_xs: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, grad_head_VD = carry
         x_BCD, targets_BC, weights_BC = chunk_xs
-        logits_BCV = _logits(x_BCD, narrow_head_VD)
+        logits_BCV = scores("BCD,VD->BCV", x_BCD, narrow_head_VD)
         log_normalizer_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         total += jnp.sum(_losses(logits_BCV, log_normalizer_BC, targets_BC) * weights_BC)
         # d loss / d logits = softmax - one-hot; the comparison fuses where a scatter would not.
@@ -77,13 +81,13 @@ def _forward(
         grad_head_VD += jnp.einsum(
             "BCV,BCD->VD", grad_BCV, x_BCD, preferred_element_type=jnp.float32
         )
-        return (total, _gathered(grad_head_VD)), grad_x_BCD
+        return (total, gathered(grad_head_VD)), grad_x_BCD
 
-    start = (jnp.zeros((), jnp.float32), _gathered(jnp.zeros(head_VD.shape, jnp.float32)))
+    start = (jnp.zeros((), jnp.float32), gathered(jnp.zeros(head_VD.shape, jnp.float32)))
     xs = tuple(_chunks(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
     (total, grad_head_VD), grad_x_nBCD = jax.lax.scan(score, start, xs)
     grad_x_BTD = _unchunk(grad_x_nBCD, x_BTD.shape[1])
-    return total, (grad_x_BTD, _gathered(grad_head_VD).astype(head_VD.dtype))
+    return total, (grad_x_BTD, gathered(grad_head_VD).astype(head_VD.dtype))
 
 
 def _backward(
@@ -96,19 +100,6 @@ def _backward(
 
 
 weighted_loss.defvjp(_forward, _backward)
-
-
-def _gathered(head_VD: jax.Array) -> jax.Array:
-    """Whole over `fsdp`, so that the head is gathered, and its gradient reduced, once per step.
-
-    Left to itself, the compiler does both for every chunk.
-    """
-    axes = ("vocab", "activation_embed")
-    return cast(jax.Array, nn.with_logical_constraint(head_VD, axes))
-
-
-def _logits(x_BCD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("BCD,VD->BCV", x_BCD, head_VD, preferred_element_type=jnp.float32)
 
 
 def _losses(

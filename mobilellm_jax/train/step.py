@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from mobilellm_jax.config import Config
+from mobilellm_jax.model.products import operands
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
 from mobilellm_jax.sharding import (
     BATCH_AXES,
@@ -46,6 +47,7 @@ class StepMetrics(TypedDict):
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+Transform = Callable[[Params], Params]
 Result = TypeVar("Result")
 
 
@@ -81,8 +83,11 @@ def make_train_step(
     mesh: Mesh,
     rules: Rules,
     state: TrainState,
+    transform: Transform = lambda params: params,
 ) -> UnderMesh[tuple[TrainState, StepMetrics]]:
     """Returns the jitted step. `state` tells the shardings: concrete or abstract.
+
+    The model computes with `transform(params)`, through which gradients flow to the parameters.
 
     The loss is the mean over all targets of the global batch, however it is split into
     micro-batches and devices: each part is divided by the targets of the whole. A step whose loss,
@@ -97,8 +102,9 @@ def make_train_step(
     chunk = chunk_positions(config, rows, batch_shards(mesh))
 
     def loss_of(params: Params, batch: Batch, total: jax.Array) -> jax.Array:
+        params = transform(params)
         x_BTD = _hidden(model, params, batch)
-        head_VD = head_matrix(params, config.model)
+        x_BTD, head_VD = operands("BTD,VD->BTV", x_BTD, head_matrix(params, config.model))
         return weighted_loss(x_BTD, head_VD, batch["targets"], batch["weights"], chunk) / total
 
     def loss_and_gradient(

@@ -13,6 +13,8 @@ from mobilellm_jax.evaluate.perplexity import perplexity
 from mobilellm_jax.export.huggingface import write_huggingface
 from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.open_model import open_model
+from mobilellm_jax.quantize.parameters import quantized, stored_bytes
+from mobilellm_jax.quantize.schemes import find_scheme
 
 TEXT = "the cat sat\r\non the mat \u00e9\n" * 12
 TINY = ModelConfig(
@@ -42,6 +44,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_huggingface(TINY, params, tokenizer, folder / "hf")
     (folder / "text.txt").write_bytes(TEXT.encode())
     return folder
+
+
+def test_quantized_model_is_measured_and_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = open_model(folder / "run")
+    args = [f"--checkpoint={folder / 'run'}", f"--perplexity={folder / 'text.txt'}"]
+    expected = perplexity(model.config, model.params, model.tokenizer, TEXT).loss
+    found = []
+    for parts in ("embedding,head", ""):
+        flags = ["--quantize=w4a8g128", f"--quantized_parts={parts}"]
+        assert cli.main(["evaluate", *args, *flags]) == 0
+        printed = capsys.readouterr()
+        record = json.loads(printed.out)
+        assert record["quantize"].startswith("w4a8g128: matrices of the blocks in 4 bits")
+        assert f"quantized {record['quantize']}" in printed.err
+        scheme = find_scheme("w4a8g128", parts)
+        params = quantized(model.params, scheme)
+        assert f"{stored_bytes(params):,} bytes" in printed.err
+        same = perplexity(model.config, params, model.tokenizer, TEXT).loss
+        assert record["loss"] == pytest.approx(same, rel=1e-4)
+        found.append(record["loss"])
+    assert len({expected, *found}) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--quantize=w8a"], "Did you mean w8a8?"),
+        (["--quantize=w8a8", "--quantized_parts=kv"], "none of embedding, head, attention, cache"),
+        (["--quantize=w8a8", "--quantized_parts=head"], "name both or neither"),
+        (["--quantized_parts=head"], "goes with --quantize only"),
+    ],
+)
+def test_wrong_scheme_is_bad_input(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    args = [f"--checkpoint={folder / 'run'}", f"--perplexity={folder / 'text.txt'}"]
+    assert cli.main(["evaluate", *args, *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_run_step_and_export_give_the_same_result(

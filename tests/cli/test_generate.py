@@ -15,6 +15,8 @@ from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.generate import generate, stream_text
 from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.open_model import OpenedModel, open_model
+from mobilellm_jax.quantize.parameters import quantized
+from mobilellm_jax.quantize.schemes import find_scheme
 from mobilellm_jax.sampling import GREEDY, Sampling
 
 command, flags = cli.import_command("generate")
@@ -77,6 +79,20 @@ def test_prompt_is_continued(
     assert cli.main([*args, "--temperature=1.5", "--top_k=9", "--top_p=0.8", "--seed=4"]) == 0
     sampling = Sampling(temperature=1.5, top_k=9, top_p=0.8, seed=4)
     assert capsys.readouterr().out == continuation(model, "the cat", 30, sampling) + "\n"
+
+
+def test_quantized_model_continues_as_its_integers_do(
+    run: Path, model: OpenedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["generate", f"--checkpoint={run}", "--prompt=the cat", "--max_new_tokens=30"]
+    flags = ["--temperature=0", "--quantize=w4a8", "--quantized_parts=embedding,head,cache"]
+    assert cli.main([*args, *flags]) == 0
+    out, err = capsys.readouterr()
+    params = quantized(model.params, find_scheme("w4a8", "embedding,head,cache"))
+    integers = dataclasses.replace(model, params=params)
+    assert out == continuation(integers, "the cat", 30, GREEDY) + "\n"
+    assert out != continuation(model, "the cat", 30, GREEDY) + "\n"
+    assert "quantized w4a8g32" in err and "not quantized: attention, norms" in err
 
 
 def test_default_length_fits_the_model(

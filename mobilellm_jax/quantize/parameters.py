@@ -1,0 +1,158 @@
+"""A model's parameters, quantized: after training as integers, during it as floats on their levels.
+
+The float parameters stay the truth. Both functions are pure and are traced like the model: on a
+mesh, and with the blocks' matrices stacked, each of which is quantized by itself.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mobilellm_jax.model.parameters import ATTENTION_IN_8_BITS
+from mobilellm_jax.model.quantized import (
+    Kernel,
+    QuantizedAttention,
+    QuantizedKernel,
+    TrainedKernel,
+    kernel_on_levels,
+    to_kernel,
+)
+from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.quantize.schemes import Scheme
+
+# How many axes of a block's matrix are its inputs; the others are its outputs.
+NUM_INPUTS = {
+    **dict.fromkeys(("query", "key", "value", "gate", "up", "down"), 1),
+    "output": 2,  # heads and their channels
+}
+
+_Quantize = Callable[..., Kernel]
+
+
+def quantized(params: Params, scheme: Scheme) -> Params:
+    """Returns the parameters as the scheme has them: integers and scales for whatever it takes in.
+
+    Norms, and parts that the scheme leaves out, are as they were.
+    """
+
+    def quantize(matrix: jax.Array, *, num_inputs: int, bits: int, group_size: int) -> Kernel:
+        return to_kernel(
+            matrix,
+            num_inputs=num_inputs,
+            bits=bits,
+            group_size=group_size,
+            integer_products=scheme.integer_products,
+        )
+
+    return _replaced(params, scheme, quantize)
+
+
+def on_levels(params: Params, scheme: Scheme) -> Params:
+    """Returns the parameters that a training step computes with, differentiable in `params`."""
+
+    def quantize(matrix: jax.Array, *, num_inputs: int, bits: int, group_size: int) -> Kernel:
+        levels = kernel_on_levels(matrix, num_inputs=num_inputs, bits=bits, group_size=group_size)
+        return TrainedKernel(levels, integer_products=scheme.integer_products)
+
+    return _replaced(params, scheme, quantize)
+
+
+def _replaced(params: Params, scheme: Scheme, quantize: _Quantize) -> Params:
+    def stacked(matrices: Params) -> Params:
+        return {
+            name: jax.vmap(
+                functools.partial(
+                    quantize,
+                    num_inputs=NUM_INPUTS[name],
+                    bits=scheme.weight_bits,
+                    group_size=scheme.group_size,
+                )
+            )(matrix_U)
+            for name, matrix_U in matrices.items()
+        }
+
+    def rows(matrix: jax.Array) -> Kernel:
+        # A scale for every row of the table, or column of the head: for each token.
+        return quantize(matrix, num_inputs=1, bits=8, group_size=0)
+
+    blocks = params["blocks"]
+    attention = stacked(blocks["attention"])
+    if {"attention", "cache"} & set(scheme.parts):
+        attention[ATTENTION_IN_8_BITS] = QuantizedAttention(
+            products="attention" in scheme.parts, cache="cache" in scheme.parts
+        )
+    changed = {
+        **params,
+        "blocks": {
+            **blocks,
+            "attention": attention,
+            "feed_forward": stacked(blocks["feed_forward"]),
+        },
+    }
+    if "embedding" in scheme.parts:
+        changed["embedding"] = {"table": rows(params["embedding"]["table"].T).T}
+    if "head" in scheme.parts and "head" in params:
+        changed["head"] = {"kernel": rows(params["head"]["kernel"])}
+    return changed
+
+
+def stored_bytes(params: object) -> int:
+    """Returns the bytes of all arrays in parameters of any layout, 4-bit ones two in a byte."""
+    leaves: list[jax.Array] = jax.tree.leaves(params)
+    bits = [4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for leaf in leaves]
+    return sum(-(-leaf.size * b // 8) for leaf, b in zip(leaves, bits, strict=True))
+
+
+def bits_per_weight(params: Params) -> float:
+    """Returns the bits of all values and scales for each parameter of the model."""
+    numbers: int = sum(
+        leaf.values.size if isinstance(leaf, QuantizedKernel) else leaf.size
+        for leaf in jax.tree.leaves(params, is_leaf=_is_kernel)
+    )
+    return 8 * stored_bytes(params) / numbers
+
+
+def as_arrays(kernel: QuantizedKernel, num_inputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a matrix for files: int8 values [inputs, outputs], float32 scales [groups, outputs].
+
+    Row i of the values belongs to row i // group_size of the scales. Values of 4 bits are in int8
+    too. For the table, whose inputs are its last axis, give its transpose.
+    """
+    values = np.asarray(kernel.values.astype(jnp.int8))
+    inputs = math.prod(values.shape[:num_inputs])
+    scale = np.asarray(kernel.scale)
+    return values.reshape(inputs, -1), scale.reshape(scale.shape[0], -1)
+
+
+def quantize_matrix(
+    matrix_IO: np.ndarray, *, bits: int, group_size: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `as_arrays` of a float matrix, inputs first: the numbers that `quantized` makes."""
+    kernel = to_kernel(jnp.asarray(matrix_IO), num_inputs=1, bits=bits, group_size=group_size)
+    return as_arrays(kernel, 1)
+
+
+def check_finite(params: Params) -> None:
+    """Refuses parameters that have no range.
+
+    Raises:
+      ValueError: naming those that are not finite.
+    """
+    wrong = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if not bool(jnp.all(jnp.isfinite(leaf)))
+    ]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} must be finite to be quantized; choose a checkpoint from before "
+            "the training went wrong."
+        )
+
+
+def _is_kernel(node: object) -> bool:
+    return isinstance(node, QuantizedKernel)

@@ -1,0 +1,118 @@
+"""The schemes by name, and which parts of a model they take in.
+
+| name              | matrices of the blocks                       | activations        |
+|-------------------|----------------------------------------------|--------------------|
+| w8a8              | 8 bits, a scale for each output channel      | 8 bits, per token  |
+| w8g32, w8g128     | 8 bits, a scale for 32 or 128 inputs         | floating point     |
+| w4g32, w4g128     | 4 bits, the same                             | floating point     |
+| w4a8g32, w4a8g128 | 4 bits, the same                             | 8 bits, per token  |
+
+w8, w4 and w4a8 mean groups of 32. The paper's W8A8 (Sec. 3.4) names neither granularity nor parts;
+LLM-QAT, of the same first author, has w8a8's (Liu et al. 2023, arXiv:2305.17888).
+
+The parts beside the blocks' matrices, of which `embedding,head` is the default:
+
+| part      | what is in 8 bits, whatever the scheme                                          |
+|-----------|---------------------------------------------------------------------------------|
+| embedding | the table, a scale for each token                                               |
+| head      | the matrix that scores the vocabulary, a scale for each token of it             |
+| attention | queries, keys, values and the softmax's weights, and so both products           |
+| cache     | keys and values, a scale for each token and head                                |
+
+Tied embeddings are one matrix, in 8 bits or not.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from mobilellm_jax.config import (
+    QUANTIZE_PARTS,
+    Config,
+    ConfigError,
+    ModelConfig,
+    QuantizeConfig,
+    near_miss,
+    part_violations,
+    quantize_parts,
+    tied_violations,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How a model is quantized."""
+
+    name: str
+    weight_bits: int  # of the blocks' matrices
+    group_size: int  # inputs that share a scale; 0 = all of a channel
+    integer_products: bool  # activations in 8 bits too
+    parts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shared = f"groups of {self.group_size}" if self.group_size else "output channel"
+        activations = "8-bit activations per token" if self.integer_products else "weights alone"
+        left_out = [part for part in QUANTIZE_PARTS if part not in self.parts]
+        return (
+            f"{self.name}: matrices of the blocks in {self.weight_bits} bits per {shared}, "
+            f"{activations}; in 8 bits: {', '.join(self.parts) or 'nothing else'}; "
+            f"not quantized: {', '.join([*left_out, 'norms'])}"
+        )
+
+
+_GROUPED = {
+    "w8": (8, False),
+    "w4": (4, False),
+    "w4a8": (4, True),
+}
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(name="w8a8", weight_bits=8, group_size=0, integer_products=True),
+        *(
+            Scheme(
+                name=f"{name}g{size}", weight_bits=bits, group_size=size, integer_products=integers
+            )
+            for name, (bits, integers) in _GROUPED.items()
+            for size in (32, 128)
+        ),
+    )
+}
+ALIASES = {name: f"{name}g32" for name in _GROUPED}
+
+
+def find_scheme(name: str, parts: str = QuantizeConfig.parts) -> Scheme:
+    """Returns the scheme of that name, with the parts named, separated by commas.
+
+    Raises:
+      ConfigError: if there is no such scheme or part.
+    """
+    known = [*SCHEMES, *ALIASES]
+    if name not in known:
+        raise ConfigError(
+            f"quantize={name!r} must be one of {', '.join(known)}.{near_miss(name, known)}"
+        )
+    _refuse(part_violations("quantized_parts", parts))
+    chosen = tuple(part for part in QUANTIZE_PARTS if part in quantize_parts(parts))
+    return dataclasses.replace(SCHEMES[ALIASES.get(name, name)], parts=chosen)
+
+
+def check_scheme(scheme: Scheme, model: ModelConfig) -> None:
+    """Refuses a scheme that takes in half of a matrix.
+
+    Raises:
+      ConfigError: if embeddings are tied, and only one side is among the parts.
+    """
+    _refuse(tied_violations("quantized_parts", ",".join(scheme.parts), model))
+
+
+def trained_scheme(config: Config) -> Scheme | None:
+    """Returns the scheme that a run is trained for, or None."""
+    chosen = config.quantize
+    if chosen.scheme == "none":
+        return None
+    return find_scheme(chosen.scheme, chosen.parts)
+
+
+def _refuse(violations: Iterator[str]) -> None:
+    if messages := list(violations):
+        raise ConfigError("\n".join(messages))
