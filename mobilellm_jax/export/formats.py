@@ -65,7 +65,23 @@ class Format:
         return write
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "onnx": Format(
+        module="onnx_file",
+        file="model.onnx",
+        packages=("onnx",),
+        shares_blocks=True,
+        precisions={
+            "float32": EXACT,
+            "bfloat16": BRAIN,
+            "float16": HALF,
+            # Codes and float32 scales; activations are quantized too. Measured on a trained model
+            # of 0.9M parameters, whose weights matter more than those of a large one.
+            "int8": Precision(8.5, logits=None, loss=1e-2),
+            "int4": Precision(5, logits=None, loss=5e-2),
+        },
+    ),
+}
 
 
 def offered(name: str, *, quantized: bool) -> list[str]:
