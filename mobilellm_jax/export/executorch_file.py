@@ -1,0 +1,147 @@
+"""`model.pte`, a program of ExecuTorch: XNNPACK's products, and a static cache inside.
+
+One method, `forward(tokens[1, T], start[1]) -> logits[1, T, V]`: it reads T tokens, at most
+`CHUNK`, which stand at `start`, `start + 1`, ... The cache is part of the program's memory, which
+the file only says the size of. A token sees what was written before it, so a sequence is begun anew
+by reading at 0.
+
+Tied embeddings are stored once, in `model.ptd` beside, since the lookup and XNNPACK can only refer
+to the same bytes of a file of named data. In memory XNNPACK has its own copy of every weight.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir import (
+    EdgeCompileConfig,
+    ExecutorchBackendConfig,
+    to_edge_transform_and_lower,
+)
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  # registers llama::
+from torch import Tensor, nn
+from torchao.quantization.granularity import PerAxis
+from torchao.quantization.quant_api import (
+    Int8DynamicActivationIntxWeightConfig,
+    IntxWeightOnlyConfig,
+    quantize_,
+)
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.export.formats import FORMATS, Source
+from mobilellm_jax.export.torch_decoder import TorchDecoder
+
+CHUNK = 128
+"""Tokens that are read at once; the logits of more would take most of a phone's memory."""
+
+
+def write(source: Source, folder: Path, precision: str) -> int:
+    """Writes the program, and for tied embeddings their file; returns the number of blocks."""
+    config = source.config
+    file = folder / FORMATS["executorch"].file
+    program = _Program(config, TorchDecoder(config, source.params)).eval()
+    _quantize(program.decoder, precision)
+    with warnings.catch_warnings(action="ignore"):  # torch's and executorch's, about each other
+        lowered = _lowered(program, config, file.stem)
+    with file.open("wb") as out:
+        lowered.write_to_file(out)
+    lowered.write_tensor_data_to_file(str(folder))
+    return config.num_blocks
+
+
+def _lowered(program: "_Program", config: ModelConfig, data: str) -> Any:
+    """Returns the finished program, whose tied embeddings are in the file `data`.ptd."""
+    exported = _exported(program, config)
+    if config.tie_embeddings:
+        _store_beside(exported, data)
+    edge: Any = to_edge_transform_and_lower(
+        exported,
+        partitioner=[XnnpackPartitioner()],
+        # It does not know the operators of the cache.
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+    )
+    table = (config.vocab_size, config.embed_dim)
+
+    def beside(node: Any) -> str | None:
+        return data if tuple(node.meta["val"].shape) == table else None
+
+    return edge.to_executorch(
+        ExecutorchBackendConfig(
+            memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+            # Without it, a quantized table is taken for a product that has no kernel.
+            do_quant_fusion_and_const_prop=True,
+            external_constants=beside if config.tie_embeddings else False,
+        )
+    )
+
+
+class _Program(nn.Module):
+    """The decoder with its cache, a pair of buffers for every application of a block."""
+
+    def __init__(self, config: ModelConfig, decoder: TorchDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.capacity = config.max_seq_len
+        for slot in range(config.applied_depth):
+            shape = (1, config.max_seq_len, config.num_kv_heads, config.head_dim)
+            for name in ("keys", "values"):
+                self.register_buffer(f"{name}_{slot}", torch.zeros(shape), persistent=False)
+
+    def forward(self, tokens_1T: Tensor, start_1: Tensor) -> Tensor:
+        start: Any = start_1[0].item()
+        length = tokens_1T.shape[1]
+        check: Any = torch._check  # tells the exporter what holds
+        check(start >= 0)
+        check(start < self.capacity)
+        check(start + length <= self.capacity)
+
+        def attend(slot: int, q_1TNH: Tensor, k_1TKH: Tensor, v_1TKH: Tensor) -> Tensor:
+            k_1SKH, v_1SKH = getattr(self, f"keys_{slot}"), getattr(self, f"values_{slot}")
+            torch.ops.llama.update_cache(k_1TKH, k_1SKH, start)
+            torch.ops.llama.update_cache(v_1TKH, v_1SKH, start)
+            out_1TNH: Tensor = torch.ops.llama.custom_sdpa(
+                q_1TNH, k_1SKH, v_1SKH, start, None, 0.0, True
+            )
+            return out_1TNH
+
+        cos_TH = self.decoder.cos_SH.narrow(0, start, length)
+        sin_TH = self.decoder.sin_SH.narrow(0, start, length)
+        logits_1TV: Tensor = self.decoder(tokens_1T, cos_TH, sin_TH, attend)
+        return logits_1TV
+
+
+def _quantize(decoder: TorchDecoder, precision: str) -> None:
+    """Replaces weights; activations are quantized while running, every token by itself."""
+    if precision == "float32":
+        return
+    table = IntxWeightOnlyConfig(torch.int8, PerAxis(0))
+    quantize_(decoder, table, lambda module, _: isinstance(module, nn.Embedding))
+    quantize_(decoder, Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0)))
+
+
+def _exported(program: _Program, config: ModelConfig) -> torch.export.ExportedProgram:
+    longest = min(CHUNK, config.max_seq_len)
+    # Tokens of the example: neither 1, which would be taken for a constant, nor the limit.
+    tokens_1T = torch.zeros(1, max(2, longest - 1), dtype=torch.long)
+    length = torch.export.Dim("length", min=1, max=longest)
+    with torch.no_grad():
+        return torch.export.export(
+            program,
+            (tokens_1T, torch.zeros(1, dtype=torch.long)),
+            dynamic_shapes=({1: length}, None),
+        )
+
+
+def _store_beside(exported: torch.export.ExportedProgram, tag: str) -> None:
+    """Asks for the head's weights in the file `tag`, to which the table goes too."""
+    head = [node for node in exported.graph.nodes if node.target is torch.ops.aten.linear.default]
+    pending = [head[-1].args[1]]
+    while pending:  # the weights, and how they are made of what is stored
+        node = pending.pop()
+        node.meta.setdefault("custom", {})["delegate_constant_tag"] = tag
+        pending.extend(node.all_input_nodes)

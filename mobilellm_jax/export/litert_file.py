@@ -1,0 +1,103 @@
+"""`model.tflite`, for LiteRT: a signature that reads a token and one that reads a chunk.
+
+Both take `tokens[1, T]`, where the first of them stands, and the cache, and return the
+`logits[1, T, V]` and the cache with the new rows. The rows are written by DYNAMIC_UPDATE_SLICE,
+which copies nothing if the same buffer is handed in and out. Whoever reads fewer than `CHUNK`
+tokens pads them: the rows of the padding lie where the next tokens are written before anyone sees
+them. The cache has room for a whole number of chunks, because the last one would else be moved to
+where it fits.
+"""
+
+import contextlib
+import math
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import torch
+from ai_edge_quantizer import quantizer, recipe
+from litert_torch import signature
+from litert_torch._config import config as converter_config
+from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_update_slice
+from torch import Tensor, nn
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.export.formats import FORMATS, Source
+from mobilellm_jax.export.torch_decoder import TorchDecoder
+
+CHUNK = 128
+
+
+def write(source: Source, folder: Path, precision: str) -> int:
+    """Writes the model; returns the number of blocks, each of which is stored once."""
+    config = source.config
+    chunk = min(CHUNK, config.max_seq_len)
+    capacity = math.ceil(config.max_seq_len / chunk) * chunk
+    step = _Step(config, TorchDecoder(config, source.params, capacity), capacity).eval()
+    converter_config.show_progress = False
+    both = signature("decode", step, sample_kwargs=_sample(config, 1, capacity)).signature(
+        "prefill", step, sample_kwargs=_sample(config, chunk, capacity)
+    )
+    # The converter lowers by way of jax, and broadcasts; torch warns about what is to come.
+    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings(action="ignore"):
+        model = both.convert()
+    file = folder / FORMATS["litert"].file
+    if precision == "float32":
+        model.export(str(file))
+        return config.num_blocks
+    maker: Any = quantizer.Quantizer(model.model_content(), recipe.dynamic_wi8_afp32())
+    with contextlib.redirect_stdout(sys.stderr):  # it prints sizes
+        quantized = maker.quantize()
+    file.write_bytes(quantized.quantized_model)
+    return config.num_blocks
+
+
+class _Step(nn.Module):
+    """The decoder with the cache as arguments and results."""
+
+    def __init__(self, config: ModelConfig, decoder: TorchDecoder, capacity: int) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.capacity = capacity
+        self.kv_heads = config.num_kv_heads
+        self.group = config.num_heads // config.num_kv_heads
+
+    def forward(self, tokens: Tensor, start: Tensor, cache: dict[str, Tensor]) -> dict[str, Tensor]:
+        length = tokens.shape[1]
+        positions_T = start + torch.arange(length, dtype=torch.int32)
+        keys_S = torch.arange(self.capacity, dtype=torch.int32)
+        # Added to scores: what is masked has a weight of exactly 0, and no score is infinite.
+        mask_TS = torch.where(keys_S[None, :] <= positions_T[:, None], 0.0, -1e30)
+        mask_11MS = mask_TS[None, None].repeat(1, 1, self.group, 1)  # M = G * T
+        zero, at = torch.zeros((), dtype=torch.int32), start.reshape(())
+        longer = dict(cache)
+
+        def written(name: str, new_1TKH: Tensor) -> Tensor:
+            new_1KTH = new_1TKH.transpose(1, 2)
+            longer[name] = dynamic_update_slice(cache[name], new_1KTH, [zero, zero, at, zero])
+            return longer[name]
+
+        def attend(slot: int, q_1TNH: Tensor, k_1TKH: Tensor, v_1TKH: Tensor) -> Tensor:
+            k_1KSH = written(f"keys_{slot}", k_1TKH)
+            v_1KSH = written(f"values_{slot}", v_1TKH)
+            head_dim = q_1TNH.shape[-1]
+            q_1KMH = q_1TNH.transpose(1, 2).reshape(1, self.kv_heads, -1, head_dim)
+            scores_1KMS = (q_1KMH * head_dim**-0.5) @ k_1KSH.transpose(2, 3) + mask_11MS
+            out_1KMH = torch.softmax(scores_1KMS, dim=-1) @ v_1KSH
+            return out_1KMH.reshape(1, -1, length, head_dim).transpose(1, 2)
+
+        cos_TH, sin_TH = self.decoder.cos_SH[positions_T], self.decoder.sin_SH[positions_T]
+        return {"logits": self.decoder(tokens, cos_TH, sin_TH, attend), **longer}
+
+
+def _sample(config: ModelConfig, length: int, capacity: int) -> dict[str, Any]:
+    """Returns arguments, each of them a tensor of its own: one tensor twice is one input twice."""
+    shape = (1, config.num_kv_heads, capacity, config.head_dim)
+    names = [f"{kind}_{i}" for i in range(config.applied_depth) for kind in ("keys", "values")]
+    return {
+        "tokens": torch.zeros(1, length, dtype=torch.int32),
+        "start": torch.zeros(1, dtype=torch.int32),
+        "cache": {name: torch.zeros(shape) for name in names},
+    }

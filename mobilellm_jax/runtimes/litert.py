@@ -1,0 +1,116 @@
+"""`model.tflite` in LiteRT's compiled model, on all cores of the CPU."""
+
+import os
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ai_edge_litert.compiled_model import CompiledModel
+from ai_edge_litert.cpu_options import CpuOptions
+from ai_edge_litert.options import Options
+from numpy.typing import NDArray
+
+from mobilellm_jax.runtimes.artifact import ArtifactInfo
+from mobilellm_jax.runtimes.runtime import Runtime, check_room
+
+_DECODE, _PREFILL = "decode", "prefill"
+_CACHE = "cache_"
+
+
+class LitertRuntime:
+    """A model and the buffers of its cache, which it is handed as arguments and as results."""
+
+    def __init__(self, model: Any, chunk: int, info: ArtifactInfo) -> None:
+        self._model = model
+        self._chunk = chunk
+        self.name = f"LiteRT {metadata.version('ai-edge-litert')}"
+        self.vocab_size = info.vocab_size
+        self.max_seq_len = info.max_seq_len
+        self._length = 0
+        inputs = model.get_input_tensor_details(_DECODE)
+        cache = {
+            name.removeprefix(_CACHE): model.create_input_buffer_by_name(_DECODE, name)
+            for name in inputs
+            if name.startswith(_CACHE)
+        }
+        for name, buffer in cache.items():
+            # Memory as it was found may hold NaNs, and a weight of 0 times a NaN is one.
+            buffer.write(np.zeros(inputs[_CACHE + name]["shape"], np.float32))
+        self._calls = {name: _Call(model, name, cache) for name in (_DECODE, _PREFILL)}
+
+    def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        check_room(self, len(tokens))
+        self._length = 0
+        chunks = (tokens[i : i + self._chunk] for i in range(0, len(tokens), self._chunk))
+        return np.concatenate([self._extend(_PREFILL, chunk) for chunk in chunks])
+
+    def append(self, token: int) -> NDArray[np.float32]:
+        check_room(self, self._length + 1)
+        last_V: NDArray[np.float32] = self._extend(_DECODE, [token])[-1]
+        return last_V
+
+    def _extend(self, signature: str, tokens: Sequence[int]) -> NDArray[np.float32]:
+        logits_TV = self._calls[signature](tokens, self._length)
+        self._length += len(tokens)
+        return logits_TV
+
+
+class _Call:
+    """A signature with its buffers."""
+
+    def __init__(self, model: Any, signature: str, cache: dict[str, Any]) -> None:
+        self._run = model.run_by_name
+        self._signature = signature
+        self._tokens = model.create_input_buffer_by_name(signature, "tokens")
+        self._start = model.create_input_buffer_by_name(signature, "start")
+        self._logits = model.create_output_buffer_by_name(signature, "logits")
+        self._shape = model.get_output_tensor_details(signature)["logits"]["shape"][1:]
+        arguments = {_CACHE + name: buffer for name, buffer in cache.items()}
+        self._arguments = {"tokens": self._tokens, "start": self._start, **arguments}
+        self._results = {"logits": self._logits, **cache}
+
+    def __call__(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
+        length, vocab_size = self._shape
+        padded_T = np.zeros(length, np.int32)
+        padded_T[: len(tokens)] = tokens
+        self._tokens.write(padded_T)
+        self._start.write(np.asarray([start], np.int32))
+        self._run(self._signature, self._arguments, self._results)
+        logits_V = self._logits.read(length * vocab_size, np.float32)
+        logits_TV: NDArray[np.float32] = logits_V.reshape(length, vocab_size)
+        return logits_TV[: len(tokens)]
+
+
+def load(file: Path, info: ArtifactInfo) -> Runtime:
+    """Loads a model that `export/litert_file.py` wrote.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    options = Options(cpu_options=CpuOptions(num_threads=os.cpu_count() or 1))
+    try:
+        model = CompiledModel.from_file(str(file), options=options)
+        found = {
+            name: (
+                [details["shape"] for details in model.get_input_tensor_details(name).values()][:2],
+                [details["shape"] for details in model.get_output_tensor_details(name).values()][
+                    :1
+                ],
+            )
+            for name in model.get_signature_list()
+        }
+    except RuntimeError as error:
+        raise ValueError(f"{file} is no model that LiteRT loads: {error}") from error
+    chunk = found[_PREFILL][0][0][-1] if _PREFILL in found else 0
+    expected = {
+        name: ([[1, length], [1]], [[1, length, info.vocab_size]])
+        for name, length in ((_DECODE, 1), (_PREFILL, chunk))
+    }
+    if found != expected:
+        raise ValueError(
+            f"{file} is no model of ours for {info.vocab_size:,} tokens: its signatures are "
+            f"{found}."
+        )
+    return LitertRuntime(model, chunk, info)

@@ -1,0 +1,129 @@
+"""Programs of ExecuTorch, written and run here; lowering takes most of the time."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mobilellm_jax.export.exporting import export_for_device
+from mobilellm_jax.export.formats import Source
+from mobilellm_jax.model.size import parameter_count
+from mobilellm_jax.runtimes.artifact import open_artifact
+
+_REASON = "pip install 'mobilellm-jax[export]'"
+for library in ("executorch", "torchao"):
+    pytest.importorskip(library, reason=_REASON)
+
+# That of formats.EXACT: sums in another order.
+TOLERANCE = 2e-4
+# torch, torchao and executorch warn about each other.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+ROOM = 200  # more than a chunk, and not a multiple of it
+SHARED = {"num_repeats": 2, "sharing": "reverse", "num_kv_heads": 1, "head_dim": 24}
+
+
+@pytest.fixture(scope="module")
+def exact(make_model, tokenizer, tmp_path_factory):
+    return exported(make_model, tokenizer, tmp_path_factory, "float32", **SHARED)
+
+
+@pytest.fixture(scope="module")
+def int8(make_model, tokenizer, tmp_path_factory):
+    fields = {"num_blocks": 1, "num_repeats": 2, "activation": "relu"}
+    return exported(make_model, tokenizer, tmp_path_factory, "8da8w", **fields)
+
+
+def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
+    """A model, two sequences, their logits, and the artefact, which was verified."""
+    config, params, tokens_BT, logits_BTV = make_model(scale=5.0, max_seq_len=ROOM, **fields)
+    folder = tmp_path_factory.mktemp("executorch") / precision
+    source = Source(config, params, tokenizer, "a test")
+    made = export_for_device(source, folder, format_name="executorch", precision=precision)
+    assert made.layers == config.num_blocks
+    tokens, logits = tokens_BT[:, :ROOM].tolist(), logits_BTV[:, :ROOM]
+    return config, tokens, logits, open_artifact(folder)
+
+
+def read_and_append(runtime, tokens):
+    at_once_TV = runtime.read(tokens)
+    steps = [runtime.read(tokens[:1])[0], *(runtime.append(token) for token in tokens[1:])]
+    return at_once_TV, np.stack(steps)
+
+
+def test_all_of_the_room_is_read_and_appended_exactly(exact) -> None:
+    _, tokens, logits_BTV, artifact = exact
+    runtime = artifact.load()
+    allowed = TOLERANCE * max(1.0, np.abs(logits_BTV[0]).max())
+    for found_TV in read_and_append(runtime, tokens[0]):
+        assert np.abs(found_TV - logits_BTV[0]).max() <= allowed
+    with pytest.raises(ValueError, match=r"201 tokens must have .* at most max_seq_len=200"):
+        runtime.append(1)
+    with pytest.raises(ValueError, match="max_seq_len=200"):
+        runtime.read([*tokens[0], 1])
+
+
+def test_a_sequence_sees_nothing_of_the_one_before(exact) -> None:
+    _, tokens, logits_BTV, artifact = exact
+    runtime = artifact.load()
+    runtime.read(tokens[0])
+    allowed = TOLERANCE * max(1.0, np.abs(logits_BTV[1]).max())
+    for length in (130, 5):
+        found_TV = runtime.read(tokens[1][:length])
+        assert np.abs(found_TV - logits_BTV[1, :length]).max() <= allowed
+    assert np.abs(runtime.append(tokens[1][5]) - logits_BTV[1, 5]).max() <= allowed
+
+
+def test_blocks_and_tied_embeddings_are_stored_once(exact) -> None:
+    config, _, _, artifact = exact
+    angles = ROOM * config.head_dim  # cosines and sines
+    # The rest is the program: operators, names, padding.
+    assert artifact.model_bytes <= 4 * (parameter_count(config) + angles) + 80_000
+    assert {file.name for file in artifact.folder.glob("model.*")} == {"model.pte", "model.ptd"}
+
+
+def test_activations_are_quantized_token_by_token(int8) -> None:
+    """So that a token's logits do not depend on what is read with it, and steps equal chunks.
+
+    Sums of another order may end on the other side of a rounding, so that a few numbers are off by
+    a step of the quantization; quantized over all tokens, most would be.
+    """
+    config, tokens, logits_BTV, artifact = int8
+    runtime = artifact.load()
+    at_once_TV, steps_TV = read_and_append(runtime, tokens[0])
+    error = np.abs(at_once_TV - logits_BTV[0]).mean()
+    assert 1e-4 < error < 0.05 * np.abs(logits_BTV[0]).max()
+    assert np.abs(at_once_TV - steps_TV).mean() < 0.05 * error
+    alone_V = runtime.read(tokens[0][:1])[0]
+    np.testing.assert_array_equal(alone_V, at_once_TV[0])
+    # A byte a weight, each once, and a number a row.
+    assert artifact.model_bytes < 1.3 * parameter_count(config) + 120_000
+
+
+def test_damaged_and_foreign_programs_are_refused(exact, tmp_path) -> None:
+    *_, artifact = exact
+    from mobilellm_jax.runtimes.executorch import load
+
+    for damage in (cut, garble, without_embeddings):
+        folder = shutil.copytree(artifact.folder, tmp_path / damage.__name__)
+        damage(folder)
+        with pytest.raises(ValueError, match="model.pte is no program that ExecuTorch loads"):
+            load(folder / "model.pte", artifact.info)
+    other = dataclasses.replace(artifact.info.model, vocab_size=321)
+    with pytest.raises(ValueError, match="no program of ours for 321 tokens"):
+        load(artifact.file, dataclasses.replace(artifact.info, model=other))
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.pte"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def garble(folder: Path) -> None:
+    (folder / "model.pte").write_bytes(b"not a program" * 1000)
+
+
+def without_embeddings(folder: Path) -> None:
+    (folder / "model.ptd").unlink()

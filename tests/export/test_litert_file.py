@@ -1,0 +1,124 @@
+"""Models of LiteRT, written and run here."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mobilellm_jax.export.exporting import export_for_device
+from mobilellm_jax.export.formats import Source
+from mobilellm_jax.model.size import parameter_count
+from mobilellm_jax.runtimes.artifact import open_artifact
+
+_REASON = "pip install 'mobilellm-jax[export]'"
+for library in ("litert_torch", "ai_edge_quantizer"):
+    pytest.importorskip(library, reason=_REASON)
+schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason=_REASON)
+
+# That of formats.EXACT: sums in another order.
+TOLERANCE = 2e-4
+# torch and the converter warn about what is to come.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+ROOM = 200  # more than a chunk, and not a multiple of it
+SHARED = {"num_repeats": 2, "sharing": "reverse", "num_kv_heads": 1, "head_dim": 24}
+
+
+@pytest.fixture(scope="module")
+def exact(make_model, tokenizer, tmp_path_factory):
+    return exported(make_model, tokenizer, tmp_path_factory, "float32", **SHARED)
+
+
+@pytest.fixture(scope="module")
+def int8(make_model, tokenizer, tmp_path_factory):
+    fields = {"num_blocks": 1, "num_repeats": 2, "activation": "gelu", "tie_embeddings": False}
+    return exported(make_model, tokenizer, tmp_path_factory, "int8", **fields)
+
+
+def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
+    """A model, two sequences, their logits, and the artefact, which was verified."""
+    config, params, tokens_BT, logits_BTV = make_model(scale=5.0, max_seq_len=ROOM, **fields)
+    folder = tmp_path_factory.mktemp("litert") / precision
+    source = Source(config, params, tokenizer, "a test")
+    made = export_for_device(source, folder, format_name="litert", precision=precision)
+    assert made.layers == config.num_blocks
+    tokens, logits = tokens_BT[:, :ROOM].tolist(), logits_BTV[:, :ROOM]
+    return config, tokens, logits, open_artifact(folder)
+
+
+def read_and_append(runtime, tokens):
+    at_once_TV = runtime.read(tokens)
+    steps = [runtime.read(tokens[:1])[0], *(runtime.append(token) for token in tokens[1:])]
+    return at_once_TV, np.stack(steps)
+
+
+def test_all_of_the_room_is_read_and_appended_exactly(exact) -> None:
+    _, tokens, logits_BTV, artifact = exact
+    runtime = artifact.load()
+    allowed = TOLERANCE * max(1.0, np.abs(logits_BTV[0]).max())
+    for found_TV in read_and_append(runtime, tokens[0]):
+        assert np.abs(found_TV - logits_BTV[0]).max() <= allowed
+    with pytest.raises(ValueError, match=r"201 tokens must have .* at most max_seq_len=200"):
+        runtime.append(1)
+    with pytest.raises(ValueError, match="max_seq_len=200"):
+        runtime.read([*tokens[0], 1])
+
+
+def test_a_sequence_sees_nothing_of_the_one_before_nor_of_padding(exact) -> None:
+    _, tokens, logits_BTV, artifact = exact
+    runtime = artifact.load()
+    runtime.read(tokens[0])
+    allowed = TOLERANCE * max(1.0, np.abs(logits_BTV[1]).max())
+    for length in (130, 5):
+        found_TV = runtime.read(tokens[1][:length])
+        assert np.abs(found_TV - logits_BTV[1, :length]).max() <= allowed
+    for t in range(5, 20):
+        assert np.abs(runtime.append(tokens[1][t]) - logits_BTV[1, t]).max() <= allowed
+
+
+def test_blocks_and_tied_embeddings_are_stored_once_for_both_signatures(exact) -> None:
+    config, _, _, artifact = exact
+    angles = 256 * config.head_dim  # cosines and sines of two chunks
+    numbers = parameter_count(config) + angles
+    assert 4 * numbers <= constants_bytes(artifact.file) <= 4 * numbers + 4000
+    assert {file.name for file in artifact.folder.glob("model.*")} == {"model.tflite"}
+
+
+def constants_bytes(file: Path) -> int:
+    """What the buffers of a model hold, inside of the flatbuffer or behind it."""
+    model = schema.Model.GetRootAs(file.read_bytes(), 0)
+    buffers = [model.Buffers(i) for i in range(model.BuffersLength())]
+    return sum(buffer.DataLength() + buffer.Size() for buffer in buffers)
+
+
+def test_quantized_steps_equal_the_quantized_chunk(int8) -> None:
+    """A token's activations are quantized by themselves, whatever is read with it."""
+    config, tokens, logits_BTV, artifact = int8
+    at_once_TV, steps_TV = read_and_append(artifact.load(), tokens[0])
+    error = np.abs(at_once_TV - logits_BTV[0]).mean()
+    assert 1e-4 < error < 0.05 * np.abs(logits_BTV[0]).max()
+    # A sum of another order may end on the other side of a rounding.
+    assert np.abs(at_once_TV - steps_TV).mean() < 0.05 * error
+    angles, norms = 256 * config.head_dim, (2 * config.num_blocks + 1) * config.embed_dim
+    stored = parameter_count(config) - norms + 4 * (angles + norms)  # a byte a weight
+    assert stored <= constants_bytes(artifact.file) <= stored + 4000
+
+
+def test_damaged_and_foreign_models_are_refused(exact, tmp_path) -> None:
+    *_, artifact = exact
+    from mobilellm_jax.runtimes.litert import load
+
+    other = tmp_path / "model.tflite"
+    other.write_bytes(b"no model" * 1000)
+    with pytest.raises(ValueError, match="model.tflite is no model that LiteRT loads"):
+        load(other, artifact.info)
+    folder = shutil.copytree(artifact.folder, tmp_path / "cut")
+    file = folder / artifact.file.name
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model.tflite"):
+        open_artifact(folder)
+    model = dataclasses.replace(artifact.info.model, vocab_size=321)
+    with pytest.raises(ValueError, match="no model of ours for 321 tokens"):
+        load(artifact.file, dataclasses.replace(artifact.info, model=model))
