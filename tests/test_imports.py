@@ -144,9 +144,10 @@ def test_training_is_handed_its_data_and_its_saving(file: Path) -> None:
 
 
 def needs_an_extra(file: Path) -> bool:
-    """Whether it is for PyTorch's users, as an export's modelling file, or needs the harness."""
+    """Whether it is for PyTorch's users, needs the harness, or is a device format's."""
     libraries = {module.split(".")[0] for module in imports(file, file.read_text())}
-    return not libraries.isdisjoint({"torch", "lm_eval", "onnx", "onnxruntime", "ai_edge_litert"})
+    extras = {"torch", "lm_eval", "onnx", "onnxruntime", "ai_edge_litert", "gguf", "llama_cpp"}
+    return not libraries.isdisjoint(extras)
 
 
 def test_importing_starts_no_backend() -> None:

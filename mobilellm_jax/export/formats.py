@@ -69,6 +69,23 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
+    "gguf": Format(
+        module="gguf_file",
+        file="model.gguf",
+        packages=("gguf",),
+        shares_blocks=False,
+        precisions={
+            "float32": EXACT,
+            "bfloat16": BRAIN,
+            "float16": HALF,
+            # Ten times the rise of a trained model of 0.9M parameters; small ones are hit hardest.
+            "q8_0": Precision(8.5, logits=None, loss=0.02),
+            "q5_1": Precision(6.0, logits=None, loss=0.2),
+            "q5_0": Precision(5.5, logits=None, loss=0.2),
+            "q4_1": Precision(5.0, logits=None, loss=0.4),
+            "q4_0": Precision(4.5, logits=None, loss=0.4),
+        },
+    ),
     "onnx": Format(
         module="onnx_file",
         file="model.onnx",

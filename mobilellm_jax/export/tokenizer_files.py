@@ -30,7 +30,7 @@ _REMEDY = (
     "tokenizer.json, which is exported as it is."
 )
 
-_PROBES = (
+PROBES = (
     *("", " ", "  ", "a", " a", "  a", "a ", "a  ", "a b", "a  b", "a   b    c", "\n", "\n\n"),
     *(" \n ", "a\nb", "a\r\nb", "\t", "\ta\t\tb", "    return x\n", "\x00", "a\x00b", "\x01\x7f"),
     *("\ufeffa", "\u00a0a\u00a0", "\u200b", "\u2028", "\u2581", "a\u2581b", "\U0010ffff"),
@@ -87,7 +87,7 @@ def convert_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     """
     proto = _proto.ModelProto()
     proto.ParseFromString(file.read_bytes())
-    problems = _inexpressible(proto)
+    problems = inexpressible(proto)
     if problems:
         raise ValueError(
             f"{file} cannot be written as tokenizer.json: {' '.join(problems)} {_REMEDY}"
@@ -134,7 +134,7 @@ def convert_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     return fast
 
 
-def _inexpressible(proto: Any) -> list[str]:
+def inexpressible(proto: Any) -> list[str]:
     """Returns a sentence for everything that `tokenizers` would do differently."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     problems = []
@@ -178,7 +178,7 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 def _compare(file: Path, fast: tokenizers.Tokenizer, bos_id: int) -> None:
     model: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
     surfaces = [model.id_to_piece(i).replace(_SPACE, " ") for i in range(model.get_piece_size())]
-    texts = [*_PROBES, *surfaces]
+    texts = [*PROBES, *surfaces]
     fast.encode_special_tokens = True
     expected: Sequence[Sequence[int]] = model.encode(texts)
     found = [encoding.ids for encoding in fast.encode_batch(texts)]
