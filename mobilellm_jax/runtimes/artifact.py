@@ -33,7 +33,7 @@ class _Opener(NamedTuple):
 RUNTIMES = {
     "gguf": _Opener("llama_cpp", "llama_cpp"),
     "onnx": _Opener("onnx", "onnxruntime"),
-    "stablehlo": _Opener("stablehlo", "jax"),
+    "stablehlo": _Opener("stablehlo", "flatbuffers"),  # what jax.export needs besides
     "executorch": _Opener("executorch", "executorch"),
     "litert": _Opener("litert", "ai_edge_litert"),
 }

@@ -11,17 +11,7 @@ from mobilellm_jax.export.exporting import export_for_device
 from mobilellm_jax.export.formats import EXACT, FORMATS, Source
 from mobilellm_jax.export.verify import verify
 from mobilellm_jax.runtimes.artifact import open_artifact
-
-SCALE = 6.0  # of random matrices, so that logits are as large as a trained model's
-
-SHAPES = {
-    "immediate": {"num_repeats": 2, "sharing": "immediate"},
-    "repeat_all": {"num_repeats": 2, "sharing": "repeat_all"},
-    "reverse": {"num_repeats": 3, "sharing": "reverse"},
-    "untied": {"tie_embeddings": False, "rope_theta": 500.0, "norm_eps": 1e-3},
-    "relu": {"activation": "relu", "head_dim": 24, "num_kv_heads": 1},
-    "gelu": {"activation": "gelu", "head_dim": 10, "num_kv_heads": 4, "embed_dim": 60},
-}
+from tests.export.shapes import SCALE, SHAPES
 
 
 @pytest.fixture
