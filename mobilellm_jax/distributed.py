@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mobilellm_jax.cluster import find_cluster
 from mobilellm_jax.config import ConfigError
-from mobilellm_jax.early_stop import Stopped
+from mobilellm_jax.early_stop import farewell
 from mobilellm_jax.peers import Parting, Peers, delay_aborts
 
 _START_SEC = 300  # for all processes to be there
@@ -208,16 +208,14 @@ def leave(how: Parting, why: str = "") -> None:
 
 @contextlib.contextmanager
 def telling_failures() -> Iterator[None]:
-    """Tells the other processes of the run what ends the block in this one.
+    """Tells the other processes of the run what ends the block in this one, SIGTERM included.
 
     Raises:
       DistributedError: for an error of the devices that comes from another process being gone.
     """
     try:
-        yield
-    except Stopped:
-        leave("stopped", signal.SIGTERM.name)
-        raise
+        with farewell(lambda: leave("stopped", signal.SIGTERM.name)):
+            yield
     except jax.errors.JaxRuntimeError as error:
         why = None if _peers is None else _peers.explain()
         leave("failed", f"{type(error).__name__}: {error}")
@@ -394,8 +392,6 @@ def _failure(error: BaseException) -> dict[str, Any]:
 def _raise_if_failed(answer: Mapping[str, Any], process: int, what: str) -> None:
     if "error" not in answer:
         return
-    if answer["type"] == Stopped.__name__:
-        raise Stopped
     if answer["bad_input"]:
         raise ConfigError(f"process {process}: {answer['error']}")
     raise DistributedError(

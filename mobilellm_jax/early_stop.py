@@ -1,81 +1,66 @@
-"""SIGTERM where there is no step to finish: the process ends soon, and asks to be started again.
+"""SIGTERM where there is no step to finish: the process ends, and asks to be started again.
 
 The training loop has its own handler, which finishes a step and saves. Before the first step
 (preparing data, restoring, compiling) and after the last nothing is lost by ending: whatever is
 written is whole or absent, as after a kill.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Self
 
 from mobilellm_jax.exit_codes import SAVED_REQUEUE_ME
 
-_UNWIND_SEC = 10.0  # for the main thread to leave what it does; a compiler lets nothing through
+_farewells: list[Callable[[], None]] = []
 
 
-class Stopped(BaseException):
-    """SIGTERM arrived; no error, so that nothing on the way holds it up."""
+@contextlib.contextmanager
+def farewell(call: Callable[[], None]) -> Iterator[None]:
+    """Has `call` made, in another thread, if the process is stopped in the `with` block."""
+    _farewells.append(call)
+    try:
+        yield
+    finally:
+        _farewells.remove(call)
 
 
 class EarlyStop:
-    """Ends what the `with` block does on SIGTERM; `asked` says afterwards whether that was so.
+    """Ends the process with 75 on SIGTERM in the `with` block.
 
-    A handler in Python runs only when the main thread comes back from C. So a thread is told of
-    the signal too: it says so at once, and ends the process if the main thread takes long.
-
-    Args:
-      tell: called by the thread when the signal has come.
+    By a thread: a handler in Python runs only when the main thread comes back from C, out of a
+    compiler after minutes, and an exception raised there gets lost where libraries call back.
     """
-
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self.asked = False
-        self._tell = tell
-        self._told = threading.Event()
 
     def __enter__(self) -> Self:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        self._old = signal.signal(signal.SIGTERM, self._handle)
         threading.Thread(target=self._watch, name="early stop", daemon=True).start()
+        self._old = signal.signal(signal.SIGTERM, self._leave_it_to_the_thread)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        if self.asked:
-            self._told.wait(_UNWIND_SEC)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if self.asked else self._old)
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._old)
         signal.set_wakeup_fd(self._old_wakeup)
         os.close(self._write_end)
-        if self.asked and kind is not None and kind is not Stopped:
-            # What a library has made of it, most likely.
-            sys.excepthook(kind, error, trace)  # type: ignore[arg-type]  # both are there
-        return self.asked
 
-    def _handle(self, _: int, __: FrameType | None) -> None:
-        if not self.asked:
-            self.asked = True
-            raise Stopped
+    def _leave_it_to_the_thread(self, _: int, __: FrameType | None) -> None:
+        pass
 
     def _watch(self) -> None:
         while number := os.read(self._read_end, 1):
             # In the training loop the signal is the loop's.
-            if number[0] == signal.SIGTERM and signal.getsignal(number[0]) == self._handle:
-                break
-        if number:
-            text = "SIGTERM: no step is under way; stopping. The same command again goes on."
-            print(text, file=sys.stderr, flush=True)
-            self._tell()
-            self._told.set()
-            threading.Event().wait(_UNWIND_SEC)
-            os._exit(SAVED_REQUEUE_ME)
+            ours = signal.getsignal(signal.SIGTERM) == self._leave_it_to_the_thread
+            if number[0] == signal.SIGTERM and ours:
+                text = "SIGTERM: no step is under way; stopping. The same command again goes on."
+                print(text, file=sys.stderr, flush=True)
+                for call in _farewells[::-1]:
+                    with contextlib.suppress(OSError):
+                        call()
+                os._exit(SAVED_REQUEUE_ME)
         os.close(self._read_end)

@@ -23,6 +23,7 @@ from typing import Any
 
 from mobilellm_jax import strict_json
 from mobilellm_jax.config import ConfigError
+from mobilellm_jax.early_stop import farewell
 
 LOCK = "run.lock"
 BEAT_SEC = 5.0  # between two counts of a holder
@@ -52,6 +53,7 @@ class RunLock:
         self._me = _this_process()
         self._stop = threading.Event()
         self._descriptor = -1
+        self._farewell = farewell(self._let_go)
         self._beats: threading.Thread | None = None
 
     def __enter__(self) -> "RunLock":
@@ -71,16 +73,21 @@ class RunLock:
             raise
         self._beats = threading.Thread(target=self._beat, name="run lock", daemon=True)
         self._beats.start()
+        self._farewell.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._farewell.__exit__(None, None, None)
+        with contextlib.suppress(OSError):
+            self._let_go()
+        os.close(self._descriptor)
+
+    def _let_go(self) -> None:
         self._stop.set()
         if self._beats is not None:
             self._beats.join()
-        with contextlib.suppress(OSError):
-            if self._is_ours():
-                self._path.unlink()
-        os.close(self._descriptor)
+        if self._is_ours():
+            self._path.unlink()
 
     def check(self) -> None:
         """Checks that the folder is still this run's, before something final is written to it.

@@ -164,6 +164,8 @@ def _wrong_size(path: epath.Path, record: Mapping[str, Any]) -> str | None:
         size = path.stat().length
     except FileNotFoundError:
         return f"{path} is missing"
+    except (OSError, ValueError) as error:  # of a name that no file can have, for example
+        return f"{strict_json.plain(str(path))} cannot be read: {error}"
     if size != record["bytes"]:
         return f"{path} has {size:,} bytes, but its manifest says {record['bytes']:,}"
     return None

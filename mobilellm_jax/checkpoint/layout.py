@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.path import atomicity
 
-from mobilellm_jax import rundir, sealing
+from mobilellm_jax import rundir, sealing, strict_json
 from mobilellm_jax.train.state import TrainState
 
 FORMAT_VERSION = 2
@@ -33,6 +33,15 @@ class DataState:
 
     next_sample: int  # global sample index, over all hosts
     fingerprint: str  # of the data that the index is of
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What the manifest of a step folder says, besides the files."""
+
+    config: Mapping[str, Any]
+    arrays: Mapping[str, str]  # name -> type and shape
+    data: Mapping[str, Any] | None  # its fields belong to its version
 
 
 def checkpoints_folder(run: epath.PathLike) -> epath.Path:
@@ -62,12 +71,14 @@ def arrays_of(trees: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def read_content(folder: epath.Path) -> dict[str, Any]:
+def read_content(folder: epath.Path) -> Content:
     """Returns what the manifest of a step folder says.
+
+    Its checksum tells damage; whoever made it may have meant anything.
 
     Raises:
       DamagedError: if the manifest is missing or damaged.
-      CheckpointError: if the folder has another format version.
+      CheckpointError: if the folder has another format version, or no checkpoint's content.
     """
     try:
         content = sealing.read_manifest(folder)
@@ -77,7 +88,22 @@ def read_content(folder: epath.Path) -> dict[str, Any]:
         raise
     if content.get("format_version") != FORMAT_VERSION:
         raise _other_version(folder, content.get("format_version"))
-    return content
+    try:
+        return Content(
+            config=strict_json.get(content, "config", Mapping[str, Any]),
+            arrays=strict_json.get(content, "arrays", Mapping[str, str]),
+            data=strict_json.get(content, "data", Mapping[str, Any], None),
+        )
+    except strict_json.JsonError as error:
+        raise no_checkpoint(folder, error) from error
+
+
+def no_checkpoint(folder: epath.Path, why: object) -> CheckpointError:
+    """Returns the error for a folder that is sealed, but not by a release of this package."""
+    return CheckpointError(
+        f"{folder} is sealed, but no checkpoint of this program: {why} Use the file that the run "
+        "wrote."
+    )
 
 
 def check_arrays(folder: epath.Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:
@@ -115,6 +141,6 @@ def composite(parts: Iterable[str]) -> ocp.CompositeCheckpointHandler:
 
 def _other_version(folder: epath.Path, version: object) -> CheckpointError:
     return CheckpointError(
-        f"{folder} has checkpoint format_version={version}, and this program reads "
-        f"{FORMAT_VERSION}; use the release that wrote it."
+        f"{folder} has checkpoint format_version={strict_json.shown(version)}, and this program "
+        f"reads {FORMAT_VERSION}; use the release that wrote it."
     )

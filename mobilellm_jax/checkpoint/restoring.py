@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from mobilellm_jax import config as config_lib
-from mobilellm_jax import rundir, sealing
+from mobilellm_jax import rundir, sealing, strict_json
 from mobilellm_jax.checkpoint.layout import (
     DATA_STATE_VERSION,
     IN_PLACE,
@@ -24,6 +24,7 @@ from mobilellm_jax.checkpoint.layout import (
     arrays_of,
     check_arrays,
     composite,
+    no_checkpoint,
     read_content,
     step_folder,
     trees_of,
@@ -86,7 +87,7 @@ def restore_state(run: epath.PathLike, step: int, abstract: TrainState) -> Train
 def can_resume(run: epath.PathLike, step: int) -> bool:
     """Returns whether the step holds an optimizer state besides the parameters."""
     content = read_content(step_folder(run, step))
-    return any(name.startswith(f"{OPTIMIZER}/") for name in content["arrays"])
+    return any(name.startswith(f"{OPTIMIZER}/") for name in content.arrays)
 
 
 def read_config(folder: epath.PathLike) -> Config:
@@ -96,7 +97,7 @@ def read_config(folder: epath.PathLike) -> Config:
       DamagedError: if the folder is no complete checkpoint.
       CheckpointError: if it has another format version.
     """
-    return config_lib.from_json(json.dumps(read_content(epath.Path(folder))["config"]))
+    return config_lib.from_json(json.dumps(read_content(epath.Path(folder)).config))
 
 
 def read_data_state(run: epath.PathLike, step: int) -> DataState:
@@ -106,22 +107,34 @@ def read_data_state(run: epath.PathLike, step: int) -> DataState:
       CheckpointError: if the step has none, or one of another version.
     """
     folder = step_folder(run, step)
-    data = read_content(folder).get("data")
-    if data is None or data["version"] != DATA_STATE_VERSION:
-        found = "no data state" if data is None else f"a data state of version {data['version']}"
+    data = read_content(folder).data
+    version = None if data is None else data.get("version")
+    if version != DATA_STATE_VERSION:
+        found = f"a data state of version {strict_json.shown(version)}"
+        if data is None:
+            found = "no data state"
         raise CheckpointError(
             f"{folder} has {found}, and this program resumes version {DATA_STATE_VERSION}, because "
             "the order of samples may differ; resume it with the release that wrote it, or start "
             "from its parameters in another --workdir with "
             f"--config.train.init_from={folder}."
         )
-    return DataState(next_sample=data["next_sample"], fingerprint=data["fingerprint"])
+    try:
+        state = DataState(
+            next_sample=strict_json.get(data, "next_sample", int, name="data"),
+            fingerprint=strict_json.get(data, "fingerprint", str, name="data"),
+        )
+    except strict_json.JsonError as error:
+        raise no_checkpoint(folder, error) from error
+    if state.next_sample < 0:
+        raise no_checkpoint(folder, f"data.next_sample={state.next_sample} must not be negative.")
+    return state
 
 
 def _restore(folder: epath.Path, abstract: dict[str, Params]) -> dict[str, Params]:
     there = {
         name: kind
-        for name, kind in read_content(folder)["arrays"].items()
+        for name, kind in read_content(folder).arrays.items()
         if name.split("/")[0] in abstract
     }
     check_arrays(folder, there, arrays_of(abstract))

@@ -17,7 +17,6 @@ and --process_id. --workdir must be a folder that they share. When one dies, or 
 life for --peer_timeout seconds, the others name it and end with exit code 75.
 """
 
-import signal
 import sys
 
 from absl import flags
@@ -51,10 +50,9 @@ _WALLTIME = flags.DEFINE_string(
 def main(argv: list[str]) -> int:
     """Trains."""
     config = load_config(_CONFIG.value, argv[1:])
-    finished = False
-    with EarlyStop(_tell_the_others) as stop:
+    with EarlyStop():
         finished = _train(config)
-    return 0 if finished and not stop.asked else SAVED_REQUEUE_ME
+    return 0 if finished else SAVED_REQUEUE_ME
 
 
 def _train(config: Config) -> bool:
@@ -82,9 +80,3 @@ def _train(config: Config) -> bool:
     lines = [f"start   {found}", f"xla     flags added: {xla_flags}; compiled programs: {cache}"]
     print("\n".join(lines), file=sys.stderr, flush=True)
     return pretrain(config, workdir, profile, walltime)
-
-
-def _tell_the_others() -> None:
-    from mobilellm_jax import distributed
-
-    distributed.leave("stopped", signal.SIGTERM.name)

@@ -156,13 +156,25 @@ def said(workdir: Path, *, whole: bool = False) -> str:
     return path.read_text()[0 if whole else -4000 :] if path.exists() else ""
 
 
-def kill_and_compare(config_file: Path, folder: Path, kills: int, seed: int) -> str:
-    """Kills runs so many times in all, letting each end; returns the figures."""
-    harness = Harness(config_file, folder / "cache", random.Random(seed))
+@pytest.fixture(scope="module")
+def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> "Undisturbed":
+    """A harness, a run that nobody killed, and how long one takes that has nothing to compile."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    harness = Harness(config_file, folder / "cache", random.Random(0))
     expected = folder / "expected"
     harness.uninterrupted(expected)  # compiles
     life_sec = harness.uninterrupted(folder / "again")
     assert_same_run(folder / "again", expected, STEPS)
+    return harness, expected, life_sec
+
+
+Undisturbed = tuple[Harness, Path, float]
+
+
+def kill_and_compare(undisturbed: Undisturbed, folder: Path, kills: int, seed: int) -> str:
+    """Kills runs so many times in all, letting each end; returns the figures."""
+    made, expected, life_sec = undisturbed
+    harness = Harness(made.config_file, made.cache, random.Random(seed))
     runs = done = 0
     while done < kills:
         workdir, finished = folder / f"run{runs}", False
@@ -177,11 +189,32 @@ def kill_and_compare(config_file: Path, folder: Path, kills: int, seed: int) -> 
     return f"{done} kills of {runs} runs, seed {seed}: all equal to the bit ({counts})"
 
 
-def test_killed_runs_end_like_one_that_was_not(config_file: Path, tmp_path: Path) -> None:
-    print(kill_and_compare(config_file, tmp_path, kills=6, seed=0))
+def test_killed_runs_end_like_one_that_was_not(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    print(kill_and_compare(undisturbed, tmp_path, kills=6, seed=0))
+
+
+def test_sigterm_while_a_run_starts_asks_for_another_start(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    harness, expected, _ = undisturbed
+    workdir = tmp_path / "run"
+    for seconds in (0.0, 0.2, 0.6, 1.2):
+        process = harness.start(workdir)
+        while not catches_sigterm(process.pid):
+            time.sleep(0.001)
+        time.sleep(seconds)
+        process.terminate()
+        process.join(_WAIT_SEC)
+        assert process.exitcode == SAVED_REQUEUE_ME, said(workdir)
+        # Nothing is left over: no file under a final name, and no lock that nobody holds.
+        left = names_in(workdir) - names_in(expected)
+        assert all(name.startswith(".") for name in left), (left, said(workdir))
+    assert "SIGTERM: no step is under way; stopping." in said(workdir, whole=True)
+    harness.uninterrupted(workdir)
+    assert_same_run(workdir, expected, STEPS)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", [1])
-def test_a_hundred_kills(config_file: Path, tmp_path: Path, seed: int) -> None:
-    print(kill_and_compare(config_file, tmp_path, kills=100, seed=seed))
+def test_a_hundred_kills(undisturbed: Undisturbed, tmp_path: Path, seed: int) -> None:
+    print(kill_and_compare(undisturbed, tmp_path, kills=100, seed=seed))

@@ -1,0 +1,104 @@
+"""Checkpoints: their manifest, damaged, or made on purpose with a checksum that is right.
+
+What lies in the files of Orbax is for Orbax to refuse; damage to them does not get that far.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from etils import epath
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from mobilellm_jax import checkpoint, sealing
+from mobilellm_jax.checkpoint import folders
+from tests.fuzz.hostile import damaged_bytes, damaged_json, fuzz
+from tests.test_checkpoint import CONFIG, DATA, filled, tokenizer
+
+__all__ = ["tokenizer"]  # the fixture
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("saved")
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
+        writer.save(1, filled(CONFIG), DATA)
+    return run
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def silent(_: str) -> None:
+    """The reports of what is skipped are not of interest here."""
+
+
+def use(run: Path) -> None:
+    """What a start does with the manifest of the newest step."""
+    step = checkpoint.latest_step(run, report=silent)
+    assert step == 1
+    assert checkpoint.steps(run) == checkpoint.whole_steps(run, report=silent) == [1]
+    checkpoint.read_config(checkpoint.step_folder(run, step))
+    checkpoint.can_resume(run, step)
+    assert checkpoint.read_data_state(run, step).next_sample >= 0
+
+
+def test_manifest_that_is_damaged(run: Path, tmp_path: Path) -> None:
+    use(run)
+    file = run / "checkpoints" / "1" / "manifest.json"
+    valid = file.read_bytes()
+
+    def parse(content: bytes) -> None:
+        file.write_bytes(content)
+        if content != valid:
+            assert checkpoint.whole_steps(run, report=silent) == []
+            folders.delete_old(epath.Path(run) / "checkpoints", 0, 0)  # deletes none that is not
+            assert file.exists()
+        use(run)
+
+    inputs = st.one_of(damaged_bytes(valid), damaged_json(json.loads(valid)))
+    fuzz(parse, inputs, tmp_path)
+
+
+def test_manifest_that_is_sealed_on_purpose(run: Path, tmp_path: Path) -> None:
+    file = run / "checkpoints" / "1" / "manifest.json"
+    valid = json.loads(file.read_bytes())
+    del valid["sha256"]
+
+    def parse(content: bytes) -> None:
+        try:
+            changed = json.loads(content)
+            file.write_text(sealing._text(changed))
+        except (ValueError, TypeError, RecursionError):  # nothing that can be sealed
+            file.write_bytes(content)
+        use(run)
+
+    fuzz(parse, damaged_json(valid), tmp_path)
+
+
+def test_names_that_a_manifest_gives(run: Path, tmp_path: Path) -> None:
+    folder = epath.Path(run / "checkpoints" / "1")
+    valid = sealing.read_manifest(folder)
+    names = [
+        *("", ".", "..", "../1/manifest.json", "/etc/passwd", "params", "params/", "a\0b"),
+        *("params/_METADATA/x", "x" * 300, "x/" * 3000, "\ud800", "manifest.json", "~", "C:\\x"),
+        *("\x1b[2J", "params/../params/_METADATA", "gs://bucket/x", "//etc/passwd"),
+    ]
+
+    @st.composite
+    def inputs(draw: DrawFn) -> dict[str, Any]:
+        name = draw(st.one_of(st.sampled_from(names), st.text(max_size=20)))
+        record = draw(st.sampled_from([*valid["files"].values(), {"bytes": 4096, "sha256": "0"}]))
+        return {**valid, "files": {**valid["files"], name: record}}
+
+    def parse(content: dict[str, Any]) -> None:
+        (folder / sealing.MANIFEST).write_text(sealing._text(content))
+        sealing.check_sizes(folder)
+        use(run)
+
+    fuzz(parse, inputs(), tmp_path, share=0.5)
