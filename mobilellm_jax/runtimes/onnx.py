@@ -13,12 +13,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from mobilellm_jax.runtimes.artifact import ArtifactInfo
 from mobilellm_jax.runtimes.runtime import check_room
 
-# Each derives from Exception alone.
+# Its own derive from Exception alone; a name that is no UTF-8 fails on the way to Python.
 _REFUSALS = (
+    UnicodeDecodeError,
     *(errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf),
     *(errors.NoModel, errors.NoSuchFile, errors.NotImplemented, errors.RuntimeException),
 )
-_INPUTS, _CACHE = ("tokens", "length"), ("key", "value")
 _ONLY_ERRORS = 3
 
 
@@ -33,20 +33,25 @@ def load(file: Path, info: ArtifactInfo) -> "OnnxRuntime":
     options.log_severity_level = _ONLY_ERRORS
     try:
         session = onnxruntime.InferenceSession(
-            str(file), options, providers=["CPUExecutionProvider"]
+            str(file),
+            options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=0,  # it would try the same once more, and print that
         )
+        arrays = (*session.get_inputs(), *session.get_outputs())
+        shapes = {array.name: array.shape for array in arrays}
     except _REFUSALS as error:
         raise ValueError(
             f"{file} is no model that ONNX Runtime {onnxruntime.__version__} loads; export again: "
             f"{error}"
         ) from error
-    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
     cache = shapes.get("past_key_0", [])
-    if (
-        not {*_INPUTS, "past_value_0", "present_key_0", "present_value_0"} <= shapes.keys()
-        or shapes.get("logits") != [1, "T", info.vocab_size]
-        or cache[2:3] != [info.max_seq_len]
-    ):
+    if cache[:3] != [1, info.model.num_kv_heads, info.max_seq_len] or shapes != {
+        "tokens": [1, "T"],
+        "length": [1],
+        "logits": [1, "T", info.vocab_size],
+        **{name: cache for name in _cache_names(info.model.applied_depth)},
+    }:
         raise ValueError(
             f"{file} is not the model of {info.vocab_size:,} tokens and sequences of "
             f"{info.max_seq_len:,} that its manifest names; export again."
@@ -67,7 +72,7 @@ class OnnxRuntime:
         self.name = f"ONNX Runtime {onnxruntime.__version__}"
         self.vocab_size, self.max_seq_len = info.vocab_size, info.max_seq_len
         self._session, self._length = session, 0
-        past = [value.name for value in session.get_inputs() if value.name not in _INPUTS]
+        past = [name for name in _cache_names(info.model.applied_depth) if "past" in name]
         # What is bound is the memory of these arrays: written to here, it is what the session sees.
         self._cache = {name: _value(np.zeros(cache, np.float32)) for name in past}
         self._length_1 = np.zeros(1, np.int32)
@@ -107,6 +112,11 @@ class OnnxRuntime:
         self._length_1[:] = self._length
         self._session.run_with_iobinding(binding)
         self._length += tokens
+
+
+def _cache_names(depth: int) -> list[str]:
+    kinds = [f"{when}_{kind}" for when in ("past", "present") for kind in ("key", "value")]
+    return [f"{kind}_{slot}" for kind in kinds for slot in range(depth)]
 
 
 def _value(array: NDArray[Any]) -> Any:

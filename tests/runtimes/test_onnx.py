@@ -115,8 +115,25 @@ def test_no_onnx_file_at_all_is_refused(copied):
         load(copied.file, copied.info)
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        (b"tokens", b"token\xff"),
+        (b"past_key_3", b"past_key_9"),
+        (b"Squeeze", b"Squeez\xff"),  # in the constructor, which would print and try again
+    ],
+)
+def test_another_name_is_refused(name, other, copied, capfd):
+    data = copied.file.read_bytes()
+    assert name in data
+    copied.file.write_bytes(data.replace(name, other))
+    with pytest.raises(ValueError, match="export again"):
+        load(copied.file, copied.info)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_another_model_is_refused(copied):
-    for other in ({"vocab_size": 321}, {"max_seq_len": 25}):
+    for other in ({"vocab_size": 321}, {"max_seq_len": 25}, {"num_blocks": 3}):
         with pytest.raises(ValueError, match="is not the model of"):
             model = dataclasses.replace(copied.info.model, **other)
             load(copied.file, dataclasses.replace(copied.info, model=model))
