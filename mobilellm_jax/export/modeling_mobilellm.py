@@ -9,11 +9,18 @@ product with the embedding table.
 """
 # mypy: ignore-errors
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+# What transformers calls the cache, in what it passes and in what it wants back: from 5.24 on
+# `cache`, before `past_key_values`.
+_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
 _ACTIVATIONS = {"silu": functional.silu, "relu": functional.relu, "gelu": functional.gelu}
 
@@ -22,7 +29,7 @@ class MobileLLMConfig(PretrainedConfig):
     """Shape of the model. `num_hidden_layers` counts stored blocks, repeats not included."""
 
     model_type = "mobilellm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  # a list to transformers
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012  # a list to transformers
 
     def __init__(
         self,
@@ -194,16 +201,24 @@ class MobileLLMModel(MobileLLMPreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
+        cache=None,
         **kwargs,
     ):
+        cache = past_key_values if cache is None else cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        if past_key_values is not None:
-            add_slots(past_key_values, len(self.config.application_order))
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        if cache is not None:
+            add_slots(cache, len(self.config.application_order))
+        seen = cache.get_seq_length() if cache is not None else 0
+        if attention_mask is not None and attention_mask.shape[-1] != seen + x.shape[1]:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[-1]} tokens, but there are {seen} in "
+                f"the cache and {x.shape[1]} new ones; this transformers may pass its cache under "
+                "a name that is not known here."
+            )
         standing = torch.arange(seen, seen + x.shape[1], device=x.device)
         if position_ids is None:
             position_ids = standing[None]
@@ -212,11 +227,11 @@ class MobileLLMModel(MobileLLMPreTrainedModel):
         states = []
         for slot, block in enumerate(self.config.application_order):
             states.append(x)
-            x = self.layers[block](x, rotation, mask, past_key_values, slot)
+            x = self.layers[block](x, rotation, mask, cache, slot)
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: cache if use_cache else None},
             hidden_states=(*states, x) if output_hidden_states else None,
         )
 
@@ -258,6 +273,7 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
         output_hidden_states=None,
         return_dict=None,
         logits_to_keep=0,
+        cache=None,
         **kwargs,
     ):
         if output_hidden_states is None:
@@ -266,7 +282,7 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -282,7 +298,7 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
         )
         return output if return_dict is not False else output.to_tuple()

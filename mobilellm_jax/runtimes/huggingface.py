@@ -1,5 +1,6 @@
 """Hugging Face directories in transformers and PyTorch, float32 on the CPU."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,13 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mobilellm_jax.runtimes.runtime import check_room
+
+# transformers 5.24 renamed it.
+_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+_CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
 
 class HuggingFaceRuntime:
@@ -44,10 +50,8 @@ class HuggingFaceRuntime:
 
     def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            out = self._model(
-                torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True
-            )
-        self._cache = out.past_key_values
+            out = self._model(torch.tensor([list(tokens)]), use_cache=True, **{_CACHE: self._cache})
+        self._cache = out[_CACHE]
         self._length += len(tokens)
         logits_TV: NDArray[np.float32] = out.logits[0].float().numpy()
         return logits_TV

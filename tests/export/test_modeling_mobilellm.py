@@ -165,3 +165,12 @@ def test_gradients_reach_every_parameter(shared_folder):
 def test_tokenizer_beside_it_loads(shared_folder, tokenizer):
     theirs = AutoTokenizer.from_pretrained(shared_folder, trust_remote_code=True)
     assert theirs("The dog")["input_ids"] == [tokenizer.bos_id, *tokenizer.encode("The dog")]
+
+
+def test_a_mask_that_the_cache_does_not_explain_is_refused(make_model, tokenizer, output):
+    config, params, tokens_BT, _ = make_model(num_repeats=2)
+    write_huggingface(config, params, tokenizer, output, layout="mobilellm")
+    own = load(output, trust_remote_code=True)
+    tokens = torch.from_numpy(tokens_BT[:, :1]).long()
+    with pytest.raises(ValueError, match="covers 9 tokens, but there are 0 in the cache and 1 new"):
+        own(tokens, attention_mask=torch.ones(2, 9))
