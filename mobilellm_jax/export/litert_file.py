@@ -1,11 +1,15 @@
-"""`model.tflite`, for LiteRT: a signature that reads a token and one that reads a chunk.
+"""`model.tflite`, for LiteRT: signatures that read a token (`decode`) or a chunk (`prefill`).
 
-Both take `tokens[1, T]`, where the first of them stands, and the cache, and return the
+All take `tokens[1, T]`, where the first of them stands, and the cache, and return the
 `logits[1, T, V]` and the cache with the new rows. The rows are written by DYNAMIC_UPDATE_SLICE,
 which copies nothing if the same buffer is handed in and out. Whoever reads fewer than `CHUNK`
 tokens pads them: the rows of the padding lie where the next tokens are written before anyone sees
 them. The cache has room for a whole number of chunks, because the last one would else be moved to
 where it fits.
+
+Shapes are fixed, so attention looks at all rows, filled or not. `decode_256` and `prefill_256` look
+at the first 256 alone and are for what ends there. A signature costs a graph, 10 kB per layer; the
+weights are stored once for all.
 """
 
 import contextlib
@@ -18,7 +22,7 @@ from typing import Any
 import jax
 import torch
 from ai_edge_quantizer import quantizer, recipe
-from litert_torch import signature
+from litert_torch import Converter
 from litert_torch._config import config as converter_config
 from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_update_slice
 from torch import Tensor, nn
@@ -28,6 +32,8 @@ from mobilellm_jax.export.formats import FORMATS, Source
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 
 CHUNK = 128
+SPAN = 256
+"""Rows that the shorter pair of signatures looks at."""
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
@@ -35,14 +41,19 @@ def write(source: Source, folder: Path, precision: str) -> int:
     config = source.config
     chunk = min(CHUNK, config.max_seq_len)
     capacity = math.ceil(config.max_seq_len / chunk) * chunk
-    step = _Step(config, TorchDecoder(config, source.params, capacity), capacity).eval()
+    decoder = TorchDecoder(config, source.params, capacity)
     converter_config.show_progress = False
-    both = signature("decode", step, sample_kwargs=_sample(config, 1, capacity)).signature(
-        "prefill", step, sample_kwargs=_sample(config, chunk, capacity)
-    )
+    converter = Converter()
+    for suffix, span in {"": capacity, f"_{SPAN}": SPAN}.items():
+        if span > capacity:
+            continue
+        step = _Step(config, decoder, span).eval()
+        for name, length in (("decode", 1), ("prefill", chunk)):
+            sample = _sample(config, length, capacity)
+            converter.add_signature(name + suffix, step, sample_kwargs=sample)
     # The converter lowers by way of jax, and broadcasts; torch warns about what is to come.
     with jax.numpy_rank_promotion("allow"), warnings.catch_warnings(action="ignore"):
-        model = both.convert()
+        model = converter.convert()
     file = folder / FORMATS["litert"].file
     if precision == "float32":
         model.export(str(file))
@@ -55,19 +66,19 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
 
 class _Step(nn.Module):
-    """The decoder with the cache as arguments and results."""
+    """The decoder with the cache as arguments and results; attention to its first rows."""
 
-    def __init__(self, config: ModelConfig, decoder: TorchDecoder, capacity: int) -> None:
+    def __init__(self, config: ModelConfig, decoder: TorchDecoder, span: int) -> None:
         super().__init__()
         self.decoder = decoder
-        self.capacity = capacity
+        self.span = span
         self.kv_heads = config.num_kv_heads
         self.group = config.num_heads // config.num_kv_heads
 
     def forward(self, tokens: Tensor, start: Tensor, cache: dict[str, Tensor]) -> dict[str, Tensor]:
         length = tokens.shape[1]
         positions_T = start + torch.arange(length, dtype=torch.int32)
-        keys_S = torch.arange(self.capacity, dtype=torch.int32)
+        keys_S = torch.arange(self.span, dtype=torch.int32)
         # Added to scores: what is masked has a weight of exactly 0, and no score is infinite.
         mask_TS = torch.where(keys_S[None, :] <= positions_T[:, None], 0.0, -1e30)
         mask_11MS = mask_TS[None, None].repeat(1, 1, self.group, 1)  # M = G * T
@@ -77,7 +88,7 @@ class _Step(nn.Module):
         def written(name: str, new_1TKH: Tensor) -> Tensor:
             new_1KTH = new_1TKH.transpose(1, 2)
             longer[name] = dynamic_update_slice(cache[name], new_1KTH, [zero, zero, at, zero])
-            return longer[name]
+            return longer[name][:, :, : self.span]
 
         def attend(slot: int, q_1TNH: Tensor, k_1TKH: Tensor, v_1TKH: Tensor) -> Tensor:
             k_1KSH = written(f"keys_{slot}", k_1TKH)

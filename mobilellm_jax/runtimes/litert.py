@@ -16,11 +16,19 @@ from mobilellm_jax.runtimes.artifact import ArtifactInfo
 from mobilellm_jax.runtimes.runtime import Runtime, check_room
 
 _DECODE, _PREFILL = "decode", "prefill"
+_SPAN = 256
 _CACHE = "cache_"
 
 
 class LitertRuntime:
-    """A model and the buffers of its cache, which it is handed as arguments and as results."""
+    """A model and the buffers of its cache, which it is handed as arguments and as results.
+
+    Args:
+      model: with the signatures `decode` and `prefill`, and perhaps `decode_256`, `prefill_256` for
+        what ends within that many tokens.
+      chunk: tokens that `prefill` reads.
+      info: what the manifest says.
+    """
 
     def __init__(self, model: Any, chunk: int, info: ArtifactInfo) -> None:
         self._model = model
@@ -38,7 +46,7 @@ class LitertRuntime:
         for name, buffer in cache.items():
             # Memory as it was found may hold NaNs, and a weight of 0 times a NaN is one.
             buffer.write(np.zeros(inputs[_CACHE + name]["shape"], np.float32))
-        self._calls = {name: _Call(model, name, cache) for name in (_DECODE, _PREFILL)}
+        self._calls = {name: _Call(model, name, cache) for name in model.get_signature_list()}
 
     def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         check_room(self, len(tokens))
@@ -52,7 +60,10 @@ class LitertRuntime:
         return last_V
 
     def _extend(self, signature: str, tokens: Sequence[int]) -> NDArray[np.float32]:
-        logits_TV = self._calls[signature](tokens, self._length)
+        call = self._calls[signature]
+        if self._length + call.length <= _SPAN:
+            call = self._calls.get(f"{signature}_{_SPAN}", call)
+        logits_TV = call(tokens, self._length)
         self._length += len(tokens)
         return logits_TV
 
@@ -66,20 +77,20 @@ class _Call:
         self._tokens = model.create_input_buffer_by_name(signature, "tokens")
         self._start = model.create_input_buffer_by_name(signature, "start")
         self._logits = model.create_output_buffer_by_name(signature, "logits")
-        self._shape = model.get_output_tensor_details(signature)["logits"]["shape"][1:]
+        shape = model.get_output_tensor_details(signature)["logits"]["shape"]
+        self.length, self._vocab_size = shape[1:]
         arguments = {_CACHE + name: buffer for name, buffer in cache.items()}
         self._arguments = {"tokens": self._tokens, "start": self._start, **arguments}
         self._results = {"logits": self._logits, **cache}
 
     def __call__(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
-        length, vocab_size = self._shape
-        padded_T = np.zeros(length, np.int32)
+        padded_T = np.zeros(self.length, np.int32)
         padded_T[: len(tokens)] = tokens
         self._tokens.write(padded_T)
         self._start.write(np.asarray([start], np.int32))
         self._run(self._signature, self._arguments, self._results)
-        logits_V = self._logits.read(length * vocab_size, np.float32)
-        logits_TV: NDArray[np.float32] = logits_V.reshape(length, vocab_size)
+        logits_V = self._logits.read(self.length * self._vocab_size, np.float32)
+        logits_TV: NDArray[np.float32] = logits_V.reshape(self.length, self._vocab_size)
         return logits_TV[: len(tokens)]
 
 
@@ -89,7 +100,10 @@ def load(file: Path, info: ArtifactInfo) -> Runtime:
     Raises:
       ValueError: if it is none.
     """
-    options = Options(cpu_options=CpuOptions(num_threads=os.cpu_count() or 1))
+    # Weights as XNNPACK lays them out are kept in memory once for both signatures, and the file's
+    # pages given back: 296 MB instead of 527 for a file of 159.
+    cpu = CpuOptions(num_threads=os.cpu_count() or 1, xnnpack_weight_cache_path=":memory")
+    options = Options(cpu_options=cpu)
     try:
         model = CompiledModel.from_file(str(file), options=options)
         found = {
@@ -104,11 +118,12 @@ def load(file: Path, info: ArtifactInfo) -> Runtime:
     except RuntimeError as error:
         raise ValueError(f"{file} is no model that LiteRT loads: {error}") from error
     chunk = found[_PREFILL][0][0][-1] if _PREFILL in found else 0
-    expected = {
-        name: ([[1, length], [1]], [[1, length, info.vocab_size]])
+    ours = {
+        name + suffix: ([[1, length], [1]], [[1, length, info.vocab_size]])
         for name, length in ((_DECODE, 1), (_PREFILL, chunk))
+        for suffix in ("", f"_{_SPAN}")
     }
-    if found != expected:
+    if not {_DECODE, _PREFILL} <= found.keys() or not found.items() <= ours.items():
         raise ValueError(
             f"{file} is no model of ours for {info.vocab_size:,} tokens: its signatures are "
             f"{found}."

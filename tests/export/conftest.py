@@ -44,6 +44,7 @@ def make_model():
         tokens_BT = np.random.default_rng(7).integers(0, VOCAB, (2, 256), dtype=np.int32)
         return config, params, tokens_BT, np.asarray(compiled(config)(params, tokens_BT))
 
+    make.logits = compiled
     return make
 
 

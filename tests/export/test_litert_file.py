@@ -22,7 +22,7 @@ TOLERANCE = 2e-4
 # torch and the converter warn about what is to come.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-ROOM = 200  # more than a chunk, and not a multiple of it
+ROOM = 300  # more than two chunks, and not a multiple of one; more than the short span
 SHARED = {"num_repeats": 2, "sharing": "reverse", "num_kv_heads": 1, "head_dim": 24}
 
 
@@ -39,13 +39,14 @@ def int8(make_model, tokenizer, tmp_path_factory):
 
 def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
     """A model, two sequences, their logits, and the artefact, which was verified."""
-    config, params, tokens_BT, logits_BTV = make_model(scale=5.0, max_seq_len=ROOM, **fields)
+    config, params, tokens_BT, _ = make_model(scale=5.0, max_seq_len=ROOM, **fields)
+    tokens_BT = np.concatenate([tokens_BT, tokens_BT[::-1]], axis=1)[:, :ROOM]
+    logits_BTV = np.asarray(make_model.logits(config)(params, tokens_BT))
     folder = tmp_path_factory.mktemp("litert") / precision
     source = Source(config, params, tokenizer, "a test")
     made = export_for_device(source, folder, format_name="litert", precision=precision)
     assert made.layers == config.num_blocks
-    tokens, logits = tokens_BT[:, :ROOM].tolist(), logits_BTV[:, :ROOM]
-    return config, tokens, logits, open_artifact(folder)
+    return config, tokens_BT.tolist(), logits_BTV, open_artifact(folder)
 
 
 def read_and_append(runtime, tokens):
@@ -60,9 +61,9 @@ def test_all_of_the_room_is_read_and_appended_exactly(exact) -> None:
     allowed = TOLERANCE * max(1.0, np.abs(logits_BTV[0]).max())
     for found_TV in read_and_append(runtime, tokens[0]):
         assert np.abs(found_TV - logits_BTV[0]).max() <= allowed
-    with pytest.raises(ValueError, match=r"201 tokens must have .* at most max_seq_len=200"):
+    with pytest.raises(ValueError, match=r"301 tokens must have .* at most max_seq_len=300"):
         runtime.append(1)
-    with pytest.raises(ValueError, match="max_seq_len=200"):
+    with pytest.raises(ValueError, match="max_seq_len=300"):
         runtime.read([*tokens[0], 1])
 
 
@@ -71,16 +72,16 @@ def test_a_sequence_sees_nothing_of_the_one_before_nor_of_padding(exact) -> None
     runtime = artifact.load()
     runtime.read(tokens[0])
     allowed = TOLERANCE * max(1.0, np.abs(logits_BTV[1]).max())
-    for length in (130, 5):
+    for length in (270, 130, 5):
         found_TV = runtime.read(tokens[1][:length])
         assert np.abs(found_TV - logits_BTV[1, :length]).max() <= allowed
     for t in range(5, 20):
         assert np.abs(runtime.append(tokens[1][t]) - logits_BTV[1, t]).max() <= allowed
 
 
-def test_blocks_and_tied_embeddings_are_stored_once_for_both_signatures(exact) -> None:
+def test_blocks_and_tied_embeddings_are_stored_once_for_all_signatures(exact) -> None:
     config, _, _, artifact = exact
-    angles = 256 * config.head_dim  # cosines and sines of two chunks
+    angles = 384 * config.head_dim  # cosines and sines of three chunks
     numbers = parameter_count(config) + angles
     assert 4 * numbers <= constants_bytes(artifact.file) <= 4 * numbers + 4000
     assert {file.name for file in artifact.folder.glob("model.*")} == {"model.tflite"}
@@ -101,7 +102,7 @@ def test_quantized_steps_equal_the_quantized_chunk(int8) -> None:
     assert 1e-4 < error < 0.05 * np.abs(logits_BTV[0]).max()
     # A sum of another order may end on the other side of a rounding.
     assert np.abs(at_once_TV - steps_TV).mean() < 0.05 * error
-    angles, norms = 256 * config.head_dim, (2 * config.num_blocks + 1) * config.embed_dim
+    angles, norms = 384 * config.head_dim, (2 * config.num_blocks + 1) * config.embed_dim
     stored = parameter_count(config) - norms + 4 * (angles + norms)  # a byte a weight
     assert stored <= constants_bytes(artifact.file) <= stored + 4000
 
