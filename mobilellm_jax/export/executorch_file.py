@@ -38,10 +38,21 @@ from mobilellm_jax.export.torch_decoder import TorchDecoder
 CHUNK = 128
 """Tokens that are read at once; the logits of more would take most of a phone's memory."""
 
+_SHORTEST = 4
+
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes the program, and for tied embeddings their file; returns the number of blocks."""
+    """Writes the program, and for tied embeddings their file; returns the number of blocks.
+
+    Raises:
+      ValueError: if sequences are too short for their length to be a variable of the program.
+    """
     config = source.config
+    if config.max_seq_len < _SHORTEST:
+        raise ValueError(
+            f"model.max_seq_len={config.max_seq_len} must be at least {_SHORTEST} for "
+            "--format=executorch; --format=litert has no such bound."
+        )
     file = folder / FORMATS["executorch"].file
     program = _Program(config, TorchDecoder(config, source.params)).eval()
     _quantize(program.decoder, precision)

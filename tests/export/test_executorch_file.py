@@ -116,6 +116,15 @@ def test_damaged_and_foreign_programs_are_refused(exact, tmp_path) -> None:
         load(artifact.file, dataclasses.replace(artifact.info, model=other))
 
 
+def test_sequences_too_short_are_refused(make_model, tokenizer, tmp_path) -> None:
+    config, params, *_ = make_model(max_seq_len=3)
+    source = Source(config, params, tokenizer, "a test")
+    with pytest.raises(ValueError, match="model.max_seq_len=3 must be at least 4"):
+        export_for_device(
+            source, tmp_path / "x", format_name="executorch", precision="float32", verified=False
+        )
+
+
 def cut(folder: Path) -> None:
     file = folder / "model.pte"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
