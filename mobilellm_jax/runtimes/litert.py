@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel
@@ -12,6 +12,7 @@ from ai_edge_litert.cpu_options import CpuOptions
 from ai_edge_litert.options import Options
 from numpy.typing import NDArray
 
+from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.runtimes.artifact import ArtifactInfo
 from mobilellm_jax.runtimes.runtime import Runtime, check_room
 
@@ -108,24 +109,55 @@ def load(file: Path, info: ArtifactInfo) -> Runtime:
         model = CompiledModel.from_file(str(file), options=options)
         found = {
             name: (
-                [details["shape"] for details in model.get_input_tensor_details(name).values()][:2],
-                [details["shape"] for details in model.get_output_tensor_details(name).values()][
-                    :1
-                ],
+                _layout(model.get_input_tensor_details(name)),
+                _layout(model.get_output_tensor_details(name)),
             )
             for name in model.get_signature_list()
         }
     except RuntimeError as error:
         raise ValueError(f"{file} is no model that LiteRT loads: {error}") from error
-    chunk = found[_PREFILL][0][0][-1] if _PREFILL in found else 0
-    ours = {
-        name + suffix: ([[1, length], [1]], [[1, length, info.vocab_size]])
+    inputs, _ = found.get(_PREFILL, ({}, {}))
+    chunk, capacity = _axis(inputs.get("tokens"), 1), _axis(inputs.get(f"{_CACHE}keys_0"), 2)
+    room = chunk and capacity % chunk == 0 and capacity >= info.max_seq_len
+    expected = {
+        name + suffix: _expected(info.model, length, capacity)
         for name, length in ((_DECODE, 1), (_PREFILL, chunk))
         for suffix in ("", f"_{_SPAN}")
     }
-    if not {_DECODE, _PREFILL} <= found.keys() or not found.items() <= ours.items():
+    wrong = sorted(name for name in found if found[name] != expected.get(name))
+    if wrong or not room or _DECODE not in found:
         raise ValueError(
-            f"{file} is no model of ours for {info.vocab_size:,} tokens: its signatures are "
-            f"{found}."
+            f"{file} is no model of ours for what the manifest says: it has the signatures "
+            f"{', '.join(found) or 'none'}, a chunk of {chunk:,} and room for {capacity:,} tokens"
+            + (f", and other arguments or results in {', '.join(wrong)}." if wrong else ".")
         )
     return LitertRuntime(model, chunk, info)
+
+
+class _Array(NamedTuple):
+    """An argument or a result of a signature."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _axis(array: _Array | None, axis: int) -> int:
+    return array.shape[axis] if array is not None and axis < len(array.shape) else 0
+
+
+def _layout(details: dict[str, Any]) -> dict[str, _Array]:
+    return {
+        name: _Array(str(array["dtype"]), tuple(array["shape"])) for name, array in details.items()
+    }
+
+
+def _expected(
+    config: ModelConfig, length: int, capacity: int
+) -> tuple[dict[str, _Array], dict[str, _Array]]:
+    """Returns what a signature for `length` tokens takes and gives."""
+    rows = _Array("float32", (1, config.num_kv_heads, capacity, config.head_dim))
+    names = [f"{kind}_{i}" for i in range(config.applied_depth) for kind in ("keys", "values")]
+    tokens, start = _Array("int32", (1, length)), _Array("int32", (1,))
+    logits = _Array("float32", (1, length, config.vocab_size))
+    inputs = {"tokens": tokens, "start": start, **{_CACHE + name: rows for name in names}}
+    return inputs, {"logits": logits, **{name: rows for name in names}}

@@ -120,6 +120,10 @@ def test_damaged_and_foreign_models_are_refused(exact, tmp_path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="model.tflite"):
         open_artifact(folder)
-    model = dataclasses.replace(artifact.info.model, vocab_size=321)
-    with pytest.raises(ValueError, match="no model of ours for 321 tokens"):
-        load(artifact.file, dataclasses.replace(artifact.info, model=model))
+    for field, value in (("vocab_size", 321), ("head_dim", 16), ("num_repeats", 1)):
+        model = dataclasses.replace(artifact.info.model, **{field: value})
+        with pytest.raises(ValueError, match="other arguments or results in decode"):
+            load(artifact.file, dataclasses.replace(artifact.info, model=model))
+    longer = dataclasses.replace(artifact.info.model, max_seq_len=385)
+    with pytest.raises(ValueError, match="room for 384 tokens"):
+        load(artifact.file, dataclasses.replace(artifact.info, model=longer))
