@@ -1,9 +1,10 @@
 """ONNX: the graph written node by node, its weights in a file beside it.
 
-Inputs are `tokens`, `length` (tokens in the cache before them) and the cache, a key and a value
-array per application of a block; outputs are `logits` and the cache, which is updated in place
-where the same memory is bound to both. A shared block's weights are initializers that all of its
-applications read, and tied embeddings are one that is looked up and multiplied with.
+Inputs are `tokens`, `length` (tokens in the cache before them), `logits_from` (the first of the
+tokens that logits are wanted for, -1: the last alone) and the cache, a key and a value array per
+application of a block; outputs are `logits` and the cache, which is updated in place where the same
+memory is bound to both. A shared block's weights are initializers that all of its applications
+read, and tied embeddings are one that is looked up and multiplied with.
 
 Attention with its cache is com.microsoft.GroupQueryAttention, quantized matrices are
 com.microsoft.MatMulNBits; both are in every build of ONNX Runtime that has not been stripped. All
@@ -41,6 +42,7 @@ _HEAD_MULTIPLE = 16
 # What a reader maps into memory instead of copying starts at such a place.
 _PAGE, _LARGE = 1 << 16, 1 << 20
 _ALIGNED = 64
+_END = np.iinfo(np.int64).max
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
@@ -160,7 +162,8 @@ def _write_model(graph: _Graph, source: Source, precision: str) -> None:
     store = _STORED.get(precision, np.dtype(np.float32))
     tokens = graph.input("tokens", np.int64, [1, "T"])
     length = graph.input("length", np.int32, [1])
-    graph.output("logits", [1, "T", config.vocab_size])
+    first = graph.input("logits_from", np.int64, [1])
+    graph.output("logits", [1, "scored", config.vocab_size])
 
     table_VD = np.asarray(params["embedding"]["table"])
     # In int4 they alone cost as much loss as all blocks: 0.019 nats together instead of 0.010.
@@ -182,6 +185,7 @@ def _write_model(graph: _Graph, source: Source, precision: str) -> None:
         normed_1TD = _normed(graph, x_1TD, block.feed_forward_norm, config)
         wide_1TF = _activated(graph, _product(graph, normed_1TD, block.wide), config)
         x_1TD = graph.node("Add", x_1TD, _product(graph, wide_1TF, block.down))
+    x_1TD = _sliced(graph, x_1TD, first, axis=1)
     scale = np.asarray(params["final_norm"]["scale"])
     x_1TD = _normed(graph, x_1TD, graph.constant("final_norm", scale), config)
     _score(graph, x_1TD, head)
@@ -376,9 +380,15 @@ def _looked_up(graph: _Graph, table: _Matrix, tokens: str) -> str:
     )
     if table.inputs % _BLOCK[table.bits] == 0:
         return rows
-    bounds = {"start": 0, "end": table.inputs, "axis": -1}
-    names = [graph.constant(f"row_{k}", np.array([v], np.int64)) for k, v in bounds.items()]
-    return graph.node("Slice", rows, *names)
+    start = graph.constant("row_start", np.zeros(1, np.int64))
+    return _sliced(graph, rows, start, axis=2, end=table.inputs)
+
+
+def _sliced(graph: _Graph, x: str, start: str, *, axis: int, end: int = _END) -> str:
+    """Adds x[start:end] along an axis; `start` names a value."""
+    numbers = {f"end_{axis}": end, f"axis_{axis}": axis}
+    names = [graph.constant(name, np.array([n], np.int64)) for name, n in numbers.items()]
+    return graph.node("Slice", x, start, *names)
 
 
 def _score(graph: _Graph, x_1TD: str, head: _Matrix) -> None:

@@ -49,7 +49,8 @@ def load(file: Path, info: ArtifactInfo) -> "OnnxRuntime":
     if cache[:3] != [1, info.model.num_kv_heads, info.max_seq_len] or shapes != {
         "tokens": [1, "T"],
         "length": [1],
-        "logits": [1, "T", info.vocab_size],
+        "logits_from": [1],
+        "logits": [1, "scored", info.vocab_size],
         **{name: cache for name in _cache_names(info.model.applied_depth)},
     }:
         raise ValueError(
@@ -103,6 +104,7 @@ class OnnxRuntime:
         binding = self._session.io_binding()
         binding.bind_ortvalue_input("tokens", _value(tokens_1T))
         binding.bind_ortvalue_input("length", _value(self._length_1))
+        binding.bind_ortvalue_input("logits_from", _value(np.zeros(1, np.int64)))  # all
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(name.replace("past", "present"), value)

@@ -91,14 +91,17 @@ def test_a_prompt_in_parts_as_an_app_may_read_it(artifacts):
         for value in session.get_inputs()
         if value.name.startswith("past_")
     }
-    rows, length = [], 0
-    for part in (TOKENS[:7], TOKENS[7:8], TOKENS[8:20]):
-        feed = {"tokens": np.array([part], np.int64), "length": np.array([length], np.int32)}
+    for first, last in ((0, 7), (7, 8), (8, 20)):
+        feed = {
+            "tokens": np.array([TOKENS[first:last]], np.int64),
+            "length": np.array([first], np.int32),
+            "logits_from": np.array([0], np.int64),
+        }
         logits, *present = session.run(None, feed | cache)
+        np.testing.assert_allclose(logits[0], whole_TV[first:last], atol=SUMS)
+        end = session.run(["logits"], feed | cache | {"logits_from": np.array([-1], np.int64)})
+        np.testing.assert_allclose(end[0], logits[:, -1:], atol=SUMS)
         cache = dict(zip(cache, present, strict=True))
-        rows.append(logits[0])
-        length += len(part)
-    np.testing.assert_allclose(np.concatenate(rows), whole_TV, atol=SUMS)
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data"])
