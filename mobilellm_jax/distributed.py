@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mobilellm_jax.cluster import find_cluster
 from mobilellm_jax.config import ConfigError
 from mobilellm_jax.early_stop import farewell
+from mobilellm_jax.exit_codes import FAILED
 from mobilellm_jax.peers import Parting, Peers, delay_aborts
 
 _START_SEC = 300  # for all processes to be there
@@ -227,6 +229,16 @@ def telling_failures() -> Iterator[None]:
         raise
 
 
+def _at_exit() -> None:
+    leave("done")
+    if getattr(sys, "last_value", None) is not None:
+        # The traceback has been printed. jax would wait for the others now, which wait for this
+        # process somewhere else, and abort.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(FAILED)
+
+
 def _checked(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> tuple[str, int, int]:
@@ -318,7 +330,7 @@ def _watch_peers(timeout_sec: float) -> None:
     delay_aborts()
     peers.start()
     _peers = peers
-    atexit.register(leave, "done")
+    atexit.register(_at_exit)
 
 
 def _same_code() -> None:

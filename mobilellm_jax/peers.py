@@ -323,7 +323,7 @@ class Peers:
         then = "Its log may say why."
         if code == SAVED_REQUEUE_ME:
             then = "Start all processes again: the run goes on from its last complete checkpoint."
-        self._end(code, f"{text} {self._me} ends with exit code {code}. {then}")
+        self._end(code, f"{text}\nThis is {self._me}, and ends with exit code {code}. {then}")
 
 
 def delay_aborts() -> None:

@@ -93,8 +93,9 @@ def test_who_is_killed_is_named_to_all_at_once(run: Run) -> None:
         assert code == 75
         assert text.startswith(
             f"PEERS: process 2 on host {HOST} (pid {PID}) is gone: it ended without a word, or was "
-            f"killed. process {own} on host {HOST} (pid {PID}) ends with exit code 75. Start all "
-            "processes again"
+            "killed.\n"
+            f"This is process {own} on host {HOST} (pid {PID}), and ends with exit code 75. "
+            "Start all processes again"
         )
 
 

@@ -19,8 +19,7 @@ _BUFFER_BYTES = 1 << 20
 
 class _RowGroup(NamedTuple):
     rows: int
-    text_bytes: int  # as encoded in the column, before compression
-    stored_bytes: int
+    encoded_bytes: int  # before compression, of all columns
 
 
 class ParquetSource(Source):
@@ -108,14 +107,11 @@ class ParquetSource(Source):
                 raise self._column_error(file.path, table.schema_arrow)
             found = []
             for i in range(table.num_row_groups):
-                group = table.metadata.row_group(i)
-                columns = [group.column(c) for c in range(group.num_columns)]
-                column = next(c for c in columns if c.path_in_schema == self._field)
-                found.append(
-                    _RowGroup(
-                        group.num_rows, column.total_uncompressed_size, column.total_compressed_size
-                    )
-                )
+                # Of all columns: asking for one of them aborts the process if its part of the
+                # footer is damaged (PyArrow 26 declares no exception there).
+                with _refused(file.path):
+                    group = table.metadata.row_group(i)
+                found.append(_RowGroup(group.num_rows, max(0, group.total_byte_size)))
             return found
 
     @contextlib.contextmanager
@@ -145,14 +141,14 @@ class ParquetSource(Source):
 
 def _parts(file: files.File, groups: list[_RowGroup]) -> Iterator[files.Part]:
     """Yields every row group, with a share of the file's size such that the shares add up to it."""
-    whole = sum(group.stored_bytes for group in groups)
+    whole = sum(group.encoded_bytes for group in groups)
     stored = rows = 0
     for index, group in enumerate(groups):
         before = file.size_bytes * stored // max(1, whole)
-        stored += group.stored_bytes
+        stored += group.encoded_bytes
         after = file.size_bytes * stored // max(1, whole)
         where = (file.path, file.size_bytes, index, rows)
-        yield files.Part(where, group.text_bytes, after - before)
+        yield files.Part(where, group.encoded_bytes, after - before)
         rows += group.rows
 
 
@@ -178,10 +174,14 @@ def _refused(path: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last, of a name
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's, not the format's
-        raise ValueError(
-            f"{path} is no Parquet file, or a damaged one: {' '.join(str(error).split())}; fetch "
-            "it again, or take it out of the pattern."
-        ) from error
+        raise _damaged(path, " ".join(str(error).split())) from error
+
+
+def _damaged(path: str, why: str) -> ValueError:
+    return ValueError(
+        f"{path} is no Parquet file, or a damaged one: {why}; fetch it again, or take it out of "
+        "the pattern."
+    )

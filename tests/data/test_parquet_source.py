@@ -45,18 +45,17 @@ def test_pieces_together_have_every_row_once(
 
 
 def test_small_row_groups_share_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By their text, and not by another column's bytes or by what compression makes of it."""
+    """By the bytes of all columns, and not by what compression makes of them."""
     values = [letter * 1000 for letter in "abcdefgh"]
-    noise = [random.Random(i).randbytes(3000) for i in range(8)]
     write(
         tmp_path / "a",
-        {"noise": noise, "text": values},
+        {"noise": [b"n" * 3000] * 8, "text": values},
         1,
         use_dictionary=False,
         write_statistics=False,
     )
     source = open_source(f"parquet:{tmp_path}/a", tmp_path)
-    for limit, shared in ((1, 1), (2500, 2), (4500, 4), (9000, 8)):
+    for limit, shared in ((1, 1), (9000, 2), (17_000, 4), (33_000, 8)):
         monkeypatch.setattr(sources, "PIECE_BYTES", limit)
         assert [len(piece.where) for piece in source.pieces("train")] == [shared] * (8 // shared)
     assert texts(source) == values
@@ -130,6 +129,24 @@ def test_what_is_no_parquet_file(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FileNotFoundError):
         list(source.documents(pieces[0], lambda bad: None))
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"%\x02\x18\x04\x80ext%",  # a name that is not UTF-8
+        b"%\x00\x18\x04text%",  # three of which the footer's part about a column aborts PyArrow 26
+        b"%\x01\x18\x04text%",
+        b"&\x02\x18\x04text%",
+    ],
+)
+def test_footer_that_is_damaged(damaged: bytes, tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", ["one", "two"])
+    content, whole = (tmp_path / "a.parquet").read_bytes(), b"%\x02\x18\x04text%"
+    assert content.count(whole) == 1
+    (tmp_path / "a.parquet").write_bytes(content.replace(whole, damaged))
+    with pytest.raises(ValueError, match=r"a\.parquet is no Parquet file.*; fetch it"):
+        read(open_source(f"parquet:{tmp_path}/*", tmp_path))
 
 
 def test_rows_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

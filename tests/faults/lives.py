@@ -28,7 +28,8 @@ def _live(arguments: list[str], output: str, cache: str) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ["XLA_FLAGS"] = ""  # one device
+    quick = os.environ["XLA_FLAGS"].split()[1:]  # but not the eight devices
+    os.environ["XLA_FLAGS"] = " ".join(quick)
     import jax
 
     from mobilellm_jax.cli.main import main

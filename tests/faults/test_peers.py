@@ -17,7 +17,7 @@ from mobilellm_jax.config import Config
 from tests.faults import lives
 from tests.faults.records import assert_same_run
 from tests.faults.test_kills import SAVED_REQUEUE_ME, Harness, last_loss, write_config
-from tests.processes import free_port
+from tests.processes import free_port, run_together
 
 STEPS = 48
 PEER_TIMEOUT_SEC = 6
@@ -156,6 +156,40 @@ def hurt_and_compare(
         f"({kinds}); the other one had ended at the latest after {longest} "
         f"(--peer_timeout={PEER_TIMEOUT_SEC})"
     )
+
+
+FAILS = """
+import sys
+from mobilellm_jax import pretrain
+from mobilellm_jax.cli.main import main
+from mobilellm_jax.train.step import make_train_step
+
+def make(*arguments):
+    step_fn = make_train_step(*arguments)
+
+    def step(state, batch):
+        state, metrics = step_fn(state, batch)
+        if sys.argv[-1] == "--process_id=1" and int(state.step) == 3:
+            raise TypeError("a mistake of process 1")
+        return state, metrics
+
+    return step
+
+pretrain.make_train_step = make
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_process_that_fails_tells_the_other_one_why(config_file: Path, tmp_path: Path) -> None:
+    flags = [f"--config={config_file}", f"--workdir={tmp_path}/run", "--num_processes=2"]
+    flags += [f"--coordinator_address=localhost:{free_port()}", "--peer_timeout=10"]
+    commands = [["-c", FAILS, *flags, f"--process_id={own}"] for own in (0, 1)]
+    other, failed = run_together(commands, devices=1)
+    # Neither waits for the other one, nor is it aborted.
+    assert (other.returncode, failed.returncode) == (1, 1), other.stderr + failed.stderr
+    assert "TypeError: a mistake of process 1" in failed.stderr
+    assert f"PEERS: process 1 on host {HOST} (pid " in other.stderr
+    assert "failed, see its log: TypeError: a mistake of process 1" in other.stderr
 
 
 WAYS = [(v, how) for how in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM) for v in (0, 1)]
