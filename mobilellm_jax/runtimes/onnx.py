@@ -1,6 +1,5 @@
 """ONNX models in ONNX Runtime, on all cores of the CPU."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
+from mobilellm_jax.data.workers import available_cores
 from mobilellm_jax.runtimes.artifact import ArtifactInfo
 from mobilellm_jax.runtimes.runtime import check_room
 
@@ -29,7 +29,7 @@ def load(file: Path, info: ArtifactInfo) -> "OnnxRuntime":
       ValueError: if ONNX Runtime refuses the file, or it is another model.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = available_cores()
     options.log_severity_level = _ONLY_ERRORS
     try:
         session = onnxruntime.InferenceSession(
