@@ -178,6 +178,8 @@ class Agreement:
         self._step = step
         self._preemption = _state().preemption_sync_manager  # None: off by jax's own setting
         self._several = jax.process_count() > 1
+        if _peers is not None:
+            delay_aborts()  # again: with the devices, libtpu for one has set a handler of its own
         if self._several:
             mesh = Mesh(np.array(jax.devices()), ("device",))
             self._split = NamedSharding(mesh, PartitionSpec("device"))
