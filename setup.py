@@ -18,6 +18,7 @@ RUNTIME = [
     "grain>=0.2.18",  # data loading that can start at any sample
     "ml_collections>=1.1",  # the editable form of the configuration
     "absl-py>=2.3",  # command-line flags
+    "scipy>=1.13",  # intervals of the report; jax has it too
     "numpy>=2.1",  # host-side arrays and token shards
     "sentencepiece>=0.2.2",  # *.model tokenizers: training, encoding (to arrays: 0.2.2), decoding
     "tokenizers>=0.22",  # tokenizer.json, read and written

@@ -123,7 +123,8 @@ MOBILELLM_SCORES: dict[str, dict[str, float]] = {
     for size, scores in _MOBILELLM_SCORES.items()
 }
 
-_QUARTER_TRILLION = 250_000_000_000  # tokens of the ablations
+ABLATION_TOKENS = 250_000_000_000
+"""Tokens that the ablations are trained on; 120,000 of the paper's steps."""
 _TRILLION = 1_000_000_000_000  # tokens of the published models
 _BLOCKS_AND_WIDTH = {"125M": (8, 896), "350M": (15, 1280)}  # of Tables 2, 13 and 14
 
@@ -189,13 +190,13 @@ _HEADS = (  # group, heads, kv heads, parameters
 )
 
 _ROADMAP_STEPS: tuple[tuple[str, Callable[..., ModelConfig], int], ...] = (
-    ("baseline: ReLU feed-forward", _relu, _QUARTER_TRILLION),
-    ("+ SwiGLU", _model, _QUARTER_TRILLION),
-    ("+ deep and thin", _model, _QUARTER_TRILLION),
-    ("+ embedding sharing", _tied, _QUARTER_TRILLION),
-    ("+ grouped-query attention", _tied, _QUARTER_TRILLION),
+    ("baseline: ReLU feed-forward", _relu, ABLATION_TOKENS),
+    ("+ SwiGLU", _model, ABLATION_TOKENS),
+    ("+ deep and thin", _model, ABLATION_TOKENS),
+    ("+ embedding sharing", _tied, ABLATION_TOKENS),
+    ("+ grouped-query attention", _tied, ABLATION_TOKENS),
     ("+ 1T tokens", _tied, _TRILLION),
-    ("+ layer sharing", _shared, _QUARTER_TRILLION),
+    ("+ layer sharing", _shared, ABLATION_TOKENS),
     ("+ layer sharing, 1T tokens", _shared, _TRILLION),
 )
 _ROADMAP = {  # a line per step: blocks, heads, kv heads, width, parameters
@@ -253,7 +254,7 @@ def _row(
     scores: str,
     *,
     step: str = "",
-    tokens: int = _QUARTER_TRILLION,
+    tokens: int = ABLATION_TOKENS,
 ) -> Row:
     return Row(
         tables=tuple(tables.split()),

@@ -20,6 +20,7 @@ TENSORBOARD = "tensorboard"
 LOSS_PLOT = "loss.png"
 PROFILE = "profile"
 SAMPLES = "samples.txt"
+OUTCOME = "outcome.json"  # of a run that `sweep` started: finished or failed, and what it took
 SENTENCEPIECE_MODEL = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_FILES = (SENTENCEPIECE_MODEL, TOKENIZER_JSON)

@@ -36,6 +36,7 @@ FLOORS = {
     "model": 3,
     "sampling": 3,
     "generate": 4,
+    "grids": 4,
     "quantize": 4,
     "runtimes": 4,
     "train": 5,

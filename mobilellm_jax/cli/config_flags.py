@@ -69,7 +69,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         field, _, text = override.partition("=")
         try:
-            value = _parse(field, text)
+            value = parse_value(field, text)
         except ConfigError as error:
             problems.append(str(error))
             continue
@@ -115,8 +115,12 @@ def _place(path: Path, error: BaseException) -> str:
     return f"{path}:{lines[-1]}" if lines else str(path)
 
 
-def _parse(field: str, text: str) -> Any:
-    """Returns `text` as the type of the field."""
+def parse_value(field: str, text: str) -> Any:
+    """Returns `text` as the type of the config field.
+
+    Raises:
+      ConfigError: if there is no such field, or it cannot be that.
+    """
     types = field_types()
     if field not in types:
         inside = [name for name in types if name.startswith(f"{field}.")]

@@ -36,6 +36,8 @@ COMMANDS = {
     "import": "turn a Hugging Face directory into a run folder",
     "export": "write a checkpoint in a format that others read, for phones too",
     "benchmark": "measure exports in their own runtimes: size, speed, memory, loss",
+    "sweep": "train many models to compare: the paper's grids, or values of your own",
+    "report": "turn runs into one page: curves, the paper's tables with ours beside them",
 }
 
 _HELP = {"-h", "-help", "--help"}

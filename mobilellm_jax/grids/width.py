@@ -1,0 +1,52 @@
+"""The width that gives a model a wanted number of parameters."""
+
+import dataclasses
+import math
+
+from mobilellm_jax.config import ConfigError, ModelConfig
+from mobilellm_jax.model.size import parameter_count
+
+TOLERANCE = 0.03  # of the budget: what counts as the same number of parameters
+SOLVED = ("model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.ffn_dim")
+"""The fields that `solve_width` sets."""
+
+_FFN_STEP = 8  # widths of the feed-forward: what vector units like, and fine enough
+
+
+def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
+    """Returns the model as wide as `parameters` allow; its depth and the rest stay.
+
+    As in the paper's Table 11 a head keeps its channels, so the width comes in steps of a head (of
+    a group of query heads and their key and value head). The feed-forward takes up the rest. Of all
+    widths that come within 3% it is the one whose feed-forward is nearest to the proportion that
+    `model` has.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    group = model.num_heads // model.num_kv_heads
+    proportion = model.ffn_dim / model.embed_dim
+    found: list[tuple[float, ModelConfig]] = []
+    for kv_heads in range(1, 1 + parameters // (2 * model.vocab_size) // model.head_dim + 64):
+        heads = kv_heads * group
+        width, rest = divmod(heads * model.embed_dim, model.num_heads)
+        if rest:
+            continue
+        narrow = dataclasses.replace(
+            model, embed_dim=width, num_heads=heads, num_kv_heads=kv_heads, ffn_dim=_FFN_STEP
+        )
+        wide = dataclasses.replace(narrow, ffn_dim=2 * _FFN_STEP)
+        step = parameter_count(wide) - parameter_count(narrow)
+        steps = round((parameters - parameter_count(narrow)) / step)
+        candidate = dataclasses.replace(narrow, ffn_dim=_FFN_STEP * (1 + max(0, steps)))
+        if abs(parameter_count(candidate) / parameters - 1) <= TOLERANCE:
+            off = abs(math.log(candidate.ffn_dim / width / proportion))
+            found.append((off, candidate))
+    if not found:
+        raise ConfigError(
+            f"no width gives model.num_blocks={model.num_blocks} with "
+            f"model.head_dim={model.head_dim} and model.vocab_size={model.vocab_size} "
+            f"{parameters:,} parameters within {TOLERANCE:.0%}; choose another budget, fewer "
+            "blocks, narrower heads or a smaller vocabulary."
+        )
+    return min(found, key=lambda pair: pair[0])[1]

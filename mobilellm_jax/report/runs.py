@@ -1,0 +1,101 @@
+"""Run folders as they are read for a report."""
+
+import dataclasses
+import glob as globbing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mobilellm_jax import config as config_lib
+from mobilellm_jax import rundir, strict_json
+from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.train.metrics import read_metrics
+
+_RUNS = "runs"  # where `sweep` has them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One run."""
+
+    folder: Path
+    config: Config
+    validation: dict[int, float]  # loss in nats per token, by step
+    training: dict[int, float]
+    bpb: float | None  # the last one
+    tokens_per_sec: float | None  # median over the run
+    peak_bytes: int | None  # of memory while it trained
+    peak_of: str  # "device", "host process" or ""
+    failed: str  # why; "" = it did not
+
+    @property
+    def last_step(self) -> int:
+        """Steps that the record has."""
+        return max([*self.validation, *self.training], default=0)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it reached its last step and was evaluated there."""
+        return self.config.train.steps in self.validation
+
+    @property
+    def loss(self) -> float:
+        """The validation loss at the end of a finished run."""
+        return self.validation[self.config.train.steps]
+
+
+def read_runs(pattern: str) -> list[Measured]:
+    """Returns the runs in the folders that match, sweeps' folders opened.
+
+    Raises:
+      ConfigError: if there are none.
+    """
+    folders: list[Path] = []
+    for name in sorted(globbing.glob(pattern)):
+        folder = Path(name)
+        inside = sorted((folder / _RUNS).glob("*")) if not (folder / rundir.CONFIG).exists() else []
+        folders += inside or [folder]
+    runs = [_read(f) for f in folders if (f / rundir.CONFIG).is_file()]
+    if not runs:
+        raise ConfigError(
+            f"--runs={pattern} matches no run folder, which has a {rundir.CONFIG}; quote the "
+            "pattern: --runs='runs/tiny/runs/*'."
+        )
+    return runs
+
+
+def median(values: Sequence[float]) -> float | None:
+    """Returns the middle value; None of none."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else None
+
+
+def _read(folder: Path) -> Measured:
+    records = read_metrics(folder / rundir.METRICS)
+    outcome = _outcome(folder)
+    by_device = outcome.get("peak_device_bytes")
+    peak = by_device or outcome.get("peak_host_bytes")
+    bpb = [float(r["validation/bpb"]) for r in records if "validation/bpb" in r]
+    rates = [float(r["train/tokens_per_sec"]) for r in records if "train/tokens_per_sec" in r]
+    reason = str(outcome.get("reason", "unknown")) if outcome.get("state") == "failed" else ""
+    return Measured(
+        folder=folder,
+        config=config_lib.read_json(folder / rundir.CONFIG),
+        validation=_series(records, "validation/loss"),
+        training=_series(records, "train/loss"),
+        bpb=bpb[-1] if bpb else None,
+        tokens_per_sec=median(rates),
+        peak_bytes=peak if isinstance(peak, int) else None,
+        peak_of="" if peak is None else "device" if by_device else "host process",
+        failed=reason,
+    )
+
+
+def _series(records: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
+    return {int(r["step"]): float(r[name]) for r in records if name in r}
+
+
+def _outcome(folder: Path) -> dict[str, Any]:
+    file = folder / rundir.OUTCOME
+    found = strict_json.read(file) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}

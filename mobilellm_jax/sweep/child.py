@@ -1,0 +1,143 @@
+"""One run of a sweep, or a trial of its speed, in a process of its own.
+
+    python -m mobilellm_jax.sweep.child run FOLDER NAME
+    python -m mobilellm_jax.sweep.child trial FOLDER NAME
+
+`--cores=0,1` keeps it to these cores; a backend makes as many threads as it may use, so this comes
+before one starts. `--with_parent` ends it, saved, when the other end of its standard input closes,
+which happens whatever way the parent dies.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+_TRIAL_STEPS = 5
+
+
+def main(arguments: list[str]) -> int:
+    """Runs; returns the exit code."""
+    positional = [a for a in arguments if not a.startswith("--")]
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name == "--cores":
+            os.sched_setaffinity(0, {int(core) for core in value.split(",")})
+        elif name == "--with_parent":
+            threading.Thread(target=_end_with_parent, daemon=True).start()
+    what, folder, name = positional
+    return {"run": _run, "trial": _trial}[what](Path(folder), name)
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1 << 10):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(sweep: Path, name: str) -> int:
+    from mobilellm_jax import distributed
+    from mobilellm_jax.compile_cache import use_compile_cache
+    from mobilellm_jax.host_memory import share_one_heap
+    from mobilellm_jax.pretrain import pretrain
+    from mobilellm_jax.sweep import folder as files
+    from mobilellm_jax.xla_flags import set_xla_flags
+
+    began = time.monotonic()
+    folder = files.run_folder(sweep, name)
+    run = files.find_run(sweep, name)
+    try:
+        config = files.settled(sweep, run)
+        share_one_heap()
+        set_xla_flags(deterministic=config.train.deterministic)
+        use_compile_cache()
+        distributed.start(num_processes=1)
+        finished = pretrain(config, folder)
+    except BaseException as error:
+        # Whatever it was, the sweep's other runs go on, and the traceback is in the log.
+        reason = f"{type(error).__name__}: {error}"
+        files.write_outcome(folder, "failed", reason=reason[:2000])
+        raise
+    if not finished:
+        return files.SAVED_REQUEUE_ME
+    seconds = round(time.monotonic() - began, 1)
+    steps = config.train.steps
+    files.write_outcome(folder, "finished", steps=steps, last_life_sec=seconds, **_peaks())
+    return 0
+
+
+def _trial(sweep: Path, name: str) -> int:
+    """Prints seconds per step on random tokens, and those until the first is done."""
+    from mobilellm_jax.compile_cache import use_compile_cache
+    from mobilellm_jax.host_memory import keep_freed_memory, share_one_heap
+    from mobilellm_jax.sweep import folder as files
+    from mobilellm_jax.xla_flags import set_xla_flags
+
+    config = files.find_run(sweep, name).config
+    began = time.perf_counter()
+    share_one_heap()
+    set_xla_flags(deterministic=config.train.deterministic)
+    use_compile_cache()
+
+    import jax
+    import numpy as np
+
+    from mobilellm_jax.plan.compiled import mesh_of, settle
+    from mobilellm_jax.sharding import local_rows, put_batch
+    from mobilellm_jax.train.optimizer import make_optimizer
+    from mobilellm_jax.train.state import init_state
+    from mobilellm_jax.train.step import make_train_step
+
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        keep_freed_memory()
+    config = settle(config, devices[0])
+    mesh, rules = mesh_of(config, devices)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state = init_state(config, optimizer, mesh, rules)
+    step = make_train_step(config, optimizer, mesh, rules, state)
+    rows = local_rows(mesh, config.train.global_batch)
+    shape = (len(rows), config.data.seq_len)
+    tokens_BT = np.random.default_rng(0).integers(config.model.vocab_size, size=shape)
+    tokens_BT = tokens_BT.astype(np.int32)
+    weights_BT = np.ones(shape, np.float32)
+    values: dict[str, np.ndarray] = {
+        "tokens": tokens_BT,
+        "targets": tokens_BT,
+        "weights": weights_BT,
+    }
+    if config.data.boundaries == "document_mask":
+        positions_BT = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
+        values |= {"segments": np.ones(shape, np.int32), "positions": positions_BT}
+    batch = put_batch(values, mesh, config.train.global_batch)
+    seconds = []
+    for _ in range(1 + _TRIAL_STEPS):
+        step_began = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - step_began)
+    start_sec = time.perf_counter() - began - sum(seconds[1:])
+    median = sorted(seconds[1:])[_TRIAL_STEPS // 2]
+    print(json.dumps({"step_sec": median, "start_sec": start_sec}))
+    return 0
+
+
+def _peaks() -> dict[str, int]:
+    import resource
+
+    import jax
+
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        peaks["peak_device_bytes"] = int(stats["peak_bytes_in_use"])
+    return peaks
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

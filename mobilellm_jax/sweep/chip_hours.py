@@ -1,0 +1,173 @@
+"""What a sweep costs on TPUs: every model's real step compiled for a slice that is not there.
+
+Two prices are given. One takes model FLOPs utilization (MFU) as stated; the other is what libtpu
+estimates of the compiled step (`plan/prediction.py`). Neither was measured.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mobilellm_jax import rundir, strict_json
+from mobilellm_jax.config import Config, to_json
+from mobilellm_jax.model.size import parameter_count
+from mobilellm_jax.plan.accounting import account_of
+from mobilellm_jax.plan.compiled import CompiledStep, compile_step, mesh_of, settle
+from mobilellm_jax.plan.fit import smallest_fit, written
+from mobilellm_jax.plan.prediction import predict
+from mobilellm_jax.plan.topology import Topology, topology_devices
+from mobilellm_jax.sweep.runs import Run
+from mobilellm_jax.train.metrics import peak_flops
+
+Say = Callable[[str], object]
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler said of one step."""
+
+    change: str  # of the config that made it fit; "" = none was needed
+    peak_bytes: int  # of one chip; 0 = no change made it fit
+    step_sec: float  # predicted, no communication hidden
+    flops_sec: float  # model FLOPs of a step at the chip's peak
+    compile_sec: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Price:
+    """Of one model of the sweep, over all its runs."""
+
+    name: str
+    runs: int
+    parameters: int
+    steps: int
+    compiled: Compiled
+    num_chips: int
+
+    def stated(self, utilization: float) -> float:
+        """Chip-hours of all runs at a stated MFU."""
+        return self._chip_hours(self.compiled.flops_sec / utilization)
+
+    @property
+    def predicted(self) -> float:
+        """Chip-hours of all runs as libtpu estimates the step."""
+        return self._chip_hours(self.compiled.step_sec)
+
+    def _chip_hours(self, step_sec: float) -> float:
+        return step_sec * self.steps * self.num_chips * self.runs / 3600
+
+
+def price_all(runs: Sequence[Run], topology: Topology, kept: Path, say: Say) -> list[Price]:
+    """Compiles the step of every model once and returns the prices.
+
+    Args:
+      runs: of the sweep; those that differ in seeds, length or learning rate share a step.
+      topology: to compile for.
+      kept: a file of what was compiled before, which is not compiled again; added to after each.
+      say: given a line per model.
+
+    Raises:
+      ConfigError: if libtpu is missing, or a model cannot be on that slice at all.
+    """
+    devices = topology_devices(topology)
+    found = strict_json.read(kept) if kept.exists() else {}
+    known = {key: strict_json.as_type(value, Compiled, key) for key, value in found.items()}
+    models: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        models.setdefault((_key(run.config, topology), run.config.train.steps), []).append(run)
+    prices = []
+    for number, ((key, steps), members) in enumerate(models.items(), start=1):
+        name = members[0].name.rpartition("-s")[0]
+        if key not in known:
+            known[key] = _compile(members[0].config, topology, devices, say)
+            text = json.dumps({k: dataclasses.asdict(c) for k, c in known.items()}, indent=1)
+            rundir.write_whole(kept, text + "\n")
+        compiled = known[key]
+        say(
+            f"  {number}/{len(models)} {name}: {compiled.peak_bytes / _GIB:.1f} GiB, compiled in "
+            f"{compiled.compile_sec:.0f} s"
+        )
+        prices.append(
+            Price(
+                name=name,
+                runs=len(members),
+                parameters=parameter_count(members[0].config.model),
+                steps=steps,
+                compiled=compiled,
+                num_chips=topology.num_devices,
+            )
+        )
+    return prices
+
+
+def price_table(prices: Sequence[Price], topology: Topology, utilization: float) -> list[str]:
+    """Returns the prices as lines of a Markdown table, with what they assume below."""
+    lines = [
+        "| model | runs | parameters | steps | change to fit | peak GiB | predicted MFU "
+        f"| chip-hours at MFU {utilization:.0%} | chip-hours, predicted |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for price in prices:
+        compiled = price.compiled
+        numbers = "| does not fit | | | |"
+        if compiled.peak_bytes:
+            mfu = compiled.flops_sec / compiled.step_sec
+            numbers = (
+                f"| {compiled.peak_bytes / _GIB:.1f} | {mfu:.0%} "
+                f"| {price.stated(utilization):,.0f} | {price.predicted:,.0f} |"
+            )
+        lines.append(
+            f"| {price.name} | {price.runs} | {price.parameters:,} | {price.steps:,} | "
+            f"{compiled.change or 'none'} {numbers}"
+        )
+    fitting = [price for price in prices if price.compiled.peak_bytes]
+    stated = sum(price.stated(utilization) for price in fitting)
+    predicted = sum(price.predicted for price in fitting)
+    lines.append(
+        f"| all | {sum(p.runs for p in fitting)} | | | | | | {stated:,.0f} | {predicted:,.0f} |"
+    )
+    lines += [
+        "",
+        f"For {topology.name} ({topology.num_devices} chips), which is not here: nothing was "
+        f"measured. {utilization:.0%} of the dense bfloat16 peak is an assumption (--mfu); the "
+        "prediction is libtpu's estimate of the compiled step with no communication hidden. Model "
+        "FLOPs as everywhere in this project; evaluation, saving and restarts are not counted.",
+    ]
+    return lines
+
+
+def _compile(config: Config, topology: Topology, devices: list[object], say: Say) -> Compiled:
+    peak = peak_flops(devices[0])
+    assert peak is not None, "the peak of every chip is known"
+    config = settle(config, devices[0])
+    step = compile_step(config, *mesh_of(config, devices))
+    compile_sec, change = step.compile_sec, ""
+    if not isinstance(step, CompiledStep):
+        fit = smallest_fit(config, devices, step, lambda text: say(f"    compiling with {text}"))
+        if fit is None:
+            return Compiled("", 0, 0.0, 0.0, compile_sec)
+        config, step, change = fit.config, fit.step, written(fit.change)
+        compile_sec += step.compile_sec
+    account = account_of(config, *mesh_of(config, devices))
+    prediction = predict(config, account, step, topology.chip, peak)
+    return Compiled(
+        change=change,
+        peak_bytes=step.peak_bytes,
+        step_sec=prediction.slowest_sec,
+        flops_sec=prediction.flops_sec,
+        compile_sec=compile_sec,
+    )
+
+
+def _key(config: Config, topology: Topology) -> str:
+    """Names what the compiled step depends on; seeds, lengths and learning rates it does not."""
+    neutral = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, steps=480_000, seed=0),
+        data=dataclasses.replace(config.data, seed=0, path=""),
+        optimizer=dataclasses.replace(config.optimizer, peak_lr=1e-3, warmup_steps=1),
+    )
+    return hashlib.sha256(f"{topology.name} {to_json(neutral)}".encode()).hexdigest()[:16]

@@ -1,0 +1,206 @@
+"""A sweep's folder: what is to be run, and what has become of it.
+
+    sweep.json            every run that was ever asked for: name, config
+    runs/NAME/            run folders, as `train` makes them
+    runs/NAME/outcome.json   written when a run has ended for good, finished or failed
+    logs/NAME.log         what it said
+    trials.json           seconds per step, measured before
+    slurm/                scripts as they were submitted
+
+Nothing else remembers anything: a sweep that was killed starts again from these files.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mobilellm_jax import config as config_lib
+from mobilellm_jax import rundir, strict_json
+from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.preflight import MAY_CHANGE
+from mobilellm_jax.sweep.runs import Run
+from mobilellm_jax.train.metrics import read_metrics
+
+SWEEP, TRIALS = "sweep.json", "trials.json"
+RUNS, LOGS, SLURM = "runs", "logs", "slurm"
+SAVED_REQUEUE_ME = 75  # exit code of a run that was stopped, saved
+_VERSION = 1
+_TUNED = "optimizer.peak_lr"
+
+State = Literal["waiting", "started", "finished", "failed"]
+
+
+def run_folder(sweep: Path, name: str) -> Path:
+    """Returns the folder of a run."""
+    return sweep / RUNS / name
+
+
+def log_file(sweep: Path, name: str) -> Path:
+    """Returns the file that a run's process writes its output to."""
+    return sweep / LOGS / f"{name}.log"
+
+
+def record_runs(sweep: Path, runs: Sequence[Run]) -> None:
+    """Writes the runs into `sweep.json`, besides those that are there.
+
+    Raises:
+      ConfigError: if a run of the same name was started with another config.
+    """
+    for run in runs:
+        _check_started(sweep, run)
+    known = {run.name: run for run in read_runs(sweep)} | {run.name: run for run in runs}
+    entries = [
+        {
+            "name": run.name,
+            "config": dataclasses.asdict(run.config),
+            "tune_from": list(run.tune_from),
+        }
+        for run in known.values()
+    ]
+    for folder in (RUNS, LOGS):
+        (sweep / folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"version": _VERSION, "runs": entries}, indent=1) + "\n"
+    rundir.write_whole(sweep / SWEEP, text)
+
+
+def read_runs(sweep: Path) -> list[Run]:
+    """Returns the runs in `sweep.json`; none if there is none.
+
+    Raises:
+      ConfigError: for a file that `record_runs` did not write.
+    """
+    file = sweep / SWEEP
+    if not file.exists():
+        return []
+    try:
+        content = strict_json.read(file)
+        version = strict_json.get(content, "version", int)
+        if version != _VERSION:
+            raise ConfigError(
+                f"{file}: version={version}, and this program reads {_VERSION}; sweep into another "
+                "--workdir."
+            )
+        runs = []
+        for entry in strict_json.get(content, "runs", list[dict[str, Any]]):
+            name = strict_json.get(entry, "name", str)
+            if Path(name).name != name:
+                raise strict_json.JsonError(f"name={name!r} must name a folder in {RUNS}/.")
+            runs.append(
+                Run(
+                    name=name,
+                    config=config_lib.from_json(json.dumps(entry.get("config"))),
+                    tune_from=tuple(strict_json.get(entry, "tune_from", list[str])),
+                )
+            )
+        return runs
+    except strict_json.JsonError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def find_run(sweep: Path, name: str) -> Run:
+    """Returns the run of this name.
+
+    Raises:
+      ConfigError: if `sweep.json` has none.
+    """
+    runs = {run.name: run for run in read_runs(sweep)}
+    if name not in runs:
+        raise ConfigError(f"{sweep / SWEEP} has no run {name}.{config_lib.near_miss(name, runs)}")
+    return runs[name]
+
+
+def settled(sweep: Path, run: Run) -> Config:
+    """Returns the run's config with its learning rate chosen.
+
+    That is the one it was started with, if it was: a choice is made once.
+
+    Raises:
+      ConfigError: if there is nothing to choose from.
+    """
+    if not run.tune_from:
+        return run.config
+    own = run_folder(sweep, run.name) / rundir.CONFIG
+    if own.exists():
+        rate = config_lib.read_json(own).optimizer.peak_lr
+    else:
+        losses = {
+            loss: find_run(sweep, name).config.optimizer.peak_lr
+            for name in run.tune_from
+            if state_of(sweep, name) == "finished"
+            and (loss := last_validation(run_folder(sweep, name))) is not None
+        }
+        if not losses:
+            raise ConfigError(
+                f"no run with a validation loss has finished among {', '.join(run.tune_from)}, so "
+                f"that {run.name} has no learning rate; start the sweep again."
+            )
+        rate = losses[min(losses)]
+    optimizer = dataclasses.replace(run.config.optimizer, peak_lr=rate)
+    return dataclasses.replace(run.config, optimizer=optimizer)
+
+
+def state_of(sweep: Path, name: str, steps: int = 0) -> State:
+    """Returns what has become of a run; one that has finished fewer than `steps` goes on."""
+    folder = run_folder(sweep, name)
+    outcome = read_outcome(folder)
+    if outcome.get("state") == "failed":
+        return "failed"
+    if outcome.get("state") == "finished" and outcome.get("steps", 0) >= steps:
+        return "finished"
+    return "started" if (folder / rundir.CONFIG).exists() else "waiting"
+
+
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """Returns what is in a run folder's `outcome.json`; nothing if there is none."""
+    file = folder / rundir.OUTCOME
+    found = strict_json.read(file) if file.exists() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_outcome(
+    folder: Path, state: Literal["finished", "failed", "again"], **values: Any
+) -> None:
+    """Marks a run as ended, or as started again.
+
+    The peaks of memory are those of all its processes.
+    """
+    old = read_outcome(folder)
+    peaks = ("peak_host_bytes", "peak_device_bytes")
+    for name in peaks:
+        known = [n[name] for n in (old, values) if isinstance(n.get(name), int)]
+        values |= {name: max(known)} if known else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"state": state, **values}, indent=1) + "\n"
+    rundir.write_whole(folder / rundir.OUTCOME, text)
+
+
+def last_step(folder: Path) -> int:
+    """Returns the last step in a run's record; 0 if there is none."""
+    return max((int(r["step"]) for r in read_metrics(folder / rundir.METRICS)), default=0)
+
+
+def last_validation(folder: Path) -> float | None:
+    """Returns the last validation loss in a run's record."""
+    records = read_metrics(folder / rundir.METRICS)
+    losses = [r["validation/loss"] for r in records if "validation/loss" in r]
+    return float(losses[-1]) if losses else None
+
+
+def _check_started(sweep: Path, run: Run) -> None:
+    file = run_folder(sweep, run.name) / rundir.CONFIG
+    if not file.exists():
+        return
+    old = config_lib.read_json(file)
+    changed = config_lib.changed_fields(old, run.config)
+    free = set(MAY_CHANGE) | ({_TUNED} if run.tune_from else set())
+    if run.config.model.compute_dtype == "auto":
+        free.add("model.compute_dtype")
+    refused = {name: change for name, change in changed.items() if name not in free}
+    if refused:
+        lines = [f"  {name}: {was!r} there, {now!r} here" for name, (was, now) in refused.items()]
+        raise ConfigError(
+            f"{file.parent} holds a run with another config:\n" + "\n".join(lines) + "\n"
+            "Use its values to go on with the sweep, or another --workdir."
+        )

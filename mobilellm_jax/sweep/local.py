@@ -1,0 +1,205 @@
+"""Runs of a sweep on this machine, several at once, each in a process of its own.
+
+A run that fails is marked, and the others go on. SIGTERM and Ctrl-C save every run and end the
+sweep. However this process dies, its children notice, save and end (`child.py`); a sweep that is
+started meanwhile waits for them, by a lock that they hold too.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from mobilellm_jax import rundir
+from mobilellm_jax.run_lock import RunLock
+from mobilellm_jax.sweep import folder as files
+from mobilellm_jax.sweep.estimate import Say, child_environment
+from mobilellm_jax.sweep.runs import Run
+from mobilellm_jax.sweep.slots import Slot
+from mobilellm_jax.train.metrics import read_metrics
+from mobilellm_jax.train.stopping import StopRequest
+
+_CHILDREN_LOCK = "children.lock"
+_POLL_SEC = 0.2
+_SAY_SEC = 30.0
+
+
+@dataclasses.dataclass
+class Child:
+    """A process that trains one run."""
+
+    run: Run
+    slot: Slot
+    process: "subprocess.Popen[bytes]"
+
+
+@contextlib.contextmanager
+def alone(sweep: Path, say: Say) -> Iterator[IO[str]]:
+    """Makes this process the only one that runs the sweep; yields the lock its children inherit.
+
+    Raises:
+      ConfigError: if another one does.
+    """
+    sweep.mkdir(parents=True, exist_ok=True)
+    with RunLock(sweep), (sweep / _CHILDREN_LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for the runs of a sweep that was killed to save and end ...")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def run_all(
+    sweep: Path,
+    runs: Sequence[Run],
+    slots: Sequence[Slot],
+    expected_sec: Mapping[str, float],
+    lock: IO[str],
+    say: Say,
+) -> bool:
+    """Runs what is not finished; returns False if a signal stopped that.
+
+    Args:
+      sweep: its folder, which `sweep.json` is in.
+      runs: all that were asked for, in this order.
+      slots: one run in each at a time.
+      expected_sec: by name of a run; only their proportions matter for the time that is left.
+      lock: of `alone`.
+      say: given a line per event, and how far it is every half minute.
+    """
+    waiting = [r for r in runs if not _is_finished(sweep, r)]
+    free, children = list(slots), list[Child]()
+    progress = _Progress(sweep, runs, expected_sec)
+    said = time.monotonic()
+    try:
+        with StopRequest() as stop:
+            while (waiting and stop.signal is None) or children:
+                while free and stop.signal is None and (ready := _ready(waiting, children)):
+                    waiting.remove(ready)
+                    children.append(_start(sweep, ready, free.pop(0), lock))
+                    say(f"start   {ready.name} on {children[-1].slot.name}")
+                if stop.signal is not None:
+                    _terminate(children)
+                for child in [c for c in children if c.process.poll() is not None]:
+                    children.remove(child)
+                    free.append(child.slot)
+                    say(_ended(sweep, child, stopping=stop.signal is not None))
+                    say(progress.line([c.run.name for c in children]))
+                    said = time.monotonic()
+                if children and time.monotonic() - said > _SAY_SEC:
+                    say(progress.line([c.run.name for c in children]))
+                    said = time.monotonic()
+                time.sleep(_POLL_SEC)
+            return stop.signal is None
+    finally:
+        for child in children:  # an error of ours: they save and end
+            child.process.terminate()
+
+
+def _is_finished(sweep: Path, run: Run) -> bool:
+    return files.state_of(sweep, run.name, run.config.train.steps) == "finished"
+
+
+def _ready(waiting: Sequence[Run], children: Sequence[Child]) -> Run | None:
+    """Returns the next run whose learning rate is, or can be, chosen."""
+    under_way = {run.name for run in waiting} | {child.run.name for child in children}
+    return next((run for run in waiting if under_way.isdisjoint(run.tune_from)), None)
+
+
+def _start(sweep: Path, run: Run, slot: Slot, lock: IO[str]) -> Child:
+    log = files.log_file(sweep, run.name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    folder = files.run_folder(sweep, run.name)
+    if (folder / rundir.OUTCOME).exists():  # it failed before, or is to go on for more steps
+        files.write_outcome(folder, "again")
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mobilellm_jax.sweep.child", "run", str(sweep), run.name),
+                *("--with_parent", *slot.arguments),
+            ],
+            env=child_environment(slot),
+            stdin=subprocess.PIPE,  # open as long as this process lives
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # a terminal's Ctrl-C reaches it through this process alone
+            pass_fds=(lock.fileno(),),
+        )
+    return Child(run, slot, process)
+
+
+def _terminate(children: Sequence[Child]) -> None:
+    for child in children:
+        if child.process.poll() is None and child.process.stdin is not None:
+            child.process.stdin.close()  # as if this process had died; once is enough
+
+
+def _ended(sweep: Path, child: Child, stopping: bool) -> str:
+    """Returns what to say of a child that has ended, and marks what it could not mark itself."""
+    name, code = child.run.name, child.process.returncode
+    folder = files.run_folder(sweep, name)
+    if code == 0:
+        loss = files.last_validation(folder)
+        found = "" if loss is None else f", validation loss {loss:.4f}"
+        return f"done    {name}{found}"
+    if code == files.SAVED_REQUEUE_ME or (stopping and code == -signal.SIGTERM):
+        return f"saved   {name}; the same command again goes on"
+    if files.read_outcome(folder).get("state") != "failed":
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        files.write_outcome(folder, "failed", reason=f"its process ended with {how}")
+    reason = str(files.read_outcome(folder).get("reason", "")).splitlines()
+    log = files.log_file(sweep, name)
+    return f"FAILED  {name}: {reason[0] if reason else code}; its output is in {log}"
+
+
+class _Progress:
+    """How far the sweep is, in time that its runs were expected to take."""
+
+    def __init__(self, sweep: Path, runs: Sequence[Run], expected_sec: Mapping[str, float]) -> None:
+        self._sweep, self._runs, self._expected_sec = sweep, runs, expected_sec
+        self._began, self._done_before = time.monotonic(), self._done()
+
+    def line(self, running: Sequence[str]) -> str:
+        states = [
+            files.state_of(self._sweep, r.name, r.config.train.steps)
+            for r in self._runs
+            if r.name not in running
+        ]
+        failed = states.count("failed")
+        text = f"        {states.count('finished')} of {len(self._runs)} finished"
+        text += f", {failed} failed" if failed else ""
+        for name in running:
+            records = read_metrics(files.run_folder(self._sweep, name) / rundir.METRICS)
+            losses = [r["train/loss"] for r in records if "train/loss" in r]
+            step = records[-1]["step"] if records else 0
+            loss = f" loss {losses[-1]:.3f}" if losses else ""
+            text += f"; {name} step {step}{loss}"
+        done = self._done()
+        rate = (done - self._done_before) / (time.monotonic() - self._began)
+        left = sum(self._expected_sec.values()) - done
+        return text + (f"; {in_words(left / rate)} left" if rate > 0 and left > 0 else "")
+
+    def _done(self) -> float:
+        done = 0.0
+        for run in self._runs:
+            folder = files.run_folder(self._sweep, run.name)
+            state = files.state_of(self._sweep, run.name, run.config.train.steps)
+            share = 1.0
+            if state in ("waiting", "started"):
+                share = files.last_step(folder) / run.config.train.steps
+            done += share * self._expected_sec[run.name]
+        return done
+
+
+def in_words(seconds: float) -> str:
+    """Returns a time as people say it: "50 s", "12 min", "3.4 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,70 @@
+"""Where runs can be at the same time on this machine: GPUs divided, or cores of a CPU."""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+
+from mobilellm_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A share of the machine, for one run at a time."""
+
+    name: str
+    environment: dict[str, str]
+    arguments: tuple[str, ...] = ()  # of the child
+
+
+def find_slots(parallel: int | None, env: Mapping[str, str] = os.environ) -> list[Slot]:
+    """Returns the shares; no backend is started, which would take the GPUs' memory.
+
+    Args:
+      parallel: so many; None = one per GPU, and without GPUs one, which uses all cores.
+      env: of this process.
+
+    Raises:
+      ConfigError: if there are fewer GPUs or cores than that.
+    """
+    gpus = [] if env.get("JAX_PLATFORMS") == "cpu" else _gpus(env)
+    if gpus:
+        count = parallel or len(gpus)
+        return [
+            Slot(f"GPU {','.join(part)}", {"CUDA_VISIBLE_DEVICES": ",".join(part)})
+            for part in _divided(gpus, count, "GPUs")
+        ]
+    if not hasattr(os, "sched_getaffinity") or parallel in (None, 1):
+        if (parallel or 1) > 1:
+            raise ConfigError(
+                f"--parallel={parallel}: this system cannot divide its cores; use --parallel=1."
+            )
+        return [Slot("this machine", {})]
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    return [
+        Slot(f"cores {','.join(part)}", {}, (f"--cores={','.join(part)}",))
+        for part in _divided(cores, parallel, "CPU cores")
+    ]
+
+
+def _divided(things: list[str], count: int, what: str) -> list[list[str]]:
+    if count > len(things):
+        raise ConfigError(
+            f"--parallel={count} must be at most {len(things)}, the number of {what} here."
+        )
+    size = len(things) // count
+    return [things[i * size : (i + 1) * size] for i in range(count)]
+
+
+def _gpus(env: Mapping[str, str]) -> list[str]:
+    if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
+        return []
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return [gpu for gpu in env["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    lines = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(number) for number in range(len(lines))]

@@ -1,0 +1,143 @@
+"""Runs of a sweep as one Slurm array: a script that is kept, submitted, and not submitted twice.
+
+Each task trains the run in its line of a list beside the script. A task that Slurm ends early
+(--time, preemption) gets SIGTERM two minutes before, saves, and puts itself back into the queue.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import mobilellm_jax
+from mobilellm_jax import rundir, strict_json
+from mobilellm_jax.config import ConfigError
+from mobilellm_jax.sweep.folder import SAVED_REQUEUE_ME, SLURM
+from mobilellm_jax.sweep.runs import Run
+
+_JOBS = "jobs.json"  # numbers of what was submitted
+
+_SCRIPT = """\
+#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --array=1-{count}{at_once}
+#SBATCH --ntasks=1
+#SBATCH --output={logs}/%A_%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+{extra}
+# Task i trains the run in line i of the list.
+run=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {list})
+export PYTHONPATH={package}${{PYTHONPATH:+:$PYTHONPATH}}
+{python} -m mobilellm_jax.sweep.child run {sweep} "$run" &
+child=$!
+trap 'kill -TERM $child' TERM
+code=0
+wait $child || code=$?
+# A trapped signal ends the first wait; the second has the run's own code.
+while kill -0 $child 2>/dev/null; do code=0; wait $child || code=$?; done
+if [ $code -eq {requeue} ]; then
+  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+fi
+exit $code
+"""
+
+
+def submit(sweep: Path, runs: Sequence[Run], arguments: str, at_once: int | None) -> list[str]:
+    """Writes the scripts and submits them; returns what was done, in lines.
+
+    Runs whose learning rate is chosen from others wait for those in an array of their own.
+
+    Args:
+      sweep: its folder, which all nodes must see.
+      runs: that are not finished.
+      arguments: for sbatch, such as "--partition=gpu --gres=gpu:1 --time=4:00:00".
+      at_once: of the array's tasks; None = as many as Slurm allows.
+
+    Raises:
+      ConfigError: without Slurm here, for a submission that is still in the queue, and for one that
+        sbatch refuses.
+    """
+    for program in ("sbatch", "squeue"):
+        if shutil.which(program) is None:
+            raise ConfigError(
+                f"--launcher=slurm needs {program}, and there is none on this machine; start it "
+                "where Slurm's commands are, or use --launcher=local."
+            )
+    _check_queue(sweep)
+    try:
+        extra = shlex.split(arguments)
+    except ValueError as error:
+        raise ConfigError(f"--sbatch_args={arguments}: {error}.") from error
+    wrong = [word for word in extra if not word.startswith("-") and "=" not in word]
+    if wrong:
+        raise ConfigError(f"--sbatch_args: {wrong[0]} must be written --name=value.")
+    said, jobs = [], list[str]()
+    first = [run for run in runs if not run.tune_from]
+    then = [run for run in runs if run.tune_from]
+    for number, part in enumerate([part for part in (first, then) if part]):
+        script = _write(sweep, part, number, extra, at_once)
+        options = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        command = ["sbatch", "--parsable", *options, str(script)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise ConfigError(f"{shlex.join(command)}: {result.stderr.strip()}")
+        # "JOB", or "JOB;CLUSTER".
+        jobs.append(result.stdout.strip().partition(";")[0])
+        rundir.write_whole(
+            sweep / SLURM / _JOBS, f'{{"jobs": [{", ".join(map(_quoted, jobs))}]}}\n'
+        )
+        said.append(f"submitted {len(part)} runs as job {jobs[-1]}: {script}")
+    return said
+
+
+def _write(
+    sweep: Path, runs: Sequence[Run], number: int, extra: Sequence[str], at_once: int | None
+) -> Path:
+    folder = sweep.resolve() / SLURM
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = len(list(folder.glob("*.sh")))
+    script = folder / f"array-{kept + 1}.sh"
+    names = script.with_suffix(".txt")
+    rundir.write_whole(names, "".join(f"{run.name}\n" for run in runs))
+    text = _SCRIPT.format(
+        name=_word(sweep.resolve().name + ("-tuned" if number else "")),
+        count=len(runs),
+        at_once=f"%{at_once}" if at_once else "",
+        logs=folder,
+        extra="".join(f"#SBATCH {word}\n" for word in extra),
+        list=shlex.quote(str(names)),
+        package=shlex.quote(str(Path(mobilellm_jax.__file__).parent.parent)),
+        python=shlex.quote(sys.executable),
+        sweep=shlex.quote(str(sweep.resolve())),
+        requeue=SAVED_REQUEUE_ME,
+    )
+    rundir.write_whole(script, text)
+    return script
+
+
+def _check_queue(sweep: Path) -> None:
+    file = sweep / SLURM / _JOBS
+    if not file.exists():
+        return
+    jobs = strict_json.get(strict_json.read(file), "jobs", list[str], name=str(file))
+    for job in jobs:
+        command = ["squeue", "--noheader", f"--jobs={job}"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        # squeue knows nothing of a job that has long ended, and says so with an error.
+        if result.returncode == 0 and result.stdout.strip():
+            raise ConfigError(
+                f"job {job} of this sweep is still in Slurm's queue; wait for it, or scancel {job} "
+                "and start again, which goes on where its runs were saved."
+            )
+
+
+def _quoted(job: str) -> str:
+    return f'"{job}"'
+
+
+def _word(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
