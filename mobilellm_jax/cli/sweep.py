@@ -99,9 +99,11 @@ def main(argv: list[str]) -> int:
         file = f"configs/sweep_{scale}.py"
     base = load_config(file, argv[1:])
     # Only now, so that --help and a mistake in the config are answered at once.
+    from mobilellm_jax import preflight
     from mobilellm_jax.sweep import check_config, plan, run_here, submit
     from mobilellm_jax.sweep.runs import Variant, grid_variants, vary, with_seeds
 
+    sweep = preflight.local_workdir(_WORKDIR.value)
     check_config(base)
     variants = [Variant(name="", config=base)]
     if grids:
@@ -109,7 +111,6 @@ def main(argv: list[str]) -> int:
     if fields or _PARAMETERS.value:
         variants = vary(variants, fields, _PARAMETERS.value)
     runs = with_seeds(variants, _SEEDS.value, rates)
-    sweep = Path(_WORKDIR.value)
     plan(runs, sweep, _say)
     if _TOPOLOGY.value:
         return _price(runs, sweep, _TOPOLOGY.value)
