@@ -45,7 +45,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
     converter_config.show_progress = False
     converter = Converter()
     for suffix, span in {"": capacity, f"_{SPAN}": SPAN}.items():
-        if span > capacity:
+        if suffix and span >= capacity:  # the same as without
             continue
         step = _Step(config, decoder, span).eval()
         for name, length in (("decode", 1), ("prefill", chunk)):
