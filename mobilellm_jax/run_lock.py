@@ -57,6 +57,18 @@ class RunLock:
         self._beats: threading.Thread | None = None
 
     def __enter__(self) -> "RunLock":
+        # First: a process that is stopped between the lock and this would leave it behind.
+        self._farewell.__enter__()
+        try:
+            self._take()
+        except BaseException:
+            self._farewell.__exit__(None, None, None)
+            raise
+        self._beats = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._beats.start()
+        return self
+
+    def _take(self) -> None:
         descriptor, flock_works = self._open()
         try:
             holder = _read(descriptor)
@@ -71,10 +83,6 @@ class RunLock:
         except BaseException:
             os.close(descriptor)
             raise
-        self._beats = threading.Thread(target=self._beat, name="run lock", daemon=True)
-        self._beats.start()
-        self._farewell.__enter__()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._farewell.__exit__(None, None, None)

@@ -185,7 +185,8 @@ def test_no_held_out_targets_but_evaluation_is_refused(prepared: Path, tmp_path:
 def saved(workdir: Path, step: int, **data: Any) -> None:
     folder = checkpoint.step_folder(workdir, step)
     folder.mkdir(parents=True)
-    sealing.seal(folder, {"format_version": checkpoint.FORMAT_VERSION, "data": data})
+    content = {"config": {}, "arrays": {}, "data": data}
+    sealing.seal(folder, {"format_version": checkpoint.FORMAT_VERSION, **content})
 
 
 def test_a_run_goes_on_where_its_data_state_says(prepared: Path, tmp_path: Path) -> None:

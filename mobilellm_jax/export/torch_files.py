@@ -92,7 +92,7 @@ def open_torch(file: Path) -> dict[str, TorchTensor]:
         with zipfile.ZipFile(file) as archive:
             return _open(file, archive)
     except (zipfile.BadZipFile, struct.error, NotImplementedError, UnicodeDecodeError) as error:
-        if zipfile.is_zipfile(file):
+        if _is_zip(file):
             raise _error(file, str(error)) from error
         raise ValueError(
             f"{file} is no zip archive, as torch writes since version 1.6; if it is older, load it "
@@ -104,6 +104,13 @@ def open_torch(file: Path) -> dict[str, TorchTensor]:
         if error.errno != errno.EINVAL:  # of a place before the file's start, where it was sent
             raise
         raise _error(file, "it refers to what is not in it") from error
+
+
+def _is_zip(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # one of several disks
+        return True
 
 
 def _error(file: Path, problem: str) -> ValueError:

@@ -1,4 +1,5 @@
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -184,3 +185,12 @@ def test_a_tensor_that_reaches_beyond_its_numbers(tmp_path: Path) -> None:
     changed(file, "data.pkl", content.replace(size_six, size_seven))
     with pytest.raises(ValueError, match="a reaches beyond its numbers"):
         open_torch(file)
+
+
+def test_a_zip_archive_of_several_disks_is_refused(tmp_path):
+    """zipfile raises, instead of saying no, when it is asked whether this is an archive."""
+    locator = b"PK\x06\x07" + struct.pack("<LQL", 0, 0, 2)
+    end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 1, 1, 0, 0, 0)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + locator + end)
+    with pytest.raises(ValueError, match="span multiple disks"):
+        open_torch(tmp_path / "pytorch_model.bin")
