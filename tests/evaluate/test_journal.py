@@ -122,6 +122,8 @@ def test_identity_changes_with_model_weights_type_and_tokenizer(
     identities = [
         identity(CONFIG, params, tokenizer),
         identity(CONFIG, params, other_tokenizer),
+        # Attention in 8 bits is in no weight.
+        identity(CONFIG, params, tokenizer, "w8a8: attention in 8 bits"),
         identity(dataclasses.replace(CONFIG, rope_theta=5.0), params, tokenizer),
         identity(dataclasses.replace(CONFIG, compute_dtype="bfloat16"), params, tokenizer),
         # The last bit of one weight; two rows, and two neighbours, that changed places.

@@ -1,0 +1,60 @@
+r"""Curves of quantization-aware training: validation losses of several runs in one picture.
+
+    for scheme in none w4a8g32 w4a8g128; do
+      mobilellm train --config=configs/quantize/quickstart_w4a8.py \
+        --config.quantize.scheme=$scheme --workdir=runs/qat_$scheme
+    done
+    python benchmarks/quantize_training.py --float=qat_none --output=docs/quantize_training.png \
+      runs/qat_none runs/qat_w4a8g32 runs/qat_w4a8g128
+
+A run's first point is the model that it starts from, quantized: the loss without training. What
+training recovers is printed as a share of that loss' distance from the float model's.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from mobilellm_jax import rundir
+from mobilellm_jax.train.metrics import read_metrics
+
+
+def main() -> None:
+    """Draws and prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--float", required=True, help="name of the run that is not quantized")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    curves = {run.name: _losses(run) for run in arguments.runs}
+    start = curves[arguments.float][0][1]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(start, color="gray", linestyle=":", label="float32, before")
+    for name, points in curves.items():
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, "o-", label=name, markersize=4, linewidth=1.2)
+        axes.annotate(f" {losses[-1]:.4f}", (steps[-1], losses[-1]), fontsize=8)
+        line = f"{name:20}{losses[0]:8.4f} -> {losses[-1]:.4f}"
+        if name != arguments.float:
+            line += f"  {(losses[0] - losses[-1]) / (losses[0] - start):.0%} of the gap"
+        print(line)
+    axes.set(xlabel="step", ylabel="validation loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    rundir.write_whole(arguments.output, buffer.getvalue())
+
+
+def _losses(run: Path) -> list[tuple[int, float]]:
+    records = read_metrics(run / rundir.METRICS)
+    return [(int(r["step"]), r["validation/loss"]) for r in records if "validation/loss" in r]
+
+
+if __name__ == "__main__":
+    main()
