@@ -1,37 +1,31 @@
 """Generating text beside transformers.generate and llama.cpp: tokens/s on this machine's CPU.
 
-    pip install torch transformers
+    pip install torch transformers 'mobilellm-jax[export]'
     python benchmarks/generate.py --rounds=5
     python benchmarks/generate.py --dtype=bfloat16 --batch=8
-    python benchmarks/generate.py --llama_bench=llama.cpp/build/bin/llama-bench --gguf=f32.gguf
 
-All have the shape of --model, random weights, and continue prompts of --prompt tokens by --new
-tokens, greedily; all take turns, round by round. Rates count new tokens over the whole time, the
-prompt's included; medians, the spread, and our ratios at the end.
+All have the shape of --model, the same random weights, and continue prompts of --prompt tokens by
+--new tokens, greedily; all take turns, round by round. Rates count new tokens over the whole time,
+the prompt's included; medians, the spread, and our ratios at the end.
 
-    ours      generate, parameters prepared once
-    eager     transformers.generate with its static cache
-    compiled  the same, its forward pass compiled by torch (needs a C++ compiler)
-    llama.cpp llama-bench of --llama_bench on --gguf: its prompt time and decoding time, together.
-              Its tokens cannot be compared here. For --batch greater than 1 give
-              llama-batched-bench instead. A build for the machine that it runs on: where that
-              one ends by a fault of AMX, build with -DGGML_NATIVE=OFF and the machine's AVX flags.
+    ours       generate, parameters prepared once
+    eager      transformers.generate with its static cache
+    compiled   the same, its forward pass compiled by torch (needs a C++ compiler)
+    llama.cpp  our GGUF export in --dtype, with llama.cpp's own settings (a float16 cache, fused
+               attention where it likes); the likeliest token is found by NumPy
 
-`--write_gguf=FILE` writes the same random weights for llama.cpp and ends (pip install gguf). The
-greedy tokens of ours and of transformers are compared in float32, up to the first at which the two
-likeliest logits are closer than rounding.
+The greedy tokens of ours and of the others are compared in float32, up to the first at which the
+two likeliest logits are closer than rounding.
 """
 
 import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import platform
-import re
 import statistics
-import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,11 +37,13 @@ import numpy as np
 from mobilellm_jax import generate
 from mobilellm_jax.architectures import MOBILELLM
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.export.formats import Source
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.sampling import GREEDY
 
-Contender = Callable[[], list[list[int]] | float]  # tokens, or the seconds that it measured itself
+Contender = Callable[[], list[list[int]]]
 
 
 def main() -> None:
@@ -62,17 +58,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--skip", default="", help="contenders to leave out, with commas between")
-    parser.add_argument("--llama_bench", type=Path)
-    parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--write_gguf", type=Path)
     arguments = parser.parse_args()
     config = dataclasses.replace(
         MOBILELLM[arguments.model], compute_dtype=arguments.dtype, attention="xla"
     )
     params = init_params(config, jax.random.key(0))
-    if arguments.write_gguf:
-        _write_gguf(config, params, arguments.write_gguf)
-        return
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, jax {jax.__version__}; {arguments.model} "
@@ -88,11 +78,12 @@ def main() -> None:
                 contenders[name] = _transformers(config, params, prompts, arguments, name)
     else:
         print("WARNING: no figure for transformers: pip install torch transformers")
-    if arguments.llama_bench and arguments.gguf:
-        contenders["llama.cpp"] = functools.partial(_llama, arguments)
+    if importlib.util.find_spec("gguf") and importlib.util.find_spec("llama_cpp"):
+        if "llama.cpp" not in skipped:
+            contenders["llama.cpp"] = _llama_cpp(config, params, prompts, arguments.new)
     else:
-        print("WARNING: no figure for llama.cpp: not available without --llama_bench and --gguf")
-    _compare(contenders, config, params, prompts, arguments)
+        print("WARNING: no figure for llama.cpp: pip install 'mobilellm-jax[export]'")
+    _compare(contenders, arguments)
 
 
 def _ours(config: ModelConfig, params: Params, prompts: list[list[int]], new: int) -> Contender:
@@ -195,85 +186,64 @@ def _matrices(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     return found
 
 
-def _write_gguf(config: ModelConfig, params: Params, file: Path) -> None:
-    """Writes the weights for speed's sake: the vocabulary is of made-up tokens."""
-    import gguf
+def _llama_cpp(
+    config: ModelConfig, params: Params, prompts: list[list[int]], new: int
+) -> Contender:
+    """Exports the model and loads it with room for all prompts at once."""
+    import llama_cpp
 
-    names = {
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "embed_tokens": "token_embd",
-        "norm": "output_norm",
-    }
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(config.num_blocks * config.num_repeats)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_seq_len)
-    writer.add_embedding_length(config.embed_dim)
-    writer.add_feed_forward_length(config.ffn_dim)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
-    writer.add_token_scores([0.0] * config.vocab_size)
-    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
-    for name, tensor in _matrices(config, params).items():
-        prefix, layer, theirs = re.fullmatch(r"(layers\.(\d+)\.)?(.+)\.weight", name).groups()  # type: ignore[union-attr]
-        writer.add_tensor(f"blk.{layer}." * bool(prefix) + f"{names[theirs]}.weight", tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    from mobilellm_jax.export.gguf_file import write
+    from mobilellm_jax.runtimes.llama_cpp import load_model
 
+    library: Any = llama_cpp.llama_cpp
+    with tempfile.TemporaryDirectory() as name:
+        # A few tokens with texts, the rest padding: ids are all that is given.
+        tokenizer = train_tokenizer(["a b c"] * 9, 264, Path(name) / "tokenizer.model")
+        source = Source(config, params, tokenizer, "random weights")
+        write(source, Path(name), config.compute_dtype)
+        model = load_model(Path(name) / "model.gguf", vocab_only=False)
+    length = len(prompts[0])
+    settings = library.llama_context_default_params()
+    settings.n_ctx = len(prompts) * (length + new)
+    settings.n_batch = settings.n_ubatch = len(prompts) * length
+    settings.n_seq_max = len(prompts)
+    settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
+    context = library.llama_init_from_model(model, settings)
+    batch = library.llama_batch_init(len(prompts) * length, 0, 1)
 
-def _llama(arguments: argparse.Namespace) -> float:
-    """Returns the seconds that llama.cpp takes for the prompts and the new tokens."""
-    batch, prompt, new = arguments.batch, arguments.prompt, arguments.new
-    command = [str(arguments.llama_bench), "-m", str(arguments.gguf), "-t", str(os.cpu_count())]
-    if "batched" in arguments.llama_bench.name:
-        sizes = ["-npp", str(prompt), "-ntg", str(new), "-npl", str(batch)]
-        sizes += ["-c", str(batch * (prompt + new)), "--output-format", "jsonl"]
-        lines = _output([*command, *sizes]).splitlines()
-        [found] = [json.loads(line) for line in lines if line.startswith("{")]
-        return float(found["t"])
-    assert batch == 1, "for several rows give llama-batched-bench"
-    found = json.loads(
-        _output([*command, "-p", str(prompt), "-n", str(new), "-r", "1", "-o", "json"])
-    )
-    return sum(test["avg_ns"] for test in found) / 1e9
+    def step(tokens_BT: list[list[int]], position: int) -> list[int]:
+        batch.n_tokens = i = 0
+        for sequence, tokens in enumerate(tokens_BT):
+            for offset, token in enumerate(tokens):
+                batch.token[i], batch.pos[i] = token, position + offset
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+                batch.logits[i] = offset == len(tokens) - 1
+                i += 1
+        batch.n_tokens = i
+        assert library.llama_decode(context, batch) == 0, "llama.cpp failed"
+        last = [sum(map(len, tokens_BT[: row + 1])) - 1 for row in range(len(tokens_BT))]
+        rows = (library.llama_get_logits_ith(context, i) for i in last)
+        return [int(np.ctypeslib.as_array(row, (config.vocab_size,)).argmax()) for row in rows]
+
+    def run() -> list[list[int]]:
+        library.llama_memory_clear(library.llama_get_memory(context), True)
+        found = [step(prompts, 0)]
+        for position in range(length, length + new - 1):
+            found.append(step([[token] for token in found[-1]], position))
+        return [list(row) for row in zip(*found, strict=True)]
+
+    return run
 
 
-def _output(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _compare(
-    contenders: dict[str, Contender],
-    config: ModelConfig,
-    params: Params,
-    prompts: list[list[int]],
-    arguments: argparse.Namespace,
-) -> None:
+def _compare(contenders: dict[str, Contender], arguments: argparse.Namespace) -> None:
     new = arguments.batch * arguments.new
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     first = {name: run() for name, run in contenders.items()}  # compiles
     for index in range(arguments.rounds):
         for name, run in contenders.items():
             began = time.perf_counter()
-            result = run()
-            elapsed = result if isinstance(result, float) else time.perf_counter() - began
-            rates[name].append(new / elapsed)
+            run()
+            rates[name].append(new / (time.perf_counter() - began))
         shown = "  ".join(f"{name} {r[-1]:.1f}" for name, r in rates.items())
         print(f"round {index + 1}: tokens/s  {shown}", flush=True)
     median = {name: statistics.median(r) for name, r in rates.items()}
@@ -282,13 +252,12 @@ def _compare(
         print(f"{name:10} {value:7.1f} tokens/s (median of {arguments.rounds}; {spread})")
     for peer in [name for name in median if name != "ours"]:
         print(f"ours / {peer} {median['ours'] / median[peer]:.2f}")
-    theirs = first.get("eager") or first.get("compiled")
-    if isinstance(theirs, list) and arguments.dtype == "float32":
-        equal = [
-            next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
-            for x, y in zip(first["ours"], theirs, strict=True)  # type: ignore[arg-type]
-        ]
-        print(f"greedy tokens equal to transformers': the first {equal} of {arguments.new}")
+        if arguments.dtype == "float32":
+            equal = [
+                next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
+                for x, y in zip(first["ours"], first[peer], strict=True)
+            ]
+            print(f"  greedy tokens equal: the first {equal} of {arguments.new}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class LlamaCppRuntime:
         self.name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
         self.vocab_size = info.vocab_size
         self.max_seq_len = info.max_seq_len
-        model = _load_model(file, vocab_only=False)
+        model = load_model(file, vocab_only=False)
         context = _c.llama_init_from_model(model, self._settings())
         if not context:
             _c.llama_model_free(model)
@@ -133,7 +133,7 @@ class LlamaCppVocabulary:
 
     def __init__(self, file: Path) -> None:
         check_header(file)
-        model = _load_model(file, vocab_only=True)
+        model = load_model(file, vocab_only=True)
         weakref.finalize(self, _c.llama_model_free, model)
         self._vocabulary = _c.llama_model_get_vocab(model)
 
@@ -164,7 +164,12 @@ class LlamaCppVocabulary:
             room = -count
 
 
-def _load_model(file: Path, *, vocab_only: bool) -> Any:
+def load_model(file: Path, *, vocab_only: bool) -> Any:
+    """Returns llama.cpp's model, which llama_model_free frees.
+
+    Raises:
+      ValueError: with what llama.cpp says, if it cannot load the file.
+    """
     _c.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python's own prints
     _messages.clear()
     settings = _c.llama_model_default_params()
