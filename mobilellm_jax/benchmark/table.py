@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
 from mobilellm_jax.benchmark.measure import Measurement
 from mobilellm_jax.config import ModelConfig
@@ -82,7 +84,7 @@ _COLUMNS = (
     ("decode tok/s", "decode_tokens_per_sec", "{:,.1f}"),
     ("memory MB", "memory_megabytes", "{:,.0f}"),
     ("loss", "loss", "{:.4f}"),
-    ("J/token (est.)", "joules_per_token", "{:.4f}"),
+    ("J/token (est.)", "joules_per_token", "{:.2g}"),
     ("battery h (est.)", "battery_hours", "{:,.0f}"),
 )
 
@@ -110,20 +112,29 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draws decoding speed against size, coloured by loss, as a PNG."""
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     sizes, speeds = [r.megabytes for r in rows], [r.decode_tokens_per_sec for r in rows]
     points = axes.scatter(sizes, speeds, c=[r.loss for r in rows], cmap="viridis", s=70, zorder=3)
-    for row in rows:
-        axes.annotate(
-            f"{row.name} ({row.precision})",
-            (row.megabytes, row.decode_tokens_per_sec),
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=8,
-        )
+    # By numbers: models of one size and speed are common, and their names would cover each other.
+    for number, row in enumerate(rows, start=1):
+        place = (row.megabytes, row.decode_tokens_per_sec)
+        step = (6, 4) if number % 2 else (-12, -10)
+        axes.annotate(str(number), place, xytext=step, textcoords="offset points", fontsize=9)
+    names = [f"{number}  {row.name}, {row.precision}" for number, row in enumerate(rows, start=1)]
+    figure.legend(
+        [Line2D([], [], linestyle="") for _ in rows],
+        names,
+        loc="outside right upper",
+        handlelength=0,
+        fontsize=8,
+    )
     axes.set(xlabel="model file (MB)", ylabel="decoding (tokens/s)", xscale="log", yscale="log")
-    axes.margins(x=0.2, y=0.15)
+    for axis in (axes.xaxis, axes.yaxis):
+        for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+            formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.tick_params(which="both", labelsize=7)
+    axes.margins(0.15)
     axes.grid(alpha=0.3, which="both")
     figure.colorbar(points, label="loss (nats per token)")
     buffer = io.BytesIO()
