@@ -1,4 +1,4 @@
-"""Measures one model in this process, which does nothing else: `python -m ... PATH`.
+"""Measures one model in this process, which does nothing else: `python -m ... PATH TEXT`.
 
 The last line on the standard output is a JSON object, a `Measurement`. Times are those of the
 whole machine: every runtime uses all cores.
@@ -26,8 +26,9 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizer import Tokenizer
 from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
 from mobilellm_jax.generate import Prepared, generate, prepare
-from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.open_model import OpenedModel, open_model
+from mobilellm_jax.quantize.parameters import quantize_model, stored_bytes
+from mobilellm_jax.quantize.schemes import Scheme, find_scheme
 from mobilellm_jax.runtimes.artifact import Artifact, open_artifact
 from mobilellm_jax.runtimes.runtime import Runtime
 from mobilellm_jax.sampling import GREEDY
@@ -52,7 +53,7 @@ class Measurement:
     loss: float  # nats per token of the text
 
 
-class _Subject(Protocol):
+class _Loaded(Protocol):
     """A model that has been loaded."""
 
     @property
@@ -123,19 +124,30 @@ def is_artifact(path: Path) -> bool:
     return path.is_file() or ((folder / sealing.MANIFEST).is_file() and not inside_run)
 
 
-def check(path: Path, prompt_tokens: int, new_tokens: int) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is to be measured: an artefact, or a checkpoint in JAX."""
+
+    path: Path
+    scheme: Scheme | None = None  # that the checkpoint is quantized by
+
+
+def check(subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
     """Refuses what cannot be measured, before anything is.
 
     Raises:
       FileNotFoundError, ValueError: if there is no model at `path`, its runtime is not installed,
         or the tokens are more than it takes.
+      ConfigError: if the scheme cannot be had of the checkpoint.
     """
+    path = subject.path
     if path.exists() and is_artifact(path):
         artifact = open_artifact(path)
         artifact.loader()
         room = artifact.info.max_seq_len
     else:
-        room = open_model(path).config.max_seq_len
+        opened = _open(subject)
+        room = opened.config.max_seq_len
     # The one token more is that of the prompt, which decoding starts from.
     if prompt_tokens + new_tokens + 1 > room:
         raise ValueError(
@@ -145,9 +157,10 @@ def check(path: Path, prompt_tokens: int, new_tokens: int) -> None:
 
 
 def measure(
-    path: Path, *, prompt_tokens: int, new_tokens: int, rounds: int, text: str
+    subject: Subject, *, prompt_tokens: int, new_tokens: int, rounds: int, text: str
 ) -> Measurement:
     """Loads a model, which `check` did not refuse, and measures it."""
+    path = subject.path
     if is_artifact(path):
         artifact = open_artifact(path)
         config, tokenizer = artifact.info.model, artifact.tokenizer()
@@ -155,29 +168,30 @@ def measure(
         load = _loader(artifact)
     else:
         # Once to know it and once for the time: an artefact has been read before as well.
-        opened = open_model(path)
+        opened = _open(subject)
         config, tokenizer = opened.config, opened.tokenizer
-        precision, size = "float32", 4 * parameter_count(opened.config)
+        precision = subject.scheme.name if subject.scheme else "float32"
+        size = stored_bytes(opened.params)
         del opened
 
-        def load() -> _Subject:
-            return _InJax(open_model(path))
+        def load() -> _Loaded:
+            return _InJax(_open(subject))
 
     prompt = _prompt(tokenizer, text, prompt_tokens)
     before = _reset_peak()
     began = time.perf_counter()
-    subject = load()
+    loaded = load()
     load_sec = time.perf_counter() - began
-    init_sec = _seconds(lambda: subject.decode(prompt, 1))
-    subject.decode(prompt, new_tokens)  # programs for these lengths
+    init_sec = _seconds(lambda: loaded.decode(prompt, 1))
+    loaded.decode(prompt, new_tokens)  # programs for these lengths
     prefill_sec, decode_sec = [], []
     for _ in range(rounds):
-        prefill_sec.append(_seconds(lambda: subject.read(prompt)))
-        decode_sec.append(subject.decode(prompt, new_tokens))
+        prefill_sec.append(_seconds(lambda: loaded.read(prompt)))
+        decode_sec.append(loaded.decode(prompt, new_tokens))
     memory = _peak() - before
     return Measurement(
         path=str(path),
-        runtime=subject.name,
+        runtime=loaded.name,
         precision=precision,
         model=config,
         model_bytes=size,
@@ -186,11 +200,19 @@ def measure(
         prefill_sec=prefill_sec,
         decode_sec=decode_sec,
         memory_bytes=memory,
-        loss=subject.loss(tokenizer, text),
+        loss=loaded.loss(tokenizer, text),
     )
 
 
-def _loader(artifact: Artifact) -> Callable[[], _Subject]:
+def _open(checkpoint: Subject) -> OpenedModel:
+    opened = open_model(checkpoint.path)
+    if checkpoint.scheme is None:
+        return opened
+    params = quantize_model(opened.config, opened.params, checkpoint.scheme)
+    return dataclasses.replace(opened, params=params)
+
+
+def _loader(artifact: Artifact) -> Callable[[], _Loaded]:
     load = artifact.loader()
     return lambda: _InRuntime(load())
 
@@ -234,9 +256,10 @@ def _main() -> None:
     parser.add_argument("--prompt_tokens", type=int, required=True)
     parser.add_argument("--new_tokens", type=int, required=True)
     parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--scheme")
     given = parser.parse_args()
     found = measure(
-        given.path,
+        Subject(path=given.path, scheme=find_scheme(given.scheme) if given.scheme else None),
         prompt_tokens=given.prompt_tokens,
         new_tokens=given.new_tokens,
         rounds=given.rounds,

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mobilellm_jax import strict_json
-from mobilellm_jax.benchmark.measure import Measurement
+from mobilellm_jax.benchmark.measure import Measurement, Subject
 from mobilellm_jax.benchmark.table import Row, as_csv, markdown, plot, summarize
 from mobilellm_jax.rundir import write_whole
 
@@ -21,7 +21,7 @@ class MeasuringError(RuntimeError):
 
 
 def benchmark(
-    paths: Sequence[Path],
+    subjects: Sequence[Subject],
     *,
     prompt_tokens: int,
     new_tokens: int,
@@ -36,13 +36,13 @@ def benchmark(
     Raises:
       MeasuringError: with the words of the process that failed.
     """
-    found: list[list[Measurement]] = [[] for _ in paths]
+    found: list[list[Measurement]] = [[] for _ in subjects]
     with tempfile.TemporaryDirectory(prefix="mobilellm_benchmark.") as folder:
         file = Path(folder) / "text.txt"
         file.write_text(text, encoding="utf-8")
-        turns = [(i, path) for _ in range(runs) for i, path in enumerate(paths)]
-        for i, path in tqdm(turns, unit="process", disable=None):
-            found[i].append(_measured(path, file, prompt_tokens, new_tokens, rounds))
+        turns = [(i, subject) for _ in range(runs) for i, subject in enumerate(subjects)]
+        for i, subject in tqdm(turns, unit="process", disable=None):
+            found[i].append(_measured(subject, file, prompt_tokens, new_tokens, rounds))
     return [summarize(each, prompt_tokens) for each in found], found
 
 
@@ -59,13 +59,16 @@ def write_results(
 
 
 def _measured(
-    path: Path, text: Path, prompt_tokens: int, new_tokens: int, rounds: int
+    subject: Subject, text: Path, prompt_tokens: int, new_tokens: int, rounds: int
 ) -> Measurement:
     flags = [
         f"--prompt_tokens={prompt_tokens}",
         f"--new_tokens={new_tokens}",
         f"--rounds={rounds}",
     ]
+    if subject.scheme is not None:
+        flags.append(f"--scheme={subject.scheme.name}")
+    path = subject.path
     module = "mobilellm_jax.benchmark.measure"
     process = subprocess.run(
         [sys.executable, "-m", module, str(path), str(text), *flags],

@@ -12,13 +12,14 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from mobilellm_jax.benchmark.measure import Measurement
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.size import block_matrix_parameters
+from mobilellm_jax.model.size import block_matrix_parameters, parameter_count
 from mobilellm_jax.rundir import write_whole
 
 _JOULES_PER_TOKEN_AND_BILLION = 0.1
@@ -34,6 +35,7 @@ class Row:
     runtime: str
     precision: str
     megabytes: float
+    bits_per_parameter: float  # of the model, whose shared blocks count once
     load_sec: float
     init_sec: float
     prefill_tokens_per_sec: float
@@ -55,6 +57,7 @@ def summarize(measurements: Sequence[Measurement], prompt_tokens: int) -> Row:
         runtime=first.runtime,
         precision=first.precision,
         megabytes=first.model_bytes / 1e6,
+        bits_per_parameter=8 * first.model_bytes / parameter_count(first.model),
         load_sec=statistics.median(m.load_sec for m in measurements),
         init_sec=statistics.median(m.init_sec for m in measurements),
         prefill_tokens_per_sec=prompt_tokens / prefill,
@@ -78,6 +81,7 @@ _COLUMNS = (
     ("runtime", "runtime", "{}"),
     ("weights", "precision", "{}"),
     ("MB", "megabytes", "{:,.2f}"),
+    ("bits/parameter", "bits_per_parameter", "{:.1f}"),
     ("load s", "load_sec", "{:.3f}"),
     ("init s", "init_sec", "{:.3f}"),
     ("prefill tok/s", "prefill_tokens_per_sec", "{:,.0f}"),
@@ -111,16 +115,14 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draws decoding speed against size, coloured by loss, as a PNG."""
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    axes = figure.subplots()
-    sizes, speeds = [r.megabytes for r in rows], [r.decode_tokens_per_sec for r in rows]
-    points = axes.scatter(sizes, speeds, c=[r.loss for r in rows], cmap="viridis", s=70, zorder=3)
-    # By numbers: models of one size and speed are common, and their names would cover each other.
-    for number, row in enumerate(rows, start=1):
-        place = (row.megabytes, row.decode_tokens_per_sec)
-        step = (6, 4) if number % 2 else (-12, -10)
-        axes.annotate(str(number), place, xytext=step, textcoords="offset points", fontsize=9)
+    """Draws loss and decoding speed against size, as a PNG."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _scatter(left, rows, [row.loss for row in rows], "loss (nats per token)")
+    _scatter(right, rows, [row.decode_tokens_per_sec for row in rows], "decoding (tokens/s)")
+    right.set(yscale="log")
+    for formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
     names = [f"{number}  {row.name}, {row.precision}" for number, row in enumerate(rows, start=1)]
     figure.legend(
         [Line2D([], [], linestyle="") for _ in rows],
@@ -129,14 +131,26 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         handlelength=0,
         fontsize=8,
     )
-    axes.set(xlabel="model file (MB)", ylabel="decoding (tokens/s)", xscale="log", yscale="log")
-    for axis in (axes.xaxis, axes.yaxis):
-        for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
-            formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
-    axes.tick_params(which="both", labelsize=7)
-    axes.margins(0.15)
-    axes.grid(alpha=0.3, which="both")
-    figure.colorbar(points, label="loss (nats per token)")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_whole(path, buffer.getvalue())
+
+
+def _scatter(axes: Axes, rows: Sequence[Row], heights: Sequence[float], label: str) -> None:
+    """Marks rows by numbers: many have one size and height, where names would cover each other."""
+    axes.scatter([row.megabytes for row in rows], heights, s=40, zorder=3)
+    for number, (row, height) in enumerate(zip(rows, heights, strict=True), start=1):
+        step = (6, 4) if number % 2 else (-12, -10)
+        axes.annotate(
+            str(number),
+            (row.megabytes, height),
+            xytext=step,
+            textcoords="offset points",
+            fontsize=9,
+        )
+    axes.set(xlabel="model file (MB)", ylabel=label, xscale="log")
+    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.tick_params(which="both", labelsize=7)
+    axes.margins(0.15)
+    axes.grid(alpha=0.3, which="both")

@@ -1,12 +1,11 @@
 """What --quantize and --quantized_parts mean, for every command that has them."""
 
 import dataclasses
-import functools
 import sys
 from typing import TYPE_CHECKING
 
 from mobilellm_jax.cli.errors import UsageError
-from mobilellm_jax.quantize.schemes import Scheme, check_scheme, find_scheme
+from mobilellm_jax.quantize.schemes import Scheme, find_scheme
 
 if TYPE_CHECKING:
     from mobilellm_jax.open_model import OpenedModel
@@ -45,18 +44,9 @@ def quantize_opened(opened: "OpenedModel", scheme: Scheme | None) -> "OpenedMode
     """
     if scheme is None:
         return opened
-    import jax
+    from mobilellm_jax.quantize.parameters import bits_per_weight, quantize_model, stored_bytes
 
-    from mobilellm_jax.quantize.parameters import (
-        bits_per_weight,
-        check_finite,
-        quantized,
-        stored_bytes,
-    )
-
-    check_scheme(scheme, opened.config)
-    check_finite(opened.params)
-    params = jax.jit(functools.partial(quantized, scheme=scheme))(opened.params)
+    params = quantize_model(opened.config, opened.params, scheme)
     print(
         f"quantized {scheme}; {stored_bytes(params):,} bytes, "
         f"{bits_per_weight(params):.2f} bits per weight",

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.parameters import ATTENTION_IN_8_BITS
 from mobilellm_jax.model.quantized import (
     Kernel,
@@ -22,7 +23,7 @@ from mobilellm_jax.model.quantized import (
     to_kernel,
 )
 from mobilellm_jax.model.transformer import Params
-from mobilellm_jax.quantize.schemes import Scheme
+from mobilellm_jax.quantize.schemes import Scheme, check_scheme
 
 # How many axes of a block's matrix are its inputs; the others are its outputs.
 NUM_INPUTS = {
@@ -49,6 +50,19 @@ def quantized(params: Params, scheme: Scheme) -> Params:
         )
 
     return _replaced(params, scheme, quantize)
+
+
+def quantize_model(config: ModelConfig, params: Params, scheme: Scheme) -> Params:
+    """Returns `quantized` of a whole model that is on a device, after looking at it.
+
+    Raises:
+      ConfigError: if the scheme takes in half of a matrix.
+      ValueError: if parameters are not finite.
+    """
+    check_scheme(scheme, config)
+    check_finite(params)
+    integers: Params = jax.jit(functools.partial(quantized, scheme=scheme))(params)
+    return integers
 
 
 def on_levels(params: Params, scheme: Scheme) -> Params:

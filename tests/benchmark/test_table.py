@@ -49,7 +49,7 @@ def test_table_and_csv_hold_every_row() -> None:
     rows = [summarize([MEASURED], 128), summarize([dataclasses.replace(MEASURED, loss=4.0)], 128)]
     header, _, first, second = markdown(rows).splitlines()
     assert "J/token (est.)" in header and "battery h (est.)" in header
-    assert "| q8 | llama.cpp | q8_0 | 380.00 | 0.500 |" in first
+    assert "| q8 | llama.cpp | q8_0 | 380.00 | 8.8 | 0.500 |" in first
     assert "4.0000" in second
     read = list(csv.DictReader(io.StringIO(as_csv(rows))))
     assert [float(row["loss"]) for row in read] == [3.25, 4.0]

@@ -11,8 +11,11 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.evaluate.perplexity import perplexity
 from mobilellm_jax.export.huggingface import write_huggingface
+from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.open_model import open_model
+from mobilellm_jax.quantize.parameters import quantize_model, stored_bytes
+from mobilellm_jax.quantize.schemes import find_scheme
 
 CONFIG = ModelConfig(
     vocab_size=290,
@@ -44,14 +47,20 @@ def test_a_checkpoint_is_measured_in_processes_of_its_own(
     text.write_text(TEXT)
     flags = [f"--artifact={checkpoint}", f"--output={tmp_path / 'out'}", f"--text={text}"]
     lengths = ["--prompt_tokens=16", "--new_tokens=8", "--runs=2", "--rounds=2"]
-    assert cli.main(["benchmark", *flags, *lengths]) == 0
+    assert cli.main(["benchmark", *flags, *lengths, "--quantize=w4a8"]) == 0
     assert "| model | JAX" in capsys.readouterr().out
     measured = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    assert [len(each["decode_sec"]) for each in measured] == [2, 2]
+    assert [len(each["decode_sec"]) for each in measured] == [2, 2, 2, 2]
+    assert [each["precision"] for each in measured] == ["float32"] * 2 + ["w4a8g32"] * 2
     assert all(each["load_sec"] > 0 and each["memory_bytes"] > 0 for each in measured)
     opened = open_model(checkpoint)
     expected = perplexity(opened.config, opened.params, opened.tokenizer, TEXT, stride=64)
     assert measured[0]["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert measured[0]["model_bytes"] == 4 * parameter_count(CONFIG)
+    params = quantize_model(opened.config, opened.params, find_scheme("w4a8"))
+    expected = perplexity(opened.config, params, opened.tokenizer, TEXT, stride=64)
+    assert measured[2]["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert measured[2]["model_bytes"] == stored_bytes(params)
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {f"benchmark.{kind}" for kind in ("md", "csv", "json", "png")}
 
@@ -67,6 +76,7 @@ def test_bad_input_is_refused_before_anything_is_measured(
         ([f"--artifact={checkpoint}"], "--prompt_tokens=128 and --new_tokens=64 and one more must"),
         ([f"--artifact={checkpoint / 'model.safetensors'}"], "has no manifest.json"),
         ([f"--artifact={checkpoint}", "--new_tokens=0"], "new_tokens"),
+        ([f"--artifact={checkpoint}", "--quantize=w9"], "quantize='w9' must be one of w8a8"),
         (["--text=x"], "--artifact is missing"),
     ):
         assert cli.main(["benchmark", *flags, output]) == 2
