@@ -5,12 +5,12 @@
   mobilellm benchmark --artifact=exported/q8 --prompt_tokens=64 --new_tokens=64 --output=q8
 
 Every model is loaded in processes of its own, in turn with the others. The table says the size of
-the model file, its bits for each parameter of the model (blocks that a format writes out as often
-as they are applied count that often), the time to load it, the first prompt and token (init), tokens/s of reading a
-prompt (prefill, logits at every position) and of decoding, how much memory it needs at its peak,
-and the loss of a text (--text=FILE, or one of our own). Energy and battery are not measured: they
-are estimates by the paper's 0.1 J per token and billion parameters, for a phone of 50 kJ at 10
-tokens/s. --output gets benchmark.md, .csv, .json and .png.
+the model file, its bits for each parameter of the model (a format that writes a shared block out
+as often as it is applied has more), the time to load it, the first prompt and token (init),
+tokens/s of reading a prompt (prefill, logits at every position) and of decoding, how much memory it
+needs at its peak, and the loss of a text (--text=FILE, or one of our own). Energy and battery are
+not measured: they are estimates by the paper's 0.1 J per token and billion parameters, for a phone
+of 50 kJ at 10 tokens/s. --output gets benchmark.md, .csv, .json and .png.
 """
 
 from pathlib import Path
