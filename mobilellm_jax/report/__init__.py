@@ -81,7 +81,9 @@ def report(pattern: str, output: Path) -> list[str]:
     unfinished = len(runs) - sum(len(model.runs) for model in models)
     said = [f"{len(models)} models of {len(runs) - unfinished} finished runs, {len(tables)} grids"]
     if unfinished:
-        said.append(f"{unfinished} runs have not finished and are in no table; the page lists them")
+        said.append(
+            f"{unfinished} runs have no loss at their end and are in no table; the page lists them"
+        )
     return [*said, str(output / PAGE)]
 
 
@@ -205,5 +207,9 @@ def _verdict_line(tables: Sequence[Table]) -> str:
 
 
 def _unfinished_line(run: Measured) -> str:
-    state = f"failed: {run.failed.splitlines()[0]}" if run.failed else "under way or stopped"
+    state = "under way or stopped"
+    if run.failed:
+        state = f"failed: {run.failed.splitlines()[0]}"
+    elif run.has_diverged:
+        state = "diverged: its validation loss is not finite"
     return f"{run.folder.name}, step {run.last_step} of {run.config.train.steps}, {state}"

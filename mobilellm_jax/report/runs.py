@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob as globbing
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,13 @@ class Measured:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it reached its last step and was evaluated there."""
-        return self.config.train.steps in self.validation
+        """Whether it reached its last step and was evaluated there, with a loss that is one."""
+        return math.isfinite(self.validation.get(self.config.train.steps, math.nan))
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether it reached its last step with a loss that is none."""
+        return self.config.train.steps in self.validation and not self.is_finished
 
     @property
     def loss(self) -> float:

@@ -39,6 +39,13 @@ def _end_with_parent() -> None:
 
 
 def _run(sweep: Path, name: str) -> int:
+    from mobilellm_jax.early_stop import EarlyStop
+
+    with EarlyStop():
+        return _train(sweep, name)
+
+
+def _train(sweep: Path, name: str) -> int:
     from mobilellm_jax import distributed
     from mobilellm_jax.compile_cache import use_compile_cache
     from mobilellm_jax.host_memory import share_one_heap
@@ -86,6 +93,7 @@ def _trial(sweep: Path, name: str) -> int:
     import numpy as np
 
     from mobilellm_jax.plan.compiled import mesh_of, settle
+    from mobilellm_jax.quantize.training import training_transform
     from mobilellm_jax.sharding import local_rows, put_batch
     from mobilellm_jax.train.optimizer import make_optimizer
     from mobilellm_jax.train.state import init_state
@@ -98,7 +106,7 @@ def _trial(sweep: Path, name: str) -> int:
     mesh, rules = mesh_of(config, devices)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = init_state(config, optimizer, mesh, rules)
-    step = make_train_step(config, optimizer, mesh, rules, state)
+    step = make_train_step(config, optimizer, mesh, rules, state, training_transform(config))
     rows = local_rows(mesh, config.train.global_batch)
     shape = (len(rows), config.data.seq_len)
     tokens_BT = np.random.default_rng(0).integers(config.model.vocab_size, size=shape)

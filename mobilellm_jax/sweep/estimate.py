@@ -84,7 +84,8 @@ def key_of(run: Run) -> str:
     config = run.config
     model = dataclasses.astuple(config.model)
     shape = (config.train.global_batch, config.train.accumulation_steps, config.data.seq_len)
-    return json.dumps([*model, *shape, config.data.boundaries, config.optimizer.name])
+    quantized = (config.quantize.scheme, config.quantize.parts)
+    return json.dumps([*model, *shape, config.data.boundaries, config.optimizer.name, *quantized])
 
 
 def plan_lines(runs: Sequence[Run]) -> list[str]:

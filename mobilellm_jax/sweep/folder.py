@@ -12,6 +12,7 @@ Nothing else remembers anything: a sweep that was killed starts again from these
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -130,11 +131,13 @@ def settled(sweep: Path, run: Run) -> Config:
             for name in run.tune_from
             if state_of(sweep, name) == "finished"
             and (loss := last_validation(run_folder(sweep, name))) is not None
+            and math.isfinite(loss)  # it has not diverged at that rate
         }
         if not losses:
             raise ConfigError(
-                f"no run with a validation loss has finished among {', '.join(run.tune_from)}, so "
-                f"that {run.name} has no learning rate; start the sweep again."
+                "no run with a finite validation loss has finished among "
+                f"{', '.join(run.tune_from)}, so that {run.name} has no learning rate; start the "
+                "sweep again."
             )
         rate = losses[min(losses)]
     optimizer = dataclasses.replace(run.config.optimizer, peak_lr=rate)

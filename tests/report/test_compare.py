@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def test_what_has_not_finished_is_in_no_table(all_tiny: Path) -> None:
     models = group_seeds(runs)
     assert len(models) == 20 and all(len(model.runs) == 3 for model in models)
     assert [len(table.rows) for table in grid_tables(models)] == [6, 6, 3, 5, 4, 4]
+
+
+def test_a_diverged_run_is_in_no_table(write_run: Callable[..., Path], tmp_path: Path) -> None:
+    write_run("plain", config_of("not shared"), 4.0)
+    write_run("twice", config_of("reverse, x2"), math.nan)
+    runs = read_runs(str(tmp_path / "sweep"))
+    assert [run.has_diverged for run in runs] == [False, True]
+    assert [model.name for model in group_seeds(runs)] == ["4x128-h8kv8-f400"]
 
 
 def test_nothing_matches(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,14 @@ def test_states(tmp_path: Path) -> None:
 def test_the_best_rate_is_that_of_the_lowest_loss(tmp_path: Path) -> None:
     files.record_runs(tmp_path, RUNS)
     *tuning, late = RUNS
-    with pytest.raises(ConfigError, match="no run with a validation loss has finished among"):
+    with pytest.raises(
+        ConfigError, match="no run with a finite validation loss has finished among"
+    ):
         files.settled(tmp_path, late)
     for run, loss in zip(tuning, (3.0, 2.0, 2.5), strict=True):
         finish(tmp_path, run.name, loss)
+    assert files.settled(tmp_path, late).optimizer.peak_lr == 1e-2
+    finish(tmp_path, tuning[0].name, math.nan)  # diverged
     assert files.settled(tmp_path, late).optimizer.peak_lr == 1e-2
     files.write_outcome(files.run_folder(tmp_path, tuning[1].name), "failed")
     assert files.settled(tmp_path, late).optimizer.peak_lr == 1e-1
