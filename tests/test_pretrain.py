@@ -26,6 +26,7 @@ from mobilellm_jax.data.prepare import prepare
 from mobilellm_jax.evaluate.perplexity import perplexity
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.train.metrics import MetricsWriter
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 STEPS = 16
@@ -47,14 +48,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    rng = np.random.default_rng(0)
-    words = ["thin", "deep", "block", "shared", "twice", "phone", "small", "model"]
-    for i in range(20):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 300)) + ".\n")
-    output = folder / "tokens"
-    prepare([f"text:{folder}/*.txt"], output, vocab_size=300, validation_fraction=0.1)
-    return output
+    return tiny.prepared_words(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture

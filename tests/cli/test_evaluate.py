@@ -1,46 +1,27 @@
+import dataclasses
 import json
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.cli import main as cli
-from mobilellm_jax.config import Config, DataConfig, ModelConfig
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.evaluate.perplexity import perplexity
 from mobilellm_jax.export.huggingface import write_huggingface
-from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.quantize.parameters import quantized, stored_bytes
 from mobilellm_jax.quantize.schemes import find_scheme
+from tests import tiny
 
 TEXT = "the cat sat\r\non the mat \u00e9\n" * 12
-TINY = ModelConfig(
-    vocab_size=300,
-    embed_dim=16,
-    num_blocks=1,
-    num_repeats=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    ffn_dim=32,
-    max_seq_len=64,
-)
+TINY = dataclasses.replace(tiny.MODEL, num_repeats=2)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a run, its export `hf`, and text.txt."""
     folder = tmp_path_factory.mktemp("runs")
-    text = "the cat sat on the mat and the dog ran to the cat\n" * 20
-    tokenizer = train_tokenizer([text], 300, folder / "tokenizer.model")
-    shapes = jax.eval_shape(lambda key: init_params(TINY, key), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
-    config = Config(model=TINY, data=DataConfig(seq_len=64))
-    save_model(folder / "run", config, params, tokenizer)
+    params = tiny.random_params(TINY)
+    tokenizer = tiny.save_run(folder / "run", TINY, params)
     write_huggingface(TINY, params, tokenizer, folder / "hf")
     (folder / "text.txt").write_bytes(TEXT.encode())
     return folder

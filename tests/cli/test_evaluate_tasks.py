@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -6,35 +7,22 @@ from typing import Any
 import jax
 import pytest
 
-from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.cli import main as cli
-from mobilellm_jax.config import Config, DataConfig, ModelConfig
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.evaluate.scoring import Scorer
 from mobilellm_jax.export.huggingface import write_huggingface
 from mobilellm_jax.model.transformer import init_params
+from tests import tiny
 from tests.evaluate.example_rows import write_rows
 
-TINY = ModelConfig(
-    vocab_size=300,
-    embed_dim=16,
-    num_blocks=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    ffn_dim=32,
-    max_seq_len=128,
-)
+TINY = dataclasses.replace(tiny.MODEL, max_seq_len=128)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a run, its export `hf`, and the rows of tasks, `evals`."""
     folder = tmp_path_factory.mktemp("runs")
-    text = "the cat sat on the mat and the dog ran to the cat\n" * 20
-    tokenizer = train_tokenizer([text], 300, folder / "tokenizer.model")
     params = init_params(TINY, jax.random.key(0))
-    save_model(folder / "run", Config(model=TINY, data=DataConfig(seq_len=64)), params, tokenizer)
+    tokenizer = tiny.save_run(folder / "run", TINY, params)
     write_huggingface(TINY, params, tokenizer, folder / "hf")
     write_rows(folder / "evals")
     return folder

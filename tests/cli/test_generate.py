@@ -4,46 +4,24 @@ import re
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.cli import main as cli
-from mobilellm_jax.config import Config, DataConfig, ModelConfig
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
 from mobilellm_jax.generate import generate, stream_text
-from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.open_model import OpenedModel, open_model
 from mobilellm_jax.quantize.parameters import quantized
 from mobilellm_jax.quantize.schemes import find_scheme
 from mobilellm_jax.sampling import GREEDY, Sampling
+from tests import tiny
 
 command, flags = cli.import_command("generate")
-
-TINY = ModelConfig(
-    vocab_size=300,
-    embed_dim=16,
-    num_blocks=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    ffn_dim=32,
-    max_seq_len=64,
-)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    text = "the cat sat on the mat and the dog ran to the cat\n" * 20
-    tokenizer = train_tokenizer([text], 300, folder / "tokenizer.model")
-    shapes = jax.eval_shape(lambda key: init_params(TINY, key), jax.random.key(0))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
-    config = Config(model=TINY, data=DataConfig(seq_len=64))
-    save_model(folder / "run", config, params, tokenizer)
-    return folder / "run"
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    tiny.save_run(folder, tiny.MODEL, tiny.random_params(tiny.MODEL))
+    return folder
 
 
 @pytest.fixture(scope="module")
