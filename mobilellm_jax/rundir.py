@@ -46,6 +46,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
 def whole_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `path` that takes its name if the block succeeds.
 
+    Its files can then be read by everyone, whatever their writers thought (safetensors: the owner).
     An existing `path` is replaced only then; after an error it is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +54,9 @@ def whole_directory(path: Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, old / path.name)

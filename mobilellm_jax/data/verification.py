@@ -6,7 +6,6 @@ the vocabulary or documents overlap, and from which training would learn nonsens
 
 import functools
 import hashlib
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ from mobilellm_jax.data.shards import (
     Shard,
 )
 from mobilellm_jax.data.token_stream import LOSS_MASK_DTYPE, OFFSET_DTYPE
+from mobilellm_jax.data.workers import available_cores
 
 _CHUNK_BYTES = 1 << 24
 
@@ -49,7 +49,7 @@ def verify_files(dataset: Dataset) -> None:
     total = sum(record.bytes for _, record, _, _ in jobs)
     bar = tqdm(total=total, desc="checking data", unit="B", unit_scale=True, disable=None)
     # hashlib and NumPy let other threads run while they compute.
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with bar, ThreadPoolExecutor(available_cores()) as pool:
         problems = pool.map(lambda job: _problem(*job), jobs)
         for (file, record, _, _), problem in zip(jobs, problems, strict=True):
             if problem:

@@ -77,7 +77,6 @@ def write(source: Source, folder: Path, precision: str) -> int:
     # entry, since safetensors writes several in any order.
     tensors = {name: np.asarray(array) for name, array in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={HASHES: " ".join(hashes)})
-    (folder / WEIGHTS).chmod(0o644)  # safetensors keeps its files to their owner
     return config.num_blocks
 
 

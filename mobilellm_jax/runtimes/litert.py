@@ -1,6 +1,5 @@
 """`model.tflite` in LiteRT's compiled model, on all cores of the CPU."""
 
-import os
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ from ai_edge_litert.options import Options
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.workers import available_cores
 from mobilellm_jax.runtimes.artifact import ArtifactInfo
 from mobilellm_jax.runtimes.runtime import Runtime, check_room
 
@@ -103,7 +103,7 @@ def load(file: Path, info: ArtifactInfo) -> Runtime:
     """
     # Weights as XNNPACK lays them out are kept in memory once for both signatures, and the file's
     # pages given back: 296 MB instead of 527 for a file of 159.
-    cpu = CpuOptions(num_threads=os.cpu_count() or 1, xnnpack_weight_cache_path=":memory")
+    cpu = CpuOptions(num_threads=available_cores(), xnnpack_weight_cache_path=":memory")
     options = Options(cpu_options=cpu)
     try:
         model = CompiledModel.from_file(str(file), options=options)

@@ -17,6 +17,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilellm_jax.data.workers import available_cores
 from mobilellm_jax.runtimes.artifact import ArtifactInfo
 from mobilellm_jax.runtimes.gguf_header import check_header
 from mobilellm_jax.runtimes.runtime import check_room
@@ -117,7 +118,7 @@ class LlamaCppRuntime:
         settings = _c.llama_context_default_params()
         settings.n_ctx = self.max_seq_len
         settings.n_batch = settings.n_ubatch = min(_CHUNK, self.max_seq_len)
-        settings.n_threads = settings.n_threads_batch = _threads()
+        settings.n_threads = settings.n_threads_batch = available_cores()
         settings.type_k = settings.type_v = _c.GGML_TYPE_F32
         settings.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.offload_kqv = False
@@ -182,11 +183,6 @@ def load_model(file: Path, *, vocab_only: bool) -> Any:
     if not model:
         raise ValueError(f"llama.cpp cannot load {file}: {_said()}.")
     return model
-
-
-def _threads() -> int:
-    # More than there are cores would wait for each other, spinning.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _has_amx() -> bool:

@@ -91,6 +91,7 @@ def test_files_of_a_plain_llama(tiny_config, tiny_params, tokenizer, output):
         "tokenizer.model",
         "tokenizer_config.json",
     ]
+    assert {file.stat().st_mode & 0o777 for file in output.iterdir()} == {0o644}
     theirs = LlamaConfig.from_pretrained(output)
     assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": 500.0}
     values = values_of(output)
