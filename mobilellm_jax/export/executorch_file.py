@@ -24,7 +24,7 @@ from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  # registers llama::
 from torch import Tensor, nn
-from torchao.quantization.granularity import PerAxis
+from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.quant_api import (
     Int8DynamicActivationIntxWeightConfig,
     IntxWeightOnlyConfig,
@@ -39,13 +39,16 @@ CHUNK = 128
 """Tokens that are read at once; the logits of more would take most of a phone's memory."""
 
 _SHORTEST = 4
+_GROUP = 32  # inputs that share a scale in 4 bits
+_INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # its stubs do not know it
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
     """Writes the program, and for tied embeddings their file; returns the number of blocks.
 
     Raises:
-      ValueError: if sequences are too short for their length to be a variable of the program.
+      ValueError: if sequences are too short for their length to be a variable of the program, or
+        inputs of a matrix are no whole groups.
     """
     config = source.config
     if config.max_seq_len < _SHORTEST:
@@ -53,6 +56,8 @@ def write(source: Source, folder: Path, precision: str) -> int:
             f"model.max_seq_len={config.max_seq_len} must be at least {_SHORTEST} for "
             "--format=executorch; --format=litert has no such bound."
         )
+    if precision == "8da4w":
+        _check_groups(config)
     file = folder / FORMATS["executorch"].file
     program = _Program(config, TorchDecoder(config, source.params)).eval()
     _quantize(program.decoder, precision)
@@ -132,7 +137,25 @@ def _quantize(decoder: TorchDecoder, precision: str) -> None:
         return
     table = IntxWeightOnlyConfig(torch.int8, PerAxis(0))
     quantize_(decoder, table, lambda module, _: isinstance(module, nn.Embedding))
-    quantize_(decoder, Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0)))
+    rows = Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))
+    groups = Int8DynamicActivationIntxWeightConfig(_INT4, PerGroup(_GROUP))
+    # The head like the table, which it is if they are tied.
+    quantize_(decoder, rows, lambda module, _: module is decoder.head)
+    quantize_(decoder.blocks, rows if precision == "8da8w" else groups)
+
+
+def _check_groups(config: ModelConfig) -> None:
+    inputs = {
+        "model.embed_dim": config.embed_dim,
+        "model.num_heads * model.head_dim": config.num_heads * config.head_dim,
+        "model.ffn_dim": config.ffn_dim,
+    }
+    for name, number in inputs.items():
+        if number % _GROUP:
+            raise ValueError(
+                f"{name}={number} must be a multiple of {_GROUP} for --quantize=8da4w, whose "
+                f"scales are those of {_GROUP} inputs; --quantize=8da8w has no such bound."
+            )
 
 
 def _exported(program: _Program, config: ModelConfig) -> torch.export.ExportedProgram:

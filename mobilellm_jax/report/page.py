@@ -54,7 +54,7 @@ def style() -> str:
         "*{box-sizing:border-box}"
         "body{margin:0;background:var(--background);color:var(--text);"
         "font:16px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}"
-        "main{max-width:68rem;margin:0 auto;padding:1.5rem 1rem 3rem}"
+        "main{max-width:76rem;margin:0 auto;padding:1.5rem 1rem 3rem}"
         "h1{font-size:1.7rem;line-height:1.25;margin:.5rem 0 1rem}"
         "h2{font-size:1.25rem;margin:2.5rem 0 .5rem;padding-top:.75rem;"
         "border-top:1px solid var(--line)}"
@@ -65,7 +65,7 @@ def style() -> str:
         "font-variant-numeric:tabular-nums}"
         "th,td{padding:.4rem .6rem;text-align:right;white-space:nowrap;"
         "border-bottom:1px solid var(--line)}"
-        "thead th{background:var(--surface);vertical-align:bottom;white-space:normal}"
+        "thead th{background:var(--surface);vertical-align:bottom;white-space:normal;min-width:4rem}"
         # The row's name stays in sight while a phone scrolls the numbers.
         "th:first-child{text-align:left;position:sticky;left:0;background:var(--surface)}"
         "tbody th{font-weight:600;white-space:normal;min-width:7.5rem}"

@@ -36,6 +36,12 @@ def int8(make_model, tokenizer, tmp_path_factory):
     return exported(make_model, tokenizer, tmp_path_factory, "8da8w", **fields)
 
 
+@pytest.fixture(scope="module")
+def int4(make_model, tokenizer, tmp_path_factory):
+    fields = {"num_blocks": 1, "num_repeats": 2}
+    return exported(make_model, tokenizer, tmp_path_factory, "8da4w", **fields)
+
+
 def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
     """A model, two sequences, their logits, and the artefact, which was verified."""
     config, params, tokens_BT, logits_BTV = make_model(scale=5.0, max_seq_len=ROOM, **fields)
@@ -100,6 +106,26 @@ def test_activations_are_quantized_token_by_token(int8) -> None:
     np.testing.assert_array_equal(alone_V, at_once_TV[0])
     # A byte a weight, each once, and a number a row.
     assert artifact.model_bytes < 1.3 * parameter_count(config) + 120_000
+
+
+def test_four_bits_are_stored_in_groups_and_the_table_in_eight(int4) -> None:
+    _, tokens, logits_BTV, artifact = int4
+    at_once_TV, steps_TV = read_and_append(artifact.load(), tokens[0])
+    error = np.abs(at_once_TV - logits_BTV[0]).mean()
+    assert 1e-3 < error < 0.15 * np.abs(logits_BTV[0]).max()
+    assert np.abs(at_once_TV - steps_TV).mean() < 0.05 * error
+    alone_V = artifact.load().read(tokens[0][:1])[0]
+    np.testing.assert_array_equal(alone_V, at_once_TV[0])
+
+
+def test_inputs_that_are_no_whole_groups_are_refused(make_model, tokenizer, tmp_path) -> None:
+    config, params, *_ = make_model(ffn_dim=40)
+    source = Source(config, params, tokenizer, "a test")
+    with pytest.raises(ValueError, match=r"model\.ffn_dim=40 must be a multiple of 32"):
+        export_for_device(
+            source, tmp_path / "x", format_name="executorch", precision="8da4w", verified=False
+        )
+    assert not (tmp_path / "x").exists()
 
 
 def test_damaged_and_foreign_programs_are_refused(exact, tmp_path) -> None:
