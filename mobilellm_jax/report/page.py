@@ -65,7 +65,8 @@ def style() -> str:
         "font-variant-numeric:tabular-nums}"
         "th,td{padding:.4rem .6rem;text-align:right;white-space:nowrap;"
         "border-bottom:1px solid var(--line)}"
-        "thead th{background:var(--surface);vertical-align:bottom;white-space:normal;min-width:4rem}"
+        "thead th{background:var(--surface);vertical-align:bottom;white-space:normal;"
+        "min-width:4rem}"
         # The row's name stays in sight while a phone scrolls the numbers.
         "th:first-child{text-align:left;position:sticky;left:0;background:var(--surface)}"
         "tbody th{font-weight:600;white-space:normal;min-width:7.5rem}"
