@@ -32,7 +32,7 @@ from torchao.quantization.quant_api import (
 )
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.export.formats import FORMATS, Source
+from mobilellm_jax.export.formats import FORMATS, Source, check_groups
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 
 CHUNK = 128
@@ -57,7 +57,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
             "--format=executorch; --format=litert has no such bound."
         )
     if precision == "8da4w":
-        _check_groups(config)
+        check_groups(config, _GROUP, precision, "--quantize=8da8w")
     file = folder / FORMATS["executorch"].file
     program = _Program(config, TorchDecoder(config, source.params)).eval()
     _quantize(program.decoder, precision)
@@ -142,20 +142,6 @@ def _quantize(decoder: TorchDecoder, precision: str) -> None:
     # The head like the table, which it is if they are tied.
     quantize_(decoder, rows, lambda module, _: module is decoder.head)
     quantize_(decoder.blocks, rows if precision == "8da8w" else groups)
-
-
-def _check_groups(config: ModelConfig) -> None:
-    inputs = {
-        "model.embed_dim": config.embed_dim,
-        "model.num_heads * model.head_dim": config.num_heads * config.head_dim,
-        "model.ffn_dim": config.ffn_dim,
-    }
-    for name, number in inputs.items():
-        if number % _GROUP:
-            raise ValueError(
-                f"{name}={number} must be a multiple of {_GROUP} for --quantize=8da4w, whose "
-                f"scales are those of {_GROUP} inputs; --quantize=8da8w has no such bound."
-            )
 
 
 def _exported(program: _Program, config: ModelConfig) -> torch.export.ExportedProgram:

@@ -136,6 +136,25 @@ def offered(name: str, *, quantized: bool) -> list[str]:
     return [p for p in FORMATS[name].precisions if (p not in DTYPES) == quantized]
 
 
+def check_groups(config: ModelConfig, size: int, precision: str, remedy: str) -> None:
+    """Refuses a model whose matrices have inputs that are no whole groups of `size`.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    inputs = {
+        "model.embed_dim": config.embed_dim,
+        "model.num_heads * model.head_dim": config.num_heads * config.head_dim,
+        "model.ffn_dim": config.ffn_dim,
+    }
+    for name, number in inputs.items():
+        if number % size:
+            raise ValueError(
+                f"{name}={number} must be a multiple of {size}, the weights that {precision} "
+                f"quantizes together; use {remedy}."
+            )
+
+
 def check_precision(name: str, dtype: str | None, quantize: str | None) -> str:
     """Returns the precision that --dtype and --quantize ask for; without either, float32.
 

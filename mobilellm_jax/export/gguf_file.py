@@ -18,7 +18,7 @@ from flax import traverse_util
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.export.formats import Source
+from mobilellm_jax.export.formats import Source, check_groups
 from mobilellm_jax.export.gguf_tokenizer import Vocabulary, check_in_llama_cpp, vocabulary_of
 from mobilellm_jax.model.layer_sharing import application_order
 
@@ -93,17 +93,7 @@ def _check(config: ModelConfig, precision: str, quantized: Any) -> None:
             "another format for devices."
         )
     block, _ = gguf.GGML_QUANT_SIZES[quantized]
-    rows = {
-        "model.embed_dim": config.embed_dim,
-        "model.num_heads * model.head_dim": config.num_heads * config.head_dim,
-        "model.ffn_dim": config.ffn_dim,
-    }
-    for name, size in rows.items():
-        if size % block:
-            raise ValueError(
-                f"{name}={size} must be a multiple of {block}, the weights that {precision} "
-                "quantizes together; use --dtype=float16."
-            )
+    check_groups(config, block, precision, "--dtype=float16")
 
 
 def _describe(writer: Any, config: ModelConfig, vocabulary: Vocabulary) -> None:

@@ -39,6 +39,12 @@ def test_a_whole_folder_is_right_in_chunks_of_any_size(
     verify_files(dataset)
     monkeypatch.setattr(verification, "_CHUNK_BYTES", 8)
     verify_files(dataset)
+    # The last chunk counts as well.
+    file = dataset.path / f"{FIRST}.tokens"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="has SHA-256"):
+        verify_files(dataset)
 
 
 @pytest.mark.parametrize("suffix", ARRAYS)

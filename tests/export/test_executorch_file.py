@@ -9,6 +9,7 @@ import pytest
 
 from mobilellm_jax.export.exporting import export_for_device
 from mobilellm_jax.export.formats import Source
+from mobilellm_jax.export.torch_decoder import TorchDecoder
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.runtimes.artifact import open_artifact
 
@@ -116,6 +117,20 @@ def test_four_bits_are_stored_in_groups_and_the_table_in_eight(int4) -> None:
     assert np.abs(at_once_TV - steps_TV).mean() < 0.05 * error
     alone_V = artifact.load().read(tokens[0][:1])[0]
     np.testing.assert_array_equal(alone_V, at_once_TV[0])
+
+
+def test_four_bits_are_sixteen_levels_in_each_group(make_model) -> None:
+    from mobilellm_jax.export.executorch_file import _quantize
+
+    decoder = TorchDecoder(*make_model()[:2])
+    _quantize(decoder, "8da4w")
+
+    def levels(weight, size: int) -> int:
+        return max(len(np.unique(part)) for part in weight.dequantize().reshape(-1, size).numpy())
+
+    assert levels(decoder.blocks[0].up.weight, 32) <= 16
+    assert levels(decoder.blocks[1].output.weight, 32) <= 16
+    assert levels(decoder.head.weight, 32) > 16
 
 
 def test_inputs_that_are_no_whole_groups_are_refused(make_model, tokenizer, tmp_path) -> None:

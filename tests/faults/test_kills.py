@@ -190,7 +190,8 @@ def kill_and_compare(undisturbed: Undisturbed, folder: Path, kills: int, seed: i
 
 
 def test_killed_runs_end_like_one_that_was_not(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    print(kill_and_compare(undisturbed, tmp_path, kills=6, seed=0))
+    said = kill_and_compare(undisturbed, tmp_path, kills=6, seed=0)
+    assert said.startswith("6 kills of "), said
 
 
 def test_sigterm_while_a_run_starts_asks_for_another_start(
@@ -217,4 +218,6 @@ def test_sigterm_while_a_run_starts_asks_for_another_start(
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", [1])
 def test_a_hundred_kills(undisturbed: Undisturbed, tmp_path: Path, seed: int) -> None:
-    print(kill_and_compare(undisturbed, tmp_path, kills=100, seed=seed))
+    said = kill_and_compare(undisturbed, tmp_path, kills=100, seed=seed)
+    assert said.startswith("100 kills of "), said
+    print(said)

@@ -198,7 +198,8 @@ WAYS = [(v, how) for how in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM) for
 @pytest.mark.slow
 def test_either_of_two_processes_may_be_hurt(config_file: Path, tmp_path: Path) -> None:
     plan = iter([(0, signal.SIGKILL), (1, signal.SIGTERM), (0, signal.SIGSTOP)])
-    print(hurt_and_compare(config_file, tmp_path, plan, seed=0))
+    said = hurt_and_compare(config_file, tmp_path, plan, seed=0)
+    assert said.startswith("one of two processes hurt 3 times in "), said
 
 
 @pytest.mark.soak
@@ -206,4 +207,6 @@ def test_either_of_two_processes_may_be_hurt(config_file: Path, tmp_path: Path) 
 def test_two_processes_many_times(config_file: Path, tmp_path: Path, seed: int) -> None:
     shuffled = random.Random(seed)
     plan = [way for _ in range(5) for way in shuffled.sample(WAYS, len(WAYS))]
-    print(hurt_and_compare(config_file, tmp_path, iter(plan), seed=seed))
+    said = hurt_and_compare(config_file, tmp_path, iter(plan), seed=seed)
+    assert said.startswith("one of two processes hurt 30 times in "), said
+    print(said)
