@@ -32,7 +32,7 @@ QUANTIZED = [name for name, precision in FORMATS["gguf"].precisions.items() if n
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """llama.cpp's threads wait for each other by spinning, which other tests would pay for."""
-    monkeypatch.setattr(llama_cpp, "_threads", lambda: 1)
+    monkeypatch.setattr(llama_cpp, "available_cores", lambda: 1)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def artifact(source, tmp_path_factory) -> Artifact:
 
 @pytest.fixture
 def runtime(artifact, monkeypatch):
-    monkeypatch.setattr(llama_cpp, "_threads", lambda: 1)
+    monkeypatch.setattr(llama_cpp, "available_cores", lambda: 1)
     return artifact.load()
 
 
