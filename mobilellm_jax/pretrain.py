@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,28 +16,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mobilellm_jax import checkpoint, distributed, preflight, rundir, strict_json
+from mobilellm_jax import announce, checkpoint, distributed, preflight, rundir, strict_json
 from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.data.mixture import Mixture
-from mobilellm_jax.data.sources import TRAIN, VALIDATION
 from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mobilellm_jax.evaluate.in_training import Evaluator, make_evaluator
 from mobilellm_jax.evaluate.validation import make_validator
 from mobilellm_jax.generate import generate
 from mobilellm_jax.host_memory import keep_freed_memory
-from mobilellm_jax.model.size import FLOP_CONVENTION, flops_per_token, parameter_count
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.plots import plot_losses
-from mobilellm_jax.quantize.schemes import trained_scheme
 from mobilellm_jax.quantize.training import derivation, training_transform
 from mobilellm_jax.run_lock import RunLock
 from mobilellm_jax.sampling import Sampling
 from mobilellm_jax.sharding import (
     Rules,
-    bytes_per_device,
-    count_slices,
     local_rows,
     place,
     put_batch,
@@ -47,7 +41,6 @@ from mobilellm_jax.train.loop import Hooks, Outcome, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, SilentWriter, read_metrics, stderr
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.profiler import ProfiledSteps, Profiler
-from mobilellm_jax.train.report import BadSteps
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state, is_finite
 from mobilellm_jax.train.step import TrainStep, Transform, make_train_step
 from mobilellm_jax.train.stopping import Walltime
@@ -118,7 +111,7 @@ def _pretrain(
 
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     abstract = abstract_state(config, optimizer, mesh, rules)
-    _describe(config, mixture, mesh, abstract, resume_step)
+    announce.start(config, mixture, mesh, abstract, resume_step)
     with checkpoint.CheckpointWriter(workdir, config, tokenizer, lock.check) as checkpoints:
         if resume_step is not None:
             state = checkpoints.restore(resume_step, abstract)
@@ -177,14 +170,16 @@ def _pretrain(
             del state  # there may be no room for two
             found = _newest_good(checkpoints, workdir, abstract)
             if found is None or int(found.step) == back_at:
-                raise TrainingDivergedError(_diverged(config, workdir, outcome.bad, back_at))
+                raise TrainingDivergedError(
+                    announce.divergence(config, workdir, outcome.bad, back_at)
+                )
             back_at = int(found.step)
-            _say_going_back(outcome.bad, back_at)
+            announce.going_back(outcome.bad, back_at)
             checkpoints.forget_after(back_at)
             state, outcome = train_from(found)
     _plot(workdir)
     finished = outcome.kind == "finished"
-    _summarize(workdir, finished)
+    announce.end(workdir, finished)
     return finished
 
 
@@ -206,133 +201,6 @@ def _newest_good(
             return state
         del state
     return None
-
-
-def _say_going_back(bad: BadSteps, good_step: int) -> None:
-    if distributed.is_first():
-        print(
-            f"GOING BACK to the checkpoint of step {good_step}: steps {bad.first} to {bad.last} "
-            "were not finite. If the state was damaged, that heals it; if they are not finite "
-            "again, the run ends.",
-            file=stderr(),
-            flush=True,
-        )
-
-
-def _diverged(config: Config, workdir: Path, bad: BadSteps, good_step: int | None) -> str:
-    """Says what happened, and how to see the batch and to meet it again."""
-    data, batch = config.data, config.train.global_batch
-    inspect = [
-        *("mobilellm", "inspect", f"--data={data.path}", f"--seq_len={data.seq_len}"),
-        *(f"--boundaries={data.boundaries}", f"--seed={data.seed}"),
-        *(f"--first_sample={(bad.first - 1) * batch}", f"--sample={batch}"),
-    ]
-    again = "there is no checkpoint before them to go back to"
-    if good_step is not None:
-        again = f"they were so again after going back to the checkpoint of step {good_step}"
-    return (
-        f"loss, gradient or update was not finite in steps {bad.first} to {bad.last} "
-        f"(train.max_bad_steps={config.train.max_bad_steps}), and {again}.\n"
-        f"The first of these batches is shown by\n  {shlex.join(inspect)}\n"
-        f"and met again by the same train command, which goes on from step {good_step or 0} of "
-        f"{workdir}.\n"
-        "If the data is right, lower "
-        f"optimizer.peak_lr={config.optimizer.peak_lr} in another --workdir that starts from a "
-        "checkpoint with --config.train.init_from."
-    )
-
-
-def _describe(
-    config: Config, mixture: Mixture, mesh: Mesh, state: TrainState, resume_step: int | None
-) -> None:
-    """Prints what is about to run, once, so that a log says what its numbers mean."""
-    if not distributed.is_first():
-        return
-    model, train = config.model, config.train
-    sharing = f" x {model.num_repeats} ({model.sharing})" if model.num_repeats > 1 else ""
-    tokens_per_step = train.global_batch * config.data.seq_len
-    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    slices = _describe_slices(config, mesh)
-    lines = [
-        f"model   {parameter_count(model):,} parameters, {model.num_blocks} blocks{sharing}, "
-        f"width {model.embed_dim}, {model.num_heads} heads over {model.num_kv_heads}",
-        f"compute {model.compute_dtype}, attention {model.attention}, remat {model.remat}, "
-        f"{flops_per_token(model, config.data.seq_len) / 1e6:,.1f} MFLOP per token "
-        f"({FLOP_CONVENTION})",
-        *_describe_data(config, mixture),
-        f"batch   {train.global_batch} x {config.data.seq_len} = {tokens_per_step:,} tokens, "
-        f"{train.steps:,} steps",
-        f"mesh    {axes} over {jax.device_count()} x {jax.devices()[0].device_kind}{slices}",
-        f"state   {bytes_per_device(state.params) / 1e6:,.1f} MB of parameters and "
-        f"{bytes_per_device(state.optimizer) / 1e6:,.1f} MB of optimizer state on each device",
-    ]
-    scheme = trained_scheme(config)
-    if scheme is not None:
-        lines.append(f"quantize trained for {scheme}")
-    if resume_step is not None:
-        lines.append(f"resume  from step {resume_step:,}")
-    print("\n".join(lines), file=stderr(), flush=True)
-
-
-def _describe_data(config: Config, mixture: Mixture) -> list[str]:
-    crosses = "attention crosses document borders"
-    apart = "attention and positions stay within a document"
-    boundaries = config.data.boundaries
-    run_tokens = config.train.steps * config.train.global_batch * config.data.seq_len
-    lines = [
-        f"data    {mixture.path}, fingerprint {mixture.fingerprint[:12]}",
-        f"        boundaries {boundaries}: {crosses if boundaries == 'concat' else apart}",
-    ]
-    for component in mixture.components:
-        counts, stream = component.counts(TRAIN), component.stream(TRAIN)
-        line = f"        {counts.tokens:,} tokens of {counts.documents:,} documents"
-        if len(mixture.components) > 1:
-            line += f" of {component.name}, {float(component.share):.2%} of the samples"
-        line += f", {float(run_tokens * component.share / counts.tokens):.2f} epochs"
-        if stream and stream.has_loss_mask:
-            line += ", a loss mask on them"
-        if not component.stream(VALIDATION):
-            line += ", nothing held out"
-        lines.append(line)
-    return lines
-
-
-def _describe_slices(config: Config, mesh: Mesh) -> str:
-    slices, dcn_data = count_slices(list(mesh.devices.flat)), config.mesh.dcn_data
-    if dcn_data > 1:
-        return f", {dcn_data} slices along data over DCN"
-    if slices > 1:
-        return f", which come in {slices} slices (see mesh.dcn_data)"
-    return ""
-
-
-def _summarize(workdir: Path, finished: bool) -> None:
-    """Prints where the run stands and what to do with it next."""
-    if not distributed.is_first():
-        return
-    records = read_metrics(workdir / rundir.METRICS)
-    measured = [r for r in records if "validation/loss" in r]
-    lines = [f"{'Finished' if finished else 'Stopped, saved'}: {workdir}"]
-    if measured:
-        first, last = measured[0], measured[-1]
-        lines += [
-            f"  validation {name + ':':14} {first[key]:.3f} at step {first['step']} -> "
-            f"{last[key]:.3f} at step {last['step']}{unit}"
-            for key, name, unit in (
-                ("validation/bpb", "bits per byte", ""),
-                ("validation/loss", "loss", " (nats per token)"),
-            )
-            if key in first and key in last
-        ]
-    lines.append(f"  curves: {workdir / rundir.LOSS_PLOT}, tensorboard --logdir={workdir}")
-    if finished:
-        lines += [
-            f"  next:   mobilellm generate --checkpoint={workdir} --prompt='...'",
-            f"          mobilellm export --checkpoint={workdir} --format=hf --output=DIR",
-        ]
-    else:
-        lines.append("  next:   the same command again goes on")
-    print("\n".join(lines), file=stderr(), flush=True)
 
 
 def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:

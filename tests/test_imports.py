@@ -44,6 +44,7 @@ FLOORS = {
     "evaluate": 6,
     "plan": 6,
     "export": 7,
+    "announce": 8,
     "open_model": 8,
     "preflight": 8,
     "benchmark": 9,

@@ -27,6 +27,7 @@ from mobilellm_jax.data.shards import (
     Shard,
     shard_name,
 )
+from mobilellm_jax.data.sources import TRAIN, VALIDATION
 from mobilellm_jax.data.token_stream import LOSS_MASK_DTYPE, OFFSET_DTYPE
 
 _COPIED_AT_ONCE = 8_000_000  # bytes; read, not mapped, so that memory stays that small
@@ -193,6 +194,45 @@ def give_final_names(shards: Path, output: Path, split: str, found: list[Shard])
                 os.replace(source, target)
         named.append(dataclasses.replace(shard, name=name))
     return named
+
+
+class Joiner:
+    """Assembles shards as soon as their parts are there, and then deletes these parts' arrays.
+
+    The parts' records stay: they count what is done.
+    """
+
+    def __init__(self, work: Path, dtype: Any, shard_tokens: int) -> None:
+        self._parts, self._shards = work / "parts", work / "shards"
+        self._dtype = dtype
+        self._made: dict[str, list[Shard]] = {}
+        self._planners: dict[str, Planner] = {}
+        self._kept_from: dict[str, int] = {}
+        for split in (TRAIN, VALIDATION):
+            self._made[split], start = read_assembled(self._shards, split)
+            self._kept_from[split] = 0
+            self._planners[split] = Planner(
+                self._parts, split, shard_tokens, len(self._made[split]), start
+            )
+
+    def add(self, part: Part) -> None:
+        """Takes the next part in order."""
+        for split, planner in self._planners.items():
+            self._assemble(split, planner.add(part))
+            for number in range(self._kept_from[split], planner.first_part):
+                for suffix in (TOKENS, OFFSETS, LOSS_MASK):
+                    part_file(self._parts, number, split, suffix).unlink(missing_ok=True)
+            self._kept_from[split] = planner.first_part
+
+    def end(self) -> dict[str, list[Shard]]:
+        """Assembles what is left; returns the shards of every split, in their order."""
+        for split, planner in self._planners.items():
+            self._assemble(split, planner.end())
+        return self._made
+
+    def _assemble(self, split: str, plans: Iterator[ShardPlan]) -> None:
+        for plan in plans:
+            self._made[split].append(assemble(self._parts, self._shards, plan, self._dtype))
 
 
 class _HashedFile:

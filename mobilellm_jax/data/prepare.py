@@ -11,27 +11,25 @@ the end. A start that was killed leaves it behind, and the next one goes on from
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
 import shutil
-import socket
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from mobilellm_jax import rundir
 from mobilellm_jax.data import assembly, shards
 from mobilellm_jax.data.held_out import held_out_below, is_divided, tokenizer_sample
-from mobilellm_jax.data.parts import Job, Part, Task, part_file, read_part, read_record
-from mobilellm_jax.data.shards import Counts, Manifest, Shard, SourceRecord, Split
+from mobilellm_jax.data.parts import Job, Part, Task, read_part
+from mobilellm_jax.data.shards import Counts, Manifest, SourceRecord, Split
 from mobilellm_jax.data.sources import TRAIN, VALIDATION, BadLine, Source, open_source, stop
 from mobilellm_jax.data.tokenizer import Tokenizer, changes_text, copy_tokenizer, load_tokenizer
 from mobilellm_jax.data.tokenizer_training import train_tokenizer
-from mobilellm_jax.data.workers import available_cores, encode_pieces, wait_for_workers
+from mobilellm_jax.data.workers import available_cores, encode_pieces
+from mobilellm_jax.data.working_folder import WORKERS_LOCK, settings_difference, working_folder
 
 SHARD_TOKENS = 64_000_000
 # Past this many, the sources are not what they were said to be.
@@ -42,9 +40,6 @@ Runner = Literal["local", "beam"]
 
 # Two pieces' worth: less is encoded before a second process has started.
 _TOO_SMALL_TO_SHARE_BYTES = 16_000_000
-_JOB = "job.json"
-_LOCK = "lock"
-_WORKERS_LOCK = "workers.lock"
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -99,7 +94,7 @@ def prepare(
         report(f"{output} is complete already, made with the same settings; nothing to do.")
         shutil.rmtree(work, ignore_errors=True)  # of a start killed in its last moment
         return made
-    with _working_folder(work, settings, report):
+    with working_folder(work, settings, report):
         preparation = _Preparation(
             work=work,
             sources=opened,
@@ -192,7 +187,7 @@ class _Preparation:
             scratch=self.work / "sources",
             tokenizer=tokenizer.file,
             parts=self.work / "parts",
-            workers_lock=self.work / _WORKERS_LOCK,
+            workers_lock=self.work / WORKERS_LOCK,
             skip_bad_lines=self.skip_bad_lines,
         )
 
@@ -233,7 +228,9 @@ class _Preparation:
     def finish(self, tokenizer: Tokenizer, parts: Generator[Part, None, None]) -> Manifest:
         """Joins parts into shards as they come, names the shards and writes the manifest."""
         totals = [_SourceTotal() for _ in self.sources]
-        joiner = _Joiner(self.work, shards.token_dtype(tokenizer.vocab_size), self.shard_tokens)
+        joiner = assembly.Joiner(
+            self.work, shards.token_dtype(tokenizer.vocab_size), self.shard_tokens
+        )
         with contextlib.closing(parts):
             for part in parts:
                 totals[part.source].add(part)
@@ -305,45 +302,6 @@ class _SourceTotal:
         self.bad_lines += part.bad_lines
 
 
-class _Joiner:
-    """Assembles shards as soon as their parts are there, and then deletes these parts' arrays.
-
-    The parts' records stay: they count what is done.
-    """
-
-    def __init__(self, work: Path, dtype: Any, shard_tokens: int) -> None:
-        self._parts, self._shards = work / "parts", work / "shards"
-        self._dtype = dtype
-        self._made: dict[str, list[Shard]] = {}
-        self._planners: dict[str, assembly.Planner] = {}
-        self._kept_from: dict[str, int] = {}
-        for split in (TRAIN, VALIDATION):
-            self._made[split], start = assembly.read_assembled(self._shards, split)
-            self._kept_from[split] = 0
-            self._planners[split] = assembly.Planner(
-                self._parts, split, shard_tokens, len(self._made[split]), start
-            )
-
-    def add(self, part: Part) -> None:
-        for split, planner in self._planners.items():
-            self._assemble(split, planner.add(part))
-            for number in range(self._kept_from[split], planner.first_part):
-                for suffix in (shards.TOKENS, shards.OFFSETS, shards.LOSS_MASK):
-                    part_file(self._parts, number, split, suffix).unlink(missing_ok=True)
-            self._kept_from[split] = planner.first_part
-
-    def end(self) -> dict[str, list[Shard]]:
-        for split, planner in self._planners.items():
-            self._assemble(split, planner.end())
-        return self._made
-
-    def _assemble(self, split: str, plans: Iterator[assembly.ShardPlan]) -> None:
-        for plan in plans:
-            self._made[split].append(
-                assembly.assemble(self._parts, self._shards, plan, self._dtype)
-            )
-
-
 def _check_settings(
     sources: Sequence[str],
     weights: Sequence[float] | None,
@@ -399,92 +357,9 @@ def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | No
             f"{shards.MANIFEST}); name another folder or delete it."
         )
     manifest = shards.open_tokens(output).manifest
-    if differing := _differing(manifest.settings, settings):
+    if differing := settings_difference(manifest.settings, settings):
         raise ValueError(
             f"output={str(output)!r} holds data made with other settings ({differing}); "
             "name another folder or delete it."
         )
     return manifest
-
-
-def _differing(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Returns which settings differ in a way that matters to what was made, as text.
-
-    What was made without skipping is what skipping would have made: there was nothing to skip.
-    """
-    return "; ".join(
-        f"{key}: there {there.get(key)!r}, asked for {value!r}"
-        for key, value in asked.items()
-        if there.get(key) != value and (key, there.get(key)) != ("on_bad_line", "stop")
-    )
-
-
-@contextlib.contextmanager
-def _working_folder(
-    work: Path, settings: Mapping[str, Any], report: Callable[[str], None]
-) -> Iterator[None]:
-    """Makes or takes over the working folder, for this process alone.
-
-    After an error it stays for the next start to go on with, if any part is complete.
-
-    Raises:
-      ValueError: if another process is at work there, or settings differ from those it began with.
-    """
-    work.parent.mkdir(parents=True, exist_ok=True)
-    work.mkdir(exist_ok=True)
-    with (work / _LOCK).open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise ValueError(
-                f"{work} is being written by another prepare ({lock.read().strip()}); wait for it, "
-                "or end it."
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        wait_for_workers(work / _WORKERS_LOCK)
-        for name in ("parts", "shards", "output"):
-            (work / name).mkdir(exist_ok=True)
-        _remove_unfinished(work)
-        job = work / _JOB
-        if not _has_parts(work):
-            _empty(work)
-        elif differing := _differing(read_record(job, dict[str, Any]), settings):
-            raise ValueError(
-                f"{work} holds an interrupted preparation with other settings ({differing}); "
-                "use its settings to go on, or delete it, or name another output."
-            )
-        else:
-            report(f"Going on with the interrupted preparation in {work}.")
-        rundir.write_whole(job, json.dumps(settings, indent=2))
-        try:
-            yield
-        except BaseException:
-            if not _has_parts(work):
-                shutil.rmtree(work)
-            raise
-
-
-def _has_parts(work: Path) -> bool:
-    """Returns whether an earlier start has encoded anything."""
-    arrays = (file for name in ("parts", "shards", "output") for file in (work / name).iterdir())
-    return any(file.suffix == f".{shards.TOKENS}" for file in arrays)
-
-
-def _empty(work: Path) -> None:
-    """Deletes everything but the locks."""
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-            path.mkdir()
-        elif path.name not in (_LOCK, _WORKERS_LOCK):
-            path.unlink()
-
-
-def _remove_unfinished(work: Path) -> None:
-    """Deletes files that had not got their names when an earlier start was killed."""
-    for folder in ("parts", "shards", "output"):
-        for file in (work / folder).glob(".*"):
-            file.unlink()

@@ -12,26 +12,22 @@ other operators are standard.
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import helper
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.formats import Source
+from mobilellm_jax.export.onnx_graph import MICROSOFT, WEIGHTS, Graph
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.rope import rotation
 
 FILE = "model.onnx"
-WEIGHTS = f"{FILE}.data"
 
-_OPSET, _IR_VERSION = 23, 11  # the first with RMSNormalization, and its file format
-_MICROSOFT = "com.microsoft"
 _STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _BITS = {"int8": 8, "int4": 4}
 # Weights that share a scale, by bits; the width of a matrix is padded to a multiple of it.
@@ -39,9 +35,6 @@ _BLOCK = {8: 64, 4: 32}
 _INT8_PRODUCTS = 4  # MatMulNBits: activations are quantized too, each block of a token by itself
 # GroupQueryAttention rotates no other heads. Larger ones are made by channels that are zero.
 _HEAD_MULTIPLE = 16
-# What a reader maps into memory instead of copying starts at such a place.
-_PAGE, _LARGE = 1 << 16, 1 << 20
-_ALIGNED = 64
 _END = np.iinfo(np.int64).max
 
 
@@ -60,79 +53,10 @@ def write(source: Source, folder: Path, precision: str) -> int:
     """
     config = source.config
     with (folder / WEIGHTS).open("wb") as weights:
-        graph = _Graph(weights)
+        graph = Graph(weights)
         _write_model(graph, source, precision)
-    model = helper.make_model(
-        helper.make_graph(
-            graph.nodes, "MobileLLM", graph.inputs, graph.outputs, graph.initializers
-        ),
-        opset_imports=[helper.make_opsetid("", _OPSET), helper.make_opsetid(_MICROSOFT, 1)],
-        ir_version=_IR_VERSION,
-        producer_name="mobilellm-jax",
-    )
-    (folder / FILE).write_bytes(model.SerializeToString(deterministic=True))
+    (folder / FILE).write_bytes(graph.serialized())
     return config.num_blocks
-
-
-class _Graph:
-    """Nodes and initializers in the order in which they are made.
-
-    Args:
-      weights: takes the values of all initializers but the smallest.
-    """
-
-    def __init__(self, weights: BinaryIO) -> None:
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-        self.inputs: list[Any] = []
-        self.outputs: list[Any] = []
-        self._weights = weights
-
-    def constant(self, name: str, values: np.ndarray) -> str:
-        """Adds an initializer and returns its name."""
-        data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
-        tensor = onnx.TensorProto(name=name, data_type=data_type, dims=values.shape)
-        data = np.ascontiguousarray(values)
-        if data.nbytes < _ALIGNED:
-            tensor.raw_data = data.tobytes()
-        else:
-            align = _PAGE if data.nbytes >= _LARGE else _ALIGNED
-            self._weights.write(bytes(-self._weights.tell() % align))
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            place = {"location": WEIGHTS, "offset": self._weights.tell(), "length": data.nbytes}
-            for key, value in place.items():
-                tensor.external_data.add(key=key, value=str(value))
-            self._weights.write(data.reshape(-1).view(np.uint8).data)
-        self.initializers.append(tensor)
-        return name
-
-    def node(
-        self,
-        operator: str,
-        *inputs: str,
-        outputs: Sequence[str] | None = None,
-        domain: str = "",
-        **attributes: Any,
-    ) -> str:
-        """Adds a node and returns the name of its (first) output."""
-        names = outputs or [f"{operator}_{len(self.nodes)}"]
-        self.nodes.append(
-            helper.make_node(operator, inputs, names, name=names[0], domain=domain, **attributes)
-        )
-        return names[0]
-
-    def input(self, name: str, dtype: type, shape: Sequence[int | str]) -> str:
-        self.inputs.append(_value_info(name, dtype, shape))
-        return name
-
-    def output(self, name: str, shape: Sequence[int | str]) -> str:
-        self.outputs.append(_value_info(name, np.float32, shape))
-        return name
-
-
-def _value_info(name: str, dtype: type, shape: Sequence[int | str]) -> Any:
-    data_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    return helper.make_tensor_value_info(name, data_type, shape)
 
 
 class _Matrix(NamedTuple):
@@ -156,7 +80,7 @@ class _Block(NamedTuple):
     down: _Matrix
 
 
-def _write_model(graph: _Graph, source: Source, precision: str) -> None:
+def _write_model(graph: Graph, source: Source, precision: str) -> None:
     config, params = source.config, source.params
     bits = _BITS.get(precision, 0)
     store = _STORED.get(precision, np.dtype(np.float32))
@@ -191,7 +115,7 @@ def _write_model(graph: _Graph, source: Source, precision: str) -> None:
     _score(graph, x_1TD, head)
 
 
-def _add_block(graph: _Graph, source: Source, u: int, store: np.dtype[Any], bits: int) -> _Block:
+def _add_block(graph: Graph, source: Source, u: int, store: np.dtype[Any], bits: int) -> _Block:
     """Adds the initializers of unique block `u`."""
     config = source.config
     blocks = source.params["blocks"]
@@ -236,7 +160,7 @@ def _head_width(head_dim: int) -> int:
 
 
 def _add_matrix(
-    graph: _Graph, name: str, kernel_IO: np.ndarray, store: np.dtype[Any], bits: int
+    graph: Graph, name: str, kernel_IO: np.ndarray, store: np.dtype[Any], bits: int
 ) -> _Matrix:
     """Adds a matrix from I inputs to O outputs."""
     inputs, outputs = kernel_IO.shape
@@ -248,7 +172,7 @@ def _add_matrix(
 
 
 def _add_rows(
-    graph: _Graph, name: str, table_VD: np.ndarray, store: np.dtype[Any], bits: int
+    graph: Graph, name: str, table_VD: np.ndarray, store: np.dtype[Any], bits: int
 ) -> _Matrix:
     """Adds a matrix with a row per token, to look up or to score with."""
     outputs, inputs = table_VD.shape
@@ -259,7 +183,7 @@ def _add_rows(
     return _Matrix(_stored(graph, name, table_VD, store), inputs, outputs)
 
 
-def _stored(graph: _Graph, name: str, values: np.ndarray, store: np.dtype[Any]) -> str:
+def _stored(graph: Graph, name: str, values: np.ndarray, store: np.dtype[Any]) -> str:
     """Adds an initializer of type `store` and returns the name of its values in float32."""
     with np.errstate(over="ignore"):  # found below, and named
         narrow = values.astype(store, copy=False)
@@ -300,7 +224,7 @@ class _Context(NamedTuple):
     sin: str
 
 
-def _add_context(graph: _Graph, config: ModelConfig, tokens: str, length: str) -> _Context:
+def _add_context(graph: Graph, config: ModelConfig, tokens: str, length: str) -> _Context:
     new = graph.node("Shape", tokens, start=1, end=2)
     total = graph.node("Add", length, graph.node("Cast", new, to=onnx.TensorProto.INT32))
     one = graph.constant("one", np.ones(1, np.int32))
@@ -319,7 +243,7 @@ def _add_context(graph: _Graph, config: ModelConfig, tokens: str, length: str) -
     )
 
 
-def _attention(graph: _Graph, heads: str, context: _Context, config: ModelConfig, slot: int) -> str:
+def _attention(graph: Graph, heads: str, context: _Context, config: ModelConfig, slot: int) -> str:
     """Adds the attention of one application, whose cache is its own."""
     width = _head_width(config.head_dim)
     shape = [1, config.num_kv_heads, config.max_seq_len, width]
@@ -329,7 +253,7 @@ def _attention(graph: _Graph, heads: str, context: _Context, config: ModelConfig
         *("GroupQueryAttention", heads, "", "", *past, context.last, context.total),
         *(context.cos, context.sin),
         outputs=[f"attention_{slot}", *present],
-        domain=_MICROSOFT,
+        domain=MICROSOFT,
         num_heads=config.num_heads,
         kv_num_heads=config.num_kv_heads,
         scale=config.head_dim**-0.5,  # not of the width, which may be larger
@@ -337,17 +261,17 @@ def _attention(graph: _Graph, heads: str, context: _Context, config: ModelConfig
     )
 
 
-def _normed(graph: _Graph, x: str, scale: str, config: ModelConfig) -> str:
+def _normed(graph: Graph, x: str, scale: str, config: ModelConfig) -> str:
     return graph.node("RMSNormalization", x, scale, axis=-1, epsilon=config.norm_eps)
 
 
-def _product(graph: _Graph, x: str, matrix: _Matrix, codes: str = "") -> str:
+def _product(graph: Graph, x: str, matrix: _Matrix, codes: str = "") -> str:
     """Adds x times a matrix, whose quantized form is also called `codes`."""
     if not matrix.bits:
         return graph.node("MatMul", x, matrix.name)
     return graph.node(
         *("MatMulNBits", x, codes or matrix.name, matrix.scales),
-        domain=_MICROSOFT,
+        domain=MICROSOFT,
         K=matrix.inputs,
         N=matrix.outputs,
         bits=matrix.bits,
@@ -356,7 +280,7 @@ def _product(graph: _Graph, x: str, matrix: _Matrix, codes: str = "") -> str:
     )
 
 
-def _activated(graph: _Graph, wide: str, config: ModelConfig) -> str:
+def _activated(graph: Graph, wide: str, config: ModelConfig) -> str:
     if config.activation == "relu":
         return graph.node("Relu", wide)
     if config.activation == "gelu":
@@ -367,12 +291,12 @@ def _activated(graph: _Graph, wide: str, config: ModelConfig) -> str:
     return graph.node("Mul", graph.node("Mul", gate, graph.node("Sigmoid", gate)), up)
 
 
-def _looked_up(graph: _Graph, table: _Matrix, tokens: str) -> str:
+def _looked_up(graph: Graph, table: _Matrix, tokens: str) -> str:
     if not table.bits:
         return graph.node("Gather", table.name, tokens)
     rows = graph.node(
         *("GatherBlockQuantized", table.name, tokens, table.scales),
-        domain=_MICROSOFT,
+        domain=MICROSOFT,
         bits=table.bits,
         block_size=_BLOCK[table.bits],
         gather_axis=0,
@@ -384,14 +308,14 @@ def _looked_up(graph: _Graph, table: _Matrix, tokens: str) -> str:
     return _sliced(graph, rows, start, axis=2, end=table.inputs)
 
 
-def _sliced(graph: _Graph, x: str, start: str, *, axis: int, end: int = _END) -> str:
+def _sliced(graph: Graph, x: str, start: str, *, axis: int, end: int = _END) -> str:
     """Adds x[start:end] along an axis; `start` names a value."""
     numbers = {f"end_{axis}": end, f"axis_{axis}": axis}
     names = [graph.constant(name, np.array([n], np.int64)) for name, n in numbers.items()]
     return graph.node("Slice", x, start, *names)
 
 
-def _score(graph: _Graph, x_1TD: str, head: _Matrix) -> None:
+def _score(graph: Graph, x_1TD: str, head: _Matrix) -> None:
     """Adds the logits, by a matrix with a row per token."""
     if head.bits:
         shape = np.array([head.outputs, -1, _BLOCK[head.bits] * head.bits // 8], np.int64)

@@ -1,0 +1,93 @@
+"""An ONNX graph that grows node by node, and the file of weights that grows with it."""
+
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+from onnx import helper
+
+WEIGHTS = "model.onnx.data"
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
+_OPSET, _IR_VERSION = 23, 11  # the first with RMSNormalization, and its file format
+# What a reader maps into memory instead of copying starts at such a place.
+_PAGE, _LARGE = 1 << 16, 1 << 20
+_ALIGNED = 64
+
+
+class Graph:
+    """Nodes and initializers in the order in which they are made.
+
+    Args:
+      weights: takes the values of all initializers but the smallest.
+    """
+
+    def __init__(self, weights: BinaryIO) -> None:
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self.inputs: list[Any] = []
+        self.outputs: list[Any] = []
+        self._weights = weights
+
+    def constant(self, name: str, values: np.ndarray) -> str:
+        """Adds an initializer and returns its name."""
+        data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+        tensor = onnx.TensorProto(name=name, data_type=data_type, dims=values.shape)
+        data = np.ascontiguousarray(values)
+        if data.nbytes < _ALIGNED:
+            tensor.raw_data = data.tobytes()
+        else:
+            align = _PAGE if data.nbytes >= _LARGE else _ALIGNED
+            self._weights.write(bytes(-self._weights.tell() % align))
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            place = {"location": WEIGHTS, "offset": self._weights.tell(), "length": data.nbytes}
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
+            self._weights.write(data.reshape(-1).view(np.uint8).data)
+        self.initializers.append(tensor)
+        return name
+
+    def node(
+        self,
+        operator: str,
+        *inputs: str,
+        outputs: Sequence[str] | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Adds a node and returns the name of its (first) output."""
+        names = outputs or [f"{operator}_{len(self.nodes)}"]
+        self.nodes.append(
+            helper.make_node(operator, inputs, names, name=names[0], domain=domain, **attributes)
+        )
+        return names[0]
+
+    def input(self, name: str, dtype: type, shape: Sequence[int | str]) -> str:
+        """Adds an input and returns its name; a size that is a string is free."""
+        self.inputs.append(_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, shape: Sequence[int | str]) -> str:
+        """Says that the value of that name, in float32, is an output, and returns the name."""
+        self.outputs.append(_value_info(name, np.float32, shape))
+        return name
+
+    def serialized(self) -> bytes:
+        """Returns the model file's content: equal graphs, equal bytes."""
+        graph = helper.make_graph(
+            self.nodes, "MobileLLM", self.inputs, self.outputs, self.initializers
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", _OPSET), helper.make_opsetid(MICROSOFT, 1)],
+            ir_version=_IR_VERSION,
+            producer_name="mobilellm-jax",
+        )
+        content: bytes = model.SerializeToString(deterministic=True)
+        return content
+
+
+def _value_info(name: str, dtype: type, shape: Sequence[int | str]) -> Any:
+    data_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return helper.make_tensor_value_info(name, data_type, shape)
