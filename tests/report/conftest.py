@@ -18,12 +18,11 @@ BASE = Config(
 )
 
 
-@pytest.fixture
-def write_run(tmp_path: Path) -> Callable[..., Path]:
+def run_writer(sweep: Path) -> Callable[..., Path]:
     def write(
         name: str, config: Config, loss: float, *, finished: bool = True, reason: str = ""
     ) -> Path:
-        folder = tmp_path / "sweep" / "runs" / name
+        folder = sweep / "runs" / name
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(to_json(config))
         steps = config.train.steps
@@ -44,6 +43,11 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def write_run(tmp_path: Path) -> Callable[..., Path]:
+    return run_writer(tmp_path / "sweep")
+
+
 def seeded(config: Config, seed: int) -> Config:
     return dataclasses.replace(
         config,
@@ -52,9 +56,11 @@ def seeded(config: Config, seed: int) -> Config:
     )
 
 
-@pytest.fixture
-def all_tiny(write_run: Callable[..., Path], tmp_path: Path) -> Path:
+@pytest.fixture(scope="package")
+def all_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every tiny grid with three seeds, one failed run and one that is under way."""
+    sweep = tmp_path_factory.mktemp("tiny") / "sweep"
+    write_run = run_writer(sweep)
     rng = np.random.default_rng(0)
     rows = {shape_name(r.model): r.model for grid in GRIDS for r in grid_rows(grid, "tiny")}
     for number, (name, model) in enumerate(rows.items()):
@@ -67,4 +73,4 @@ def all_tiny(write_run: Callable[..., Path], tmp_path: Path) -> Path:
             write_run(f"{name}-s{seed}", seeded(config, seed), loss)
     write_run("late-s0", seeded(BASE, 0), 4.0, finished=False)
     write_run("broken-s0", seeded(BASE, 1), 4.0, finished=False, reason="<b>OSError</b>: & full")
-    return tmp_path / "sweep"
+    return sweep

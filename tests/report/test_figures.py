@@ -17,12 +17,12 @@ from mobilellm_jax.report.compare import Model, Table, grid_tables, group_seeds
 from mobilellm_jax.report.runs import read_runs
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def models(all_tiny: Path) -> list[Model]:
     return group_seeds(read_runs(str(all_tiny)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def table(models: list[Model]) -> Table:
     return next(table for table in grid_tables(models) if table.grid == "depth_width")
 

@@ -19,9 +19,9 @@ from mobilellm_jax.report.page import style
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 
 
-@pytest.fixture
-def page(all_tiny: Path, tmp_path: Path) -> Path:
-    output = tmp_path / "report"
+@pytest.fixture(scope="module")
+def page(all_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("page") / "report"
     assert main(["report", f"--runs={all_tiny}", f"--output={output}"]) == 0
     return output / "index.html"
 
