@@ -5,11 +5,14 @@ estimates of the compiled step (`plan/prediction.py`). Neither was measured.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 
+import mobilellm_jax
 from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.config import Config, to_json
 from mobilellm_jax.model.size import parameter_count
@@ -23,6 +26,9 @@ from mobilellm_jax.train.metrics import peak_flops
 
 Say = Callable[[str], object]
 _GIB = 2**30
+# What a compiled step follows from, besides its config.
+_SOURCES = ("model", "quantize", "train", "plan", "sharding.py")
+_LIBRARIES = ("jax", "flax", "optax", "libtpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +72,8 @@ def price_all(runs: Sequence[Run], topology: Topology, kept: Path, say: Say) -> 
     Args:
       runs: of the sweep; those that differ in seeds, length or learning rate share a step.
       topology: to compile for.
-      kept: a file of what was compiled before, which is not compiled again; added to after each.
+      kept: a file of what was compiled before, which is not compiled again unless the code or the
+        compiler is another; added to after each.
       say: given a line per model.
 
     Raises:
@@ -170,4 +177,23 @@ def _key(config: Config, topology: Topology) -> str:
         data=dataclasses.replace(config.data, seed=0, path=""),
         optimizer=dataclasses.replace(config.optimizer, peak_lr=1e-3, warmup_steps=1),
     )
-    return hashlib.sha256(f"{topology.name} {to_json(neutral)}".encode()).hexdigest()[:16]
+    text = f"{topology.name} {to_json(neutral)} {_code()}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _code() -> str:
+    """Returns a digest of the sources, and versions of the libraries."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        place = Path(mobilellm_jax.__file__).parent / name
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(str(file.relative_to(place.parent)).encode() + file.read_bytes())
+    return " ".join([digest.hexdigest(), *map(_version, _LIBRARIES)])
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:  # libtpu that came with the machine
+        return "unknown"

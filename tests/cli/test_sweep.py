@@ -1,6 +1,7 @@
 """`mobilellm sweep`: what it refuses, what it plans, what it costs."""
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,43 @@ def test_a_grid_is_priced_for_a_slice_that_is_not_there(
     assert main(command) == 0
     assert len(compiled) == 3, "what was compiled is kept"
     assert len(json.loads((tmp_path / "compiled-v5e-2x2.json").read_text())) == 3
+    monkeypatch.setattr(chip_hours, "_code", lambda: "another")
+    assert main(command) == 0
+    assert len(compiled) == 6, "by another compiler it may be another program"
+
+
+def test_steps_follow_from_sources_and_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "mobilellm_jax"
+    for name in ("model/a.py", "quantize/a.py", "train/a.py", "plan/a.py", "report/a.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("1")
+    (package / "sharding.py").write_text("1")
+    monkeypatch.setattr(chip_hours.mobilellm_jax, "__file__", str(package / "__init__.py"))
+    versions = {"jax": "0.10.2", "flax": "0.12", "optax": "0.2"}
+
+    def version(library: str) -> str:
+        if library not in versions:
+            raise metadata.PackageNotFoundError(library)
+        return versions[library]
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = []
+    for change in (
+        lambda: None,
+        lambda: (package / "report" / "a.py").write_text("2"),
+        lambda: (package / "model" / "a.py").write_text("2"),
+        lambda: (package / "sharding.py").write_text("2"),
+        lambda: versions.update(libtpu="0.0.42"),
+        lambda: versions.update(jax="0.11"),
+    ):
+        change()
+        chip_hours._code.cache_clear()
+        found.append(chip_hours._code())
+    chip_hours._code.cache_clear()
+    assert found[0] == found[1], "the report compiles nothing"
+    assert len(set(found)) == 5
 
 
 class _account:  # noqa: N801  # stands for a function

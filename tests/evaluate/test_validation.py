@@ -12,23 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobilellm_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mobilellm_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from mobilellm_jax.data.mixture import Component, Mixture, open_mixture
 from mobilellm_jax.data.prepare import prepare
 from mobilellm_jax.evaluate.validation import make_validator
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 from mobilellm_jax.sharding import logical_rules, make_mesh
+from tests import tiny
 
 SEQ_LEN = 16
 CONFIG = Config(
-    model=ModelConfig(
-        vocab_size=300,
-        embed_dim=16,
-        num_blocks=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        ffn_dim=24,
+    model=dataclasses.replace(
+        tiny.MODEL,
         max_seq_len=SEQ_LEN,
         init_std=0.5,  # so that losses differ from token to token
         compute_dtype="float32",

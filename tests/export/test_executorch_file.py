@@ -12,13 +12,16 @@ from mobilellm_jax.export.formats import Source
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.runtimes.artifact import open_artifact
+from tests.export.rooms import (
+    assert_all_of_the_room_is_exact,
+    assert_nothing_stays_of_the_sequence_before,
+    read_and_append,
+)
 
 _REASON = "pip install 'mobilellm-jax[export]'"
 for library in ("executorch", "torchao"):
     pytest.importorskip(library, reason=_REASON)
 
-# That of formats.EXACT: sums in another order.
-TOLERANCE = 2e-4
 # torch, torchao and executorch warn about each other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -54,33 +57,17 @@ def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
     return config, tokens, logits, open_artifact(folder)
 
 
-def read_and_append(runtime, tokens):
-    at_once_TV = runtime.read(tokens)
-    steps = [runtime.read(tokens[:1])[0], *(runtime.append(token) for token in tokens[1:])]
-    return at_once_TV, np.stack(steps)
-
-
 def test_all_of_the_room_is_read_and_appended_exactly(exact) -> None:
     _, tokens, logits_BTV, artifact = exact
-    runtime = artifact.load()
-    allowed = TOLERANCE * max(1.0, np.abs(logits_BTV[0]).max())
-    for found_TV in read_and_append(runtime, tokens[0]):
-        assert np.abs(found_TV - logits_BTV[0]).max() <= allowed
-    with pytest.raises(ValueError, match=r"201 tokens must have .* at most max_seq_len=200"):
-        runtime.append(1)
-    with pytest.raises(ValueError, match="max_seq_len=200"):
-        runtime.read([*tokens[0], 1])
+    assert len(tokens[0]) == ROOM
+    assert_all_of_the_room_is_exact(artifact, tokens[0], logits_BTV[0])
 
 
 def test_a_sequence_sees_nothing_of_the_one_before(exact) -> None:
     _, tokens, logits_BTV, artifact = exact
-    runtime = artifact.load()
-    runtime.read(tokens[0])
-    allowed = TOLERANCE * max(1.0, np.abs(logits_BTV[1]).max())
-    for length in (130, 5):
-        found_TV = runtime.read(tokens[1][:length])
-        assert np.abs(found_TV - logits_BTV[1, :length]).max() <= allowed
-    assert np.abs(runtime.append(tokens[1][5]) - logits_BTV[1, 5]).max() <= allowed
+    assert_nothing_stays_of_the_sequence_before(
+        artifact, tokens, logits_BTV, lengths=(130, 5), appended=1
+    )
 
 
 def test_blocks_and_tied_embeddings_are_stored_once(exact) -> None:
