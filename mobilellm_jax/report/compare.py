@@ -39,7 +39,9 @@ _RATE = "optimizer.peak_lr"
 # What may change on resume changes no result, these apart.
 _NO_RESULT = (MAY_CHANGE - {"train.steps", "data.path", "train.spike_factor"}) | _SEEDS
 
-Verdict = Literal["same direction", "opposite", "within the spread", "paper: no difference", ""]
+Verdict = Literal[
+    "same direction", "opposite", "within the spread", "one seed", "paper: no difference", ""
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +241,9 @@ def _verdict(difference: Mean | None, paper: float | None) -> Verdict:
     if paper == 0:
         return "paper: no difference"
     interval = difference.interval
-    if interval is None or abs(difference.value) <= interval:
+    if interval is None:
+        return "one seed"
+    if abs(difference.value) <= interval:
         return "within the spread"
     # A lower loss is better, and so is a higher score.
     return "same direction" if (difference.value < 0) == (paper > 0) else "opposite"
