@@ -37,7 +37,7 @@ _READING = (
     "The paper's score is the mean accuracy in percent on eight zero-shot tasks of the row that "
     "ours stands for: the higher, the better. Its difference is taken the same way.",
     "Direction: 'same direction' or 'opposite' where a 95% interval of our difference (Student's "
-    "t) leaves out zero, 'within the spread' where it does not; 'one seed' tells no direction.",
+    "t) leaves out zero, 'within the spread' where it does not; 'of one seed' tells no direction.",
 )
 _CAVEATS = (
     "Loss on a held-out text is not accuracy on tasks. What the paper reports is trained on 0.25 "

@@ -40,7 +40,7 @@ _RATE = "optimizer.peak_lr"
 _NO_RESULT = (MAY_CHANGE - {"train.steps", "data.path", "train.spike_factor"}) | _SEEDS
 
 Verdict = Literal[
-    "same direction", "opposite", "within the spread", "one seed", "paper: no difference", ""
+    "same direction", "opposite", "within the spread", "of one seed", "paper: no difference", ""
 ]
 
 
@@ -242,7 +242,7 @@ def _verdict(difference: Mean | None, paper: float | None) -> Verdict:
         return "paper: no difference"
     interval = difference.interval
     if interval is None:
-        return "one seed"
+        return "of one seed"
     if abs(difference.value) <= interval:
         return "within the spread"
     # A lower loss is better, and so is a higher score.

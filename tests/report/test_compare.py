@@ -60,7 +60,7 @@ def test_differences_are_taken_seed_by_seed(write_run: Callable[..., Path], tmp_
     [
         ([4.1, 4.51, 4.3], "opposite"),
         ([4.1, 4.3, 4.2], "within the spread"),
-        ([3.9], "one seed"),
+        ([3.9], "of one seed"),
     ],
 )
 def test_verdicts(
