@@ -5,7 +5,7 @@ Data:   made by `sweep` itself from the documentation that ships with Python (no
 Run:    mobilellm sweep --grid=all --seeds=3 --parallel=2 --workdir=runs/tiny
         (which reads --config=configs/sweep_tiny.py)
 Cost:   20 models x 3 seeds, 2.4 hours on two CPU cores by the trial's estimate.
-        Half of the steps (--config.train.steps=200) are what was run.
+        All grids were run with half of the steps (--config.train.steps=200), depth_width with all.
 Result: docs/experiments.md.
 """
 
