@@ -146,7 +146,7 @@ def fuzz(
     *,
     share: float = 1,
     refuses: bool = True,
-) -> None:
+) -> collections.Counter[str]:
     """Gives the parser as many inputs as the profile says, times `share`, and counts them.
 
     Args:
@@ -155,6 +155,9 @@ def fuzz(
       folder: the only one that may be written to.
       share: less than 1 for what takes long.
       refuses: whether the parser refuses anything at all; a few answer damage by leaving it out.
+
+    Returns:
+      How many of the inputs were "taken" and how many "refused".
     """
     counts: collections.Counter[str] = collections.Counter()
 
@@ -178,6 +181,7 @@ def fuzz(
     if refuses:
         assert counts["refused"], "nothing was refused: are these the parser's inputs?"
     TRIED[os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]] = counts
+    return counts
 
 
 TRIED: dict[str, collections.Counter[str]] = {}

@@ -29,6 +29,7 @@ def test_config_of_a_hugging_face_directory(tmp_path: Path) -> None:
 
     def parse(content: bytes) -> None:
         file.write_bytes(content)
-        from_config_json(as_type(read(file), dict[str, Any]), file)
+        found = from_config_json(as_type(read(file), dict[str, Any]), file)
+        assert Config(model=found).model == found  # whose rules it keeps, or it would be refused
 
     fuzz(parse, damaged_json(valid), tmp_path)

@@ -51,7 +51,8 @@ def test_what_every_parser_may_do(tmp_path: Path) -> None:
         Path(__file__).read_bytes()
         refuse(content)
 
-    fuzz(parse, INPUTS, tmp_path)
+    assert set(fuzz(parse, INPUTS, tmp_path)) == {"refused"}
+    assert [file.name for file in tmp_path.iterdir()] == ["renamed"]
 
 
 @pytest.mark.parametrize("error", [KeyError, TypeError, RecursionError, MemoryError])

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 from pathlib import Path
 
 import pyarrow
@@ -16,14 +17,21 @@ from tests.fuzz.hostile import damaged_bytes, damaged_json, fuzz
 LINES = b'{"text": "a\\u00e9"}\n\n{"text": "b", "n": [1]}\n{"text": ""}\n'
 
 
+def read(spec: str, file: Path, content: bytes) -> tuple[int, list[BadLine]]:
+    """Returns how many documents a file of such content has, and its bad lines."""
+    file.write_bytes(content)
+    source = open_source(f"{spec}:{file}", file.parent / "scratch")
+    documents, bad = 0, list[BadLine]()
+    for piece in source.pieces("train"):
+        for document in source.documents(piece, bad.append):
+            assert document.name
+            documents += 1
+    return documents, bad
+
+
 def fuzz_file(spec: str, name: str, inputs: SearchStrategy[bytes], folder: Path) -> None:
     def parse(content: bytes) -> None:
-        (folder / name).write_bytes(content)
-        source = open_source(f"{spec}:{folder / name}", folder / "scratch")
-        bad: list[BadLine] = []
-        for piece in source.pieces("train"):
-            for document in source.documents(piece, bad.append):
-                assert document.name
+        _, bad = read(spec, folder / name, content)
         for line in bad:
             assert len(str(line)) < 2_000
             stop(line)
@@ -31,8 +39,12 @@ def fuzz_file(spec: str, name: str, inputs: SearchStrategy[bytes], folder: Path)
     fuzz(parse, inputs, folder)
 
 
-@pytest.mark.parametrize("kind", ["text", "jsonl", "tokens"])
-def test_lines(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "documents", "bad"), [("text", 1, 0), ("jsonl", 3, 0), ("tokens", 0, 3)]
+)
+def test_lines(kind: str, documents: int, bad: int, tmp_path: Path) -> None:
+    found, lines = read(kind, tmp_path / "file", LINES)
+    assert (found, len(lines)) == (documents, bad)
     fuzz_file(kind, "file", damaged_bytes(LINES), tmp_path)
 
 
@@ -41,6 +53,7 @@ def test_lines(kind: str, tmp_path: Path) -> None:
     [("jsonl", {"text": "a", "n": [1]}), ("tokens", {"token_ids": [1, 2], "loss_mask": [0, 1]})],
 )
 def test_records(kind: str, record: object, tmp_path: Path) -> None:
+    assert read(kind, tmp_path / "file", json.dumps(record).encode()) == (1, [])
     fuzz_file(kind, "file", damaged_json(record), tmp_path)
 
 
@@ -48,6 +61,8 @@ def test_records(kind: str, record: object, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_compressed(kind: str, ending: str, tmp_path: Path) -> None:
     valid = gzip.compress(LINES * 3) if ending == ".gz" else zstandard.compress(LINES * 3)
+    documents = 1 if kind == "text" else 9
+    assert read(kind, tmp_path / f"file{ending}", valid) == (documents, [])
     fuzz_file(kind, f"file{ending}", damaged_bytes(valid), tmp_path)
 
 
@@ -56,4 +71,5 @@ def test_parquet(compression: str, tmp_path: Path) -> None:
     table = pyarrow.table({"text": ["a", "", "b" * 50, "é"], "n": [1, 2, 3, 4]})
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer, compression=compression, row_group_size=2)
+    assert read("parquet", tmp_path / "file.parquet", buffer.getvalue()) == (4, [])
     fuzz_file("parquet", "file.parquet", damaged_bytes(buffer.getvalue()), tmp_path)
