@@ -39,6 +39,7 @@ FLOORS = {
     "grids": 4,
     "quantize": 4,
     "runtimes": 4,
+    "text_stream": 5,
     "train": 5,
     "checkpoint": 6,
     "evaluate": 6,

@@ -19,6 +19,7 @@ from mobilellm_jax.generate import generate
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.sampling import GREEDY
+from tests import tiny
 
 TINY = ModelConfig(
     vocab_size=300,
@@ -53,8 +54,7 @@ def assert_same(left: Params, right: Params) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    text = "the cat sat on the mat and the dog ran to the cat\n" * 20
-    return train_tokenizer([text], 300, tmp_path_factory.mktemp("sp") / "tokenizer.model")
+    return tiny.tokenizer_of_few_words(tmp_path_factory.mktemp("sp"), 300)
 
 
 @pytest.fixture(scope="module")

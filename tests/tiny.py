@@ -68,10 +68,15 @@ def random_params(config: ModelConfig) -> Params:
     return params
 
 
-def save_run(run: Path, model: ModelConfig, params: Params) -> Tokenizer:
-    """Saves a run of such a model; returns its tokenizer, which was trained on a few words."""
+def tokenizer_of_few_words(folder: Path, vocab_size: int) -> Tokenizer:
+    """Returns a SentencePiece tokenizer, whose file is in the folder."""
     text = "the cat sat on the mat and the dog ran to the cat\n" * 20
+    return train_tokenizer([text], vocab_size, folder / "tokenizer.model")
+
+
+def save_run(run: Path, model: ModelConfig, params: Params) -> Tokenizer:
+    """Saves a run of such a model; returns its tokenizer."""
     run.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer([text], model.vocab_size, run.parent / "tokenizer.model")
+    tokenizer = tokenizer_of_few_words(run.parent, model.vocab_size)
     save_model(run, Config(model=model, data=DataConfig(seq_len=64)), params, tokenizer)
     return tokenizer

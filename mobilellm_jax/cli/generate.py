@@ -156,7 +156,8 @@ class _Speaker:
 
     def speak(self, prompt: str) -> None:
         """Prints the prompt, its continuation as it comes, and the speed."""
-        from mobilellm_jax.generate import decode_stream, stream
+        from mobilellm_jax.generate import stream
+        from mobilellm_jax.text_stream import decode_stream
 
         [ids] = self._encode([prompt])
         clock = _Clock()
@@ -177,7 +178,8 @@ class _Speaker:
 
     def speak_together(self, prompts: Sequence[str]) -> None:
         """Prints the prompts with their continuations, one after the other, and the speed."""
-        from mobilellm_jax.generate import decode_stream, stream_batch
+        from mobilellm_jax.generate import stream_batch
+        from mobilellm_jax.text_stream import decode_stream
 
         batch = self._encode(prompts)
         clock = _Clock()
@@ -197,7 +199,7 @@ class _Speaker:
         print(clock.report(), file=sys.stderr, flush=True)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        from mobilellm_jax.generate import encode_prompt
+        from mobilellm_jax.text_stream import encode_prompt
 
         return [encode_prompt(self.model.tokenizer, prompt) for prompt in prompts]
 

@@ -1,32 +1,26 @@
-"""Files of a corpus, here or behind a URL: found, opened, decompressed, divided into pieces."""
+"""Files of a corpus, here or behind a URL: found, opened, read by lines, divided into pieces."""
 
 import contextlib
 import glob
 import hashlib
 import io
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 from mobilellm_jax.data import sources
+from mobilellm_jax.data.decompression import ChunkedFile, DamageError, decompressed
 from mobilellm_jax.data.sources import TRAIN, BadLine, BadLineError, Piece
 
 COMPRESSED = (".gz", ".zst")
 
 _BUFFER_BYTES = 1 << 20
-# What a chunk decompresses to is in memory at once. gzip can make 1,032 bytes of one, zstd 128 kB
-# of four: a few dozen megabytes either way.
-_COMPRESSED_CHUNK_BYTES = {True: 1 << 15, False: 1 << 10}
 DOCUMENT_BYTES = 1 << 28
 """Of a line, and of a compressed file that is one document: a few kilobytes can become terabytes.
 
 Tokenising a tenth of it takes gigabytes already.
 """
-_GZIP = 16 + zlib.MAX_WBITS
-# `zstd --long=31`, with which the largest corpora are compressed; it costs memory only there.
-_ZSTD_WINDOW_BYTES = 1 << 31
 # In what fsspec tells of a file: whatever changes when it is written again. Which of these there
 # are depends on the store.
 _STAMPS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
@@ -47,10 +41,6 @@ class Part(NamedTuple):
     where: tuple[Any, ...]
     text_bytes: int
     stored_bytes: int
-
-
-class _Damage(Exception):  # noqa: N818  # never leaves this file
-    """Compressed data end too early, or are no such data."""
 
 
 def find(spec: str, pattern: str) -> list[File]:
@@ -159,11 +149,11 @@ def contents(path: str, size_bytes: int) -> bytes:
             return file.read()
         content = io.BytesIO()
         try:
-            for chunk in _decompressed(file, path):
+            for chunk in decompressed(file, path):
                 content.write(chunk)
                 if content.tell() > DOCUMENT_BYTES:
                     raise _too_long(path, 1, 0)
-        except _Damage as damage:
+        except DamageError as damage:
             text = content.getvalue()
             raise _lost(path, text.count(b"\n") + 1, len(text), damage) from damage
         return content.getvalue()
@@ -226,41 +216,9 @@ class LineNumbers:
         return number
 
 
-class _Decompressor(Protocol):
-    """Of one gzip member or one zstd frame."""
-
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a file, for a buffer to find lines in."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._rest = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = memoryview(chunk)
-        count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
-        return count
-
-
 def _decompressed_lines(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
     offset, number = 0, 1
-    chunks = _Chunks(_decompressed(file, path))
+    chunks = ChunkedFile(decompressed(file, path))
     try:
         buffered = io.BufferedReader(chunks, _BUFFER_BYTES)
         while line := buffered.readline(DOCUMENT_BYTES + 1):
@@ -269,50 +227,11 @@ def _decompressed_lines(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]
             yield offset, line
             offset += len(line)
             number += 1
-    except _Damage as damage:
+    except DamageError as damage:
         raise _lost(path, number, offset, damage) from damage
 
 
-def _decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yields the text of all gzip members or zstd frames, one after the other."""
-    gzip = path.endswith(".gz")
-    if gzip:
-        failures: type[Exception] = zlib.error
-    else:
-        import zstandard
-
-        failures = zstandard.ZstdError
-
-    def member() -> _Decompressor:
-        if gzip:
-            return zlib.decompressobj(_GZIP)
-        return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
-
-    current = member()
-    begun = any_before = False
-    while chunk := file.read(_COMPRESSED_CHUNK_BYTES[gzip]):
-        while chunk:
-            if gzip and any_before and not begun:
-                chunk = chunk.lstrip(b"\0")  # tapes and some tools fill up with zeros
-                if not chunk:
-                    break
-            begun = True
-            try:
-                text = current.decompress(chunk)
-            except failures as error:
-                raise _Damage(f"damaged ({error})") from error
-            if text:
-                yield text
-            chunk = b""
-            if current.eof:
-                chunk = current.unused_data
-                current = member()
-                begun, any_before = False, True
-    if begun or not any_before:
-        raise _Damage("cut off: the compressed data end too early")
-
-
-def _lost(path: str, line: int, offset: int, damage: _Damage) -> BadLineError:
+def _lost(path: str, line: int, offset: int, damage: DamageError) -> BadLineError:
     bad = BadLine(path, line, offset, f"the file is {damage}")
     return BadLineError(
         f"{bad}. All that follows is lost, which is more than --on_bad_line=skip may leave out; "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from mobilellm_jax.data import shards
 from mobilellm_jax.data.mixture import mixture_of, open_mixture
@@ -145,4 +146,9 @@ def test_path_of_a_mixture(tmp_path: Path) -> None:
         mixture = open_mixture(content.decode("utf-8", "replace"))
         assert sum(component.share for component in mixture.components) == 1
 
-    fuzz(parse, damaged_bytes(valid.encode()), tmp_path)
+    weights = st.sampled_from(
+        ["0.7", ".3", "1", "7.", "0", "-1", "1e5", "nan", "0.125", "", "9" * 40]
+    )
+    weighted = st.builds(lambda a, b: f"{tmp_path}/data:{a},{tmp_path}/more:{b}".encode(),
+                         weights, weights)  # fmt: skip
+    fuzz(parse, st.one_of(damaged_bytes(valid.encode()), weighted), tmp_path)
