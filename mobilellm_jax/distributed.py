@@ -11,7 +11,6 @@ A run of one process passes through all of it without a coordinator.
 
 import atexit
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -24,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,6 +35,7 @@ from mobilellm_jax.config import ConfigError
 from mobilellm_jax.early_stop import farewell
 from mobilellm_jax.exit_codes import FAILED
 from mobilellm_jax.peers import Parting, Peers, delay_aborts
+from mobilellm_jax.source_digest import source_digest
 
 _START_SEC = 300  # for all processes to be there
 PEER_TIMEOUT_SEC = 60.0  # without a sign of life, a process counts as gone and ends the run
@@ -358,12 +357,8 @@ def _same_code() -> None:
 
 def _code() -> dict[str, str]:
     """Returns what the programs of a run follow from: versions, and a digest of this package."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for file in sorted(package.rglob("*.py")):
-        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
     versions = {name: metadata.version(name) for name in _PROGRAMS_FOLLOW_FROM}
-    return {**versions, "mobilellm_jax (its source)": digest.hexdigest()[:12]}
+    return {**versions, "mobilellm_jax (its source)": source_digest()[:12]}
 
 
 def _state() -> Any:

@@ -23,6 +23,7 @@ FLOORS = {
     "early_stop": 1,
     "host_memory": 1,
     "rundir": 1,
+    "source_digest": 1,
     "sealing": 2,
     "architectures": 2,
     "cluster": 2,

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-import mobilellm_jax
 from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.config import Config, to_json
 from mobilellm_jax.model.size import parameter_count
@@ -21,13 +20,14 @@ from mobilellm_jax.plan.compiled import CompiledStep, compile_step, mesh_of, set
 from mobilellm_jax.plan.fit import smallest_fit, written
 from mobilellm_jax.plan.prediction import predict
 from mobilellm_jax.plan.topology import Topology, topology_devices
+from mobilellm_jax.source_digest import source_digest
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.train.metrics import peak_flops
 
 Say = Callable[[str], object]
 _GIB = 2**30
 # What a compiled step follows from, besides its config.
-_SOURCES = ("model", "quantize", "train", "plan", "sharding.py")
+_ROOMS = ("model", "quantize", "train", "plan", "sharding.py")
 _LIBRARIES = ("jax", "flax", "optax", "libtpu")
 
 
@@ -184,12 +184,7 @@ def _key(config: Config, topology: Topology) -> str:
 @functools.cache
 def _code() -> str:
     """Returns a digest of the sources, and versions of the libraries."""
-    digest = hashlib.sha256()
-    for name in _SOURCES:
-        place = Path(mobilellm_jax.__file__).parent / name
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            digest.update(str(file.relative_to(place.parent)).encode() + file.read_bytes())
-    return " ".join([digest.hexdigest(), *map(_version, _LIBRARIES)])
+    return " ".join([source_digest(_ROOMS), *map(_version, _LIBRARIES)])
 
 
 def _version(library: str) -> str:
