@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from mobilellm_jax import checkpoint
 from mobilellm_jax.cli.config_flags import load_config
 from mobilellm_jax.config import MeshConfig
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.sharding import logical_rules, make_mesh
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import TrainState, abstract_state

@@ -33,19 +33,19 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
-from mobilellm_jax.architectures import MOBILELLM
 from mobilellm_jax.config import MeshConfig, ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.evaluate.engine import JaxEngine
 from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.journal import Journal
 from mobilellm_jax.evaluate.scoring import Scorer
 from mobilellm_jax.evaluate.tasks import load_tasks, run_tasks
-from mobilellm_jax.export.huggingface import write_huggingface
-from mobilellm_jax.host_memory import keep_freed_memory
+from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.transformer import Params, init_params
+from mobilellm_jax.paper.architectures import MOBILELLM
 from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
+from mobilellm_jax.startup.host_memory import keep_freed_memory
 
 _CLOSE = 1e-3
 Score = Callable[[Sequence[Instance]], list[tuple[float, bool]]]

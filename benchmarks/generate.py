@@ -34,14 +34,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mobilellm_jax import generate
-from mobilellm_jax.architectures import MOBILELLM
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.export.formats import Source
+from mobilellm_jax.generation import generate
+from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.transformer import Params, init_params
-from mobilellm_jax.sampling import GREEDY
+from mobilellm_jax.paper.architectures import MOBILELLM
 
 Contender = Callable[[], list[list[int]]]
 
@@ -192,8 +192,8 @@ def _llama_cpp(
     """Exports the model and loads it with room for all prompts at once."""
     import llama_cpp
 
-    from mobilellm_jax.export.gguf_file import write
-    from mobilellm_jax.runtimes.llama_cpp import load_model
+    from mobilellm_jax.export.gguf.runtime import load_model
+    from mobilellm_jax.export.gguf.writer import write
 
     library: Any = llama_cpp.llama_cpp
     with tempfile.TemporaryDirectory() as name:

@@ -26,9 +26,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from mobilellm_jax.data.prepare import prepare
-from mobilellm_jax.data.sources import Document, open_source, stop
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.preparation.prepare import prepare
+from mobilellm_jax.data.sources.opening import open_source
+from mobilellm_jax.data.sources.source import Document, stop
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 
 _VOCAB_SIZE = 8_000
 _MAP_BATCH = 1_000  # the default of datasets.map

@@ -32,18 +32,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mobilellm_jax import generate
-from mobilellm_jax.architectures import MOBILELLM
-from mobilellm_jax.compile_cache import use_compile_cache
 from mobilellm_jax.config import ComputeDtype, ModelConfig
 from mobilellm_jax.evaluate.perplexity import perplexity
+from mobilellm_jax.generation import generate
+from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix, init_params
 from mobilellm_jax.open_model import open_model
+from mobilellm_jax.paper.architectures import MOBILELLM
 from mobilellm_jax.plan.hlo import read_program
 from mobilellm_jax.plan.topology import parse_topology, topology_devices
 from mobilellm_jax.quantize.parameters import bits_per_weight, quantized, stored_bytes
 from mobilellm_jax.quantize.schemes import find_scheme
-from mobilellm_jax.sampling import GREEDY
+from mobilellm_jax.startup.compile_cache import use_compile_cache
 from mobilellm_jax.train.loss import token_losses
 
 _FLOATS: tuple[ComputeDtype, ...] = ("float32", "bfloat16")

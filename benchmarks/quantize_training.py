@@ -17,7 +17,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from mobilellm_jax import rundir
+from mobilellm_jax.storage import rundir
 from mobilellm_jax.train.metrics import read_metrics
 
 

@@ -17,8 +17,8 @@ from importlib import metadata
 
 import jax
 
-from mobilellm_jax.architectures import MOBILELLM
 from mobilellm_jax.config import Config, DataConfig, TrainConfig
+from mobilellm_jax.paper.architectures import MOBILELLM
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import TooLarge, compile_step, mesh_of, settle
 from mobilellm_jax.plan.prediction import predict

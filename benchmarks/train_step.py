@@ -189,8 +189,8 @@ def our_config(options: argparse.Namespace, dtype: str) -> "Config":
 def ours(options: argparse.Namespace, dtype: str) -> tuple[Run, Callable[[], int]]:
     """Our step, set up as `train` does."""
     config = our_config(options, dtype)
-    from mobilellm_jax.host_memory import keep_freed_memory, share_one_heap
-    from mobilellm_jax.xla_flags import set_xla_flags
+    from mobilellm_jax.startup.host_memory import keep_freed_memory, share_one_heap
+    from mobilellm_jax.startup.xla_flags import set_xla_flags
 
     share_one_heap()
     set_xla_flags(deterministic=config.train.deterministic)

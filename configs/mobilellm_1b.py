@@ -12,8 +12,8 @@ Result: mean zero-shot accuracy on the eight tasks 57.3 (Table 8).
 
 from ml_collections import ConfigDict
 
-from mobilellm_jax.architectures import MOBILELLM
 from mobilellm_jax.config import Config, DataConfig, to_config_dict
+from mobilellm_jax.paper.architectures import MOBILELLM
 
 
 def get_config() -> ConfigDict:

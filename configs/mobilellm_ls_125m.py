@@ -13,8 +13,8 @@ Result: mean zero-shot accuracy on the eight tasks 47.0 (Table 10).
 
 from ml_collections import ConfigDict
 
-from mobilellm_jax.architectures import MOBILELLM
 from mobilellm_jax.config import Config, DataConfig, to_config_dict
+from mobilellm_jax.paper.architectures import MOBILELLM
 
 
 def get_config() -> ConfigDict:

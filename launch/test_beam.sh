@@ -8,4 +8,4 @@ source launch/common.sh
 install beam pytest
 
 # Without the configuration of the other tests, which need what Beam holds back.
-.venv-beam/bin/pytest -q --noconftest -o filterwarnings=default tests/data/test_beam_runner.py "$@"
+.venv-beam/bin/pytest -q --noconftest -o filterwarnings=default tests/data/preparation/test_beam_runner.py "$@"

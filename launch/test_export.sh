@@ -9,5 +9,5 @@ source launch/common.sh
 # PyTorch first and by exactly this spelling: see setup.py.
 install test,export torch==2.13.0
 
-.venv-export/bin/pytest -n 2 tests/export tests/runtimes tests/cli/test_export.py \
+.venv-export/bin/pytest -n 2 tests/export tests/cli/test_export.py \
   tests/cli/test_benchmark.py "$@"

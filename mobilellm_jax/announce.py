@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from mobilellm_jax import distributed, rundir
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.mixture import Mixture
-from mobilellm_jax.data.sources import TRAIN, VALIDATION
+from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
 from mobilellm_jax.model.size import FLOP_CONVENTION, flops_per_token, parameter_count
+from mobilellm_jax.processes import distributed
 from mobilellm_jax.quantize.schemes import trained_scheme
 from mobilellm_jax.sharding import bytes_per_device, count_slices
+from mobilellm_jax.storage import rundir
 from mobilellm_jax.train.metrics import read_metrics, stderr
 from mobilellm_jax.train.report import BadSteps
 from mobilellm_jax.train.state import TrainState

@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 
 from ml_collections import ConfigDict
 
-from mobilellm_jax import strict_json
-from mobilellm_jax.strict_json import plain, shown
+from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage.strict_json import plain, shown
 
 Sharing = Literal["immediate", "repeat_all", "reverse"]
 Activation = Literal["swiglu", "relu", "gelu"]

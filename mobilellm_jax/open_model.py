@@ -5,13 +5,14 @@ from pathlib import Path
 
 import jax
 
-from mobilellm_jax import rundir
 from mobilellm_jax.checkpoint import MODEL_PARTS, latest_step, restore_model, steps
 from mobilellm_jax.config import Config, ConfigError, ModelConfig, near_miss
-from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mobilellm_jax.export.huggingface import CONFIG as HUGGINGFACE_CONFIG
-from mobilellm_jax.export.huggingface import read_huggingface
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.export.huggingface.directory import CONFIG as HUGGINGFACE_CONFIG
+from mobilellm_jax.export.huggingface.directory import read_huggingface
 from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.storage import rundir
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 _LAYOUTS = (

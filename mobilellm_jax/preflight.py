@@ -13,20 +13,24 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from mobilellm_jax import checkpoint, distributed, rundir, xla_flags
+from mobilellm_jax import checkpoint
 from mobilellm_jax import config as config_lib
 from mobilellm_jax.checkpoint import DataState
 from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.data.loader import required_streams
 from mobilellm_jax.data.mixture import Mixture, is_mixture, open_mixture
-from mobilellm_jax.data.prepare import prepare
-from mobilellm_jax.data.sources import TRAIN, VALIDATION
-from mobilellm_jax.data.tokenizer import Tokenizer, copy_tokenizer
+from mobilellm_jax.data.preparation.prepare import prepare
+from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
+from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.data.windows import count_targets
 from mobilellm_jax.model.on_device import device_violations, resolve_attention
 from mobilellm_jax.model.precision import resolve_compute_dtype
+from mobilellm_jax.processes import distributed
 from mobilellm_jax.sharding import Rules, batch_violations, logical_rules, make_mesh
+from mobilellm_jax.startup import xla_flags
+from mobilellm_jax.storage import rundir
 
 VERIFY_SEC = 24 * 3600.0  # that processes wait for one another to read the data
 _PREPARE_SEC = 24 * 3600.0  # that the other processes wait while process 0 prepares data

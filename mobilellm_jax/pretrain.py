@@ -16,30 +16,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mobilellm_jax import announce, checkpoint, distributed, preflight, rundir, strict_json
+from mobilellm_jax import announce, checkpoint, preflight
 from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.data.mixture import Mixture
-from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.evaluate.in_training import Evaluator, make_evaluator
 from mobilellm_jax.evaluate.validation import make_validator
-from mobilellm_jax.generate import generate
-from mobilellm_jax.host_memory import keep_freed_memory
+from mobilellm_jax.generation.generate import generate
+from mobilellm_jax.generation.sampling import Sampling
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.open_model import open_model
-from mobilellm_jax.plots import plot_losses
+from mobilellm_jax.processes import distributed
+from mobilellm_jax.processes.run_lock import RunLock
 from mobilellm_jax.quantize.training import derivation, training_transform
-from mobilellm_jax.run_lock import RunLock
-from mobilellm_jax.sampling import Sampling
-from mobilellm_jax.sharding import (
-    Rules,
-    local_rows,
-    place,
-    put_batch,
-)
+from mobilellm_jax.sharding import Rules, local_rows, place, put_batch
+from mobilellm_jax.startup.host_memory import keep_freed_memory
+from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.loop import Hooks, Outcome, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, SilentWriter, read_metrics, stderr
 from mobilellm_jax.train.optimizer import make_optimizer
+from mobilellm_jax.train.plots import plot_losses
 from mobilellm_jax.train.profiler import ProfiledSteps, Profiler
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state, is_finite
 from mobilellm_jax.train.step import TrainStep, Transform, make_train_step

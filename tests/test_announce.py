@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from mobilellm_jax import announce, distributed, rundir
+from mobilellm_jax import announce
 from mobilellm_jax.config import Config, MeshConfig, QuantizeConfig
 from mobilellm_jax.data.mixture import Mixture, open_mixture
+from mobilellm_jax.processes import distributed
 from mobilellm_jax.sharding import logical_rules, make_mesh
+from mobilellm_jax.storage import rundir
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.report import BadSteps
 from mobilellm_jax.train.state import abstract_state

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mobilellm_jax.architectures import MOBILELLM
 from mobilellm_jax.cli.config_flags import load_config
 from mobilellm_jax.config import Config
+from mobilellm_jax.paper.architectures import MOBILELLM
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))

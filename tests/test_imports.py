@@ -16,46 +16,30 @@ ROOT = Path(__file__).parent.parent
 
 # A room is a file or a folder directly under the package.
 FLOORS = {
-    "exit_codes": 0,
-    "strict_json": 0,
-    "compile_cache": 1,
-    "config": 1,
-    "early_stop": 1,
-    "host_memory": 1,
-    "rundir": 1,
-    "source_digest": 1,
-    "sealing": 2,
-    "architectures": 2,
-    "cluster": 2,
-    "data": 2,
-    "peers": 2,
-    "plots": 2,
-    "run_lock": 2,
-    "sharding": 2,
-    "xla_flags": 2,
-    "distributed": 3,
-    "model": 3,
-    "sampling": 3,
-    "generate": 4,
-    "grids": 4,
-    "quantize": 4,
-    "runtimes": 4,
-    "text_stream": 5,
-    "train": 5,
-    "checkpoint": 6,
-    "evaluate": 6,
-    "plan": 6,
+    "storage": 1,
+    "config": 2,
+    "data": 3,
+    "processes": 3,
+    "sharding": 3,
+    "startup": 3,
+    "model": 4,
+    "generation": 5,
+    "paper": 5,
+    "quantize": 5,
+    "train": 6,
+    "checkpoint": 7,
     "export": 7,
-    "announce": 8,
-    "open_model": 8,
-    "preflight": 8,
-    "benchmark": 9,
-    "finetune": 9,
-    "pretrain": 9,
-    "report": 10,
-    "sweep": 10,
-    "cli": 11,
-    "__main__": 12,
+    "plan": 7,
+    "evaluate": 8,
+    "announce": 9,
+    "open_model": 9,
+    "preflight": 9,
+    "benchmark": 10,
+    "pretrain": 10,
+    "report": 11,
+    "sweep": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
@@ -114,7 +98,7 @@ def test_imports_go_downwards(file: Path) -> None:
         "from mobilellm_jax.train import loop",
         "from ..train.loop import train_loop",
         "from .. import pretrain",
-        "def late():\n    from mobilellm_jax.generate import generate",
+        "def late():\n    from mobilellm_jax.generation.generate import generate",
         "from mobilellm_jax.data.loader import batches\nimport mobilellm_jax.cli.main",
     ],
 )
@@ -123,9 +107,68 @@ def test_upward_import_is_found(source: str) -> None:
 
 
 def test_same_floor_is_another_room() -> None:
-    source = "from mobilellm_jax.plots import plot_losses"
+    source = "from mobilellm_jax.startup import xla_flags"
     assert wrong_imports(ROOT / PACKAGE / "sharding.py", source)
-    assert not wrong_imports(ROOT / PACKAGE / "plots.py", source)
+    assert not wrong_imports(ROOT / PACKAGE / "startup" / "host_memory.py", source)
+
+
+def import_time_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Returns, for each module, the modules of `sources` that it imports when it is imported.
+
+    Imports in functions run later, and imports under `if TYPE_CHECKING` never run.
+    """
+    graph = {}
+    for module, source in sources.items():
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                node.body = []
+            elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                node.body = []
+        file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        found = set()
+        for name in imports(file, ast.unparse(tree)):
+            parent = name.rpartition(".")[0]
+            found.add(name if name in sources else parent)
+        graph[module] = found & set(sources) - {module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Returns the groups of modules that import one another, directly or through others."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, todo = set(), list(graph[start])
+        while todo:
+            module = todo.pop()
+            if module not in seen:
+                seen.add(module)
+                todo += graph[module]
+        reached[start] = seen
+    groups = {
+        tuple(sorted(m for m in reached[start] if start in reached[m]))
+        for start in graph
+        if start in reached[start]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = import_time_graph({module_name(file): file.read_text() for file in FILES})
+    assert sum(map(len, graph.values())) > 300  # the graph is not empty
+    assert circles(graph) == []
+
+
+def test_a_circle_inside_a_room_is_found() -> None:
+    room = f"{PACKAGE}.data"
+    sources = {
+        f"{room}.a": f"from {room} import b",
+        f"{room}.b": f"from {room}.c import name",
+        f"{room}.c": f"import {room}.a",
+        f"{room}.d": f"def late():\n    from {room}.e import name",
+        f"{room}.e": f"from {room}.d import name",
+    }
+    assert circles(import_time_graph(sources)) == [[f"{room}.a", f"{room}.b", f"{room}.c"]]
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)

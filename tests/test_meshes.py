@@ -26,9 +26,9 @@ from mobilellm_jax.config import (
     TrainConfig,
     to_json,
 )
-from mobilellm_jax.data.prepare import prepare
+from mobilellm_jax.data.preparation.prepare import prepare
 from mobilellm_jax.sharding import make_mesh
-from tests.processes import free_port, run_together
+from tests.together import free_port, run_together
 
 STEPS = 20
 # Relative for losses, absolute for parameters.

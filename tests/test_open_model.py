@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mobilellm_jax import sealing
 from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.config import Config, DataConfig, ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
-from mobilellm_jax.export.huggingface import write_huggingface
-from mobilellm_jax.generate import generate
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
+from mobilellm_jax.export.huggingface.directory import write_huggingface
+from mobilellm_jax.generation.generate import generate
+from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.open_model import open_model
-from mobilellm_jax.sampling import GREEDY
+from mobilellm_jax.storage import sealing
 from tests import tiny
 
 TINY = ModelConfig(

@@ -11,12 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from mobilellm_jax import checkpoint, distributed, preflight, pretrain, sealing
+from mobilellm_jax import checkpoint, preflight, pretrain
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Attention, Config, ConfigError, DataConfig, from_json, to_json
 from mobilellm_jax.data.mixture import open_mixture
-from mobilellm_jax.data.prepare import prepare
-from mobilellm_jax.data.tokenizer import load_tokenizer
+from mobilellm_jax.data.preparation.prepare import prepare
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.processes import distributed
+from mobilellm_jax.storage import sealing
 
 CONFIG = """
 from mobilellm_jax.config import to_config_dict

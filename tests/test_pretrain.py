@@ -22,7 +22,7 @@ from mobilellm_jax import checkpoint, pretrain
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Config, ConfigError, QuantizeConfig, from_json
 from mobilellm_jax.data.mixture import open_mixture
-from mobilellm_jax.data.prepare import prepare
+from mobilellm_jax.data.preparation.prepare import prepare
 from mobilellm_jax.evaluate.perplexity import perplexity
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.train.metrics import MetricsWriter

@@ -15,9 +15,9 @@ from mobilellm_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from mobilellm_jax.data.prepare import prepare
-from mobilellm_jax.data.tokenizer import Tokenizer
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.preparation.prepare import prepare
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.model.transformer import Params, init_params
 
 MODEL = ModelConfig(

@@ -21,17 +21,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from mobilellm_jax import sealing
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
-from mobilellm_jax.generate import Prepared, generate, prepare
+from mobilellm_jax.export.artifact import Artifact, open_artifact
+from mobilellm_jax.export.runtime import Runtime
+from mobilellm_jax.generation.generate import Prepared, generate, prepare
+from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.open_model import OpenedModel, open_model
 from mobilellm_jax.quantize.parameters import quantize_model, stored_bytes
 from mobilellm_jax.quantize.schemes import Scheme, find_scheme
-from mobilellm_jax.runtimes.artifact import Artifact, open_artifact
-from mobilellm_jax.runtimes.runtime import Runtime
-from mobilellm_jax.sampling import GREEDY
+from mobilellm_jax.storage import sealing
 
 _STATUS = Path("/proc/self/status")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mobilellm_jax import strict_json
 from mobilellm_jax.benchmark.measure import Measurement, Subject
 from mobilellm_jax.benchmark.table import Row, as_csv, markdown, plot, summarize
-from mobilellm_jax.rundir import write_whole
+from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage.rundir import write_whole
 
 
 class MeasuringError(RuntimeError):

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter
 from mobilellm_jax.benchmark.measure import Measurement
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.size import block_matrix_parameters, parameter_count
-from mobilellm_jax.rundir import write_whole
+from mobilellm_jax.storage.rundir import write_whole
 
 _JOULES_PER_TOKEN_AND_BILLION = 0.1
 _BATTERY_JOULES = 50e3

@@ -31,7 +31,7 @@ from mobilellm_jax.checkpoint.restoring import (
     restore_state,
 )
 from mobilellm_jax.checkpoint.saving import CheckpointWriter, SaveError, save_model
-from mobilellm_jax.sealing import DamagedError
+from mobilellm_jax.storage.sealing import DamagedError
 
 __all__ = [
     "DATA_STATE_VERSION",

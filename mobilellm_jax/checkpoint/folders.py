@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from etils import epath
 
-from mobilellm_jax import sealing
 from mobilellm_jax.checkpoint.layout import CheckpointError, checkpoints_folder, read_content
-from mobilellm_jax.sealing import DamagedError, UnsealedError
+from mobilellm_jax.storage import sealing
+from mobilellm_jax.storage.sealing import DamagedError, UnsealedError
 
 Report = Callable[[str], None]
 SAVING = ".saving"

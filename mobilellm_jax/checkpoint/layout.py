@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.path import atomicity
 
-from mobilellm_jax import rundir, sealing, strict_json
+from mobilellm_jax.storage import rundir, sealing, strict_json
 from mobilellm_jax.train.state import TrainState
 
 FORMAT_VERSION = 2

@@ -11,7 +11,6 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from mobilellm_jax import config as config_lib
-from mobilellm_jax import rundir, sealing, strict_json
 from mobilellm_jax.checkpoint.layout import (
     DATA_STATE_VERSION,
     IN_PLACE,
@@ -30,8 +29,10 @@ from mobilellm_jax.checkpoint.layout import (
     trees_of,
 )
 from mobilellm_jax.config import Config
-from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.model.transformer import Params, init_params
+from mobilellm_jax.storage import rundir, sealing, strict_json
 from mobilellm_jax.train.state import TrainState
 
 

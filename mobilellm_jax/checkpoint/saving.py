@@ -22,7 +22,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mobilellm_jax import config as config_lib
-from mobilellm_jax import distributed, rundir, sealing
 from mobilellm_jax.checkpoint import folders
 from mobilellm_jax.checkpoint.folders import Report, to_stderr
 from mobilellm_jax.checkpoint.layout import (
@@ -39,9 +38,12 @@ from mobilellm_jax.checkpoint.layout import (
 )
 from mobilellm_jax.checkpoint.restoring import restore_state
 from mobilellm_jax.config import Config
-from mobilellm_jax.data.tokenizer import Tokenizer, copy_tokenizer
+from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.model.transformer import Params
-from mobilellm_jax.run_lock import LockLostError
+from mobilellm_jax.processes import distributed
+from mobilellm_jax.processes.run_lock import LockLostError
+from mobilellm_jax.storage import rundir, sealing
 from mobilellm_jax.train.state import TrainState
 
 RETRY_SEC = (0.0, 60.0, 300.0)  # from a failed save to the next attempt

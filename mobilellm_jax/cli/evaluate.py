@@ -42,7 +42,7 @@ from mobilellm_jax.cli.quantizing import PARTS_HELP, QUANTIZE_HELP, chosen_schem
 from mobilellm_jax.quantize.schemes import Scheme
 
 if TYPE_CHECKING:
-    from mobilellm_jax.data.tokenizer import Tokenizer
+    from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
     from mobilellm_jax.evaluate.engine import Engine
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -82,9 +82,9 @@ def main(argv: list[str]) -> None:
 
 def _measure_perplexity(file: Path, output: Path | None, scheme: Scheme | None) -> None:
     from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
+    from mobilellm_jax.export.artifact import open_artifact
     from mobilellm_jax.open_model import open_model
-    from mobilellm_jax.rundir import write_whole
-    from mobilellm_jax.runtimes.artifact import open_artifact
+    from mobilellm_jax.storage.rundir import write_whole
 
     text = _read_text(file)
     record: dict[str, Any]
@@ -117,7 +117,7 @@ def _evaluate_tasks(output: Path | None, scheme: Scheme | None) -> None:
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.journal import Journal
     from mobilellm_jax.evaluate.tasks import as_json, format_results, load_tasks, run_tasks
-    from mobilellm_jax.rundir import write_whole
+    from mobilellm_jax.storage.rundir import write_whole
 
     tasks = load_tasks(_TASKS.value, data_dir=data_dir, num_fewshot=_NUM_FEWSHOT.value)
     subject = _artifact_subject() if _ARTIFACT.value else _checkpoint_subject(scheme)
@@ -158,9 +158,9 @@ def _checkpoint_subject(scheme: Scheme | None) -> _Subject:
     from mobilellm_jax.evaluate.engine import JaxEngine
     from mobilellm_jax.evaluate.journal import identity
     from mobilellm_jax.evaluate.scoring import Scorer
-    from mobilellm_jax.host_memory import keep_freed_memory
     from mobilellm_jax.open_model import open_model
     from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
+    from mobilellm_jax.startup.host_memory import keep_freed_memory
 
     opened = quantize_opened(open_model(_CHECKPOINT.value), scheme)
     how = str(scheme) if scheme else None
@@ -180,7 +180,7 @@ def _checkpoint_subject(scheme: Scheme | None) -> _Subject:
 
 def _artifact_subject() -> _Subject:
     from mobilellm_jax.evaluate.engine import RuntimeEngine
-    from mobilellm_jax.runtimes.artifact import open_artifact
+    from mobilellm_jax.export.artifact import open_artifact
 
     artifact = open_artifact(_ARTIFACT.value)
     runtime = artifact.load()

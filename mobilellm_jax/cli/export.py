@@ -32,6 +32,7 @@ from absl import flags
 
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.export.artifact import EXTRA
 from mobilellm_jax.export.formats import (
     DTYPES,
     FORMATS,
@@ -41,7 +42,6 @@ from mobilellm_jax.export.formats import (
     offered,
 )
 from mobilellm_jax.model.size import parameter_count
-from mobilellm_jax.runtimes.artifact import EXTRA
 
 _HUGGINGFACE = ("hf", "mobilellm")
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     verified = _verified(name)
 
     from mobilellm_jax.export.exporting import export_for_device, export_huggingface
-    from mobilellm_jax.export.model_card import Training
+    from mobilellm_jax.export.huggingface.model_card import Training
     from mobilellm_jax.open_model import open_model
 
     model = open_model(_CHECKPOINT.value)

@@ -26,9 +26,9 @@ from mobilellm_jax.cli.errors import UsageError, is_bad_input
 from mobilellm_jax.cli.quantizing import PARTS_HELP, QUANTIZE_HELP, chosen_scheme, quantize_opened
 
 if TYPE_CHECKING:
-    from mobilellm_jax.generate import Prepared
+    from mobilellm_jax.generation.generate import Prepared
+    from mobilellm_jax.generation.sampling import Sampling
     from mobilellm_jax.open_model import OpenedModel
-    from mobilellm_jax.sampling import Sampling
 
 _DEFAULT_NEW_TOKENS = 128
 
@@ -71,9 +71,9 @@ _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 def main(argv: list[str]) -> None:
     """Generates."""
     del argv  # no config, no overrides
-    from mobilellm_jax.compile_cache import use_compile_cache
+    from mobilellm_jax.generation.sampling import Sampling
     from mobilellm_jax.open_model import open_model
-    from mobilellm_jax.sampling import Sampling
+    from mobilellm_jax.startup.compile_cache import use_compile_cache
 
     sampling = Sampling(
         temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value
@@ -150,14 +150,14 @@ class _Speaker:
 
     @classmethod
     def of(cls, model: "OpenedModel", sampling: "Sampling") -> "_Speaker":
-        from mobilellm_jax.generate import prepare
+        from mobilellm_jax.generation.generate import prepare
 
         return cls(model, prepare(model.config, model.params), sampling)
 
     def speak(self, prompt: str) -> None:
         """Prints the prompt, its continuation as it comes, and the speed."""
-        from mobilellm_jax.generate import stream
-        from mobilellm_jax.text_stream import decode_stream
+        from mobilellm_jax.generation.generate import stream
+        from mobilellm_jax.generation.text_stream import decode_stream
 
         [ids] = self._encode([prompt])
         clock = _Clock()
@@ -178,8 +178,8 @@ class _Speaker:
 
     def speak_together(self, prompts: Sequence[str]) -> None:
         """Prints the prompts with their continuations, one after the other, and the speed."""
-        from mobilellm_jax.generate import stream_batch
-        from mobilellm_jax.text_stream import decode_stream
+        from mobilellm_jax.generation.generate import stream_batch
+        from mobilellm_jax.generation.text_stream import decode_stream
 
         batch = self._encode(prompts)
         clock = _Clock()
@@ -199,7 +199,7 @@ class _Speaker:
         print(clock.report(), file=sys.stderr, flush=True)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        from mobilellm_jax.text_stream import encode_prompt
+        from mobilellm_jax.generation.text_stream import encode_prompt
 
         return [encode_prompt(self.model.tokenizer, prompt) for prompt in prompts]
 

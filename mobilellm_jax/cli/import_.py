@@ -22,10 +22,10 @@ def main(argv: list[str]) -> None:
     del argv  # no config, no overrides
     from mobilellm_jax.checkpoint import save_model
     from mobilellm_jax.config import Config, DataConfig
-    from mobilellm_jax.data.tokenizer import load_tokenizer
-    from mobilellm_jax.export.huggingface import read_huggingface
+    from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+    from mobilellm_jax.export.huggingface.directory import read_huggingface
     from mobilellm_jax.model.size import parameter_count
-    from mobilellm_jax.rundir import whole_directory
+    from mobilellm_jax.storage.rundir import whole_directory
 
     source, output = Path(_SOURCE.value), Path(_OUTPUT.value)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -37,7 +37,7 @@ _SEED = flags.DEFINE_integer("seed", DataConfig.seed, "which windows are first",
 def main(argv: list[str]) -> None:
     """Inspects."""
     del argv  # no config, no overrides
-    from mobilellm_jax.data.inspect import inspect
+    from mobilellm_jax.data.inspection.inspect import inspect
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Whatever the terminal cannot write is escaped too.

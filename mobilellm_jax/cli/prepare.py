@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, cast
 from absl import flags
 
 if TYPE_CHECKING:
-    from mobilellm_jax.data.prepare import BadLinePolicy, Runner
+    from mobilellm_jax.data.preparation.prepare import BadLinePolicy, Runner
 
 _SOURCE = flags.DEFINE_multi_string(
     "source", [], "where documents come from, see above; repeatable, read in this order"
@@ -70,7 +70,7 @@ _BEAM_OPTION = flags.DEFINE_multi_string(
 def main(argv: list[str]) -> int:
     """Prepares."""
     del argv  # no config, no overrides
-    from mobilellm_jax.data.prepare import prepare
+    from mobilellm_jax.data.preparation.prepare import prepare
 
     prepare(
         _SOURCE.value,

@@ -31,7 +31,7 @@ from absl import flags
 from mobilellm_jax.cli.config_flags import load_config, parse_value
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.config import near_miss
-from mobilellm_jax.grids import GRIDS, SCALES, GridName, ScaleName
+from mobilellm_jax.paper.grids import GRIDS, SCALES, GridName, ScaleName
 
 if TYPE_CHECKING:
     from mobilellm_jax.sweep.runs import Run
@@ -127,8 +127,8 @@ def main(argv: list[str]) -> int:
 def _price(runs: "list[Run]", sweep: Path, topology_name: str) -> int:
     import jax
 
-    from mobilellm_jax import rundir
     from mobilellm_jax.plan.topology import parse_topology
+    from mobilellm_jax.storage import rundir
     from mobilellm_jax.sweep.chip_hours import price_all, price_table
 
     jax.config.update("jax_platforms", "cpu")  # nothing runs: an attached TPU stays free

@@ -23,8 +23,8 @@ from absl import flags
 
 from mobilellm_jax.cli.config_flags import load_config
 from mobilellm_jax.config import Config
-from mobilellm_jax.early_stop import EarlyStop
-from mobilellm_jax.exit_codes import SAVED_REQUEUE_ME
+from mobilellm_jax.processes.early_stop import EarlyStop
+from mobilellm_jax.processes.exit_codes import SAVED_REQUEUE_ME
 
 _CONFIG = flags.DEFINE_string("config", None, "config file, configs/NAME.py", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "run folder, made if missing", required=True)
@@ -57,13 +57,14 @@ def main(argv: list[str]) -> int:
 
 def _train(config: Config) -> bool:
     # Only now, so that --help and a mistake in the config are answered at once.
-    from mobilellm_jax import distributed, preflight
-    from mobilellm_jax.compile_cache import use_compile_cache
-    from mobilellm_jax.host_memory import share_one_heap
+    from mobilellm_jax import preflight
     from mobilellm_jax.pretrain import pretrain
+    from mobilellm_jax.processes import distributed
+    from mobilellm_jax.startup.compile_cache import use_compile_cache
+    from mobilellm_jax.startup.host_memory import share_one_heap
+    from mobilellm_jax.startup.xla_flags import set_xla_flags
     from mobilellm_jax.train.profiler import ProfiledSteps
     from mobilellm_jax.train.stopping import Walltime, parse_duration
-    from mobilellm_jax.xla_flags import set_xla_flags
 
     workdir = preflight.local_workdir(_WORKDIR.value)
     walltime = None

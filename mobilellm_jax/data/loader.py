@@ -17,7 +17,7 @@ from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data.mixture import Component, Mixture, mixture_of
 from mobilellm_jax.data.permutation import permuted
 from mobilellm_jax.data.shards import Dataset
-from mobilellm_jax.data.sources import TRAIN, VALIDATION
+from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
 from mobilellm_jax.data.token_stream import TokenStream
 from mobilellm_jax.data.windows import NO_WINDOW, Batch, count_windows, read_windows
 

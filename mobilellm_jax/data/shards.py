@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.data.token_stream import ShardFiles, TokenStream
-from mobilellm_jax.data.tokenizer import MAX_VOCABULARY
-from mobilellm_jax.strict_json import shown
+from mobilellm_jax.data.tokenizers.tokenizer import MAX_VOCABULARY
+from mobilellm_jax.storage import rundir, strict_json
+from mobilellm_jax.storage.strict_json import shown
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from mobilellm_jax.data.preparation.workers import available_cores
 from mobilellm_jax.data.shards import (
     LOSS_MASK,
     OFFSETS,
@@ -26,7 +27,6 @@ from mobilellm_jax.data.shards import (
     Shard,
 )
 from mobilellm_jax.data.token_stream import LOSS_MASK_DTYPE, OFFSET_DTYPE
-from mobilellm_jax.data.workers import available_cores
 
 _CHUNK_BYTES = 1 << 24
 

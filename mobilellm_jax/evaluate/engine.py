@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.prefix_trees import Query
 from mobilellm_jax.evaluate.scoring import Score, Scorer, checked_score, log_softmax
-from mobilellm_jax.generate import prepare, stream_batch
+from mobilellm_jax.export.runtime import Runtime, greedy
+from mobilellm_jax.generation.generate import prepare, stream_batch
+from mobilellm_jax.generation.sampling import GREEDY, Sampling
 from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.transformer import Params
-from mobilellm_jax.runtimes.runtime import Runtime, greedy
-from mobilellm_jax.sampling import GREEDY, Sampling
 
 Continuations = Iterator[list[list[int]]]
 """Some new tokens of every prompt at a time, up to and without EOS."""

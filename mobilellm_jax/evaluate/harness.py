@@ -20,12 +20,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.evaluate.engine import Engine, Writer
 from mobilellm_jax.evaluate.journal import Journal, key
 from mobilellm_jax.evaluate.prefix_trees import Query, make_query
+from mobilellm_jax.generation.sampling import GREEDY, Sampling
 from mobilellm_jax.model.size import parameter_count
-from mobilellm_jax.sampling import GREEDY, Sampling
 
 _MAX_NEW_TOKENS = 256  # where a task names no limit; the harness' own default
 _PROMPT_TOKENS = 16_384  # of the prompts that are read at once

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mobilellm_jax.config import Config, ConfigError, EvaluateConfig
-from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.evaluate.perplexity import strided
 from mobilellm_jax.evaluate.prefix_trees import Query
 from mobilellm_jax.evaluate.scoring import Scorer

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mobilellm_jax import strict_json
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.transformer import Params
-from mobilellm_jax.rundir import write_whole
+from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage.rundir import write_whole
 
 _FORMAT = 1
 # Fields that change how the same numbers are computed.

@@ -4,14 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mobilellm_jax.architectures import (
-    MOBILELLM,
-    MOBILELLM_PARAMETERS,
-    MOBILELLM_SCORES,
-)
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.task_data import QUESTIONS, TASK_DATA, ZERO_SHOT
 from mobilellm_jax.model.size import parameter_count
+from mobilellm_jax.paper.architectures import MOBILELLM, MOBILELLM_PARAMETERS, MOBILELLM_SCORES
 
 CAVEAT = """\
 The paper does not say which harness, prompts or kind of accuracy it used, and the ARC-c of its

@@ -22,10 +22,10 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.evaluate.scoring import log_softmax
+from mobilellm_jax.export.runtime import Runtime
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
-from mobilellm_jax.runtimes.runtime import Runtime
 from mobilellm_jax.train.loss import token_losses
 
 _BATCH_TOKENS = 8192  # at once; attention scores of a 125M model then take 1.2 GB at T = 2048

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mobilellm_jax import strict_json
-from mobilellm_jax.strict_json import shown
+from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage.strict_json import shown
 
 FEWSHOT = "fewshot"
 _SHOWN_CHOICES = 20

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.loader import validation_batches
 from mobilellm_jax.data.mixture import Mixture
-from mobilellm_jax.data.sources import VALIDATION
+from mobilellm_jax.data.sources.source import VALIDATION
 from mobilellm_jax.data.windows import count_targets
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.sharding import Rules, local_rows, put_batch

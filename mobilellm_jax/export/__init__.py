@@ -1,7 +1,5 @@
-"""Checkpoints in formats that others read, and Hugging Face directories read back.
+"""Exports: model files for other programs, and Hugging Face directories read back.
 
-`huggingface.py` holds the one table of names, `huggingface_config.py` config.json,
-`weight_files.py` and `torch_files.py` the tensor files, `tokenizer_files.py` the tokenizer's;
-`modeling_mobilellm.py` is a torch file that the `mobilellm` format carries along, which nothing
-here imports.
+Each format has a room with its writer and the runtime that reads its file back. `exporting.py` runs
+an export in its runtime, compares it with the checkpoint, and only then gives it its name.
 """

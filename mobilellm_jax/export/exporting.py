@@ -10,20 +10,20 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from mobilellm_jax.export.formats import FORMATS, HUGGINGFACE_PRECISIONS, Precision, Source
-from mobilellm_jax.export.huggingface import Dtype, write_huggingface
-from mobilellm_jax.export.huggingface_config import Layout
-from mobilellm_jax.export.model_card import Training, write_model_card
-from mobilellm_jax.export.verify import Verification, VerificationError, verify
-from mobilellm_jax.rundir import whole_directory
-from mobilellm_jax.runtimes.artifact import (
+from mobilellm_jax.export.artifact import (
     RUNTIMES,
     Artifact,
     ArtifactInfo,
     is_installed,
     seal_artifact,
 )
-from mobilellm_jax.runtimes.runtime import Runtime
+from mobilellm_jax.export.formats import FORMATS, HUGGINGFACE_PRECISIONS, Precision, Source
+from mobilellm_jax.export.huggingface.config import Layout
+from mobilellm_jax.export.huggingface.directory import Dtype, write_huggingface
+from mobilellm_jax.export.huggingface.model_card import Training, write_model_card
+from mobilellm_jax.export.runtime import Runtime
+from mobilellm_jax.export.verify import Verification, VerificationError, verify
+from mobilellm_jax.storage.rundir import whole_directory
 
 
 class Exported(NamedTuple):
@@ -61,7 +61,7 @@ def export_for_device(
     form = FORMATS[format_name]
     with whole_directory(directory) as folder:
         shutil.copyfile(source.tokenizer.file, folder / source.tokenizer.file.name)
-        layers = form.writer()(source, folder, precision)
+        layers = form.write(source, folder, precision)
         info = ArtifactInfo(
             format=format_name,
             file=form.file,
@@ -101,7 +101,7 @@ def export_huggingface(
     def finish(folder: Path) -> None:
         nonlocal found
         if verified:
-            from mobilellm_jax.runtimes.huggingface import HuggingFaceRuntime
+            from mobilellm_jax.export.huggingface.runtime import HuggingFaceRuntime
 
             found = _verified(HuggingFaceRuntime(folder), source, HUGGINGFACE_PRECISIONS[dtype])
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,22 +1,14 @@
-"""The formats for devices: what each can hold, how exactly, and which file writes it.
-
-Every format's module has a function
-
-    write(source: Source, folder: Path, precision: str) -> int
-
-which writes the model file into a folder that exists and returns how many layers are stored.
-"""
+"""The formats for devices: what each one can hold, how exactly, and which function writes it."""
 
 import dataclasses
-import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mobilellm_jax.config import ModelConfig, near_miss
-from mobilellm_jax.data.tokenizer import Tokenizer
-from mobilellm_jax.runtimes.artifact import EXTRA
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.export.artifact import EXTRA
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -56,21 +48,48 @@ HUGGINGFACE_PRECISIONS = {"float32": EXACT, "bfloat16": BRAIN, "float16": HALF}
 class Format:
     """A format for devices."""
 
-    module: str  # of this room
+    write: Callable[[Source, Path, str], int]
+    """Writes the model file into a folder that exists; returns how many layers it stores."""
     file: str  # the model's
     packages: tuple[str, ...]  # that writing takes, besides ours
     shares_blocks: bool  # whether a block that is applied several times is stored once
     precisions: Mapping[str, Precision]  # by --dtype or --quantize
 
-    def writer(self) -> Callable[[Source, Path, str], int]:
-        module = importlib.import_module(f"mobilellm_jax.export.{self.module}")
-        write: Callable[[Source, Path, str], int] = module.write
-        return write
+
+# Each function imports its writer late: a writer imports a library that few users install.
+def _write_gguf(source: Source, folder: Path, precision: str) -> int:
+    from mobilellm_jax.export.gguf import writer
+
+    return writer.write(source, folder, precision)
+
+
+def _write_onnx(source: Source, folder: Path, precision: str) -> int:
+    from mobilellm_jax.export.onnx import writer
+
+    return writer.write(source, folder, precision)
+
+
+def _write_executorch(source: Source, folder: Path, precision: str) -> int:
+    from mobilellm_jax.export.executorch import writer
+
+    return writer.write(source, folder, precision)
+
+
+def _write_litert(source: Source, folder: Path, precision: str) -> int:
+    from mobilellm_jax.export.litert import writer
+
+    return writer.write(source, folder, precision)
+
+
+def _write_stablehlo(source: Source, folder: Path, precision: str) -> int:
+    from mobilellm_jax.export.stablehlo import writer
+
+    return writer.write(source, folder, precision)
 
 
 FORMATS: dict[str, Format] = {
     "gguf": Format(
-        module="gguf_file",
+        write=_write_gguf,
         file="model.gguf",
         packages=("gguf",),
         shares_blocks=False,
@@ -87,7 +106,7 @@ FORMATS: dict[str, Format] = {
         },
     ),
     "onnx": Format(
-        module="onnx_file",
+        write=_write_onnx,
         file="model.onnx",
         packages=("onnx",),
         shares_blocks=True,
@@ -102,7 +121,7 @@ FORMATS: dict[str, Format] = {
         },
     ),
     "executorch": Format(
-        module="executorch_file",
+        write=_write_executorch,
         file="model.pte",
         packages=("executorch", "torchao"),
         shares_blocks=True,
@@ -115,14 +134,14 @@ FORMATS: dict[str, Format] = {
         },
     ),
     "litert": Format(
-        module="litert_file",
+        write=_write_litert,
         file="model.tflite",
         packages=("litert_torch", "ai_edge_quantizer"),
         shares_blocks=True,
         precisions={"float32": EXACT, "int8": DYNAMIC_INT8},
     ),
     "stablehlo": Format(
-        module="stablehlo_file",
+        write=_write_stablehlo,
         file="model.stablehlo",
         packages=("flatbuffers",),  # what jax.export serializes with
         shares_blocks=True,

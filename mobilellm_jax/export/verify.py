@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.formats import Precision, Source
-from mobilellm_jax.generate import generate
+from mobilellm_jax.export.runtime import Runtime, greedy
+from mobilellm_jax.generation.generate import generate
+from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.transformer import Params, Transformer
-from mobilellm_jax.runtimes.runtime import Runtime, greedy
-from mobilellm_jax.sampling import GREEDY
 
 POSITIONS = 256
 _PROMPT, _NEW = 32, 64

@@ -25,12 +25,7 @@ from mobilellm_jax.model.norm import rms_norm
 from mobilellm_jax.model.parameters import ATTENTION_IN_8_BITS
 from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.products import narrowed, rows_of, scores
-from mobilellm_jax.model.quantized import (
-    Kernel,
-    QuantizedAttention,
-    QuantizedRows,
-    to_rows,
-)
+from mobilellm_jax.model.quantized import Kernel, QuantizedAttention, QuantizedRows, to_rows
 from mobilellm_jax.model.quantized_attention import attend_in_8_bits
 from mobilellm_jax.model.rope import rotate, rotation
 from mobilellm_jax.model.transformer import Params, head_matrix

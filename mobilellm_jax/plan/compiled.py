@@ -14,13 +14,7 @@ from mobilellm_jax.model.on_device import device_violations, resolve_attention
 from mobilellm_jax.model.precision import resolve_compute_dtype
 from mobilellm_jax.plan.hlo import Program, read_program
 from mobilellm_jax.quantize.training import training_transform
-from mobilellm_jax.sharding import (
-    Rules,
-    batch_sharding,
-    batch_violations,
-    logical_rules,
-    make_mesh,
-)
+from mobilellm_jax.sharding import Rules, batch_sharding, batch_violations, logical_rules, make_mesh
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import abstract_state
 from mobilellm_jax.train.step import make_train_step

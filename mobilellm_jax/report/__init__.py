@@ -11,20 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mobilellm_jax
-from mobilellm_jax import rundir
-from mobilellm_jax.grids import ABOUT, ScaleName
+from mobilellm_jax.paper.grids import ABOUT, ScaleName
 from mobilellm_jax.report import figures
-from mobilellm_jax.report.compare import (
-    Model,
-    Table,
-    count_verdicts,
-    grid_tables,
-    group_seeds,
-)
+from mobilellm_jax.report.compare import Model, Table, count_verdicts, grid_tables, group_seeds
 from mobilellm_jax.report.figures import Picture
 from mobilellm_jax.report.page import Section, page
 from mobilellm_jax.report.runs import Measured, read_runs
 from mobilellm_jax.report.tables import TextTable, grid_table, model_table, to_csv, to_markdown
+from mobilellm_jax.storage import rundir
 
 PAGE = "index.html"
 _READING = (

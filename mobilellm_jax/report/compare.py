@@ -15,7 +15,8 @@ from scipy.special import stdtrit
 
 from mobilellm_jax import config as config_lib
 from mobilellm_jax.config import Config
-from mobilellm_jax.grids import (
+from mobilellm_jax.model.size import parameter_count
+from mobilellm_jax.paper.grids import (
     GRIDS,
     SCALES,
     GridName,
@@ -25,7 +26,6 @@ from mobilellm_jax.grids import (
     grid_rows,
     shape_name,
 )
-from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.preflight import MAY_CHANGE
 from mobilellm_jax.report.runs import Measured
 

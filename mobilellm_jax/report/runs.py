@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mobilellm_jax import config as config_lib
-from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.metrics import read_metrics
 
 _RUNS = "runs"  # where `sweep` has them

@@ -5,7 +5,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 
-from mobilellm_jax.grids import ABOUT
+from mobilellm_jax.paper.grids import ABOUT
 from mobilellm_jax.report.compare import Compared, Mean, Model, Table
 
 NONE = "–"  # noqa: RUF001  # a dash that stands for no value

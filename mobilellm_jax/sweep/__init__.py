@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mobilellm_jax import preflight
 from mobilellm_jax.config import Config, ConfigError
-from mobilellm_jax.data.sources import VALIDATION
-from mobilellm_jax.data.tokenizer import load_tokenizer
+from mobilellm_jax.data.sources.source import VALIDATION
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.windows import count_targets
 from mobilellm_jax.sweep import estimate, local, slurm
 from mobilellm_jax.sweep import folder as files

@@ -39,19 +39,19 @@ def _end_with_parent() -> None:
 
 
 def _run(sweep: Path, name: str) -> int:
-    from mobilellm_jax.early_stop import EarlyStop
+    from mobilellm_jax.processes.early_stop import EarlyStop
 
     with EarlyStop():
         return _train(sweep, name)
 
 
 def _train(sweep: Path, name: str) -> int:
-    from mobilellm_jax import distributed
-    from mobilellm_jax.compile_cache import use_compile_cache
-    from mobilellm_jax.host_memory import share_one_heap
     from mobilellm_jax.pretrain import pretrain
+    from mobilellm_jax.processes import distributed
+    from mobilellm_jax.startup.compile_cache import use_compile_cache
+    from mobilellm_jax.startup.host_memory import share_one_heap
+    from mobilellm_jax.startup.xla_flags import set_xla_flags
     from mobilellm_jax.sweep import folder as files
-    from mobilellm_jax.xla_flags import set_xla_flags
 
     began = time.monotonic()
     folder = files.run_folder(sweep, name)
@@ -78,10 +78,10 @@ def _train(sweep: Path, name: str) -> int:
 
 def _trial(sweep: Path, name: str) -> int:
     """Prints seconds per step on random tokens, and those until the first is done."""
-    from mobilellm_jax.compile_cache import use_compile_cache
-    from mobilellm_jax.host_memory import keep_freed_memory, share_one_heap
+    from mobilellm_jax.startup.compile_cache import use_compile_cache
+    from mobilellm_jax.startup.host_memory import keep_freed_memory, share_one_heap
+    from mobilellm_jax.startup.xla_flags import set_xla_flags
     from mobilellm_jax.sweep import folder as files
-    from mobilellm_jax.xla_flags import set_xla_flags
 
     config = files.find_run(sweep, name).config
     began = time.perf_counter()

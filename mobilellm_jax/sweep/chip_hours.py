@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.config import Config, to_json
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.plan.accounting import account_of
@@ -20,7 +19,8 @@ from mobilellm_jax.plan.compiled import CompiledStep, compile_step, mesh_of, set
 from mobilellm_jax.plan.fit import smallest_fit, written
 from mobilellm_jax.plan.prediction import predict
 from mobilellm_jax.plan.topology import Topology, topology_devices
-from mobilellm_jax.source_digest import source_digest
+from mobilellm_jax.processes.source_digest import source_digest
+from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.train.metrics import peak_flops
 

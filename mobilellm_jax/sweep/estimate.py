@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.config import Config
 from mobilellm_jax.model.size import flops_per_token, parameter_count
+from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.folder import TRIALS
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.sweep.slots import Slot

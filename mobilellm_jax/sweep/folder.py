@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mobilellm_jax import config as config_lib
-from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.preflight import MAY_CHANGE
+from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.train.metrics import read_metrics
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from mobilellm_jax import rundir
-from mobilellm_jax.run_lock import RunLock
+from mobilellm_jax.processes.run_lock import RunLock
+from mobilellm_jax.storage import rundir
 from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.estimate import Say, child_environment
 from mobilellm_jax.sweep.runs import Run

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mobilellm_jax.config import Config, ConfigError
-from mobilellm_jax.grids import GridName, ScaleName, grid_rows, shape_name
-from mobilellm_jax.grids.width import SOLVED, solve_width
 from mobilellm_jax.model.size import flops_per_token
+from mobilellm_jax.paper.grids import GridName, ScaleName, grid_rows, shape_name
+from mobilellm_jax.paper.width import SOLVED, solve_width
 from mobilellm_jax.plan.fit import changed
 
 _SHAPE = (

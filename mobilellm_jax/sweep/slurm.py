@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mobilellm_jax
-from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.config import ConfigError
+from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.folder import SAVED_REQUEUE_ME, SLURM
 from mobilellm_jax.sweep.runs import Run
 

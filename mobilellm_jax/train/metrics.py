@@ -15,9 +15,9 @@ import jax
 from tensorboard.summary import Writer
 from tqdm import tqdm
 
-from mobilellm_jax import rundir, strict_json
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.size import flops_per_token
+from mobilellm_jax.storage import rundir, strict_json
 
 _ATTENTION = "train/attention"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from mobilellm_jax.architectures import MOBILELLM
 from mobilellm_jax.benchmark.measure import Measurement
 from mobilellm_jax.benchmark.table import as_csv, joules_per_token, markdown, plot, summarize
+from mobilellm_jax.paper.architectures import MOBILELLM
 
 MEASURED = Measurement(
     path="exported/q8",

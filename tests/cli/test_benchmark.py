@@ -8,9 +8,9 @@ import pytest
 
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.evaluate.perplexity import perplexity
-from mobilellm_jax.export.huggingface import write_huggingface
+from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.open_model import open_model

@@ -6,7 +6,7 @@ import pytest
 
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.evaluate.perplexity import perplexity
-from mobilellm_jax.export.huggingface import write_huggingface
+from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.quantize.parameters import quantized, stored_bytes
 from mobilellm_jax.quantize.schemes import find_scheme

@@ -9,7 +9,7 @@ import pytest
 
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.evaluate.scoring import Scorer
-from mobilellm_jax.export.huggingface import write_huggingface
+from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.transformer import init_params
 from tests import tiny
 from tests.evaluate.example_rows import write_rows

@@ -10,8 +10,8 @@ import pytest
 
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
-from mobilellm_jax.export.huggingface import read_huggingface, write_huggingface
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
+from mobilellm_jax.export.huggingface.directory import read_huggingface, write_huggingface
 from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.open_model import open_model
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from mobilellm_jax.cli import main as cli
-from mobilellm_jax.generate import generate
+from mobilellm_jax.generation.generate import generate
+from mobilellm_jax.generation.sampling import GREEDY, Sampling
+from mobilellm_jax.generation.text_stream import stream_text
 from mobilellm_jax.open_model import OpenedModel, open_model
 from mobilellm_jax.quantize.parameters import quantized
 from mobilellm_jax.quantize.schemes import find_scheme
-from mobilellm_jax.sampling import GREEDY, Sampling
-from mobilellm_jax.text_stream import stream_text
 from tests import tiny
 
 command, flags = cli.import_command("generate")

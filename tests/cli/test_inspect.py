@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mobilellm_jax.cli.main import main
-from mobilellm_jax.data.prepare import prepare
+from mobilellm_jax.data.preparation.prepare import prepare
 
 ROOT = Path(__file__).parent.parent.parent
 # What would clear a terminal, ring it, and turn the writing around.

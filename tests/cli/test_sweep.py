@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import pytest
 
-from mobilellm_jax import source_digest
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.plan.compiled import CompiledStep
 from mobilellm_jax.plan.hlo import Program
+from mobilellm_jax.processes import source_digest
 from mobilellm_jax.sweep import chip_hours
 
 ROOT = Path(__file__).parent.parent.parent
@@ -117,7 +117,7 @@ def test_steps_follow_from_sources_and_versions(
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("1")
     (package / "sharding.py").write_text("1")
-    monkeypatch.setattr(source_digest, "__file__", str(package / "source_digest.py"))
+    monkeypatch.setattr(source_digest, "__file__", str(package / "processes" / "source_digest.py"))
     versions = {"jax": "0.10.2", "flax": "0.12", "optax": "0.2"}
 
     def version(library: str) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mobilellm_jax.data import shards
-from mobilellm_jax.data.tokenizer import Tokenizer
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from tests.data.example_tokenizers import TEXTS, train_byte_level
 from tests.data.token_folders import Documents, assemble_all, write_part
 

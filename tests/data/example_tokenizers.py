@@ -5,7 +5,8 @@ from pathlib import Path
 
 import tokenizers
 
-from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.\n    It did so 1234 times.\n",

@@ -8,15 +8,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mobilellm_jax.data.sources import (
-    BadLine,
-    Document,
-    Piece,
-    Source,
-    TokenDocument,
-    open_source,
-    stop,
-)
+from mobilellm_jax.data.sources.opening import open_source
+from mobilellm_jax.data.sources.source import BadLine, Document, Piece, Source, TokenDocument, stop
 
 AnyDocument = Document | TokenDocument
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mobilellm_jax.data import assembly, shards
-from mobilellm_jax.data.parts import Part, part_file
+from mobilellm_jax.data import shards
+from mobilellm_jax.data.preparation import assembly
+from mobilellm_jax.data.preparation.parts import Part, part_file
 
 Documents = Sequence[Sequence[int]]
 

@@ -9,7 +9,7 @@ pytest.importorskip("lm_eval", reason="the eval extra")
 from lm_eval.api.instance import Instance
 
 from mobilellm_jax.config import MeshConfig, ModelConfig
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.evaluate.engine import JaxEngine, RuntimeEngine
 from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.journal import Journal
@@ -17,7 +17,7 @@ from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
 from mobilellm_jax.evaluate.scoring import Scorer
 from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
-from tests.runtimes.jax_runtime import JaxRuntime
+from tests.export.jax_runtime import JaxRuntime
 
 CONFIG = ModelConfig(
     vocab_size=290,

@@ -16,8 +16,8 @@ from mobilellm_jax.config import (
     MeshConfig,
     ModelConfig,
 )
-from mobilellm_jax.data.tokenizer import Tokenizer
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.evaluate.in_training import make_evaluator
 from mobilellm_jax.evaluate.journal import Journal
 from mobilellm_jax.evaluate.perplexity import perplexity

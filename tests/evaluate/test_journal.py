@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from mobilellm_jax.config import MeshConfig, ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.evaluate.journal import Journal, identity, key
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.sharding import make_mesh, replicated

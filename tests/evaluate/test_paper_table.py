@@ -3,7 +3,6 @@ import statistics
 
 import pytest
 
-from mobilellm_jax.architectures import MOBILELLM, TASKS
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.paper_table import (
     CAVEAT,
@@ -13,6 +12,7 @@ from mobilellm_jax.evaluate.paper_table import (
     paper_lines,
 )
 from mobilellm_jax.evaluate.task_data import QUESTIONS, TASK_DATA, ZERO_SHOT
+from mobilellm_jax.paper.architectures import MOBILELLM, TASKS
 
 ACC = [0.5, 0.25, 0.6, 0.7, 0.4, 0.3, 0.2, 0.55]
 ACC_NORM = {"arc_easy": 0.45, "arc_challenge": 0.3, "piqa": 0.71, "hellaswag": 0.35}

@@ -11,10 +11,11 @@ import torch
 import transformers
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.evaluate.perplexity import PerplexityResult, perplexity
-from mobilellm_jax.export.huggingface import write_huggingface
+from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 
 torch.set_num_threads(1)  # two pools of threads on one machine wait for each other

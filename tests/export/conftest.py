@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizer import Tokenizer
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.model.transformer import Transformer, init_params
 
 torch.set_num_threads(1)  # two pools of threads on one machine wait for each other

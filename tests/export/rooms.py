@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from mobilellm_jax.runtimes.artifact import Artifact
-from mobilellm_jax.runtimes.runtime import Runtime
+from mobilellm_jax.export.artifact import Artifact
+from mobilellm_jax.export.runtime import Runtime
 
 TOLERANCE = 2e-4  # of the largest logit, as formats.EXACT has it: sums in another order
 

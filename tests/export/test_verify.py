@@ -7,7 +7,7 @@ import pytest
 
 from mobilellm_jax.export.formats import EXACT, HALF, Source
 from mobilellm_jax.export.verify import VerificationError, verify
-from tests.runtimes.jax_runtime import JaxRuntime
+from tests.export.jax_runtime import JaxRuntime
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from mobilellm_jax.config import Config
 from tests.faults import lives
 from tests.faults.records import assert_same_run
 from tests.faults.test_kills import SAVED_REQUEUE_ME, Harness, last_loss, write_config
-from tests.processes import free_port, run_together
+from tests.together import free_port, run_together
 
 STEPS = 48
 PEER_TIMEOUT_SEC = 6

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mobilellm_jax import checkpoint, sealing
+from mobilellm_jax import checkpoint
 from mobilellm_jax.checkpoint import folders, saving
-from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mobilellm_jax.run_lock import LockLostError
-from tests.test_checkpoint import CONFIG, DATA, abstract, filled, tokenizer
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.processes.run_lock import LockLostError
+from mobilellm_jax.storage import sealing
+from tests.checkpoint.test_checkpoint import CONFIG, DATA, abstract, filled, tokenizer
 
 __all__ = ["tokenizer"]  # the fixture
 FIRST, SECOND = filled(CONFIG, seed=1), filled(CONFIG, seed=2)

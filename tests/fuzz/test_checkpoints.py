@@ -13,10 +13,11 @@ from etils import epath
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from mobilellm_jax import checkpoint, sealing
+from mobilellm_jax import checkpoint
 from mobilellm_jax.checkpoint import folders
+from mobilellm_jax.storage import sealing
+from tests.checkpoint.test_checkpoint import CONFIG, DATA, filled, tokenizer
 from tests.fuzz.hostile import damaged_bytes, damaged_json, fuzz
-from tests.test_checkpoint import CONFIG, DATA, filled, tokenizer
 
 __all__ = ["tokenizer"]  # the fixture
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mobilellm_jax.config import Config, read_json
-from mobilellm_jax.export.huggingface_config import from_config_json, to_config_json
-from mobilellm_jax.strict_json import as_type, read
+from mobilellm_jax.export.huggingface.config import from_config_json, to_config_json
+from mobilellm_jax.storage.strict_json import as_type, read
 from tests.fuzz.hostile import damaged_json, fuzz
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mobilellm_jax import strict_json
+from mobilellm_jax.storage import strict_json
 from tests.fuzz import hostile
 from tests.fuzz.hostile import Forbidden, fuzz
 

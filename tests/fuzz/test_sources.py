@@ -11,7 +11,8 @@ import pytest
 import zstandard
 from hypothesis.strategies import SearchStrategy
 
-from mobilellm_jax.data.sources import BadLine, open_source, stop
+from mobilellm_jax.data.sources.opening import open_source
+from mobilellm_jax.data.sources.source import BadLine, stop
 from tests.fuzz.hostile import damaged_bytes, damaged_json, fuzz
 
 LINES = b'{"text": "a\\u00e9"}\n\n{"text": "b", "n": [1]}\n{"text": ""}\n'

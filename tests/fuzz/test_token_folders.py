@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mobilellm_jax.data import shards
 from mobilellm_jax.data.mixture import mixture_of, open_mixture
-from mobilellm_jax.data.parts import read_part, record_file
+from mobilellm_jax.data.preparation.parts import read_part, record_file
 from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.data.windows import count_targets, count_windows, read_windows
 from tests.fuzz.hostile import damaged_bytes, damaged_json, fuzz

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from sentencepiece import sentencepiece_model_pb2
 
-from mobilellm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
-from mobilellm_jax.export.tokenizer_files import convert_sentencepiece
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
+from mobilellm_jax.export.huggingface.tokenizer_files import convert_sentencepiece
 from tests.fuzz.hostile import damaged_bytes, damaged_json, fuzz
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.\n", "def f(x):\n    return x + 1\n"] * 5

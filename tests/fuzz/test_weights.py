@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from safetensors.numpy import save
 
-from mobilellm_jax.export.weight_files import open_tensors
+from mobilellm_jax.export.huggingface.weight_files import open_tensors
 from tests.fuzz.hostile import damaged_bytes, damaged_json, fuzz
 
 TENSORS = {"model.norm.weight": np.ones(3, np.float32), "b": np.zeros((2, 2), np.float16)}

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mobilellm_jax.architectures import TABLE_ROWS
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.size import flops_per_token, parameter_count
 from mobilellm_jax.model.transformer import Transformer, init_params
+from mobilellm_jax.paper.architectures import TABLE_ROWS
 
 # paper.md: layers, heads, kv heads, width, feed-forward and the exact totals (Table 9).
 SIZES = {

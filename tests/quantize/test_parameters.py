@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.config import MeshConfig, ModelConfig
-from mobilellm_jax.generate import generate, prepare
+from mobilellm_jax.generation.generate import generate, prepare
+from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.decoding import decoding_weights
 from mobilellm_jax.model.quantized import QuantizedAttention, QuantizedKernel, dequantized
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
@@ -25,7 +26,6 @@ from mobilellm_jax.quantize.parameters import (
     stored_bytes,
 )
 from mobilellm_jax.quantize.schemes import find_scheme
-from mobilellm_jax.sampling import GREEDY
 from mobilellm_jax.sharding import logical_rules, make_mesh, use
 
 TINY = ModelConfig(

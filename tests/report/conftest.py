@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.config import Config, DataConfig, ModelConfig, TrainConfig, to_json
-from mobilellm_jax.grids import GRIDS, grid_rows, shape_name
+from mobilellm_jax.paper.grids import GRIDS, grid_rows, shape_name
 
 BASE = Config(
     model=ModelConfig(vocab_size=2048, max_seq_len=256, compute_dtype="float32", attention="xla"),

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from mobilellm_jax.config import Config, ConfigError
-from mobilellm_jax.grids import grid_rows
+from mobilellm_jax.paper.grids import grid_rows
 from mobilellm_jax.report.compare import count_verdicts, grid_tables, group_seeds, mean
 from mobilellm_jax.report.runs import read_runs
 from tests.report.conftest import BASE, seeded

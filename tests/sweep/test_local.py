@@ -14,7 +14,7 @@ import pytest
 
 from mobilellm_jax import checkpoint
 from tests.faults.records import assert_same_run
-from tests.processes import ROOT
+from tests.together import ROOT
 
 STEPS = 64
 NAMES = [f"num_blocks={blocks}-s{seed}" for seed in (0, 1) for blocks in (1, 2)]

@@ -14,7 +14,7 @@ from mobilellm_jax.sweep.local import Child
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.sweep.slots import Slot
 from tests import tiny
-from tests.processes import ROOT
+from tests.together import ROOT
 
 
 def test_a_sweep_waits_for_the_runs_of_one_that_was_killed(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 from mobilellm_jax.config import Config, ConfigError
-from mobilellm_jax.grids import GRIDS
 from mobilellm_jax.model.size import flops_per_token, parameter_count
+from mobilellm_jax.paper.grids import GRIDS
 from mobilellm_jax.sweep.runs import Variant, grid_variants, vary, with_seeds
 
 BASE = Config()

@@ -23,8 +23,8 @@ from mobilellm_jax.config import (
     Sharing,
     TrainConfig,
 )
-from mobilellm_jax.data.tokenizer_training import train_tokenizer
-from mobilellm_jax.export.huggingface import read_huggingface, write_huggingface
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
+from mobilellm_jax.export.huggingface.directory import read_huggingface, write_huggingface
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 from mobilellm_jax.sharding import AXES, logical_rules, put_batch

@@ -1,0 +1,113 @@
+"""Windows as text: what a model is shown in training, decoded, with its documents' borders."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilellm_jax.config import DataConfig
+from mobilellm_jax.data.inspection.escaping import escaped, wrapped
+from mobilellm_jax.data.loader import train_batches
+from mobilellm_jax.data.mixture import Mixture
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.windows import Batch
+
+LEGEND = (
+    "⟨BOS⟩ and ⟨EOS⟩ are tokens, ⟦ ⟧ holds what is no target; \\n, \\\\ and the like are escapes."
+)
+
+_OUR_MARKS = "⟨⟩⟦⟧"
+_INDENT = "  "
+# Decoded before what is cut out of a document, whose first space a tokenizer would else leave out.
+_CONTEXT = "a"
+
+
+def window_lines(
+    mixture: Mixture,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    count: int,
+    columns: int,
+    first_sample: int = 0,
+) -> Iterator[str]:
+    """Yields lines that show `count` windows of training with this `data.seed`.
+
+    They are those of the samples from `first_sample` on, which of step s are (s - 1) *
+    `train.global_batch` and the following.
+
+    A document is headed by its positions; under `document_mask` they start from 0 in each. Whether
+    a window's first token is a target is the window before's business, and is not shown.
+    """
+    batch = _windows(mixture, data, first_sample, count)
+    # Its segments tell the documents apart, whether or not the model is told.
+    apart = dataclasses.replace(data, boundaries="document_mask")
+    masked = _windows(mixture, apart, first_sample, count)
+    component_B, _ = mixture.place(first_sample + np.arange(count), data.seed)
+    for row, component in enumerate(component_B.tolist()):
+        name = "".join(escaped(mixture.components[component].name))
+        inputs = int(np.count_nonzero(masked["segments"][row]))
+        targets = int(np.count_nonzero(batch["weights"][row]))
+        sample = f" (sample {first_sample + row})" if first_sample else ""
+        yield (
+            f"Window {row + 1} of {count}{sample}, {name}: {inputs:,} tokens, {targets:,} targets"
+        )
+        for start, stop in _documents(masked["segments"][row]):
+            tokens = batch["tokens"][row, start:stop].tolist()
+            first = start if data.boundaries == "concat" else 0
+            yield _heading(tokens, first, tokenizer, columns)
+            is_target = np.concatenate([[True], batch["weights"][row] > 0])[start:stop]
+            for line in wrapped(_shown(tokens, is_target, tokenizer), columns - len(_INDENT)):
+                yield _INDENT + line
+        if inputs < data.seq_len:
+            yield f"-- padding: {data.seq_len - inputs:,} positions".ljust(columns, "-")
+        yield ""
+
+
+def _windows(mixture: Mixture, data: DataConfig, first_sample: int, count: int) -> Batch:
+    return next(
+        train_batches(mixture, data, global_batch=count, first_sample=first_sample, num_batches=1)
+    )
+
+
+def _documents(segments_T: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
+    """Yields where each document starts and stops in a window."""
+    borders = np.flatnonzero(np.diff(segments_T, prepend=0, append=0)).tolist()
+    return itertools.pairwise(borders)
+
+
+def _heading(tokens: list[int], first: int, tokenizer: Tokenizer, columns: int) -> str:
+    positions = f"-- positions {first:,} to {first + len(tokens) - 1:,}"
+    begun = "" if tokens[0] == tokenizer.bos_id else ", begun before"
+    ends = "" if tokens[-1] == tokenizer.eos_id else ", to be continued"
+    return f"{positions}{begun}{ends} ".ljust(columns, "-")
+
+
+def _shown(tokens: list[int], is_target: NDArray[np.bool_], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yields a document's part in a window, in parts that no line may cut."""
+    special = {tokenizer.bos_id: "⟨BOS⟩", tokenizer.eos_id: "⟨EOS⟩"}
+    context = [] if tokens[0] in special else tokenizer.encode(_CONTEXT)
+    text = tokenizer.decode(context)
+    at = 0
+    for target, run in itertools.groupby(is_target.tolist()):
+        stop = at + len(list(run))
+        yield from [] if target else "⟦"
+        while at < stop:
+            if tokens[at] in special:
+                yield special[tokens[at]]
+                at += 1
+                continue
+            end = next((i for i in range(at, stop) if tokens[i] in special), stop)
+            # Decoded with all that comes before: how a piece reads depends on it.
+            longer = tokenizer.decode([*context, *tokens[:end]])
+            yield from escaped(longer[_common_prefix(text, longer) :], _OUR_MARKS)
+            text, at = longer, end
+        yield from [] if target else "⟧"
+
+
+def _common_prefix(one: str, other: str) -> int:
+    if other.startswith(one):
+        return len(one)
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

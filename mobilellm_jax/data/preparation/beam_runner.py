@@ -1,0 +1,110 @@
+"""The two kinds of work of `prepare` on Apache Beam: pieces to parts, and parts to shards.
+
+The functions are those of the local runner, so the files are the same. Every Beam worker must see
+the sources and, under the same path, the folder beside the output: a shared disk. Beam holds other
+packages back, so it is installed in an environment of its own (`pip install mobilellm-jax[beam]`).
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mobilellm_jax.data.preparation import assembly
+from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task, read_part
+from mobilellm_jax.data.shards import Counts
+from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
+
+
+def encode_and_assemble(
+    job: Job,
+    tasks: Sequence[Task],
+    shards: Path,
+    dtype: np.dtype[Any],
+    shard_tokens: int,
+    options: Sequence[str],
+) -> Generator[Part, None, None]:
+    """Encodes what is not yet encoded, assembles all shards, then yields the parts in order.
+
+    `options` are Beam's own flags, such as `--runner=DirectRunner` or `--direct_num_workers=8`.
+
+    Raises:
+      ValueError: if Beam is not installed, or as `PieceEncoder.encode`.
+    """
+    try:
+        beam = importlib.import_module("apache_beam")
+        pipeline_options = importlib.import_module("apache_beam.options.pipeline_options")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "runner='beam' needs Apache Beam, which holds other packages back: install it in a "
+            "virtual environment of its own with `pip install mobilellm-jax[beam]`, or use "
+            "--runner=local."
+        ) from error
+
+    class Encode(beam.DoFn):  # type: ignore[misc, name-defined]  # Beam is not there when types are checked
+        def __init__(self, job: Job) -> None:
+            self.job = job
+
+        def setup(self) -> None:
+            self.encoder = PieceEncoder(self.job)
+
+        def process(self, task: Task) -> Iterable[int]:
+            yield self.encoder.encode(task, _counted(beam)).number
+
+    def run(label: str, elements: Sequence[Any], transform: Any) -> None:
+        if elements:
+            with beam.Pipeline(options=pipeline_options.PipelineOptions(list(options))) as pipeline:
+                _ = pipeline | beam.Create(elements) | beam.Reshuffle() | label >> transform
+
+    left = [task for task in tasks if read_part(job.parts, task.number) is None]
+    run("encode", left, beam.ParDo(Encode(job)))
+    parts = [_read(job, task) for task in tasks]
+
+    plans: list[assembly.ShardPlan] = []
+    for split in (TRAIN, VALIDATION):
+        made, start = assembly.read_assembled(shards, split)
+        planner = assembly.Planner(job.parts, split, shard_tokens, len(made), start)
+        for part in parts:
+            plans += planner.add(part)
+        plans += planner.end()
+    run("assemble", plans, beam.Map(_Assemble(job.parts, shards, dtype.str)))
+    yield from parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Assemble:
+    """A function that can be sent to another process."""
+
+    parts: Path
+    shards: Path
+    dtype: str
+
+    def __call__(self, plan: assembly.ShardPlan) -> str:
+        return assembly.assemble(self.parts, self.shards, plan, np.dtype(self.dtype)).name
+
+
+def _read(job: Job, task: Task) -> Part:
+    part = read_part(job.parts, task.number)
+    if part is None:
+        raise FileNotFoundError(
+            f"{job.parts} has no part {task.number} after Beam has run; all of its workers must "
+            "see this folder under this path, on a shared disk."
+        )
+    return part
+
+
+def _counted(beam: Any) -> Any:
+    """Returns a function that adds to Beam's own counters, which its progress pages show."""
+    counters = {
+        field.name: beam.metrics.Metrics.counter("prepare", field.name)
+        for field in dataclasses.fields(Counts)
+    }
+
+    def count(batch: Counts) -> None:
+        for name, counter in counters.items():
+            counter.inc(getattr(batch, name))
+
+    return count

@@ -1,0 +1,363 @@
+"""A piece of a source to a part on disk: what a worker process does, in any order, on any machine.
+
+A part is the documents of one piece, encoded, in the layout of a shard: `NUMBER.SPLIT.tokens`,
+`.offsets` and perhaps `.loss_mask`, and `NUMBER.json`, which is written last and says that the part
+is complete. `assembly.py` makes shards of parts.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilellm_jax.data.shards import LOSS_MASK, OFFSETS, TOKENS, Counts, token_dtype
+from mobilellm_jax.data.sources.opening import open_source
+from mobilellm_jax.data.sources.source import (
+    TRAIN,
+    VALIDATION,
+    BadLine,
+    Document,
+    Piece,
+    Source,
+    TokenDocument,
+    stop,
+)
+from mobilellm_jax.data.token_stream import OFFSET_DTYPE
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.storage import rundir, strict_json
+
+_BATCH_CHARACTERS = 1_000_000
+_BATCH_DOCUMENTS = 10_000
+DIGESTS = 1 << 64
+
+Count = Callable[[Counts], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all pieces of one preparation share. Files lie on a disk that every worker sees."""
+
+    sources: tuple[str, ...]
+    scratch: Path  # what sources build for themselves
+    tokenizer: Path
+    parts: Path  # the folder that parts are written to
+    workers_lock: Path  # which worker processes of one machine hold while they live
+    skip_bad_lines: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One piece. Documents of a training piece whose digest is below `held_out` are validation."""
+
+    number: int
+    source: int
+    held_out: int
+    piece: Piece
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a part holds; `number` orders the parts of a preparation."""
+
+    number: int
+    source: int
+    splits: Mapping[str, Counts]
+    masked: tuple[str, ...]  # splits with a loss mask
+    empty_documents: int
+    bad_lines: tuple[Mapping[str, Any], ...]
+
+
+class PieceEncoder:
+    """Encodes pieces of one job; a process has one, since tokenizer and sources are opened once."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._tokenizer = load_tokenizer(job.tokenizer)
+        self._sources: dict[int, Source] = {}
+
+    def encode(self, task: Task, count: Count) -> Part:
+        """Writes the part of `task` and returns its record; `count` hears of every batch.
+
+        Raises:
+          ValueError: for a document that the tokenizer or the form of the source refuses, unless
+            bad lines are to be skipped.
+        """
+        job, skipped = self._job, list[dict[str, Any]]()
+        bad_lines = skipped if job.skip_bad_lines else None
+
+        def on_bad(bad: BadLine) -> None:
+            if bad_lines is None:
+                stop(bad)
+            else:
+                bad_lines.append(dataclasses.asdict(bad))
+
+        empty = 0
+        with contextlib.ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(
+                    _PartWriter(job.parts, task.number, split, self._tokenizer)
+                )
+                for split in (TRAIN, VALIDATION)
+            }
+            for batch in _batches(self._source(task.source).documents(task.piece, on_bad)):
+                present = [d for d in batch if isinstance(d, TokenDocument) or d.text]
+                empty += len(batch) - len(present)
+                _write(writers, _encode(self._tokenizer, present, bad_lines), task, count)
+            for writer in writers.values():
+                writer.complete()
+        part = Part(
+            number=task.number,
+            source=task.source,
+            splits={split: writer.counts for split, writer in writers.items()},
+            masked=tuple(split for split, writer in writers.items() if writer.masked),
+            empty_documents=empty,
+            bad_lines=tuple(skipped),
+        )
+        rundir.write_whole(
+            record_file(job.parts, task.number), json.dumps(dataclasses.asdict(part))
+        )
+        return part
+
+    def _source(self, index: int) -> Source:
+        if index not in self._sources:
+            spec = self._job.sources[index]
+            self._sources[index] = open_source(spec, self._job.scratch / str(index))
+        return self._sources[index]
+
+
+def read_part(parts: Path, number: int) -> Part | None:
+    """Returns the record of a part, or None if the part is not complete."""
+    file = record_file(parts, number)
+    if not file.is_file():
+        return None
+    part: Part = read_record(file, Part)
+    return part
+
+
+def read_record(file: Path, kind: Any) -> Any:
+    """Returns a record of what an earlier start has done.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    try:
+        return strict_json.as_type(strict_json.read(file), kind)
+    except strict_json.JsonError as error:
+        raise ValueError(
+            f"{error} An interrupted preparation is damaged; delete {file.parent.parent} to begin "
+            "anew."
+        ) from error
+
+
+def record_file(parts: Path, number: int) -> Path:
+    """Returns where the record of a part is, which completes it."""
+    return parts / f"{number:08d}.json"
+
+
+def part_file(parts: Path, number: int, split: str, suffix: str) -> Path:
+    """Returns where the array named `suffix` of a part is."""
+    return parts / f"{number:08d}.{split}.{suffix}"
+
+
+def digest(document: Document | TokenDocument) -> int:
+    """Returns 64 bits that decide whether a document is held out; equal ones stay together."""
+    if isinstance(document, TokenDocument):
+        content = np.asarray(document.ids, "<i8").tobytes()
+    else:
+        content = document.text.encode()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+
+
+class _Encoded(NamedTuple):
+    """A batch of documents: ids one after the other with BOS and EOS, and what is known of each."""
+
+    documents: Sequence[Document | TokenDocument]
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+    text_bytes: NDArray[np.int64]
+    loss_mask: NDArray[np.uint8] | None
+
+
+def _encode(
+    tokenizer: Tokenizer,
+    documents: Sequence[Document | TokenDocument],
+    bad_lines: list[dict[str, Any]] | None,
+) -> _Encoded:
+    """Encodes; a document that ids cannot hold goes to `bad_lines`, or raises if that is None."""
+    try:
+        return _encode_all(tokenizer, documents)
+    except ValueError:
+        # One of many: find out which, for the message or to leave it out.
+        kept = []
+        for document in documents:
+            try:
+                _encode_all(tokenizer, [document])
+                kept.append(document)
+            except ValueError as error:
+                if bad_lines is None:
+                    raise ValueError(f"{document.name}: {error}") from error
+                bad_lines.append({"document": document.name, "reason": str(error)})
+        return _encode_all(tokenizer, kept)
+
+
+def _encode_all(tokenizer: Tokenizer, documents: Sequence[Document | TokenDocument]) -> _Encoded:
+    dtype = token_dtype(tokenizer.vocab_size)
+    if documents and isinstance(documents[0], TokenDocument):
+        return _encoded_already(tokenizer, documents, dtype)
+    texts = [document.text for document in documents if isinstance(document, Document)]
+    ids, starts = tokenizer.encode_documents(texts, dtype)
+    return _Encoded(
+        documents,
+        ids,
+        np.diff(starts, append=len(ids)),
+        np.array([len(text.encode()) for text in texts], np.int64),
+        None,
+    )
+
+
+def _encoded_already(
+    tokenizer: Tokenizer, documents: Sequence[Document | TokenDocument], dtype: np.dtype[Any]
+) -> _Encoded:
+    """Puts BOS and EOS around ids that lack them; checks that they are of this vocabulary."""
+    rows, masks, text_bytes = [], [], []
+    for document in documents:
+        assert isinstance(document, TokenDocument), "a source gives documents of one kind"
+        ids = np.asarray(document.ids, np.int64)
+        if len(ids) and ids.max() >= tokenizer.vocab_size:
+            raise ValueError(
+                f"token id {ids.max()} must be less than the tokenizer's vocabulary of "
+                f"{tokenizer.vocab_size}; give the --tokenizer that made these ids."
+            )
+        given = document.loss_mask
+        mask = np.ones(len(ids), np.uint8) if given is None else np.asarray(given, np.uint8)
+        begun = len(ids) > 0 and ids[0] == tokenizer.bos_id
+        ended = len(ids) > begun and ids[-1] == tokenizer.eos_id
+        before = [] if begun else [tokenizer.bos_id]
+        after = [] if ended else [tokenizer.eos_id]
+        rows.append(np.concatenate([before, ids, after]).astype(dtype))
+        # EOS is learned where the token before it is; BOS of a document with a mask is not.
+        first = [0 if given is not None else 1] if before else []
+        last = list(mask[-1:] if len(mask) else [1]) if after else []
+        masks.append(np.concatenate([first, mask, last]).astype(np.uint8))
+        text_bytes.append(len(tokenizer.decode(ids.tolist()).encode()))
+    masked = any(isinstance(d, TokenDocument) and d.loss_mask is not None for d in documents)
+    return _Encoded(
+        documents,
+        np.concatenate(rows),
+        np.array([len(row) for row in rows], np.int64),
+        np.array(text_bytes, np.int64),
+        np.concatenate(masks) if masked else None,
+    )
+
+
+def _write(
+    writers: Mapping[str, "_PartWriter"], encoded: _Encoded, task: Task, count: Count
+) -> None:
+    """Writes each document to the split it belongs to."""
+    if not len(encoded.documents):
+        return
+    if task.held_out:
+        held_D = np.array([digest(d) < task.held_out for d in encoded.documents])
+    else:
+        held_D = np.full(len(encoded.documents), task.piece.split == VALIDATION)
+    for split, chosen_D in ((TRAIN, ~held_D), (VALIDATION, held_D)):
+        if chosen_D.all():
+            writers[split].add(encoded)
+        elif chosen_D.any():
+            of_chosen = np.repeat(chosen_D, encoded.lengths)
+            mask = encoded.loss_mask
+            writers[split].add(
+                _Encoded(
+                    (),
+                    encoded.ids[of_chosen],
+                    encoded.lengths[chosen_D],
+                    encoded.text_bytes[chosen_D],
+                    None if mask is None else mask[of_chosen],
+                )
+            )
+    count(
+        Counts(
+            documents=len(encoded.documents),
+            tokens=len(encoded.ids),
+            text_bytes=int(encoded.text_bytes.sum()),
+        )
+    )
+
+
+class _PartWriter:
+    """Writes one split of a part; its files take their names in `complete`."""
+
+    def __init__(self, parts: Path, number: int, split: str, tokenizer: Tokenizer) -> None:
+        self.counts = Counts()
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._final = functools.partial(part_file, parts, number, split)
+        self._files: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> "_PartWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for suffix, file in self._files.items():
+            file.close()
+            self._temporary(suffix).unlink(missing_ok=True)
+
+    @property
+    def masked(self) -> bool:
+        return LOSS_MASK in self._files
+
+    def add(self, encoded: _Encoded) -> None:
+        tokens = self.counts.tokens
+        starts = tokens + np.cumsum(encoded.lengths) - encoded.lengths
+        if encoded.loss_mask is not None and not self.masked:
+            self._file(LOSS_MASK).write(np.ones(tokens, np.uint8).tobytes())
+        self._file(TOKENS).write(encoded.ids.astype(self._dtype, copy=False).tobytes())
+        self._file(OFFSETS).write(starts.astype(OFFSET_DTYPE).tobytes())
+        if self.masked:
+            mask = encoded.loss_mask
+            mask = np.ones(len(encoded.ids), np.uint8) if mask is None else mask
+            self._file(LOSS_MASK).write(mask.tobytes())
+        self.counts += Counts(
+            documents=len(encoded.lengths),
+            tokens=len(encoded.ids),
+            text_bytes=int(encoded.text_bytes.sum()),
+        )
+
+    def complete(self) -> None:
+        for suffix, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(self._temporary(suffix), self._final(suffix))
+
+    def _file(self, suffix: str) -> BinaryIO:
+        if suffix not in self._files:
+            self._files[suffix] = self._temporary(suffix).open("wb")
+        return self._files[suffix]
+
+    def _temporary(self, suffix: str) -> Path:
+        # Two processes may write the same part: one of a killed start that has not noticed yet.
+        final = self._final(suffix)
+        return final.with_name(f".{final.name}.{os.getpid()}")
+
+
+def _batches(
+    documents: Iterator[Document | TokenDocument],
+) -> Iterator[list[Document | TokenDocument]]:
+    batch: list[Document | TokenDocument] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.ids if isinstance(document, TokenDocument) else document.text)
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,372 @@
+"""Sources to token shards, by any number of processes, in memory that does not grow with them.
+
+Pieces of the sources are encoded into parts (`parts.py`, by the processes of `workers.py` or by
+Beam), and parts are joined into shards (`assembly.py`). Which document goes where depends on the
+documents alone, so equal sources and settings give equal files, byte for byte, whatever the number
+of workers.
+
+All of it happens in a folder beside the output, `.NAME.preparing`, that takes the output's place at
+the end. A start that was killed leaves it behind, and the next one goes on from its parts.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mobilellm_jax.data import shards
+from mobilellm_jax.data.preparation import assembly
+from mobilellm_jax.data.preparation.held_out import held_out_below, is_divided, tokenizer_sample
+from mobilellm_jax.data.preparation.parts import Job, Part, Task, read_part
+from mobilellm_jax.data.preparation.workers import available_cores, encode_pieces
+from mobilellm_jax.data.preparation.working_folder import (
+    WORKERS_LOCK,
+    settings_difference,
+    working_folder,
+)
+from mobilellm_jax.data.shards import Counts, Manifest, SourceRecord, Split
+from mobilellm_jax.data.sources.opening import open_source
+from mobilellm_jax.data.sources.source import TRAIN, VALIDATION, BadLine, Source, stop
+from mobilellm_jax.data.tokenizers.opening import copy_tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, changes_text
+from mobilellm_jax.data.tokenizers.training import train_tokenizer
+from mobilellm_jax.storage import rundir
+
+SHARD_TOKENS = 64_000_000
+# Past this many, the sources are not what they were said to be.
+MOST_BAD_LINES = 10_000
+
+BadLinePolicy = Literal["stop", "skip"]
+Runner = Literal["local", "beam"]
+
+# Two pieces' worth: less is encoded before a second process has started.
+_TOO_SMALL_TO_SHARE_BYTES = 16_000_000
+_LOGGER = logging.getLogger(__name__)
+
+
+def prepare(
+    sources: Sequence[str],
+    output: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    tokenizer: Path | None = None,
+    vocab_size: int | None = None,
+    validation_fraction: float = 0.01,
+    on_bad_line: BadLinePolicy = "stop",
+    workers: int | None = None,
+    runner: Runner = "local",
+    beam_options: Sequence[str] = (),
+    shard_tokens: int = SHARD_TOKENS,
+    report: Callable[[str], None] = _LOGGER.info,
+) -> Manifest:
+    """Writes the documents of `sources`, one source after the other, as token shards to `output`.
+
+    Give `tokenizer`, a file to use, or `vocab_size`, to train one on the training documents. Of
+    sources without a validation split of their own, about `validation_fraction` of the documents is
+    held out, chosen by a hash of their content; at least one, unless the fraction is 0. `weights`,
+    one per source, make training draw from the sources in these proportions instead of as much as
+    there is of each. `workers` are processes, all cores by default; with `runner` "beam", Apache
+    Beam runs them as `beam_options` say, and they see `output` on a shared disk.
+
+    `output` appears when it is complete. If it is complete already and was made with the same
+    settings from the same documents, it stays as it is; if an earlier start was interrupted, this
+    one goes on. `report` gets lines for the user.
+
+    Raises:
+      ValueError: for a bad setting, sources without text, a document that cannot be taken, or an
+        `output` that holds something else.
+      FileNotFoundError: for a missing tokenizer file, or a pattern that matches nothing.
+    """
+    _check_settings(
+        sources, weights, tokenizer, vocab_size, validation_fraction, on_bad_line, workers, runner
+    )
+    given = load_tokenizer(tokenizer) if tokenizer else None
+    work = output.absolute().with_name(f".{output.name}.preparing")
+    opened = [open_source(spec, work / "sources" / str(i)) for i, spec in enumerate(sources)]
+    settings = {
+        "sources": [source.identity() for source in opened],
+        "weights": list(weights) if weights else None,
+        "tokenizer": f"SHA-256 {given.sha256}" if given else f"trained, {vocab_size} tokens",
+        "validation_fraction": validation_fraction,
+        "on_bad_line": on_bad_line,
+        "shard_tokens": shard_tokens,
+    }
+    if made := _complete_output(output, settings):
+        report(f"{output} is complete already, made with the same settings; nothing to do.")
+        shutil.rmtree(work, ignore_errors=True)  # of a start killed in its last moment
+        return made
+    with working_folder(work, settings, report):
+        preparation = _Preparation(
+            work=work,
+            sources=opened,
+            weights=weights,
+            settings=settings,
+            skip_bad_lines=on_bad_line == "skip",
+            shard_tokens=shard_tokens,
+            report=report,
+        )
+        used, tasks = preparation.plan(given, vocab_size, validation_fraction)
+        if runner == "beam":
+            parts = preparation.encode_on_beam(used, tasks, beam_options)
+        else:
+            parts = preparation.encode(used, tasks, workers)
+        manifest = preparation.finish(used, parts)
+        os.replace(work / "output", output)
+        shutil.rmtree(work)
+    for name, split in manifest.splits.items():
+        report(
+            f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} "
+            f"tokens ({split.text_bytes / split.tokens:.2f} bytes per token)."
+        )
+    if skipped := sum(len(source.bad_lines) for source in manifest.sources):
+        report(
+            f"WARNING: {skipped:,} bad lines were left out; {output / shards.MANIFEST} lists them."
+        )
+    return manifest
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Preparation:
+    """One start of one preparation, in its working folder."""
+
+    work: Path
+    sources: Sequence[Source]
+    weights: Sequence[float] | None
+    settings: Mapping[str, Any]
+    skip_bad_lines: bool
+    shard_tokens: int
+    report: Callable[[str], None]
+
+    def plan(
+        self, given: Tokenizer | None, vocab_size: int | None, validation_fraction: float
+    ) -> tuple[Tokenizer, list[Task]]:
+        """Returns the tokenizer, in the output already, and all pieces in their order.
+
+        Both are the same at every start. A tokenizer that an earlier start has trained is used.
+        """
+        on_bad: Callable[[BadLine], None] = (lambda _: None) if self.skip_bad_lines else stop
+        held_out = held_out_below(self.sources, validation_fraction, on_bad)
+        output = self.work / "output"
+        if given is not None:
+            copy = copy_tokenizer(given, output)
+            if changes_text(given):
+                self.report(
+                    f"{given.file} normalises text, so decoding will not restore it exactly."
+                )
+        else:
+            assert vocab_size is not None, "checked before"
+            copy = output / rundir.SENTENCEPIECE_MODEL
+            if not copy.is_file():
+                self.report(f"Training a tokenizer of {vocab_size:,} tokens.")
+                texts = tokenizer_sample(self.sources, self.weights, held_out, on_bad)
+                train_tokenizer(texts, vocab_size, copy)
+        tasks: list[Task] = []
+        for index, source in enumerate(self.sources):
+            below = held_out if is_divided(source) else 0
+            for split in source.splits():
+                for piece in source.pieces(split):
+                    tasks.append(Task(len(tasks), index, below, piece))
+        self._check_pieces(tasks)
+        return load_tokenizer(copy), tasks
+
+    def _check_pieces(self, tasks: Sequence[Task]) -> None:
+        """Parts are found again by number, so the pieces must be those of the earlier start."""
+        file = self.work / "pieces.sha256"
+        found = hashlib.sha256(repr(tasks).encode()).hexdigest()
+        if not file.is_file():
+            rundir.write_whole(file, found)
+        elif file.read_text("utf-8") != found:
+            raise ValueError(
+                f"{self.work} holds an interrupted preparation that divided the sources in another "
+                "way, perhaps by another version of mobilellm; delete it to begin anew."
+            )
+
+    def job(self, tokenizer: Tokenizer) -> Job:
+        """Returns what worker processes need to know."""
+        return Job(
+            sources=tuple(source.spec for source in self.sources),
+            scratch=self.work / "sources",
+            tokenizer=tokenizer.file,
+            parts=self.work / "parts",
+            workers_lock=self.work / WORKERS_LOCK,
+            skip_bad_lines=self.skip_bad_lines,
+        )
+
+    def encode(
+        self, tokenizer: Tokenizer, tasks: Sequence[Task], workers: int | None
+    ) -> Generator[Part, None, None]:
+        """Yields all parts in order: those of earlier starts, and those encoded now."""
+        job = self.job(tokenizer)
+        done = {t.number: p for t in tasks if (p := read_part(job.parts, t.number)) is not None}
+        left = [task for task in tasks if task.number not in done]
+        left_bytes = sum(task.piece.size_bytes for task in left)
+        done_bytes = sum(task.piece.size_bytes for task in tasks) - left_bytes
+        if done:
+            self.report(f"Going on: {len(done):,} of {len(tasks):,} parts are complete.")
+        count = workers or available_cores()
+        if left_bytes < _TOO_SMALL_TO_SHARE_BYTES and workers is None:
+            count = 1
+        encoded = encode_pieces(job, left, min(count, max(len(left), 1)), done_bytes, self.report)
+        with contextlib.closing(encoded):
+            for task in tasks:
+                yield done.pop(task.number) if task.number in done else next(encoded)
+
+    def encode_on_beam(
+        self, tokenizer: Tokenizer, tasks: Sequence[Task], options: Sequence[str]
+    ) -> Generator[Part, None, None]:
+        """Yields all parts in order, their shards assembled already."""
+        from mobilellm_jax.data.preparation import beam_runner
+
+        return beam_runner.encode_and_assemble(
+            self.job(tokenizer),
+            tasks,
+            self.work / "shards",
+            shards.token_dtype(tokenizer.vocab_size),
+            self.shard_tokens,
+            options,
+        )
+
+    def finish(self, tokenizer: Tokenizer, parts: Generator[Part, None, None]) -> Manifest:
+        """Joins parts into shards as they come, names the shards and writes the manifest."""
+        totals = [_SourceTotal() for _ in self.sources]
+        joiner = assembly.Joiner(
+            self.work, shards.token_dtype(tokenizer.vocab_size), self.shard_tokens
+        )
+        with contextlib.closing(parts):
+            for part in parts:
+                totals[part.source].add(part)
+                if sum(len(total.bad_lines) for total in totals) > MOST_BAD_LINES:
+                    raise ValueError(
+                        f"source={self.sources[part.source].spec!r}: more than {MOST_BAD_LINES:,} "
+                        "bad lines, so this is not a damaged line here and there. The last: "
+                        f"{part.bad_lines[-1]}. Check the form of the source."
+                    )
+                joiner.add(part)
+        made = joiner.end()
+        splits = {}
+        for name, of_split in made.items():
+            counts = sum((total.splits.get(name, Counts()) for total in totals), Counts())
+            if counts.documents:
+                named = assembly.give_final_names(
+                    self.work / "shards", self.work / "output", name, of_split
+                )
+                splits[name] = Split(**dataclasses.asdict(counts), shards=tuple(named))
+        if TRAIN not in splits:
+            raise ValueError(
+                f"source={', '.join(source.spec for source in self.sources)}: no document with "
+                "text for training; check the pattern and --validation_fraction."
+            )
+        if self.weights:
+            for source, total in zip(self.sources, totals, strict=True):
+                if total.splits[TRAIN].tokens < 2:
+                    raise ValueError(
+                        f"source={source.spec!r} has a weight but no text for training; leave it "
+                        "out, or check its pattern."
+                    )
+        manifest = Manifest(
+            format_version=shards.FORMAT_VERSION,
+            tokenizer=tokenizer.file.name,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            dtype=shards.token_dtype(tokenizer.vocab_size).name,
+            splits=splits,
+            sources=tuple(
+                SourceRecord(
+                    spec=source.spec,
+                    weight=self.weights[index] if self.weights else None,
+                    splits={n: c for n, c in total.splits.items() if c.documents},
+                    empty_documents=total.empty_documents,
+                    bad_lines=tuple(total.bad_lines),
+                )
+                for index, (source, total) in enumerate(zip(self.sources, totals, strict=True))
+            ),
+            settings=self.settings,
+        )
+        shards.write_manifest(self.work / "output", manifest)
+        return manifest
+
+
+class _SourceTotal:
+    """What the parts of one source add up to."""
+
+    def __init__(self) -> None:
+        self.splits = {TRAIN: Counts(), VALIDATION: Counts()}
+        self.empty_documents = 0
+        self.bad_lines: list[Mapping[str, Any]] = []
+
+    def add(self, part: Part) -> None:
+        for split, counts in part.splits.items():
+            self.splits[split] += counts
+        self.empty_documents += part.empty_documents
+        self.bad_lines += part.bad_lines
+
+
+def _check_settings(
+    sources: Sequence[str],
+    weights: Sequence[float] | None,
+    tokenizer: Path | None,
+    vocab_size: int | None,
+    validation_fraction: float,
+    on_bad_line: BadLinePolicy,
+    workers: int | None,
+    runner: Runner,
+) -> None:
+    if not sources:
+        raise ValueError("source is empty; give at least one, for example --source=python_docs.")
+    if (tokenizer is None) == (vocab_size is None):
+        raise ValueError(
+            f"tokenizer={str(tokenizer) if tokenizer else None!r} and vocab_size={vocab_size}: "
+            "give exactly one, a tokenizer file to use or the size of one to train."
+        )
+    if tokenizer is None and (ids := [s for s in sources if s.startswith("tokens:")]):
+        raise ValueError(
+            f"source={ids[0]!r} holds token ids, not text to train a tokenizer on; give the "
+            "--tokenizer that made them instead of --vocab_size."
+        )
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction={validation_fraction} must be at least 0 and less than 1."
+        )
+    if weights and len(weights) != len(sources):
+        raise ValueError(
+            f"weight={list(weights)} must be given once for each of the {len(sources)} sources, in "
+            "their order, or not at all."
+        )
+    if weights and not all(weight > 0 and math.isfinite(weight) for weight in weights):
+        raise ValueError(
+            f"weight={list(weights)} must be greater than 0; leave out a source that is not wanted."
+        )
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1.")
+    for name, value, choices in (
+        ("on_bad_line", on_bad_line, ("stop", "skip")),
+        ("runner", runner, ("local", "beam")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}.")
+
+
+def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | None:
+    """Returns the manifest of an `output` to be kept, or None if there is nothing in the way."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / shards.MANIFEST).is_file():
+        raise ValueError(
+            f"output={str(output)!r} exists, but is no folder of token shards (it has no "
+            f"{shards.MANIFEST}); name another folder or delete it."
+        )
+    manifest = shards.open_tokens(output).manifest
+    if differing := settings_difference(manifest.settings, settings):
+        raise ValueError(
+            f"output={str(output)!r} holds data made with other settings ({differing}); "
+            "name another folder or delete it."
+        )
+    return manifest

@@ -1,0 +1,233 @@
+"""Encodes pieces in parallel processes and hands the parts back in order."""
+
+import collections
+import fcntl
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task
+from mobilellm_jax.data.shards import Counts
+
+_POLL_SEC = 0.5
+_LOG_EVERY_SEC = 30.0
+# Pieces waiting per worker: enough that none idles, few enough that a failure is noticed soon.
+_AHEAD = 3
+_LEFTOVER_WAIT_SEC = 30.0
+
+# Of a worker process, set when it starts.
+_alive: IO[str]
+_encoder: PieceEncoder
+_shared_counts: Any
+
+
+def available_cores() -> int:
+    """Returns how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def wait_for_workers(lock: Path) -> None:
+    """Returns when no worker of an earlier start is left that could still write.
+
+    A worker whose parent was killed ends by itself, a moment later.
+
+    Raises:
+      RuntimeError: if one does not.
+    """
+    deadline = time.monotonic() + _LEFTOVER_WAIT_SEC
+    with lock.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"A worker process of an earlier prepare still holds {lock} after "
+                        f"{_LEFTOVER_WAIT_SEC:.0f} s; end it, then start again."
+                    ) from error
+                time.sleep(0.05)
+            else:
+                return
+
+
+def encode_pieces(
+    job: Job,
+    tasks: Sequence[Task],
+    workers: int,
+    done_bytes: int,
+    report: Callable[[str], None],
+) -> Generator[Part, None, None]:
+    """Yields the parts of `tasks` in their order, encoded by `workers` processes.
+
+    `done_bytes` of the sources were encoded by an earlier start; the progress begins there. With
+    one worker, no process is started.
+
+    Raises:
+      ValueError: as `PieceEncoder.encode`.
+      RuntimeError: if a worker process was killed.
+    """
+    total = done_bytes + sum(task.piece.size_bytes for task in tasks)
+    with _Progress(total, done_bytes, report) as progress:
+        if workers == 1:
+            yield from _encode_here(job, tasks, progress)
+        else:
+            yield from _encode_in_processes(job, tasks, workers, progress)
+
+
+def _encode_here(
+    job: Job, tasks: Sequence[Task], progress: "_Progress"
+) -> Generator[Part, None, None]:
+    if not tasks:
+        return
+    encoder = PieceEncoder(job)
+    counted = Counts()
+
+    def count(batch: Counts) -> None:
+        nonlocal counted
+        counted += batch
+        progress.show(counted)
+
+    for task in tasks:
+        part = encoder.encode(task, count)
+        progress.finished(task, counted)
+        yield part
+
+
+def _encode_in_processes(
+    job: Job, tasks: Sequence[Task], workers: int, progress: "_Progress"
+) -> Generator[Part, None, None]:
+    # Not forked: libraries of this process may have threads, whose locks a fork would copy.
+    context = multiprocessing.get_context("spawn")
+    counts = context.Array("q", 3)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(job, counts)
+    )
+    waiting: collections.deque[tuple[Task, Future[Part]]] = collections.deque()
+    left = iter(tasks)
+    try:
+        while True:
+            while len(waiting) < _AHEAD * workers and (task := next(left, None)) is not None:
+                waiting.append((task, pool.submit(_encode_in_worker, task)))
+            if not waiting:
+                return
+            task, future = waiting[0]
+            if not wait([future], timeout=_POLL_SEC).done:
+                progress.show(_as_counts(counts))
+                continue
+            waiting.popleft()
+            part = _result(job, task, future)
+            progress.finished(task, _as_counts(counts))
+            yield part
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(job: Job, task: Task, future: "Future[Part]") -> Part:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "A worker process was killed, perhaps for lack of memory. The parts that are complete "
+            "stay: start the same command again, with fewer --workers if memory was short."
+        ) from error
+    except (ValueError, OSError):
+        # Done again here, so that the error has its own traceback, which says whose mistake it is,
+        # and so that a disk or a network that failed once gets a second chance.
+        return PieceEncoder(job).encode(task, lambda _: None)
+
+
+def _start_worker(job: Job, counts: Any) -> None:
+    global _alive, _encoder, _shared_counts
+    # Ctrl-C reaches the whole group; the parent ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Held as long as this process lives: the next start waits for it (`wait_for_workers`).
+    _alive = job.workers_lock.open("a")
+    fcntl.flock(_alive, fcntl.LOCK_SH)
+    _shared_counts = counts
+    _encoder = PieceEncoder(job)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only a worker process runs this"
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(task: Task) -> Part:
+    return _encoder.encode(task, _count)
+
+
+def _count(batch: Counts) -> None:
+    with _shared_counts.get_lock():
+        _shared_counts[0] += batch.documents
+        _shared_counts[1] += batch.tokens
+        _shared_counts[2] += batch.text_bytes
+
+
+def _as_counts(shared: Any) -> Counts:
+    documents, tokens, text_bytes = shared[:]
+    return Counts(documents=documents, tokens=tokens, text_bytes=text_bytes)
+
+
+class _Progress:
+    """Bytes of the sources, documents/s and tokens/s: a bar on a terminal, now and then a line."""
+
+    def __init__(self, total: int, done: int, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._on_terminal = sys.stderr.isatty()
+        self._bar: Any = tqdm(
+            desc="encoding",
+            total=total,
+            initial=done,
+            unit="B",
+            unit_scale=True,
+            disable=not self._on_terminal,
+        )
+        self._total, self._done, self._before = total, done, done
+        self._started = self._logged = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, counted: Counts) -> None:
+        """Shows what this start has encoded so far."""
+        now = time.monotonic()
+        if not self._on_terminal and now - self._logged < _LOG_EVERY_SEC:
+            return
+        elapsed = max(now - self._started, 1e-3)
+        rates = (
+            f"{counted.documents / elapsed:,.0f} documents/s, "
+            f"{counted.tokens / elapsed:,.0f} tokens/s"
+        )
+        if self._on_terminal:
+            self._bar.set_postfix_str(rates)
+            return
+        self._logged = now
+        share = self._done / max(self._total, 1)
+        new = self._done - self._before
+        left = f"{(self._total - self._done) * elapsed / new / 60:,.1f}" if new else "?"
+        self._report(f"Encoded {share:.1%} of the sources; {rates}; {left} minutes left.")
+
+    def finished(self, task: Task, counted: Counts) -> None:
+        """Counts the bytes of a piece."""
+        self._done += task.piece.size_bytes
+        self._bar.update(task.piece.size_bytes)
+        self.show(counted)

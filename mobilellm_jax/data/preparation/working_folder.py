@@ -1,0 +1,103 @@
+"""The folder beside the output where `prepare` works: whose it is, and what it goes on from."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mobilellm_jax.data import shards
+from mobilellm_jax.data.preparation.parts import read_record
+from mobilellm_jax.data.preparation.workers import wait_for_workers
+from mobilellm_jax.storage import rundir
+
+WORKERS_LOCK = "workers.lock"
+_JOB = "job.json"
+_LOCK = "lock"
+
+
+@contextlib.contextmanager
+def working_folder(
+    work: Path, settings: Mapping[str, Any], report: Callable[[str], None]
+) -> Iterator[None]:
+    """Makes or takes over the working folder, for this process alone.
+
+    After an error it stays for the next start to go on with, if any part is complete.
+
+    Raises:
+      ValueError: if another process is at work there, or settings differ from those it began with.
+    """
+    work.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(exist_ok=True)
+    with (work / _LOCK).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise ValueError(
+                f"{work} is being written by another prepare ({lock.read().strip()}); wait for it, "
+                "or end it."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        wait_for_workers(work / WORKERS_LOCK)
+        for name in ("parts", "shards", "output"):
+            (work / name).mkdir(exist_ok=True)
+        _remove_unfinished(work)
+        job = work / _JOB
+        if not _has_parts(work):
+            _empty(work)
+        elif differing := settings_difference(read_record(job, dict[str, Any]), settings):
+            raise ValueError(
+                f"{work} holds an interrupted preparation with other settings ({differing}); "
+                "use its settings to go on, or delete it, or name another output."
+            )
+        else:
+            report(f"Going on with the interrupted preparation in {work}.")
+        rundir.write_whole(job, json.dumps(settings, indent=2))
+        try:
+            yield
+        except BaseException:
+            if not _has_parts(work):
+                shutil.rmtree(work)
+            raise
+
+
+def settings_difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Returns which settings differ in a way that matters to what was made, as text.
+
+    What was made without skipping is what skipping would have made: there was nothing to skip.
+    """
+    return "; ".join(
+        f"{key}: there {there.get(key)!r}, asked for {value!r}"
+        for key, value in asked.items()
+        if there.get(key) != value and (key, there.get(key)) != ("on_bad_line", "stop")
+    )
+
+
+def _has_parts(work: Path) -> bool:
+    """Returns whether an earlier start has encoded anything."""
+    arrays = (file for name in ("parts", "shards", "output") for file in (work / name).iterdir())
+    return any(file.suffix == f".{shards.TOKENS}" for file in arrays)
+
+
+def _empty(work: Path) -> None:
+    """Deletes everything but the locks."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+            path.mkdir()
+        elif path.name not in (_LOCK, WORKERS_LOCK):
+            path.unlink()
+
+
+def _remove_unfinished(work: Path) -> None:
+    """Deletes files that had not got their names when an earlier start was killed."""
+    for folder in ("parts", "shards", "output"):
+        for file in (work / folder).glob(".*"):
+            file.unlink()

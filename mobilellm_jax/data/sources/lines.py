@@ -1,0 +1,243 @@
+"""Sources of plain files: `text`, a document each, and files of lines, `jsonl` and `tokens`."""
+
+import abc
+import functools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mobilellm_jax import config
+from mobilellm_jax.data.sources import files
+from mobilellm_jax.data.sources import source as sources
+from mobilellm_jax.data.sources.source import (
+    TRAIN,
+    BadLine,
+    Document,
+    OnBadLine,
+    Piece,
+    Source,
+    TokenDocument,
+)
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SHOWN_FIELDS = 10
+_SHOWN_CHARACTERS = 100
+_JSON_TYPES = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+    type(None): "null",
+}
+
+
+class _Fault(Exception):  # noqa: N818  # never leaves this file
+    """Why bytes are no document, and at which of them that shows."""
+
+    def __init__(self, reason: str, at: int = 0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.at = at
+
+
+class _FileSource(Source):
+    """Files that match a pattern; they have no splits of their own."""
+
+    def __init__(self, spec: str, pattern: str) -> None:
+        super().__init__(spec)
+        self._pattern = pattern
+
+    def splits(self) -> tuple[str, ...]:
+        return (TRAIN,)
+
+    def identity(self) -> str:
+        return files.identity(self.spec, self._files)
+
+    def pieces(self, split: str) -> list[Piece]:
+        assert split == TRAIN, f"{self.spec} has no split {split}"
+        return files.pack(self.spec, (part for file in self._files for part in self._parts(file)))
+
+    @abc.abstractmethod
+    def _parts(self, file: files.File) -> Iterator[files.Part]:
+        """Yields the file, or the ranges of it that may be read apart."""
+
+    @functools.cached_property
+    def _files(self) -> list[files.File]:
+        return files.find(self.spec, self._pattern)
+
+
+class TextSource(_FileSource):
+    """Every file is a document, in the order of the paths, byte for byte.
+
+    Nothing would part a file into documents, so one of any size is held in memory whole. A byte
+    order mark stays in the text, as do the file's line ends: decoding tokens gives back the file.
+    """
+
+    def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document]:
+        for path, size in piece.where:
+            content = files.contents(path, size)
+            try:
+                text = _decoded(content)
+            except _Fault as fault:
+                line = content.count(b"\n", 0, fault.at) + 1
+                on_bad(BadLine(path, line, fault.at, fault.reason))
+                continue
+            yield Document(path, text)
+
+    def _parts(self, file: files.File) -> Iterator[files.Part]:
+        yield files.Part((file.path, file.size_bytes), file.size_bytes, file.size_bytes)
+
+
+class _LineSource(_FileSource):
+    """Every line of a file is a document, in order; lines of white space alone are none.
+
+    A plain file is divided at line borders: a line belongs to the piece in which it starts. A
+    compressed one cannot be read from its middle and is never divided. A byte order mark at the
+    start of a file is no part of its first line.
+    """
+
+    def __init__(self, spec: str, pattern: str) -> None:
+        super().__init__(spec, pattern)
+        self._numbers = files.LineNumbers()
+
+    def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document | TokenDocument]:
+        for path, size, start, stop in piece.where:
+            for index, (offset, line) in enumerate(files.lines(path, size, start, stop)):
+                if not offset and line.startswith(_BYTE_ORDER_MARK):
+                    offset = len(_BYTE_ORDER_MARK)
+                    line = line[offset:]
+                if line.isspace() or not line:
+                    continue
+                try:
+                    document = self._document(f"{path}, byte {offset}", line)
+                except _Fault as fault:
+                    # Only now: for its number, all lines before it are counted.
+                    number = index + 1 if not start else self._numbers.at(path, size, offset)
+                    on_bad(BadLine(path, number, offset + fault.at, fault.reason))
+                    continue
+                yield document
+
+    @abc.abstractmethod
+    def _document(self, name: str, line: bytes) -> Document | TokenDocument:
+        """Returns the document of a line.
+
+        Raises:
+          _Fault: if it has none.
+        """
+
+    def _parts(self, file: files.File) -> Iterator[files.Part]:
+        size = file.size_bytes
+        whole = file.path.endswith(files.COMPRESSED)
+        for start, stop in files.cuts(size, 1 if whole else -(-size // sources.PIECE_BYTES)):
+            yield files.Part((file.path, size, start, stop), stop - start, stop - start)
+
+
+class JsonlSource(_LineSource):
+    """Every line is a JSON object with the document's text as one of its fields."""
+
+    def __init__(self, spec: str, pattern: str, field: str) -> None:
+        super().__init__(spec, pattern)
+        self._field = field
+
+    def _document(self, name: str, line: bytes) -> Document:
+        record = _json_object(line)
+        try:
+            text = record[self._field]
+        except KeyError:
+            raise _Fault(_missing(self._field, record) + "; name another with #FIELD") from None
+        if not isinstance(text, str):
+            raise _Fault(f"field {self._field!r} is {_JSON_TYPES[type(text)]}, not a string")
+        if b"\\u" in line and not text.isascii():
+            _check_characters(text)
+        return Document(name, text)
+
+
+class TokensSource(_LineSource):
+    """Every line is {"token_ids": [...]}, and perhaps a "loss_mask" of as many 0s and 1s.
+
+    The ids are those of the tokenizer that `prepare` is given, without BOS and EOS. Other fields
+    may be there and are not read.
+    """
+
+    def _document(self, name: str, line: bytes) -> TokenDocument:
+        record = _json_object(line)
+        if "token_ids" not in record:
+            raise _Fault(_missing("token_ids", record))
+        ids = _whole_numbers(record, "token_ids", lambda smallest, _: smallest >= 0, "0 or more")
+        loss_mask = None
+        if "loss_mask" in record:
+            loss_mask = _whole_numbers(
+                record,
+                "loss_mask",
+                lambda smallest, largest: smallest >= 0 and largest <= 1,
+                "0 or 1",
+            )
+            if len(loss_mask) != len(ids):
+                raise _Fault(
+                    f"loss_mask has {len(loss_mask)} entries for {len(ids)} token_ids; it must "
+                    "have one for each"
+                )
+        return TokenDocument(name, ids, loss_mask)
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    text = _decoded(line)
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        at = min(error.pos, len(text.rstrip()))  # not behind the line's end
+        reason = f"is not JSON ({error.msg} at character {at + 1})"
+        raise _Fault(reason, len(text[:at].encode())) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+        raise _Fault(f"is not JSON that can be read ({error})") from error
+    if not isinstance(record, dict):
+        raise _Fault(f"is {_JSON_TYPES[type(record)]}, not an object")
+    return record
+
+
+def _missing(field: str, record: dict[str, Any]) -> str:
+    names = list(record)
+    shown = ", ".join(names[:_SHOWN_FIELDS]) or "none at all"
+    more = ", ..." if len(names) > _SHOWN_FIELDS else ""
+    return f"has no field {field!r}, only {shown}{more}{config.near_miss(field, names)}"
+
+
+def _whole_numbers(
+    record: dict[str, Any], field: str, in_range: Callable[[int, int], bool], rule: str
+) -> list[int]:
+    values = record[field]
+    if not isinstance(values, list):
+        raise _Fault(f"field {field!r} is {_JSON_TYPES[type(values)]}, not an array")
+    # As sets of types and extremes, which takes a tenth of the time of a look at each number. A
+    # boolean is no number here, though it is one to Python.
+    if values and not ({*map(type, values)} == {int} and in_range(min(values), max(values))):
+        index, wrong = next(
+            (i, v) for i, v in enumerate(values) if type(v) is not int or not in_range(v, v)
+        )
+        shown = json.dumps(wrong)[:_SHOWN_CHARACTERS]
+        raise _Fault(f"{field}[{index}] is {shown}; it must be a whole number, {rule}")
+    return values
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Fault(
+            f"byte {content[error.start]:#04x} is not UTF-8 ({error.reason}); convert the file to "
+            "UTF-8, e.g. with iconv",
+            error.start,
+        ) from error
+
+
+def _check_characters(text: str) -> None:
+    r"""Refuses a lone surrogate, which JSON can write (\ud800) and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _Fault(
+            f"character {error.start + 1} of the text is a lone surrogate "
+            f"(U+{ord(text[error.start]):04X}), which is no character"
+        ) from error

@@ -1,0 +1,187 @@
+"""Parquet tables as a source: a row is a document, one column its text."""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from mobilellm_jax import config
+from mobilellm_jax.data.sources import files
+from mobilellm_jax.data.sources.source import TRAIN, BadLine, Document, OnBadLine, Piece, Source
+
+# Footers are small and lie, in the worst case, behind a network.
+_FOOTERS_AT_ONCE = 16
+_BATCH_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 20
+
+
+class _RowGroup(NamedTuple):
+    rows: int
+    encoded_bytes: int  # before compression, of all columns
+
+
+class ParquetSource(Source):
+    """Rows of the files in order of the paths; an empty text is a document, null is a bad record.
+
+    Only the column of the text is read, in batches. A row group is the least that a piece can
+    have: a file that was written as one group is read by one process.
+    """
+
+    def __init__(self, spec: str, pattern: str, field: str) -> None:
+        super().__init__(spec)
+        self._pattern = pattern
+        self._field = field
+
+    def splits(self) -> tuple[str, ...]:
+        return (TRAIN,)
+
+    def identity(self) -> str:
+        return files.identity(self.spec, self._files)
+
+    def pieces(self, split: str) -> list[Piece]:
+        """Returns the pieces; reads the footer of every file for its row groups.
+
+        Raises:
+          ValueError: for a file that is no Parquet, or has no such column of text.
+        """
+        assert split == TRAIN, f"{self.spec} has no split {split}"
+        return files.pack(self.spec, self._parts)
+
+    def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document]:
+        for (path, size), parts in itertools.groupby(piece.where, lambda part: tuple(part[:2])):
+            with self._opened(path, size) as table:
+                for _, _, group, first_row in parts:
+                    yield from self._rows(path, table, group, first_row, on_bad)
+
+    @functools.cached_property
+    def _files(self) -> list[files.File]:
+        return files.find(self.spec, self._pattern)
+
+    @functools.cached_property
+    def _parts(self) -> list[files.Part]:
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            row_groups = pool.map(self._row_groups, self._files)
+            together = zip(self._files, row_groups, strict=True)
+            return [part for file, groups in together for part in _parts(file, groups)]
+
+    def _rows(
+        self, path: str, table: Any, group: int, first_row: int, on_bad: OnBadLine
+    ) -> Iterator[Document]:
+        import pyarrow
+
+        metadata = table.metadata.row_group(group)
+        batch_rows = max(1, _BATCH_BYTES * metadata.num_rows // max(1, metadata.total_byte_size))
+        batches = table.iter_batches(
+            batch_rows, row_groups=[group], columns=[self._field], use_threads=False
+        )
+        row = first_row
+        while True:
+            with _refused(path):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                # As bytes: PyArrow does not check that text is UTF-8.
+                texts = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+            for content in texts:
+                row += 1
+                if content is None:
+                    on_bad(BadLine(path, row, None, f"column {self._field!r} is null"))
+                    continue
+                try:
+                    text = content.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    reason = (
+                        f"byte {content[error.start]:#04x} at {error.start} of column "
+                        f"{self._field!r} is not UTF-8 ({error.reason})"
+                    )
+                    on_bad(BadLine(path, row, None, reason))
+                    continue
+                yield Document(f"{path}, record {row}", text)
+
+    def _row_groups(self, file: files.File) -> list[_RowGroup]:
+        with self._opened(file.path, file.size_bytes) as table:
+            index = table.schema_arrow.get_field_index(self._field)
+            if index < 0 or not _is_text(table.schema_arrow.field(index).type):
+                raise self._column_error(file.path, table.schema_arrow)
+            found = []
+            for i in range(table.num_row_groups):
+                # Of all columns: asking for one of them aborts the process if its part of the
+                # footer is damaged (PyArrow 26 declares no exception there).
+                with _refused(file.path):
+                    group = table.metadata.row_group(i)
+                found.append(_RowGroup(group.num_rows, max(0, group.total_byte_size)))
+            return found
+
+    @contextlib.contextmanager
+    def _opened(self, path: str, size_bytes: int) -> Iterator[Any]:
+        import pyarrow.parquet
+
+        with files.opened(path, size_bytes) as file:
+            with _refused(path):
+                # As it is by default, PyArrow has a row group's whole column in memory at once.
+                table = pyarrow.parquet.ParquetFile(
+                    file, buffer_size=_BUFFER_BYTES, pre_buffer=False
+                )
+            yield table
+
+    def _column_error(self, path: str, schema: Any) -> ValueError:
+        columns = {field.name: str(field.type) for field in schema}
+        if self._field in columns:
+            problem = f"column {self._field!r} is {columns[self._field]}, not text"
+        else:
+            problem = f"there is no column {self._field!r}"
+        texts = [field.name for field in schema if _is_text(field.type)]
+        return ValueError(
+            f"source={self.spec!r}: {problem} in {path}. Name one with #FIELD; columns of text: "
+            f"{', '.join(texts) or 'none'}.{config.near_miss(self._field, texts)}"
+        )
+
+
+def _parts(file: files.File, groups: list[_RowGroup]) -> Iterator[files.Part]:
+    """Yields every row group, with a share of the file's size such that the shares add up to it."""
+    whole = sum(group.encoded_bytes for group in groups)
+    stored = rows = 0
+    for index, group in enumerate(groups):
+        before = file.size_bytes * stored // max(1, whole)
+        stored += group.encoded_bytes
+        after = file.size_bytes * stored // max(1, whole)
+        where = (file.path, file.size_bytes, index, rows)
+        yield files.Part(where, group.encoded_bytes, after - before)
+        rows += group.rows
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pyarrow.types.is_string(kind)
+        or pyarrow.types.is_large_string(kind)
+        or pyarrow.types.is_binary(kind)
+        or pyarrow.types.is_large_binary(kind)
+        or pyarrow.types.is_string_view(kind)
+        or pyarrow.types.is_binary_view(kind)
+    )
+
+
+@contextlib.contextmanager
+def _refused(path: str) -> Iterator[None]:
+    """Turns PyArrow's complaints about a file's contents into one that names the file."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last, of a name
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not the format's
+        raise _damaged(path, " ".join(str(error).split())) from error
+
+
+def _damaged(path: str, why: str) -> ValueError:
+    return ValueError(
+        f"{path} is no Parquet file, or a damaged one: {why}; fetch it again, or take it out of "
+        "the pattern."
+    )

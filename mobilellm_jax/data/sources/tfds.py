@@ -1,0 +1,185 @@
+"""TFDS datasets as sources, `python_docs` among them: by record, and without TensorFlow."""
+
+import abc
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mobilellm_jax import config
+from mobilellm_jax.data.sources import files
+from mobilellm_jax.data.sources import source as sources
+from mobilellm_jax.data.sources.source import (
+    TRAIN,
+    VALIDATION,
+    BadLine,
+    Document,
+    OnBadLine,
+    Piece,
+    Source,
+)
+
+# Asked for together: TFDS starts threads for every request.
+_BATCH_BYTES = 1 << 20
+
+
+class _RecordSource(Source):
+    """The records of a prepared builder; a piece is a range of them.
+
+    TFDS knows the bytes of whole splits, not of records or of a slice such as train[:10%], so that
+    sizes of pieces are averages.
+    """
+
+    _field = "text"
+    _split: str | None = None  # what TFDS calls the only split that is asked for
+
+    @property
+    @abc.abstractmethod
+    def _builder(self) -> Any:
+        """The builder, its files written."""
+
+    def pieces(self, split: str) -> list[Piece]:
+        records, size = self._extent(self._split or split)
+        count = min(records, max(1, -(-size // sources.PIECE_BYTES)))
+        return [
+            Piece(self.spec, split, size * stop // records - size * start // records, (start, stop))
+            for start, stop in files.cuts(records, count)
+        ]
+
+    def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document]:
+        name = self.spec if self._split else f"{self.spec} {piece.split}"
+        records = self._records(self._split or piece.split)
+        start, stop = piece.where
+        at_once = max(1, _BATCH_BYTES * (stop - start) // max(1, piece.size_bytes))
+        for first in range(start, stop, at_once):
+            indices = range(first, min(first + at_once, stop))
+            for index, record in zip(indices, records.__getitems__(indices), strict=True):
+                content = record[self._field]
+                try:
+                    text = content.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    reason = (
+                        f"byte {content[error.start]:#04x} at {error.start} of {self._field!r} is "
+                        f"not UTF-8 ({error.reason})"
+                    )
+                    on_bad(BadLine(name, index + 1, None, reason))
+                    continue
+                yield Document(f"{name}, record {index + 1}", text)
+
+    def _extent(self, split: str) -> tuple[int, int]:
+        """Returns (records, bytes) of a split; the bytes of a slice are estimated."""
+        splits = self._builder.info.splits
+        records = splits[split].num_examples
+        if split in splits:
+            return records, int(splits[split].num_bytes)
+        whole = sum(int(known.num_bytes) for known in splits.values())
+        return records, whole * records // max(1, splits.total_num_examples)
+
+    @functools.cache  # noqa: B019  # a source lives as long as its process
+    def _records(self, split: str) -> Any:
+        builder = self._builder
+        try:
+            return builder.as_data_source(split)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"source={self.spec!r}: the dataset lies in {builder.data_path} in a format "
+                "without random access, which needs TensorFlow to read. Build it once more as "
+                f"array_record, e.g. tfds.builder({builder.name!r}, file_format='array_record', "
+                "data_dir=OTHER_FOLDER).download_and_prepare(), and set TFDS_DATA_DIR to that "
+                "folder."
+            ) from error
+
+
+class PythonDocsSource(_RecordSource):
+    """`python_docs`, built under `scratch` by the first process that asks for its pieces."""
+
+    def __init__(self, spec: str, scratch: Path) -> None:
+        super().__init__(spec)
+        self._scratch = scratch
+
+    def identity(self) -> str:
+        from mobilellm_jax.data.sources import python_docs
+
+        return python_docs.identity()
+
+    def splits(self) -> tuple[str, ...]:
+        return (TRAIN, VALIDATION)
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        from mobilellm_jax.data.sources import python_docs
+
+        return python_docs.build(self._scratch)
+
+
+class TfdsSource(_RecordSource):
+    """A TFDS dataset in array_record form, downloaded and built in TFDS's own folder if needed."""
+
+    def __init__(self, spec: str, name: str, split: str | None, field: str) -> None:
+        super().__init__(spec)
+        self._name = name
+        self._split = split
+        self._field = field
+
+    def identity(self) -> str:
+        extents = ", ".join(
+            "{}: {} records, {} bytes".format(split, *self._extent(split))
+            for split in ([self._split] if self._split else self.splits())
+        )
+        return f"tfds {self._builder.info.full_name} {self._field} ({extents})"
+
+    def splits(self) -> tuple[str, ...]:
+        own = not self._split and VALIDATION in self._builder.info.splits
+        return (TRAIN, VALIDATION) if own else (TRAIN,)
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder(self._name)  # in whatever format it lies there
+            if not builder.is_prepared():
+                builder = tfds.builder(self._name, file_format="array_record")
+                builder.download_and_prepare()
+        except tfds.core.DatasetNotFoundError as error:
+            hint = config.near_miss(self._name, tfds.list_builders(with_community_datasets=False))
+            raise ValueError(f"source={self.spec!r}: TFDS knows no such dataset.{hint}") from error
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"source={self.spec!r}: building this dataset needs the Python package "
+                f"{error.name!r}. Install it, or build the dataset elsewhere with "
+                f"tfds.builder({self._name!r}, file_format='array_record').download_and_prepare() "
+                "and set TFDS_DATA_DIR to its folder; reading it needs no TensorFlow."
+            ) from error
+        features = builder.info.features
+        texts = [name for name, feature in features.items() if _is_text(feature)]
+        if self._field not in texts:
+            problem = (
+                f"feature {self._field!r} is {features[self._field]}, not text"
+                if self._field in features
+                else f"there is no feature {self._field!r}"
+            )
+            raise ValueError(
+                f"source={self.spec!r}: {problem}. Name one with #FIELD; features of text: "
+                f"{', '.join(texts) or 'none'}.{config.near_miss(self._field, texts)}"
+            )
+        wanted = re.split(r"[\[+]", self._split or TRAIN)[0]
+        if wanted not in builder.info.splits and wanted != "all":
+            names = list(builder.info.splits)
+            raise ValueError(
+                f"source={self.spec!r}: the dataset has no split {wanted!r}, only "
+                f"{', '.join(names)}.{config.near_miss(wanted, names)}"
+            )
+        return builder
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether a feature is one string: Text, or a scalar Tensor of bytes."""
+    import tensorflow_datasets as tfds
+
+    return (
+        isinstance(feature, tfds.features.Tensor)
+        and feature.shape == ()
+        and feature.np_dtype == "O"
+    )

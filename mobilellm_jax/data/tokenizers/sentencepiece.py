@@ -1,0 +1,127 @@
+"""SentencePiece models (`*.model`) as tokenizers that lose nothing.
+
+SentencePiece writes spaces as U+2581 and would turn that character, met in a text, into a space;
+here it gets the tokens of its three bytes instead, which decode to the character.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, check_unicode, join_documents
+
+_PRIVATE_USE = range(0xE000, 0xF900)  # three bytes in UTF-8, as U+2581
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; see the module's docstring for U+2581."""
+
+    def __init__(self, file: Path) -> None:
+        content = file.read_bytes()
+        if not content:
+            # SentencePiece takes it for a model without pieces, and answers with defaults.
+            raise ValueError(f"{file} is not a SentencePiece model: it is empty.")
+        try:
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not a SentencePiece model: {error}") from error
+        self.file = file
+        self.kind = "SentencePiece"
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.vocab_size: int = self._model.get_piece_size()
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(
+                f"{file} has bos_id={self.bos_id} and eos_id={self.eos_id}; both are needed, since "
+                "documents are stored as BOS text EOS. Train the model with bos_id and eos_id >= 0."
+            )
+        try:
+            pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} has a piece that is not UTF-8: {error.reason}.") from error
+        self.unknown_id: int | None = self._model.unk_id()
+        byte_ids = {piece: i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
+        bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
+        if byte_ids and byte_ids.keys() != {*bytes_of}:
+            raise ValueError(
+                f"{file} has tokens for {len(byte_ids)} of the 256 bytes; all or none."
+            )
+        self.byte_ids = [byte_ids[piece] for piece in bytes_of] if byte_ids else []
+        # Stands for U+2581: no piece holds it, so it always comes out as its own three bytes.
+        used = frozenset("".join(pieces))
+        self._stand_in = next((chr(c) for c in _PRIVATE_USE if chr(c) not in used), None)
+
+    def encode(self, text: str) -> list[int]:
+        [row] = self._encode([text])
+        ids: list[int] = row.tolist()
+        return ids
+
+    def encode_documents(
+        self, texts: Sequence[str], dtype: np.dtype[Any]
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        rows = self._encode(texts, outer=True)
+        return join_documents(rows, dtype, self.vocab_size)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        outer = (self.bos_id, self.eos_id)
+        text: str = self._model.decode([int(i) for i in ids if i not in outer])
+        return text
+
+    def _encode(self, texts: Sequence[str], *, outer: bool = False) -> list[NDArray[np.int32]]:
+        """Returns the ids of each text, with BOS and EOS if `outer`."""
+        for text in texts:
+            check_unicode(text)
+        # As arrays, which cost no Python object per token.
+        rows: list[NDArray[np.int32]] = self._model.encode(
+            [self._without_space_mark(text) for text in texts],
+            out_type="numpy",
+            add_bos=outer,
+            add_eos=outer,
+            num_threads=1,
+        )
+        for index, text in enumerate(texts):
+            if SPACE_MARK in text:
+                rows[index] = self._with_space_mark(rows[index], text)
+            if not self.byte_ids and self.unknown_id in rows[index]:
+                raise self._unknown(text)
+        return rows
+
+    def _without_space_mark(self, text: str) -> str:
+        if SPACE_MARK not in text:
+            return text
+        if self._stand_in is None or not self.byte_ids:
+            raise self._unknown(SPACE_MARK)
+        return text.replace(SPACE_MARK, self._stand_in)
+
+    def _with_space_mark(self, ids: NDArray[np.int32], text: str) -> NDArray[np.int32]:
+        """Replaces the bytes of the stand-in by those of U+2581 wherever `text` has the latter."""
+        assert self._stand_in is not None, "_without_space_mark was called before"
+        first, second, third = self._bytes(self._stand_in)
+        stands = (ids[:-2] == first) & (ids[1:-1] == second) & (ids[2:] == third)
+        # `text` may hold the stand-in itself too: the two are told apart by their order.
+        found = re.findall(f"[{SPACE_MARK}{self._stand_in}]", text)
+        positions = np.flatnonzero(stands)
+        assert len(positions) == len(found), f"{self.file} lost {self._stand_in!r}"
+        marks = positions[[character == SPACE_MARK for character in found]]
+        replaced = ids.copy()
+        for offset, byte in enumerate(self._bytes(SPACE_MARK)):
+            replaced[marks + offset] = byte
+        return replaced
+
+    def _bytes(self, character: str) -> list[int]:
+        return [self.byte_ids[byte] for byte in character.encode()]
+
+    def _unknown(self, text: str) -> ValueError:
+        unknown = (c for c in text if c == SPACE_MARK or self.unknown_id in self._model.encode(c))
+        character = next(unknown, "")
+        return ValueError(
+            f"{self.file} has no token for {character!r} (U+{ord(character or chr(0)):04X}) and no "
+            "byte fallback, so the text would be lost; use a tokenizer with byte fallback."
+        )

@@ -1,0 +1,111 @@
+"""What a tokenizer is: text to token ids and back, and nothing is lost."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+MAX_VOCABULARY = 1 << 24
+"""Of a tokenizer, and of the tokens made with it: 60 times the largest there is."""
+
+SPACE_MARK = "\u2581"
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer."""
+
+    @property
+    def file(self) -> Path:
+        """The file it was loaded from."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, for the eye."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id + 1."""
+
+    @property
+    def bos_id(self) -> int:
+        """Id before every document."""
+
+    @property
+    def eos_id(self) -> int:
+        """Id after every document."""
+
+    @property
+    def unknown_id(self) -> int | None:
+        """Id of what has no id, in texts that others encoded; None if there is none."""
+
+    @property
+    def byte_ids(self) -> Sequence[int]:
+        """Ids of bytes 0 to 255, for characters without an id; empty without byte fallback."""
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal checksum of the file."""
+
+    def encode(self, text: str) -> list[int]:
+        """Returns ids without BOS and EOS; a literal "<s>" in `text` is plain text.
+
+        Raises:
+          ValueError: if ids cannot hold `text`.
+        """
+
+    def encode_documents(
+        self, texts: Sequence[str], dtype: np.dtype[Any]
+    ) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Returns BOS `encode(text)` EOS of all texts as one array, and where each one starts.
+
+        It keeps to one thread: `prepare` runs it in a process per core.
+
+        Args:
+          texts: the documents; an empty one gives BOS EOS.
+          dtype: of the ids; it must hold `vocab_size - 1`.
+
+        Raises:
+          ValueError: if ids cannot hold one of the texts.
+        """
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text; BOS and EOS are dropped."""
+
+
+def changes_text(tokenizer: Tokenizer) -> bool:
+    """Returns whether the tokenizer normalises, so that decoding does not give back the text."""
+    # Spaces at the edges and in a row, line ends, NFC, NFKC of a ligature and of a wide letter;
+    # and characters that some leave out without a word.
+    for probe in ("  a  b  ", "a\t\r\n\nb", "e\u0301", "\ufb01", "\uff21", "\x00", "\U0001f600"):
+        try:
+            if tokenizer.decode(tokenizer.encode(probe)) != probe:
+                return True
+        except ValueError:
+            continue  # refused, so not changed in silence
+    return False
+
+
+def check_unicode(text: str) -> None:
+    """Raises a ValueError that names the first lone surrogate in `text`, if it has one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Character {error.start} of the text is a lone surrogate "
+            f"(U+{ord(text[error.start]):04X}), which is no character; read the text as UTF-8, or "
+            "replace it with U+FFFD."
+        ) from error
+
+
+def join_documents(
+    rows: Sequence[NDArray[Any]], dtype: np.dtype[Any], vocab_size: int
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Returns the rows end to end, and where each one starts: `Tokenizer.encode_documents`."""
+    assert vocab_size - 1 <= np.iinfo(dtype).max, f"{dtype} cannot hold ids below {vocab_size}"
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    joined = np.concatenate(rows, dtype=dtype, casting="unsafe") if rows else np.empty(0, dtype)
+    return joined, np.cumsum(lengths) - lengths

@@ -1,0 +1,90 @@
+"""Trains a SentencePiece tokenizer that loses nothing: BPE, byte fallback, no normalisation."""
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from mobilellm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, check_unicode
+from mobilellm_jax.storage import rundir
+
+# SentencePiece ignores sentences beyond a length limit, so that lines are cut well below ours.
+_MAX_LINE_CHARACTERS = 8192
+_MAX_SENTENCE_BYTES = 4 * _MAX_LINE_CHARACTERS
+_BYTES_AND_SPECIAL = 256 + 3
+# Of all characters of the text; the rarest ones are left to byte fallback.
+_CHARACTER_COVERAGE = 0.9995
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> Tokenizer:
+    """Trains SentencePiece BPE on `texts` and writes it to the file `output`, whole or not at all.
+
+    Equal texts in equal order give an equal file. Ids: 0 unknown (never produced), 1 BOS, 2 EOS,
+    3 to 258 bytes. All texts are held in memory.
+
+    Raises:
+      ValueError: if `vocab_size` is too large or too small for the texts, or they are empty.
+    """
+    if vocab_size <= _BYTES_AND_SPECIAL:
+        raise ValueError(
+            f"vocab_size={vocab_size} must exceed {_BYTES_AND_SPECIAL}: 256 bytes, 3 special "
+            "tokens and the text's characters."
+        )
+    lines = [line for text in texts for line in _lines(text)]
+    if not lines:
+        raise ValueError("There is no text to train a tokenizer on; the sources are empty.")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=_CHARACTER_COVERAGE,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            max_sentence_length=_MAX_SENTENCE_BYTES,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _vocabulary_error(vocab_size, error) from error
+    rundir.write_whole(output, model.getvalue())
+    return SentencePieceTokenizer(output)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Yields the text's lines, long ones in parts, for training only.
+
+    The newline itself is left to its byte token, so that pieces never reach over a line's end.
+    """
+    check_unicode(text)
+    for line in text.split("\n"):
+        for start in range(0, len(line), _MAX_LINE_CHARACTERS):
+            yield line[start : start + _MAX_LINE_CHARACTERS]
+
+
+def _vocabulary_error(vocab_size: int, error: RuntimeError) -> Exception:
+    """Returns our message for SentencePiece's complaints about the size, else `error` itself."""
+    if match := re.search(r"Vocabulary size too high.*<= (\d+)", str(error)):
+        return ValueError(
+            f"vocab_size={vocab_size} is too large for this text, which supports at most "
+            f"{match[1]}; lower --vocab_size or add sources."
+        )
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+        return ValueError(
+            f"vocab_size={vocab_size} must be at least {match[1]}: 256 bytes, 3 special tokens and "
+            "the text's characters."
+        )
+    return error

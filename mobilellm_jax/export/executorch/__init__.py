@@ -1,0 +1,1 @@
+"""ExecuTorch: the writer, and the runtime that reads its file back."""

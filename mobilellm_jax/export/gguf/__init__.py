@@ -1,0 +1,1 @@
+"""GGUF for llama.cpp: the writer, and the runtime that reads its file back."""

@@ -1,0 +1,198 @@
+"""GGUF files in llama.cpp, by the plain C functions of llama-cpp-python, on the CPU.
+
+Keys and values are cached in float32 and attention is not fused, so that what differs from the
+checkpoint is the file and the order of sums; llama.cpp's own default, a float16 cache, is 300 times
+further away.
+"""
+
+import collections
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilellm_jax.data.preparation.workers import available_cores
+from mobilellm_jax.export.artifact import ArtifactInfo
+from mobilellm_jax.export.gguf.header import check_header
+from mobilellm_jax.export.runtime import check_room
+
+_c: Any = llama_cpp.llama_cpp
+_CHUNK = 512  # tokens read at a time; their logits are held twice
+_ERROR = 4  # of ggml_log_level
+_CPU_INFO = Path("/proc/cpuinfo")
+
+_messages: collections.deque[str] = collections.deque(maxlen=20)
+
+
+@_c.llama_log_callback  # type: ignore[untyped-decorator]  # ctypes
+def _log(level: int, text: bytes, user_data: Any) -> None:
+    """Keeps what llama.cpp says of errors, which it would write to stderr, with all the rest."""
+    del user_data
+    if level == _ERROR:
+        _messages.append(text.decode(errors="replace").strip())
+
+
+def load(file: Path, info: ArtifactInfo) -> "LlamaCppRuntime":
+    """Loads a GGUF file.
+
+    Raises:
+      ValueError: if it is none that llama.cpp can run, or not that of `info`.
+    """
+    return LlamaCppRuntime(file, info)
+
+
+class LlamaCppRuntime:
+    """A model with llama.cpp's cache for one sequence."""
+
+    def __init__(self, file: Path, info: ArtifactInfo) -> None:
+        header = check_header(file)
+        if (header.vocab_size, header.context_length) != (info.vocab_size, info.max_seq_len):
+            raise ValueError(
+                f"{file} has {header.vocab_size:,} tokens and a context of "
+                f"{header.context_length:,}, and its manifest says {info.vocab_size:,} and "
+                f"{info.max_seq_len:,}; export again."
+            )
+        self.name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
+        self.vocab_size = info.vocab_size
+        self.max_seq_len = info.max_seq_len
+        model = load_model(file, vocab_only=False)
+        context = _c.llama_init_from_model(model, self._settings())
+        if not context:
+            _c.llama_model_free(model)
+            raise ValueError(f"llama.cpp cannot run {file}: {_said()}.")
+        weakref.finalize(self, _free, context, model)
+        self._context = context
+        self._memory = _c.llama_get_memory(context)
+        self._length = 0
+        self._token = (_c.llama_token * 1)()
+
+    def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        check_room(self, len(tokens))
+        _c.llama_memory_clear(self._memory, True)
+        self._length = 0
+        logits_TV = np.empty((len(tokens), self.vocab_size), np.float32)
+        batch = _c.llama_batch_init(min(_CHUNK, len(tokens)), 0, 1)
+        try:
+            for start in range(0, len(tokens), _CHUNK):
+                chunk = tokens[start : start + _CHUNK]
+                batch.n_tokens = len(chunk)
+                for i, token in enumerate(chunk):
+                    batch.token[i] = token
+                    batch.pos[i] = start + i
+                    batch.n_seq_id[i] = 1
+                    batch.seq_id[i][0] = 0
+                    batch.logits[i] = True
+                self._decode(batch)
+                found = np.ctypeslib.as_array(
+                    _c.llama_get_logits(self._context), (len(chunk), self.vocab_size)
+                )
+                logits_TV[start : start + len(chunk)] = found
+        finally:
+            _c.llama_batch_free(batch)
+        return logits_TV
+
+    def append(self, token: int) -> NDArray[np.float32]:
+        check_room(self, self._length + 1)
+        self._token[0] = token
+        # It takes the position from the cache, and wants the logits of the last token.
+        self._decode(_c.llama_batch_get_one(self._token, 1))
+        logits_V: NDArray[np.float32] = np.ctypeslib.as_array(
+            _c.llama_get_logits_ith(self._context, -1), (self.vocab_size,)
+        ).copy()  # the next call writes over it
+        return logits_V
+
+    def _decode(self, batch: Any) -> None:
+        _messages.clear()
+        code = _c.llama_decode(self._context, batch)
+        if code != 0:
+            raise RuntimeError(f"{self.name} failed with code {code}: {_said()}.")
+        self._length += batch.n_tokens
+
+    def _settings(self) -> Any:
+        settings = _c.llama_context_default_params()
+        settings.n_ctx = self.max_seq_len
+        settings.n_batch = settings.n_ubatch = min(_CHUNK, self.max_seq_len)
+        settings.n_threads = settings.n_threads_batch = available_cores()
+        settings.type_k = settings.type_v = _c.GGML_TYPE_F32
+        settings.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        settings.offload_kqv = False
+        return settings
+
+
+class LlamaCppVocabulary:
+    """The tokenizer in a GGUF file, as llama.cpp runs it.
+
+    Raises:
+      ValueError: if llama.cpp cannot load it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        check_header(file)
+        model = load_model(file, vocab_only=True)
+        weakref.finalize(self, _c.llama_model_free, model)
+        self._vocabulary = _c.llama_model_get_vocab(model)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, BOS first; a literal "<s>" in it is plain text."""
+        content = text.encode()
+        room = len(content) + 2  # a token per byte, BOS and the space before
+        found = (_c.llama_token * room)()
+        count = _c.llama_tokenize(self._vocabulary, content, len(content), found, room, True, False)
+        assert 0 <= count <= room, f"{count} tokens of {len(content)} bytes"
+        return list(found[:count])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of tokens, as an app that streams it: without BOS and EOS.
+
+        Only the space that a tokenizer puts before a text is still there. llama.cpp's function for
+        whole texts would also leave out spaces before commas and full stops of byte-level BPE.
+        """
+        return b"".join(map(self._piece, tokens)).decode(errors="replace")
+
+    def _piece(self, token: int) -> bytes:
+        room = 64
+        while True:
+            text = ctypes.create_string_buffer(room)
+            count = _c.llama_token_to_piece(self._vocabulary, token, text, room, 0, False)
+            if count >= 0:
+                return text.raw[:count]
+            room = -count
+
+
+def load_model(file: Path, *, vocab_only: bool) -> Any:
+    """Returns llama.cpp's model, which llama_model_free frees.
+
+    Raises:
+      ValueError: with what llama.cpp says, if it cannot load the file.
+    """
+    _c.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python's own prints
+    _messages.clear()
+    settings = _c.llama_model_default_params()
+    settings.vocab_only = vocab_only
+    settings.n_gpu_layers = 0
+    # llama.cpp's AMX products end the process with a fault of the processor (0.3.36, Q8_0, on a
+    # virtual machine); they are one of the extra ways of storing weights.
+    settings.use_extra_bufts = not _has_amx()
+    model = _c.llama_model_load_from_file(os.fsencode(file), settings)
+    if not model:
+        raise ValueError(f"llama.cpp cannot load {file}: {_said()}.")
+    return model
+
+
+def _has_amx() -> bool:
+    return _CPU_INFO.is_file() and " amx_tile" in _CPU_INFO.read_text()
+
+
+def _said() -> str:
+    return "; ".join(_messages).rstrip(".") or "it does not say why"
+
+
+def _free(context: Any, model: Any) -> None:
+    _c.llama_free(context)
+    _c.llama_model_free(model)

@@ -1,0 +1,255 @@
+"""The run's tokenizer in the words of a GGUF file, giving llama.cpp the ids of the run.
+
+llama.cpp has its own implementations. Of those, two can be exact: `llama`, which merges the
+best-scored neighbours as SentencePiece does, and `gpt2`, byte-level BPE whose division into words
+is one of a fixed list. What cannot be expressed is refused; where llama.cpp is installed, it
+encodes probe texts and every piece of the vocabulary before the file is kept.
+
+One thing stays different: a literal U+2581 in a text is a space to llama.cpp.
+"""
+
+import collections
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gguf import TokenType
+from sentencepiece import sentencepiece_model_pb2
+
+from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, Tokenizer
+from mobilellm_jax.export.huggingface.tokenizer_files import PROBES, inexpressible
+from mobilellm_jax.storage import strict_json
+
+_proto: Any = sentencepiece_model_pb2  # its classes exist only at run time
+_REMEDY = (
+    "Train the model with a tokenizer from `prepare --vocab_size=N`, or use another format for "
+    "devices, which carries the tokenizer's own file."
+)
+
+# How a tokenizer.json divides a text into words, by llama.cpp's names for the same.
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
+_REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+_WORDS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [{"type": "ByteLevel", "use_regex": True}],
+    "smollm": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "use_regex": True},
+    ],
+    "llama-bpe": [
+        {"type": "Split", "pattern": {"Regex": f"{_CONTRACTIONS}\\p{{N}}{{1,3}}{_REST}"}},
+        {"type": "ByteLevel", "use_regex": False},
+    ],
+    "qwen2": [
+        {"type": "Split", "pattern": {"Regex": f"{_CONTRACTIONS}\\p{{N}}{_REST}"}},
+        {"type": "ByteLevel", "use_regex": False},
+    ],
+}
+_WHOLE_WORDS = ("llama-bpe",)  # take a word that is a token as it is, whatever the merges say
+
+
+class Vocabulary(NamedTuple):
+    """What a GGUF file says about its tokenizer."""
+
+    model: str  # llama.cpp's implementation
+    pre: str  # its division into words
+    tokens: list[str]
+    types: list[TokenType]
+    scores: list[float]  # none for gpt2
+    merges: list[str]  # none for llama
+    bos_id: int
+    eos_id: int
+    unknown_id: int | None
+    space_prefix: bool
+
+
+def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
+    """Returns the tokenizer for a model of `vocab_size` tokens; those it lacks are padding.
+
+    Raises:
+      ValueError: if llama.cpp's tokenizers cannot give the same ids.
+    """
+    expressed = _sentencepiece if tokenizer.file.suffix == ".model" else _byte_level
+    vocabulary = expressed(tokenizer)
+    tokens = vocabulary.tokens
+    for token in range(len(tokens), vocab_size):
+        tokens.append(f"[PAD{token}]")
+        vocabulary.types.append(TokenType.UNUSED)
+        if vocabulary.scores:
+            vocabulary.scores.append(0.0)
+    if len(set(tokens)) < len(tokens):
+        [(twice, _)] = collections.Counter(tokens).most_common(1)
+        raise _refused(tokenizer, [f"It would have the token {twice!r} twice."])
+    if cut := next((text for text in tokens if "\0" in text), None):
+        raise _refused(tokenizer, [f"llama.cpp would cut its token {cut!r} at the zero."])
+    return vocabulary
+
+
+def check_in_llama_cpp(file: Path, tokenizer: Tokenizer) -> None:
+    """Compares what llama.cpp makes of texts with the tokenizer, where it is installed.
+
+    Raises:
+      ValueError: naming the first text whose ids differ.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        return
+    from mobilellm_jax.export.gguf.runtime import LlamaCppVocabulary
+
+    vocabulary = LlamaCppVocabulary(file)
+    for text in _texts(tokenizer):
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        found = vocabulary.encode(text)
+        if ids != found:
+            problem = f"{text!r} is {ids} in it, but would be {found} in llama.cpp."
+            raise _refused(tokenizer, [problem])
+
+
+def _texts(tokenizer: Tokenizer) -> Iterator[str]:
+    pieces = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
+    # A byte that is no character decodes to U+FFFD, which is as good a text as any.
+    yield from (text for text in (*PROBES, *pieces) if SPACE_MARK not in text)
+
+
+def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
+    model = _proto.ModelProto()
+    model.ParseFromString(tokenizer.file.read_bytes())
+    problems = inexpressible(model)
+    if not tokenizer.byte_ids:
+        problems.append("Its byte_fallback must be true.")
+    if model.normalizer_spec.remove_extra_whitespaces:
+        problems.append("Its remove_extra_whitespaces must be false.")
+    if problems:
+        raise _refused(tokenizer, problems)
+    kinds = {
+        model.SentencePiece.NORMAL: TokenType.NORMAL,
+        model.SentencePiece.UNKNOWN: TokenType.UNKNOWN,
+        model.SentencePiece.CONTROL: TokenType.CONTROL,
+        model.SentencePiece.BYTE: TokenType.BYTE,
+    }
+    types = [kinds[piece.type] for piece in model.pieces]
+    pieces = {piece.piece for piece in model.pieces}
+    tokens = []
+    for piece, kind in zip(model.pieces, types, strict=True):
+        text = piece.piece
+        # llama.cpp merges to any token, SentencePiece to normal ones only.
+        if kind is TokenType.BYTE and _reached(text, pieces):
+            raise _refused(tokenizer, [f"Its pieces would merge to {text}, the name of a byte."])
+        while kind is not TokenType.NORMAL and _reached(text, pieces):
+            text = f"<{text}>"
+        tokens.append(text)
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tokens,
+        types=types,
+        scores=[piece.score for piece in model.pieces],
+        merges=[],
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        unknown_id=tokenizer.unknown_id,
+        space_prefix=model.normalizer_spec.add_dummy_prefix,
+    )
+
+
+def _reached(text: str, pieces: set[str]) -> bool:
+    """Returns whether two pieces or characters make up `text`, or it is a character itself."""
+
+    def whole(part: str) -> bool:
+        return len(part) == 1 or part in pieces
+
+    cuts = range(1, len(text))
+    return len(text) == 1 or any(whole(text[:cut]) and whole(text[cut:]) for cut in cuts)
+
+
+def _byte_level(tokenizer: Tokenizer) -> Vocabulary:
+    try:
+        content = strict_json.read(tokenizer.file)
+        model = strict_json.get(content, "model", dict[str, Any])
+        pre = _division(content)
+        problems = list(_not_byte_level(content, model, pre))
+        if problems:
+            raise _refused(tokenizer, problems)
+        vocabulary = strict_json.get(model, "vocab", dict[str, int], name="model")
+        merges = strict_json.get(model, "merges", list[Any], name="model")
+        added = strict_json.get(content, "added_tokens", list[dict[str, Any]])
+        by_id = {token: text for text, token in vocabulary.items()}
+        types = dict.fromkeys(by_id, TokenType.NORMAL)
+        for i, each in enumerate(added):
+            name = f"added_tokens[{i}]"
+            token = strict_json.get(each, "id", int, name=name)
+            special = strict_json.get(each, "special", bool, False, name)
+            by_id[token] = strict_json.get(each, "content", str, name=name)
+            types[token] = TokenType.CONTROL if special else TokenType.USER_DEFINED
+        for token in range(tokenizer.vocab_size):
+            by_id.setdefault(token, f"[PAD{token}]")
+            types.setdefault(token, TokenType.UNUSED)
+        joined = [
+            each if isinstance(each, str) else " ".join(strict_json.as_type(each, tuple[str, str]))
+            for each in merges
+        ]
+    except strict_json.JsonError as error:
+        raise ValueError(f"{tokenizer.file}: {error}") from error
+    assert pre is not None, "_not_byte_level refuses it"
+    order = range(tokenizer.vocab_size)
+    return Vocabulary(
+        model="gpt2",
+        pre=pre,
+        tokens=[by_id[token] for token in order],
+        types=[types[token] for token in order],
+        scores=[],
+        merges=joined,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        unknown_id=tokenizer.unknown_id,
+        space_prefix=False,
+    )
+
+
+def _division(content: Mapping[str, Any]) -> str | None:
+    """Returns llama.cpp's name for how a tokenizer.json divides a text; None: it has none."""
+    outer = strict_json.get(content, "pre_tokenizer", dict[str, Any], {})
+    steps = strict_json.get(outer, "pretokenizers", list[dict[str, Any]], [outer], "pre_tokenizer")
+    for name, wanted in _WORDS.items():
+        if len(steps) == len(wanted) and all(
+            given.get(key, True) == value  # use_regex is true where it is not said
+            for given, step in zip(steps, wanted, strict=True)
+            for key, value in step.items()
+        ):
+            plain = (step for step in steps if step["type"] == "Split")
+            if all(s.get("behavior") == "Isolated" and not s.get("invert") for s in plain):
+                return name
+    return None
+
+
+def _not_byte_level(
+    content: Mapping[str, Any], model: Mapping[str, Any], pre: str | None
+) -> Iterator[str]:
+    """Yields a sentence for everything that llama.cpp's `gpt2` tokenizer would do differently."""
+    if model.get("type") != "BPE":
+        yield f"Its model.type={strict_json.shown(model.get('type'))} must be BPE."
+    if pre is None:
+        yield (
+            "Its pre_tokenizer must be byte-level, and divide words as GPT-2, Llama 3, Qwen 2 or "
+            "SmolLM do."
+        )
+    if content.get("normalizer") is not None:
+        yield "It must have no normalizer."
+    outer = content.get("pre_tokenizer") or {}
+    steps = outer.get("pretokenizers", [outer])
+    if any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in steps):
+        yield "Its add_prefix_space must be false."
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(key):
+            yield f"Its model.{key}={strict_json.shown(model[key])} must not be set."
+    if bool(model.get("ignore_merges")) != (pre in _WHOLE_WORDS) and pre is not None:
+        yield f"Its model.ignore_merges must be {str(pre in _WHOLE_WORDS).lower()}, as {pre}'s is."
+    for token in content["added_tokens"]:
+        flags = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
+        if flags and not token.get("special"):
+            yield f"Its token {strict_json.shown(token.get('content'))} must not be {flags[0]}."
+
+
+def _refused(tokenizer: Tokenizer, problems: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{tokenizer.file} cannot be written into a GGUF file: {' '.join(problems)} {_REMEDY}"
+    )

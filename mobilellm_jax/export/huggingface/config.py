@@ -1,0 +1,227 @@
+"""config.json of a Hugging Face directory, written and read."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from mobilellm_jax.config import Activation, Config, ConfigError, DataConfig, ModelConfig
+from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage.strict_json import plain, shown
+
+Layout = Literal["hf", "mobilellm"]
+
+MODELING_FILE = "modeling_mobilellm.py"
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mobilellm": "MobileLLMForCausalLM"}
+# (hidden_act, gated) of the feed-forward.
+_ACTIVATIONS: Mapping[Activation, tuple[str, bool]] = {
+    "swiglu": ("silu", True),
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+}
+_LIST_LIMIT = 8
+_REQUIRED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    "num_attention_heads",
+)
+_TYPES: Mapping[Any, tuple[str, ...]] = {
+    int: (
+        *(*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"),
+        *("layer_sharing_repeats", "sliding_window"),
+    ),
+    float: ("rms_norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor"),
+    bool: (
+        *("tie_word_embeddings", "share_embedding", "gated_mlp", "layer_sharing"),
+        *("attention_bias", "mlp_bias", "use_sliding_window"),
+    ),
+    str: ("model_type", "hidden_act", "layer_sharing_order"),
+    list[str]: ("architectures", "layer_types"),
+    dict[str, Any]: ("rope_parameters", "rope_scaling", "quantization_config"),
+}
+"""Type -> the keys that are read, all but those of RoPE; others may be there."""
+_ROPE_TYPES: Mapping[Any, tuple[str, ...]] = {
+    float: ("rope_theta", "partial_rotary_factor"),
+    str: ("rope_type", "type"),
+}
+
+
+def check_llama(config: ModelConfig) -> None:
+    """Raises a ValueError if a LlamaForCausalLM cannot compute the same."""
+    problems = []
+    if config.activation != "swiglu":
+        problems.append(
+            f"model.activation={config.activation} has two matrices in the feed-forward, and "
+            "LlamaForCausalLM always three (swiglu)"
+        )
+    if config.embed_dim % config.num_heads:
+        problems.append(
+            f"model.embed_dim={config.embed_dim} is not a multiple of "
+            f"model.num_heads={config.num_heads}, which LlamaConfig refuses"
+        )
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}. Use --format=mobilellm, which can express it.")
+
+
+def to_config_json(config: ModelConfig, num_layers: int, layout: Layout) -> dict[str, Any]:
+    """Returns the architecture's part of a config.json with `num_layers` stored layers."""
+    hidden_act, gated = _ACTIVATIONS[config.activation]
+    model_type = "llama" if layout == "hf" else "mobilellm"
+    values: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": hidden_act,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": config.init_std,
+        "use_cache": True,
+    }
+    if layout == "hf":
+        # transformers 4 reads rope_theta, 5 this.
+        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+        return values | {"rope_parameters": rope}
+    module = MODELING_FILE.removesuffix(".py")
+    auto_map = {
+        "AutoConfig": f"{module}.MobileLLMConfig",
+        "AutoModelForCausalLM": f"{module}.MobileLLMForCausalLM",
+    }
+    return values | {
+        "auto_map": auto_map,
+        "gated_mlp": gated,
+        "share_embedding": config.tie_embeddings,
+        "layer_sharing": config.num_repeats > 1,
+        "layer_sharing_repeats": config.num_repeats,
+        "layer_sharing_order": config.sharing,
+    }
+
+
+def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
+    """Returns the architecture that `values`, the content of `file`, describes.
+
+    Raises:
+      ValueError: for whatever this package would compute differently, all of it listed.
+    """
+    if "model_type" not in values:
+        raise ValueError(
+            f"{file} has no model_type, so it is not Hugging Face's; a run folder is used as it "
+            "is, without an import."
+        )
+    # For transformers null is as good as missing.
+    values = {key: value for key, value in values.items() if value is not None}
+    other = []
+    if values.get("model_type") not in [*_ARCHITECTURES]:  # a list, for it may be of any type
+        model_type = shown(values.get("model_type"))
+        other.append(f"model_type={model_type} must be {' or '.join(_ARCHITECTURES)}.")
+    ill_typed = list(_ill_typed(values))
+    ill_typed += [
+        f"{key}={values.get(key)!r} must be a whole number above 0."
+        for key in _REQUIRED
+        if values.get(key) is None or (type(values[key]) is int and values[key] < 1)
+    ]
+    # Only what has its type can be looked at.
+    problems = other + (ill_typed or list(_unsupported(values)))
+    if problems:
+        raise ValueError("\n".join([f"{file} describes a model that is none of ours:", *problems]))
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    head_dim = values.get("head_dim")
+    if head_dim is None:
+        if width % heads:
+            raise ValueError(
+                f"{file}: hidden_size={width} must be a multiple of num_attention_heads={heads} "
+                "where head_dim is not given; add head_dim."
+            )
+        head_dim = width // heads
+    kv_heads = values.get("num_key_value_heads")
+    shared = bool(values.get("layer_sharing", False))
+    # Where a key is missing, what LlamaConfig takes.
+    model = ModelConfig(
+        vocab_size=values["vocab_size"],
+        embed_dim=width,
+        num_blocks=values["num_hidden_layers"],
+        # The paper's code knows only this: each block twice in a row.
+        num_repeats=values.get("layer_sharing_repeats", 2) if shared else 1,
+        sharing=values.get("layer_sharing_order", "immediate"),
+        num_heads=heads,
+        num_kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        ffn_dim=values["intermediate_size"],
+        activation=next(a for a, act in _ACTIVATIONS.items() if act == _activation(values)),
+        # The paper's configs say tie_word_embeddings: false and share_embedding: true.
+        tie_embeddings=bool(values.get("tie_word_embeddings", False))
+        or bool(values.get("share_embedding", False)),
+        max_seq_len=values.get("max_position_embeddings", 2048),
+        rope_theta=float(_rope(values).get("rope_theta", values.get("rope_theta", 10_000.0))),
+        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        init_std=float(values.get("initializer_range", 0.02)),
+    )
+    try:
+        Config(model=model, data=DataConfig(seq_len=1))
+    except ConfigError as error:
+        raise ValueError(f"{file} describes a model that is none of ours:\n{error}") from error
+    return model
+
+
+def _ill_typed(values: Mapping[str, Any]) -> Iterator[str]:
+    holders = [(values, "", _TYPES)]
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(values.get(name), dict):
+            holders.append((values[name], name, _ROPE_TYPES))
+    for holder, name, keys_of in holders:
+        for expected, keys in keys_of.items():
+            for key in keys:
+                try:
+                    strict_json.get(holder, key, expected, None, name)
+                except strict_json.JsonError as error:
+                    yield str(error)
+
+
+def _activation(values: Mapping[str, Any]) -> tuple[Any, bool]:
+    return values.get("hidden_act", "silu"), bool(values.get("gated_mlp", True))
+
+
+def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns transformers 5's or 4's description of RoPE, {} for a plain one."""
+    found: Mapping[str, Any] = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _unsupported(values: Mapping[str, Any]) -> Iterator[str]:
+    model_type = values.get("model_type")
+    architectures = values.get("architectures", [])
+    if not set(architectures) <= set(_ARCHITECTURES.values()):
+        known = " or ".join(_ARCHITECTURES.values())
+        yield f"architectures={shown(architectures)} must be {known}."
+    rope = _rope(values)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        yield f"RoPE scaling {shown(rope_type)} is not supported, only the default (none)."
+    for holder in (values, rope):
+        factor = holder.get("partial_rotary_factor", 1.0)
+        if factor != 1.0:
+            yield f"partial_rotary_factor={factor} must be 1."
+    for key in ("attention_bias", "mlp_bias"):
+        if values.get(key):
+            yield f"{key}=true is not supported; no projection here has a bias."
+    if _activation(values) not in _ACTIVATIONS.values() or (
+        model_type == "llama" and _activation(values)[0] != "silu"
+    ):
+        allowed = "silu" if model_type == "llama" else "silu gated, or relu or gelu not gated"
+        yield f"hidden_act={shown(values.get('hidden_act'))} must be {allowed}."
+    window = values.get("sliding_window")
+    if window is not None and values.get("use_sliding_window", True):
+        yield f"sliding_window={window} is not supported; attention reaches all earlier tokens."
+    odd = sorted(set(values.get("layer_types", [])) - {"full_attention"})
+    if odd:
+        named = ", ".join(map(plain, odd[:_LIST_LIMIT]))
+        yield f"layer_types {named} are not supported, only full_attention."
+    if values.get("quantization_config"):
+        yield "quantization_config is not supported; give the unquantised weights."

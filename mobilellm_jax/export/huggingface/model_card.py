@@ -1,0 +1,108 @@
+"""`model_card.md`: what an exported model is, what it was trained on, and what was measured.
+
+Only what is known is said. What the data were comes from the manifests of the token folders that
+the run names, if they are still there.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mobilellm_jax.config import Config, ModelConfig
+from mobilellm_jax.data.mixture import split_path
+from mobilellm_jax.data.shards import read_manifest
+from mobilellm_jax.export.formats import Source
+from mobilellm_jax.model.size import parameter_count
+from mobilellm_jax.storage.rundir import write_whole
+
+FILE = "model_card.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The run that a checkpoint is from."""
+
+    config: Config
+    step: int
+
+
+def write_model_card(
+    folder: Path,
+    source: Source,
+    training: Training | None,
+    *,
+    stored: str,
+    measured: Sequence[str],
+) -> None:
+    """Writes the card into an exported folder.
+
+    Args:
+      folder: of the export.
+      source: the model.
+      training: None: it is not known.
+      stored: one sentence on format, precision and bytes.
+      measured: lines of the verification; none: it was not run.
+    """
+    sections = [
+        "# Model card",
+        f"Exported by mobilellm-jax from `{source.origin}`.",
+        "## Architecture",
+        _table(_architecture(source.config)),
+        "## Stored",
+        stored,
+        "## Training",
+        _training(training),
+        "## Measured",
+        "```\n" + "\n".join(measured) + "\n```"
+        if measured
+        else "Nothing: the export was not verified.",
+    ]
+    write_whole(folder / FILE, "\n\n".join(sections) + "\n")
+
+
+def _architecture(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    yield "parameters", f"{parameter_count(config):,}"
+    depth = f"{config.num_blocks} blocks"
+    if config.num_repeats > 1:
+        depth += f", each applied {config.num_repeats} times ({config.sharing})"
+    yield "depth", f"{depth}: {config.applied_depth} layers"
+    yield "width", f"{config.embed_dim}, feed-forward {config.ffn_dim} ({config.activation})"
+    heads = f"{config.num_heads} of {config.head_dim}, {config.num_kv_heads} key-value heads"
+    yield "attention", heads
+    yield (
+        "vocabulary",
+        f"{config.vocab_size:,}, "
+        + ("embeddings shared with the head" if config.tie_embeddings else "a head of its own"),
+    )
+    yield "longest sequence", f"{config.max_seq_len:,} tokens"
+
+
+def _training(training: Training | None) -> str:
+    if training is None:
+        return "Not known: the model came from a Hugging Face directory."
+    config = training.config
+    tokens = training.step * config.train.global_batch * config.data.seq_len
+    rows = [
+        ("steps", f"{training.step:,} of {config.train.steps:,}"),
+        ("tokens", f"{tokens:,}, in windows of {config.data.seq_len:,}"),
+        ("optimizer", f"{config.optimizer.name}, peak learning rate {config.optimizer.peak_lr:g}"),
+        *(("data", line) for line in _data(config.data.path)),
+    ]
+    return _table(rows)
+
+
+def _data(path: str) -> Iterator[str]:
+    for folder, share in split_path(path):
+        if not (folder / "manifest.json").is_file():
+            yield f"`{folder}` ({float(share):.0%}), which is not there any more"
+            continue
+        manifest = read_manifest(folder)
+        for record in manifest.sources:
+            counts = record.splits.get("train")
+            size = f"{counts.documents:,} documents, {counts.tokens:,} tokens" if counts else "none"
+            yield f"`{record.spec}` ({float(share):.0%} of training): {size}"
+
+
+def _table(rows: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> str:
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join(lines)

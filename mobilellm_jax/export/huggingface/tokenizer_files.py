@@ -1,0 +1,192 @@
+"""Tokenizer files for transformers that give the ids of the run's own tokenizer, BOS first.
+
+transformers does not open a SentencePiece `tokenizer.model` faithfully by itself: it adds no BOS,
+or swallows a leading space. So the model is written a second time as a `tokenizer.json`, and the
+two are compared on probe texts and on every piece of the vocabulary before anything is kept.
+
+SentencePiece merges the best-scored neighbours first; `tokenizers` goes by the rank of the pair. A
+rank per way of splitting a piece, pieces in order of score, makes the two the same.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
+
+from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import TOKENIZER_CONFIG, Tokenizer
+from mobilellm_jax.storage import rundir
+
+_SPACE = "\u2581"
+_ALL = 1_000_000
+_proto: Any = sentencepiece_model_pb2  # its classes exist only at run time
+_Piece = _proto.ModelProto.SentencePiece
+_REMEDY = (
+    "Train the model with a tokenizer from `prepare --vocab_size=N`, or give `prepare` a "
+    "tokenizer.json, which is exported as it is."
+)
+
+PROBES = (
+    *("", " ", "  ", "a", " a", "  a", "a ", "a  ", "a b", "a  b", "a   b    c", "\n", "\n\n"),
+    *(" \n ", "a\nb", "a\r\nb", "\t", "\ta\t\tb", "    return x\n", "\x00", "a\x00b", "\x01\x7f"),
+    *("\ufeffa", "\u00a0a\u00a0", "\u200b", "\u2028", "\u2581", "a\u2581b", "\U0010ffff"),
+    *("<s>", "a<s>b", "</s>", "<unk>", "<s> </s>", "<0x0A>", "Straße", "e\u0301", "日本語"),
+    *("مرحبا", "नमस्ते", "\uff21 \ufb01 \u2460", "🙂", "🙂🙂 a", "👩\u200d👧 a", "123 4567"),
+    *("(x[0] += 1.5e-3);", "aaaaaaaaaaaaaaa", "abababababab", "------====____", "THE the The"),
+    *("don't", "https://a.b/c?d=e&f"),
+)
+
+
+def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
+    """Writes what `AutoTokenizer.from_pretrained(directory)` needs.
+
+    A SentencePiece model is copied, and written as tokenizer.json too. A tokenizer.json is copied
+    as it is, with the tokenizer_config.json beside it; only where there is none, one is made.
+
+    Args:
+      tokenizer: the run's.
+      directory: where to write; it exists.
+      max_length: of a sequence in tokens, for tokenizer_config.json.
+
+    Raises:
+      ValueError: if tokenizer.json cannot express the SentencePiece model.
+    """
+    copy = copy_tokenizer(tokenizer, directory)
+    if copy.name == rundir.SENTENCEPIECE_MODEL:
+        fast = convert_sentencepiece(tokenizer.file)
+        rundir.write_whole(directory / rundir.TOKENIZER_JSON, fast.to_str(pretty=True))
+    else:
+        if (directory / TOKENIZER_CONFIG).is_file():
+            return
+        fast = tokenizers.Tokenizer.from_file(str(copy))
+    config: dict[str, Any] = {
+        # Any more specific class makes transformers build the tokenizer anew, differently.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": fast.id_to_token(tokenizer.bos_id),
+        "eos_token": fast.id_to_token(tokenizer.eos_id),
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        # A literal "<s>" in a text is text, not the token.
+        "split_special_tokens": True,
+    }
+    unknown = getattr(fast.model, "unk_token", None)
+    if unknown is not None:
+        config["unk_token"] = unknown
+    rundir.write_whole(directory / TOKENIZER_CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def convert_sentencepiece(file: Path) -> tokenizers.Tokenizer:
+    """Returns the SentencePiece BPE model `file` as a tokenizer of the `tokenizers` library.
+
+    Raises:
+      ValueError: if it has what that library does differently, naming it.
+    """
+    proto = _proto.ModelProto()
+    proto.ParseFromString(file.read_bytes())
+    problems = inexpressible(proto)
+    if problems:
+        raise ValueError(
+            f"{file} cannot be written as tokenizer.json: {' '.join(problems)} {_REMEDY}"
+        )
+    pieces = [piece.piece for piece in proto.pieces]
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    unknown = next((p.piece for p in proto.pieces if p.type == _Piece.UNKNOWN), None)
+    fast = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=_merges(proto),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    )
+    steps: list[Any] = []
+    if normalizer.remove_extra_whitespaces:
+        # At the end, and only there, U+2581 in the text goes too.
+        steps.append(normalizers.Replace(Regex("^ +|(?<= ) +"), ""))
+        steps.append(normalizers.Replace(Regex(f"[ {_SPACE}]+$"), ""))
+    steps.append(normalizers.Replace(" ", _SPACE))
+    if normalizer.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    fast.normalizer = normalizers.Sequence(steps)
+    leading = _ALL if normalizer.remove_extra_whitespaces else int(normalizer.add_dummy_prefix)
+    fast.decoder = decoders.Sequence(
+        [
+            decoders.Replace(_SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", leading, 0),
+        ]
+    )
+    special = [p.piece for p in proto.pieces if p.type in (_Piece.UNKNOWN, _Piece.CONTROL)]
+    fast.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
+    bos = pieces[trainer.bos_id]
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
+        special_tokens=[(bos, trainer.bos_id)],
+    )
+    _compare(file, fast, trainer.bos_id)
+    return fast
+
+
+def inexpressible(proto: Any) -> list[str]:
+    """Returns a sentence for everything that `tokenizers` would do differently."""
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    problems = []
+    if trainer.model_type != _proto.TrainerSpec.BPE:
+        kind = _proto.TrainerSpec.ModelType.Name(trainer.model_type).lower()
+        problems.append(f"Its model_type={kind} must be bpe.")
+    if normalizer.precompiled_charsmap:
+        problems.append(f"Its normalisation {normalizer.name!r} must be identity.")
+    if not normalizer.escape_whitespaces:
+        problems.append("Its escape_whitespaces must be true.")
+    if trainer.treat_whitespace_as_suffix:
+        problems.append("Its treat_whitespace_as_suffix must be false.")
+    for kind, name in ((_Piece.USER_DEFINED, "user-defined"), (_Piece.UNUSED, "unused")):
+        found = [piece.piece for piece in proto.pieces if piece.type == kind]
+        if found:
+            problems.append(f"It has {len(found)} {name} pieces such as {found[0]!r}.")
+    normal = [p.piece for p in proto.pieces if p.type == _Piece.NORMAL]
+    lone = set("".join(normal)).difference(normal)
+    if lone:
+        problems.append(f"{min(lone)!r} occurs in its pieces but is no piece itself.")
+    return problems
+
+
+def _merges(proto: Any) -> list[tuple[str, str]]:
+    """Returns all pairs of pieces that make up a piece, in the order of SentencePiece's merging.
+
+    Pairs that make the same piece score alike, and SentencePiece then takes the leftmost in the
+    text. Here one has to be named first, the longest left part; no text was found for which the
+    choice matters (600 random vocabularies of runs and repeats, 200 texts each).
+    """
+    normal = {p.piece: p.score for p in proto.pieces if p.type == _Piece.NORMAL}
+    ordered = sorted(normal, key=lambda piece: -normal[piece])
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in ordered
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in normal and piece[cut:] in normal
+    ]
+
+
+def _compare(file: Path, fast: tokenizers.Tokenizer, bos_id: int) -> None:
+    model: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    surfaces = [model.id_to_piece(i).replace(_SPACE, " ") for i in range(model.get_piece_size())]
+    texts = [*PROBES, *surfaces]
+    fast.encode_special_tokens = True
+    expected: Sequence[Sequence[int]] = model.encode(texts)
+    found = [encoding.ids for encoding in fast.encode_batch(texts)]
+    for text, ids, fast_ids in zip(texts, expected, found, strict=True):
+        if [bos_id, *ids] != fast_ids:
+            raise ValueError(
+                f"{file} cannot be written as tokenizer.json: {text!r} is {list(ids)} in "
+                f"SentencePiece, but would be {fast_ids[1:]}. {_REMEDY}"
+            )
+    fast.encode_special_tokens = False

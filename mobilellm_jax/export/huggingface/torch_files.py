@@ -1,0 +1,325 @@
+"""The tensors of a `pytorch_model.bin`, read as data: nothing in the file is run, nor is torch.
+
+`torch.save` writes a zip archive of a pickle, `NAME/data.pkl`, and of the numbers, `NAME/data/KEY`.
+A pickle is a program: whoever unpickles it calls what it names. Here the instructions that tensors
+need are followed, the functions that they name are told apart by their names and never called, and
+everything else is refused. The numbers stay in the archive, uncompressed, until they are asked for,
+and their checksums are compared then.
+"""
+
+import errno
+import functools
+import math
+import pickletools
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from mobilellm_jax.storage.strict_json import plain, shown
+
+# A thousand tensors take a quarter of a megabyte.
+_MOST_PICKLE_BYTES = 1 << 22
+_MOST_AXES = 8
+# Tied weights are stored once and named twice; more would make much memory of a small file.
+_MOST_SHARING = 2
+
+_DTYPES = {
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class TorchTensor(NamedTuple):
+    """A tensor in the file: read only when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+class _Refused(Exception):  # noqa: N818  # never leaves this file
+    """Why a file is none that this one reads."""
+
+
+class _Name(NamedTuple):
+    """A class or function that the pickle names: only its name."""
+
+    module: str
+    name: str
+
+
+class _Storage(NamedTuple):
+    kind: str
+    key: str
+    values: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        """The value after the last one that it reaches in its storage."""
+        if not self.size:
+            return self.offset
+        return (
+            self.offset
+            + 1
+            + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        )
+
+
+def open_torch(file: Path) -> dict[str, TorchTensor]:
+    """Returns the tensors of a file that `torch.save` (1.6 or newer) wrote of a dict of tensors.
+
+    Raises:
+      ValueError: if it is no such file, or holds anything else.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _open(file, archive)
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, UnicodeDecodeError) as error:
+        if _is_zip(file):
+            raise _error(file, str(error)) from error
+        raise ValueError(
+            f"{file} is no zip archive, as torch writes since version 1.6; if it is older, load it "
+            "with torch and save it again."
+        ) from error
+    except _Refused as error:
+        raise _error(file, str(error)) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a place before the file's start, where it was sent
+            raise
+        raise _error(file, "it refers to what is not in it") from error
+
+
+def _is_zip(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # one of several disks
+        return True
+
+
+def _error(file: Path, problem: str) -> ValueError:
+    return ValueError(
+        f"{file} is not a whole file of torch tensors: {problem}; save the weights as safetensors, "
+        "or as a plain dict of tensors."
+    )
+
+
+def _open(file: Path, archive: zipfile.ZipFile) -> dict[str, TorchTensor]:
+    entries = {info.filename: info for info in archive.infolist()}
+    if len(entries) != len(archive.infolist()):
+        raise _Refused("an entry occurs twice in it")
+    pickles = [name for name in entries if name.split("/")[1:] == ["data.pkl"]]
+    if len(pickles) != 1:
+        raise _Refused(f"it has {len(pickles)} entries NAME/data.pkl, not one")
+    folder = pickles[0].split("/")[0]
+    if f"{folder}/byteorder" in entries:
+        order = _content(archive, entries[f"{folder}/byteorder"], 100)
+        if order != b"little":
+            raise _Refused(f"its byte order is {shown(order)}, not little")
+    tree = _interpreted(_content(archive, entries[pickles[0]], _MOST_PICKLE_BYTES))
+    if not isinstance(tree, dict):
+        raise _Refused(f"it holds {shown(tree)}, not a dict of tensors")
+    tensors, whole_bytes = {}, 0
+    for name, tensor in tree.items():
+        if not isinstance(tensor, _Tensor):
+            raise _Refused(f"{plain(name)} is {shown(tensor)}, not a tensor")
+        dtype = _DTYPES.get(tensor.storage.kind)
+        if dtype is None:
+            raise _Refused(
+                f"{plain(name)} is of a {plain(tensor.storage.kind)}; only {', '.join(_DTYPES)} "
+                "can be read (quantised weights cannot)"
+            )
+        info = entries.get(f"{folder}/data/{tensor.storage.key}")
+        if info is None:
+            raise _Refused(f"the numbers of {plain(name)} are missing")
+        _check(name, tensor, dtype, info)
+        whole_bytes += tensor.size * dtype.itemsize
+        read = functools.partial(_read, file, name, info, dtype, tensor)
+        tensors[name] = TorchTensor(tensor.shape, str(dtype.name), read)
+    if whole_bytes > _MOST_SHARING * file.stat().st_size:
+        raise _Refused(f"its tensors have {whole_bytes:,} bytes, more than the file could hold")
+    return tensors
+
+
+def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int) -> bytes:
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise _Refused(f"{plain(info.filename)} is compressed or encrypted, which torch never does")
+    if info.file_size > most_bytes:
+        raise _Refused(f"{plain(info.filename)} has {info.file_size:,} bytes, over {most_bytes:,}")
+    try:
+        content = archive.read(info)
+    except (EOFError, RuntimeError) as error:
+        raise _Refused(f"{plain(info.filename)} is cut off") from error
+    if len(content) != info.file_size:
+        raise _Refused(f"{plain(info.filename)} is cut off")
+    return content
+
+
+def _check(name: str, tensor: _Tensor, dtype: np.dtype[Any], info: zipfile.ZipInfo) -> None:
+    """Refuses a tensor that is not in its storage, or a storage that is not all there."""
+    if info.file_size != tensor.storage.values * dtype.itemsize:
+        raise _Refused(
+            f"the numbers of {plain(name)} are {info.file_size:,} bytes, not "
+            f"{tensor.storage.values:,} of {dtype.name}"
+        )
+    if tensor.end > tensor.storage.values:
+        raise _Refused(f"{plain(name)} reaches beyond its numbers")
+
+
+def _read(
+    file: Path, name: str, info: zipfile.ZipInfo, dtype: np.dtype[Any], tensor: _Tensor
+) -> np.ndarray:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            content = _content(archive, info, info.file_size)
+    except (zipfile.BadZipFile, struct.error, _Refused) as error:
+        raise _error(file, f"{plain(name)}: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a place before the file's start, where it was sent
+            raise
+        raise _error(file, "it refers to what is not in it") from error
+    if not tensor.size:
+        return np.empty(tensor.shape, dtype)
+    values = np.frombuffer(content, dtype)[tensor.offset :]
+    strides = [stride * dtype.itemsize for stride in tensor.strides]
+    # Within its storage, as `_check` has seen.
+    return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
+
+
+def _interpreted(content: bytes) -> Any:
+    """Returns what the pickle would build, tensors as `_Tensor`s."""
+    stack: list[Any] = []
+    marks: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+
+    def pop(count: int) -> list[Any]:
+        if len(stack) < count:
+            raise _Refused("its pickle takes more from the stack than there is")
+        taken = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
+        return taken
+
+    def pop_mark() -> list[Any]:
+        nonlocal stack
+        if not marks:
+            raise _Refused("its pickle takes more from the stack than there is")
+        taken, stack = stack, marks.pop()
+        return taken
+
+    for code, argument in _instructions(content):
+        match code:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                marks.append(stack)
+                stack = []
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST" | "EMPTY_TUPLE":
+                stack.append([] if code == "EMPTY_LIST" else ())
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[code])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
+                stack.append(argument)
+            case "GLOBAL":
+                module, _, name = argument.partition(" ")
+                stack.append(_Name(module, name))
+            case "BINPUT" | "LONG_BINPUT":
+                [memo[argument]] = pop(1)
+                stack.append(memo[argument])
+            case "BINGET" | "LONG_BINGET":
+                if argument not in memo:
+                    raise _Refused("its pickle recalls what it has not remembered")
+                stack.append(memo[argument])
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(pop(int(code[-1]))))
+            case "TUPLE":
+                items = pop_mark()  # which puts another stack in this one's place
+                stack.append(tuple(items))
+            case "APPEND" | "APPENDS":
+                _extend(pop(1) if code == "APPEND" else pop_mark(), stack)
+            case "SETITEM" | "SETITEMS":
+                _set_items(pop(2) if code == "SETITEM" else pop_mark(), stack)
+            case "BINPERSID":
+                stack.append(_storage(*pop(1)))
+            case "REDUCE":
+                stack.append(_called(*pop(2)))
+            case "BUILD":
+                # The state of a dict is about the modules it is of; a tensor has none.
+                pop(1)
+                if not stack or not isinstance(stack[-1], dict):
+                    raise _Refused("its pickle gives a state to what has none")
+            case "STOP":
+                if marks or len(stack) != 1:
+                    raise _Refused("its pickle ends with more than one value")
+                return stack[0]
+            case _:
+                raise _Refused(f"its pickle has the instruction {code}, which no tensor needs")
+    raise _Refused("its pickle does not end")
+
+
+def _instructions(content: bytes) -> Iterator[tuple[str, Any]]:
+    try:
+        for code, argument, _ in pickletools.genops(content):
+            yield code.name, argument
+    except (ValueError, struct.error) as error:
+        raise _Refused(f"its pickle is damaged ({error})") from error
+
+
+def _extend(items: Sequence[Any], stack: list[Any]) -> None:
+    if not stack or not isinstance(stack[-1], list):
+        raise _Refused("its pickle appends to what is no list")
+    stack[-1].extend(items)
+
+
+def _set_items(items: Sequence[Any], stack: list[Any]) -> None:
+    if not stack or not isinstance(stack[-1], dict) or len(items) % 2:
+        raise _Refused("its pickle sets items of what is no dict")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str):
+            raise _Refused(f"a dict in it has the key {shown(key)}, not a text")
+        if key in stack[-1]:
+            raise _Refused(f"{plain(key)} occurs twice in it")
+        stack[-1][key] = value
+
+
+def _storage(identifier: Any) -> _Storage:
+    match identifier:
+        case ("storage", _Name("torch", kind), str(key), str(), int(values)) if values >= 0:
+            return _Storage(kind, key, values)
+    raise _Refused(f"its pickle refers to {shown(identifier)}, which is no storage of a tensor")
+
+
+def _called(function: Any, arguments: Any) -> Any:
+    """Returns what the call would; only these three calls are known."""
+    match function, arguments:
+        case _Name("collections", "OrderedDict"), ():
+            return {}
+        case _Name("torch._utils", "_rebuild_parameter"), (_Tensor() as tensor, *_):
+            return tensor
+        case (
+            _Name("torch._utils", "_rebuild_tensor_v2"),
+            (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_),
+        ):
+            numbers = (offset, *shape, *strides)
+            sound = all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+            if sound and len(shape) == len(strides) <= _MOST_AXES:
+                return _Tensor(storage, offset, shape, strides)
+    named = ".".join(function) if isinstance(function, _Name) else function
+    raise _Refused(f"its pickle calls {shown(named)} with {shown(arguments)}, which is not done")

@@ -1,0 +1,168 @@
+"""Files of named tensors as Hugging Face lays them out, written and read without torch.
+
+Written: `model.safetensors`, or numbered shards with an index from 5 GB on. Read: either of them,
+or `pytorch_model.bin` (`torch_files.py`).
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from mobilellm_jax.export.huggingface.torch_files import open_torch
+from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage.rundir import write_whole
+from mobilellm_jax.storage.strict_json import plain
+
+SHARD_BYTES = 5_000_000_000
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+_SAFETENSORS = "model.safetensors"
+_PICKLE = "pytorch_model.bin"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+# Each stays open.
+_MOST_SHARDS = 256
+_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file: read only when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]  # in its own dtype
+
+
+def write_tensors(
+    tensors: Iterable[tuple[str, np.ndarray]], directory: Path, shard_bytes: int = SHARD_BYTES
+) -> int:
+    """Writes the tensors, holding one shard in memory at a time; returns their bytes."""
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    pending_bytes = total_bytes = 0
+
+    def flush() -> None:
+        # "pt" is what transformers of all ages look for before they open the file.
+        save_file(pending, directory / f"{len(shards)}.shard", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > shard_bytes:
+            flush()
+            pending_bytes = 0
+        # The file takes the bytes as they lie in memory.
+        pending[name] = np.ascontiguousarray(tensor)
+        pending_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (directory / "0.shard").rename(directory / _SAFETENSORS)
+        return total_bytes
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"{i}.shard").rename(directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    write_whole(directory / f"{_SAFETENSORS}.index.json", json.dumps(index, indent=2) + "\n")
+    return total_bytes
+
+
+def open_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a Hugging Face directory by name; safetensors before torch's format.
+
+    Raises:
+      FileNotFoundError: if it holds no weights, or a shard is missing.
+      ValueError: for a dtype that is no floating-point type of `DTYPES`, and for files that are
+        damaged or were made to mislead.
+    """
+    for name, open_file in ((_SAFETENSORS, _open_safetensors), (_PICKLE, _open_pickle)):
+        if (directory / name).is_file():
+            return open_file(directory / name)
+        if (directory / f"{name}.index.json").is_file():
+            return _open_shards(directory / f"{name}.index.json", open_file)
+    raise FileNotFoundError(
+        f"{directory} holds no weights; expected {_SAFETENSORS}, {_SAFETENSORS}.index.json, "
+        f"{_PICKLE} or {_PICKLE}.index.json."
+    )
+
+
+def spare_pickle(directory: Path) -> str:
+    """Returns the name of torch weights that stand unread beside safetensors, or ''."""
+    safe = any((directory / f"{_SAFETENSORS}{end}").is_file() for end in ("", ".index.json"))
+    spare = [n for n in (_PICKLE, f"{_PICKLE}.index.json") if (directory / n).is_file()]
+    return spare[0] if safe and spare else ""
+
+
+def _open_shards(
+    index: Path, open_file: Callable[[Path], dict[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    try:
+        weight_map: dict[str, str] = strict_json.get(
+            strict_json.parse(strict_json.content_of(index)), "weight_map", dict[str, str]
+        )
+    except strict_json.JsonError as error:
+        raise ValueError(f"{index}: {error} Fetch the file again.") from error
+    files = sorted(set(weight_map.values()))
+    if len(files) > _MOST_SHARDS:
+        raise ValueError(f"{index} names {len(files)} shards, and may name {_MOST_SHARDS}.")
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        # A name with a slash would read outside of the folder.
+        if not _SHARD_NAME.fullmatch(file):
+            raise ValueError(
+                f"{index}: weight_map names {plain(file)}, which is no file beside it."
+            )
+        if not (index.parent / file).is_file():
+            raise FileNotFoundError(f"{index} names the shard {file}, which is not beside it.")
+        found = open_file(index.parent / file)
+        for name in found:
+            if name in tensors or weight_map.get(name, file) != file:
+                raise ValueError(f"{index}: {plain(name)} is in {file} and in another shard too.")
+        tensors.update(found)
+    missing = weight_map.keys() - tensors.keys()
+    if missing:
+        name = min(missing)
+        raise ValueError(
+            f"{index} says that {plain(name)} is in {weight_map[name]}, but it is not."
+        )
+    return tensors
+
+
+def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    try:
+        opened: Any = safetensors.safe_open(file, framework="np")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+    tensors = {}
+    for name in opened.keys():
+        part = opened.get_slice(name)
+        dtype = _known_dtype(file, name, _STORED_DTYPES.get(part.get_dtype(), part.get_dtype()))
+        read = functools.partial(opened.get_tensor, name)
+        tensors[name] = StoredTensor(tuple(part.get_shape()), dtype, read)
+    return tensors
+
+
+def _open_pickle(file: Path) -> dict[str, StoredTensor]:
+    return {name: StoredTensor(*tensor) for name, tensor in open_torch(file).items()}
+
+
+def _known_dtype(file: Path, name: str, dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"{file}: {plain(name)} has dtype {dtype}; only {', '.join(DTYPES)} can be read "
+            "(quantised weights cannot)."
+        )
+    return dtype

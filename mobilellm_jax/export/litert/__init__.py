@@ -1,0 +1,1 @@
+"""LiteRT: the writer, and the runtime that reads its file back."""

@@ -1,0 +1,1 @@
+"""ONNX for ONNX Runtime: the writer, and the runtime that reads its file back."""

@@ -1,0 +1,329 @@
+"""ONNX: the graph written node by node, its weights in a file beside it.
+
+Inputs are `tokens`, `length` (tokens in the cache before them), `logits_from` (the first of the
+tokens that logits are wanted for, -1: the last alone) and the cache, a key and a value array per
+application of a block; outputs are `logits` and the cache, which is updated in place where the same
+memory is bound to both. A shared block's weights are initializers that all of its applications
+read, and tied embeddings are one that is looked up and multiplied with.
+
+Attention with its cache is com.microsoft.GroupQueryAttention, quantized matrices are
+com.microsoft.MatMulNBits; both are in every build of ONNX Runtime that has not been stripped. All
+other operators are standard.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import onnx
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.export.formats import Source
+from mobilellm_jax.export.onnx.graph import MICROSOFT, WEIGHTS, Graph
+from mobilellm_jax.model.layer_sharing import application_order
+from mobilellm_jax.model.rope import rotation
+
+FILE = "model.onnx"
+
+_STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_BITS = {"int8": 8, "int4": 4}
+# Weights that share a scale, by bits; the width of a matrix is padded to a multiple of it.
+_BLOCK = {8: 64, 4: 32}
+_INT8_PRODUCTS = 4  # MatMulNBits: activations are quantized too, each block of a token by itself
+# GroupQueryAttention rotates no other heads. Larger ones are made by channels that are zero.
+_HEAD_MULTIPLE = 16
+_END = np.iinfo(np.int64).max
+
+
+def write(source: Source, folder: Path, precision: str) -> int:
+    """Writes `model.onnx` and its weights.
+
+    Args:
+      source: the model.
+      folder: where to.
+      precision: float32; float16 or bfloat16, which are widened when the file is loaded; int8 or
+        int4, with a scale per 64 or 32 weights (int4: not the embeddings and the head, which are
+        int8).
+
+    Returns:
+      The number of blocks stored.
+    """
+    config = source.config
+    with (folder / WEIGHTS).open("wb") as weights:
+        graph = Graph(weights)
+        _write_model(graph, source, precision)
+    (folder / FILE).write_bytes(graph.serialized())
+    return config.num_blocks
+
+
+class _Matrix(NamedTuple):
+    """A matrix's initializers."""
+
+    name: str
+    inputs: int
+    outputs: int
+    bits: int = 0  # 0: not quantized
+    scales: str = ""
+
+
+class _Block(NamedTuple):
+    """A block's initializers."""
+
+    attention_norm: str
+    input: _Matrix  # queries, keys and values side by side
+    output: _Matrix
+    feed_forward_norm: str
+    wide: _Matrix  # gate and up side by side, or up alone
+    down: _Matrix
+
+
+def _write_model(graph: Graph, source: Source, precision: str) -> None:
+    config, params = source.config, source.params
+    bits = _BITS.get(precision, 0)
+    store = _STORED.get(precision, np.dtype(np.float32))
+    tokens = graph.input("tokens", np.int64, [1, "T"])
+    length = graph.input("length", np.int32, [1])
+    first = graph.input("logits_from", np.int64, [1])
+    graph.output("logits", [1, "scored", config.vocab_size])
+
+    table_VD = np.asarray(params["embedding"]["table"])
+    # In int4 they alone cost as much loss as all blocks: 0.019 nats together instead of 0.010.
+    table_bits = 8 if bits else 0
+    table = _add_rows(graph, "embedding", table_VD, store, table_bits)
+    head = table
+    if not config.tie_embeddings:
+        head_VD = np.asarray(params["head"]["kernel"]).T
+        head = _add_rows(graph, "head", head_VD, store, table_bits)
+    blocks = [_add_block(graph, source, u, store, bits) for u in range(config.num_blocks)]
+    context = _add_context(graph, config, tokens, length)
+    x_1TD = _looked_up(graph, table, tokens)
+    order = application_order(config.num_blocks, config.num_repeats, config.sharing)
+    for slot, u in enumerate(order):
+        block = blocks[u]
+        normed_1TD = _normed(graph, x_1TD, block.attention_norm, config)
+        out_1TQ = _attention(graph, _product(graph, normed_1TD, block.input), context, config, slot)
+        x_1TD = graph.node("Add", x_1TD, _product(graph, out_1TQ, block.output))
+        normed_1TD = _normed(graph, x_1TD, block.feed_forward_norm, config)
+        wide_1TF = _activated(graph, _product(graph, normed_1TD, block.wide), config)
+        x_1TD = graph.node("Add", x_1TD, _product(graph, wide_1TF, block.down))
+    x_1TD = _sliced(graph, x_1TD, first, axis=1)
+    scale = np.asarray(params["final_norm"]["scale"])
+    x_1TD = _normed(graph, x_1TD, graph.constant("final_norm", scale), config)
+    _score(graph, x_1TD, head)
+
+
+def _add_block(graph: Graph, source: Source, u: int, store: np.dtype[Any], bits: int) -> _Block:
+    """Adds the initializers of unique block `u`."""
+    config = source.config
+    blocks = source.params["blocks"]
+    attention, feed_forward = blocks["attention"], blocks["feed_forward"]
+    width = config.embed_dim
+
+    def norm(name: str) -> str:
+        return graph.constant(f"block_{u}.{name}", np.asarray(blocks[name]["scale"][u]))
+
+    def matrix(name: str, *kernels: np.ndarray) -> _Matrix:
+        return _add_matrix(graph, f"block_{u}.{name}", np.concatenate(kernels, 1), store, bits)
+
+    def heads(name: str) -> np.ndarray:
+        return _widened(np.asarray(attention[name][u]), axis=2).reshape(width, -1)
+
+    out_NHD = _widened(np.asarray(attention["output"][u]), axis=1)
+    wide_names = ("gate", "up") if config.activation == "swiglu" else ("up",)
+    return _Block(
+        attention_norm=norm("attention_norm"),
+        input=matrix("input", *(heads(name) for name in ("query", "key", "value"))),
+        output=matrix("output", out_NHD.reshape(-1, width)),
+        feed_forward_norm=norm("feed_forward_norm"),
+        wide=matrix("wide", *(np.asarray(feed_forward[name][u]) for name in wide_names)),
+        down=matrix("down", np.asarray(feed_forward["down"][u])),
+    )
+
+
+def _widened(heads: np.ndarray, axis: int) -> np.ndarray:
+    """Fills either half of the head dim with zeros up to a multiple of _HEAD_MULTIPLE.
+
+    Halves, because rotation pairs channel i of one with channel i of the other.
+    """
+    *before, head_dim, after = *heads.shape[:axis], heads.shape[axis], heads.shape[axis + 1 :]
+    halves = heads.reshape(*before, 2, head_dim // 2, *after)
+    widths = [(0, 0)] * halves.ndim
+    widths[axis + 1] = (0, (_head_width(head_dim) - head_dim) // 2)
+    return np.pad(halves, widths).reshape(*before, -1, *after)
+
+
+def _head_width(head_dim: int) -> int:
+    return math.ceil(head_dim / _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+
+
+def _add_matrix(
+    graph: Graph, name: str, kernel_IO: np.ndarray, store: np.dtype[Any], bits: int
+) -> _Matrix:
+    """Adds a matrix from I inputs to O outputs."""
+    inputs, outputs = kernel_IO.shape
+    if bits:
+        codes, scales = _quantized(kernel_IO.T, bits)
+        graph.constant(name, codes)
+        return _Matrix(name, inputs, outputs, bits, graph.constant(f"{name}.scales", scales))
+    return _Matrix(_stored(graph, name, kernel_IO, store), inputs, outputs)
+
+
+def _add_rows(
+    graph: Graph, name: str, table_VD: np.ndarray, store: np.dtype[Any], bits: int
+) -> _Matrix:
+    """Adds a matrix with a row per token, to look up or to score with."""
+    outputs, inputs = table_VD.shape
+    if bits:
+        codes, scales = _quantized(table_VD, bits)
+        graph.constant(name, codes.reshape(len(codes), -1))
+        return _Matrix(name, inputs, outputs, bits, graph.constant(f"{name}.scales", scales))
+    return _Matrix(_stored(graph, name, table_VD, store), inputs, outputs)
+
+
+def _stored(graph: Graph, name: str, values: np.ndarray, store: np.dtype[Any]) -> str:
+    """Adds an initializer of type `store` and returns the name of its values in float32."""
+    with np.errstate(over="ignore"):  # found below, and named
+        narrow = values.astype(store, copy=False)
+    if not np.isfinite(narrow.astype(np.float32, copy=False)).all():
+        beyond = "" if not np.isfinite(values).all() else "; use --dtype=bfloat16 or float32"
+        raise ValueError(f"{name} holds values that are not finite in dtype={store}{beyond}.")
+    graph.constant(name, narrow)
+    if store == np.float32:
+        return name
+    return graph.node("Cast", name, to=onnx.TensorProto.FLOAT)
+
+
+def _quantized(weight_OI: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns codes [O, blocks, bytes] and scales [O, blocks]: weight = (code - 2^(bits-1)) scale.
+
+    The weight of a block that is furthest from zero gets the code 0, which is furthest from the
+    middle, so its scale may be negative.
+    """
+    (outputs, inputs), block = weight_OI.shape, _BLOCK[bits]
+    padded = np.pad(weight_OI, ((0, 0), (0, -inputs % block)))
+    blocks = padded.reshape(outputs, -1, block).astype(np.float32, copy=False)
+    furthest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+    middle = 1 << (bits - 1)
+    scales = furthest / -middle
+    steps = blocks / np.where(scales == 0, 1, scales)
+    codes = np.clip(np.rint(steps) + middle, 0, 2 * middle - 1).astype(np.uint8)
+    if bits == 4:  # two a byte, the earlier one in the low bits
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes, scales[..., 0].astype(np.float32)
+
+
+class _Context(NamedTuple):
+    """What every attention shares: names of values."""
+
+    last: str  # position of the last token
+    total: str  # tokens in the cache, these included
+    cos: str
+    sin: str
+
+
+def _add_context(graph: Graph, config: ModelConfig, tokens: str, length: str) -> _Context:
+    new = graph.node("Shape", tokens, start=1, end=2)
+    total = graph.node("Add", length, graph.node("Cast", new, to=onnx.TensorProto.INT32))
+    one = graph.constant("one", np.ones(1, np.int32))
+    positions_1S = jnp.arange(config.max_seq_len, dtype=jnp.int32)[None]
+    turn = rotation(positions_1S, config.head_dim, config.rope_theta)
+
+    def angles(name: str, values_1S1H: Any) -> str:
+        half = (_head_width(config.head_dim) - config.head_dim) // 2
+        return graph.constant(name, np.pad(np.asarray(values_1S1H)[0, :, 0], ((0, 0), (0, half))))
+
+    return _Context(
+        last=graph.node("Sub", total, one),
+        total=graph.node("Squeeze", total),
+        cos=angles("cos", turn.cos_BT1H),
+        sin=angles("sin", turn.sin_BT1H),
+    )
+
+
+def _attention(graph: Graph, heads: str, context: _Context, config: ModelConfig, slot: int) -> str:
+    """Adds the attention of one application, whose cache is its own."""
+    width = _head_width(config.head_dim)
+    shape = [1, config.num_kv_heads, config.max_seq_len, width]
+    past = [graph.input(f"past_{kind}_{slot}", np.float32, shape) for kind in ("key", "value")]
+    present = [graph.output(f"present_{kind}_{slot}", shape) for kind in ("key", "value")]
+    return graph.node(
+        *("GroupQueryAttention", heads, "", "", *past, context.last, context.total),
+        *(context.cos, context.sin),
+        outputs=[f"attention_{slot}", *present],
+        domain=MICROSOFT,
+        num_heads=config.num_heads,
+        kv_num_heads=config.num_kv_heads,
+        scale=config.head_dim**-0.5,  # not of the width, which may be larger
+        do_rotary=1,
+    )
+
+
+def _normed(graph: Graph, x: str, scale: str, config: ModelConfig) -> str:
+    return graph.node("RMSNormalization", x, scale, axis=-1, epsilon=config.norm_eps)
+
+
+def _product(graph: Graph, x: str, matrix: _Matrix, codes: str = "") -> str:
+    """Adds x times a matrix, whose quantized form is also called `codes`."""
+    if not matrix.bits:
+        return graph.node("MatMul", x, matrix.name)
+    return graph.node(
+        *("MatMulNBits", x, codes or matrix.name, matrix.scales),
+        domain=MICROSOFT,
+        K=matrix.inputs,
+        N=matrix.outputs,
+        bits=matrix.bits,
+        block_size=_BLOCK[matrix.bits],
+        accuracy_level=_INT8_PRODUCTS,
+    )
+
+
+def _activated(graph: Graph, wide: str, config: ModelConfig) -> str:
+    if config.activation == "relu":
+        return graph.node("Relu", wide)
+    if config.activation == "gelu":
+        return graph.node("Gelu", wide)  # by the error function
+    place = len(graph.nodes)
+    gate, up = halves = [f"gate_{place}", f"up_{place}"]
+    graph.node("Split", wide, outputs=halves, axis=-1, num_outputs=2)
+    return graph.node("Mul", graph.node("Mul", gate, graph.node("Sigmoid", gate)), up)
+
+
+def _looked_up(graph: Graph, table: _Matrix, tokens: str) -> str:
+    if not table.bits:
+        return graph.node("Gather", table.name, tokens)
+    rows = graph.node(
+        *("GatherBlockQuantized", table.name, tokens, table.scales),
+        domain=MICROSOFT,
+        bits=table.bits,
+        block_size=_BLOCK[table.bits],
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    if table.inputs % _BLOCK[table.bits] == 0:
+        return rows
+    start = graph.constant("row_start", np.zeros(1, np.int64))
+    return _sliced(graph, rows, start, axis=2, end=table.inputs)
+
+
+def _sliced(graph: Graph, x: str, start: str, *, axis: int, end: int = _END) -> str:
+    """Adds x[start:end] along an axis; `start` names a value."""
+    numbers = {f"end_{axis}": end, f"axis_{axis}": axis}
+    names = [graph.constant(name, np.array([n], np.int64)) for name, n in numbers.items()]
+    return graph.node("Slice", x, start, *names)
+
+
+def _score(graph: Graph, x_1TD: str, head: _Matrix) -> None:
+    """Adds the logits, by a matrix with a row per token."""
+    if head.bits:
+        shape = np.array([head.outputs, -1, _BLOCK[head.bits] * head.bits // 8], np.int64)
+        codes = graph.node("Reshape", head.name, graph.constant("head_shape", shape))
+        logits_1TV = _product(graph, x_1TD, head, codes)
+    else:
+        # Gemm reads a matrix transposed, so that the table need not be there in both forms.
+        first = graph.constant("first_axis", np.zeros(1, np.int64))
+        x_TD = graph.node("Squeeze", x_1TD, first)
+        logits_1TV = graph.node("Unsqueeze", graph.node("Gemm", x_TD, head.name, transB=1), first)
+    graph.node("Identity", logits_1TV, outputs=["logits"])

@@ -1,0 +1,189 @@
+"""The paper's ablations as grids of models: at its own sizes, and in proportion at smaller ones.
+
+At the scale `paper` the rows are those of its tables (`architectures.py`). At `small` and `tiny`
+they are the same comparisons of smaller models: blocks and heads of the 125M rows divided by one
+number, widths solved so that depth and width trade at one number of parameters, which in the
+paper's Table 11 varies by a fifth. Every row knows the paper's row that it stands for.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.paper import architectures
+from mobilellm_jax.paper.architectures import Row
+from mobilellm_jax.paper.small import SMALL_SCALES, small_model
+
+GridName = Literal["depth_width", "roadmap", "embedding", "heads", "sharing", "repeats"]
+ScaleName = Literal["paper", "small", "tiny"]
+GRIDS: tuple[GridName, ...] = get_args(GridName)
+SCALES: tuple[ScaleName, ...] = get_args(ScaleName)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A comparison that the paper makes."""
+
+    title: str
+    table: str  # of the paper
+    question: str  # that it answers
+    equal_parameters: bool  # whether its rows have the same number of them at the small scales
+
+
+ABOUT: dict[GridName, Grid] = {
+    "depth_width": Grid(
+        "Depth against width",
+        "11",
+        "Of two models with as many parameters, is the deeper and thinner one better?",
+        equal_parameters=True,
+    ),
+    "roadmap": Grid(
+        "Design roadmap",
+        "10",
+        "What does each step from a plain baseline to MobileLLM-LS add?",
+        equal_parameters=False,
+    ),
+    "embedding": Grid(
+        "Embedding sharing",
+        "1",
+        "What does it cost to use the input embeddings as output weights, and what do the saved "
+        "parameters buy as blocks?",
+        equal_parameters=False,
+    ),
+    "heads": Grid(
+        "Heads and key-value heads",
+        "13",
+        "How many heads, and how many queries for each key and value?",
+        equal_parameters=False,
+    ),
+    "sharing": Grid(
+        "Order of shared layers",
+        "2",
+        "Does applying every block twice help, and in which order?",
+        equal_parameters=True,
+    ),
+    "repeats": Grid(
+        "Number of repeats",
+        "14",
+        "How often should a block be applied?",
+        equal_parameters=True,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridRow:
+    """One model of a grid."""
+
+    grid: GridName
+    scale: ScaleName
+    group: str  # 125M or 350M, of the paper's row
+    label: str  # within grid and group
+    compared_with: str  # label of the row that its difference is taken from; "" = none
+    model: ModelConfig
+    length: int  # times the recipe's steps: 4 for the rows with 1T tokens
+    paper: Row
+
+
+def grid_rows(
+    grid: GridName, scale: ScaleName, group: str = "", vocab_size: int | None = None
+) -> tuple[GridRow, ...]:
+    """Returns the rows of a grid.
+
+    Args:
+      grid: one of `GRIDS`.
+      scale: one of `SCALES`.
+      group: 125M or 350M at the scale `paper`; "" = both. The small scales have one.
+      vocab_size: of the models at the small scales; None = the scale's own. The paper's is 32,000.
+    """
+    rows = []
+    for row in _paper_rows(grid, group if scale == "paper" else "125M"):
+        model: ModelConfig | None = row.model
+        if scale != "paper":
+            model = small_model(grid, row, SMALL_SCALES[scale], vocab_size)
+        if model is None:
+            continue  # left out at this scale
+        rows.append(
+            GridRow(
+                grid=grid,
+                scale=scale,
+                group=row.group,
+                label=label(grid, row.step, model),
+                compared_with="",
+                model=model,
+                length=row.tokens // architectures.ABLATION_TOKENS,
+                paper=row,
+            )
+        )
+    return tuple(dataclasses.replace(r, compared_with=_compared_with(r, rows)) for r in rows)
+
+
+def label(grid: GridName, step: str, model: ModelConfig) -> str:
+    """Returns what the row is called in its table."""
+    tied = "tied" if model.tie_embeddings else "untied"
+    repeats = f"{model.sharing.replace('_', '-')}, x{model.num_repeats}"
+    return {
+        "depth_width": f"{model.num_blocks} blocks, width {model.embed_dim}",
+        "roadmap": step,
+        "embedding": f"{model.num_blocks} blocks, {tied}",
+        "heads": f"{model.num_heads} heads, {model.num_kv_heads} kv",
+        "sharing": "not shared" if model.num_repeats == 1 else repeats,
+        "repeats": f"x{model.num_repeats}",
+    }[grid]
+
+
+def shape_name(model: ModelConfig) -> str:
+    """Returns a name that says everything that a grid varies, for folders and curves."""
+    parts = [
+        f"{model.num_blocks}x{model.embed_dim}",
+        f"h{model.num_heads}kv{model.num_kv_heads}",
+        f"f{model.ffn_dim}",
+    ]
+    parts += [] if model.activation == "swiglu" else [model.activation]
+    parts += ["tied"] if model.tie_embeddings else []
+    parts += [f"{model.sharing}{model.num_repeats}"] if model.num_repeats > 1 else []
+    return "-".join(parts)
+
+
+def architecture(model: ModelConfig) -> tuple[object, ...]:
+    """Returns what two models share that have the same weights and apply them in the same order.
+
+    How they are computed and initialised may differ.
+    """
+    order = model.sharing if model.num_repeats > 1 else ""
+    return (
+        *(model.vocab_size, model.num_blocks, model.num_repeats, order, model.embed_dim),
+        *(model.num_heads, model.num_kv_heads, model.head_dim, model.ffn_dim),
+        *(model.activation, model.tie_embeddings),
+    )
+
+
+def _paper_rows(grid: GridName, group: str) -> tuple[Row, ...]:
+    return architectures.rows(ABOUT[grid].table, group)
+
+
+def _compared_with(row: GridRow, rows: list[GridRow]) -> str:
+    """Each step of the roadmap with the one before; elsewhere every row with the grid's baseline.
+
+    That is the usual shape among the paper's 125M (12 blocks) and 350M (15), 16 heads with as many
+    keys, no sharing, and 30 untied blocks. Layer sharing and longer training both follow GQA.
+    """
+    group = [r for r in rows if r.group == row.group]
+    if row.grid == "roadmap":
+        steps = [r.label for r in group]
+        before = {
+            "+ layer sharing": "+ grouped-query attention",
+            "+ layer sharing, 1T tokens": "+ 1T tokens",
+        }
+        position = steps.index(row.label)
+        return before.get(row.label, steps[position - 1] if position else "")
+
+    def is_baseline(paper: ModelConfig) -> bool:
+        return {
+            "depth_width": paper.num_blocks == {"125M": 12, "350M": 15}[row.group],
+            "embedding": not paper.tie_embeddings,
+            "heads": paper.num_heads == paper.num_kv_heads == 16,
+        }.get(row.grid, paper.num_repeats == 1)
+
+    (baseline,) = [r for r in group if is_baseline(r.paper.model)]
+    return "" if baseline.label == row.label else baseline.label

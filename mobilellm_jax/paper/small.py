@@ -1,0 +1,122 @@
+"""Models of 1 to 30M parameters that compare what the paper's rows of 125M compare."""
+
+import dataclasses
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.model.size import parameter_count
+from mobilellm_jax.paper.architectures import Row
+from mobilellm_jax.paper.width import solve_width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmallScale:
+    """In what proportion to the paper's 125M models."""
+
+    parameters: int  # of the rows that trade depth for width
+    divisor: int  # of the paper's blocks and heads; those of its repeats stay
+    head_dim: int  # the paper has 64
+    width: int  # where heads and sharing are compared; the paper has 896
+    vocab_size: int
+    max_seq_len: int
+    left_out: frozenset[tuple[str, int]]  # (grid, blocks or heads of the paper's row)
+
+
+SMALL_SCALES = {
+    "tiny": SmallScale(
+        parameters=1_400_000,
+        divisor=2,
+        head_dim=16,
+        width=128,
+        vocab_size=2048,
+        max_seq_len=256,
+        # Uneven halves come to the same as their neighbours, and the deepest costs four times the
+        # usual; what is left makes 20 models, which two CPU cores train in some hours.
+        left_out=frozenset({("depth_width", 6), ("depth_width", 24), ("depth_width", 62)}),
+    ),
+    "small": SmallScale(
+        parameters=20_000_000,
+        divisor=1,
+        head_dim=32,
+        width=384,
+        vocab_size=8192,
+        max_seq_len=1024,
+        left_out=frozenset(),
+    ),
+}
+
+_GQA_GROWTH = 124.6 / 118.6  # parameters after grouped-query attention over those before, Table 10
+# Of Table 13 the rows that answer most: (heads, kv heads).
+_HEADS_KEPT = frozenset({(32, 32), (16, 16), (16, 4), (16, 2), (8, 8)})
+
+
+def small_model(
+    grid: str, row: Row, scale: SmallScale, vocab_size: int | None
+) -> ModelConfig | None:
+    """Returns the model that stands for a row of the paper; None where the scale leaves it out.
+
+    1T tokens are left out at every scale: four times the cost, to compare nothing but length.
+    """
+    paper = row.model
+    if "1T" in row.step or (grid, paper.num_blocks) in scale.left_out:
+        return None
+    if grid == "heads" and (paper.num_heads, paper.num_kv_heads) not in _HEADS_KEPT:
+        return None
+    base = dataclasses.replace(
+        paper,
+        vocab_size=vocab_size or scale.vocab_size,
+        num_blocks=paper.num_blocks // scale.divisor,
+        max_seq_len=scale.max_seq_len,
+    )
+    if grid in ("heads", "sharing", "repeats"):
+        return _of_fixed_width(base, scale)
+    return _of_solved_width(base, scale)
+
+
+def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
+    """Heads divide one width, as in Tables 2, 13 and 14; keys and values change the count."""
+    heads = base.num_heads // scale.divisor
+    model = dataclasses.replace(
+        base,
+        embed_dim=scale.width,
+        num_heads=heads,
+        num_kv_heads=max(1, base.num_kv_heads // scale.divisor),
+        head_dim=scale.width // heads,
+    )
+    # The baseline of the table, with a key for each query, has the budget's size.
+    full = dataclasses.replace(model, num_kv_heads=heads, tie_embeddings=False)
+    narrow, wide = (dataclasses.replace(full, ffn_dim=width) for width in (8, 16))
+    step = parameter_count(wide) - parameter_count(narrow)
+    steps = round((scale.parameters - parameter_count(narrow)) / step)
+    return dataclasses.replace(model, ffn_dim=8 * (1 + steps))
+
+
+def _of_solved_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
+    """Heads have one width, as in Tables 1, 10 and 11; their number follows from the budget."""
+    untied = dataclasses.replace(
+        base, num_kv_heads=base.num_heads, head_dim=scale.head_dim, tie_embeddings=False
+    )
+    untied = dataclasses.replace(
+        untied,
+        num_repeats=1,
+        embed_dim=base.num_heads * scale.head_dim,
+        ffn_dim=round(base.ffn_dim / base.embed_dim * base.num_heads * scale.head_dim),
+    )
+    # Table 1's extra blocks have the width of the untied model without them.
+    of_30 = 30 // scale.divisor
+    blocks = of_30 if base.tie_embeddings else base.num_blocks
+    model = solve_width(dataclasses.replace(untied, num_blocks=blocks), scale.parameters)
+    model = dataclasses.replace(
+        model, num_blocks=base.num_blocks, tie_embeddings=base.tie_embeddings
+    )
+    if base.num_kv_heads < base.num_heads:
+        group = base.num_heads // base.num_kv_heads
+        wanted = round(_GQA_GROWTH * parameter_count(model))
+        grouped = dataclasses.replace(
+            model,
+            num_heads=group,
+            num_kv_heads=1,
+            embed_dim=group * scale.head_dim,
+            ffn_dim=round(group * scale.head_dim * model.ffn_dim / model.embed_dim),
+        )
+        model = solve_width(grouped, wanted)
+    return dataclasses.replace(model, num_repeats=base.num_repeats, sharing=base.sharing)

@@ -1,0 +1,1 @@
+"""Files: JSON read within limits, folders sealed by checksums, names of a run's files."""

@@ -1,0 +1,55 @@
+"""What was compressed comes back in chunks that memory holds; damage is said where it is."""
+
+import gzip
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import zstandard
+
+from mobilellm_jax.data.sources.decompression import ChunkedFile, DamageError, decompressed
+
+TEXT = np.random.default_rng(0).integers(0, 4, 200_000, np.uint8).tobytes()
+COMPRESS = {".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_members_follow_one_another(ending: str) -> None:
+    stored = COMPRESS[ending](TEXT) + COMPRESS[ending](b"") + COMPRESS[ending](TEXT[:7])
+    assert b"".join(decompressed(io.BytesIO(stored), f"a{ending}")) == TEXT + TEXT[:7]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_small_file_of_much_text_takes_little_memory(ending: str) -> None:
+    zeros = bytes(1 << 27)
+    stored = COMPRESS[ending](zeros)
+    assert len(stored) < len(zeros) / 200
+    lengths = [len(chunk) for chunk in decompressed(io.BytesIO(stored), f"bomb{ending}")]
+    assert sum(lengths) == len(zeros)
+    assert max(lengths) <= 1 << 26
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda stored: stored[:-9], "cut off"),
+        (lambda stored: stored + b"no such data", "damaged"),
+        (lambda stored: b"", "cut off"),
+    ],
+)
+def test_damage_comes_after_what_lies_before_it(
+    ending: str, harm: Callable[[bytes], bytes], message: str
+) -> None:
+    found = b""
+    with pytest.raises(DamageError, match=message):
+        for chunk in decompressed(io.BytesIO(harm(COMPRESS[ending](TEXT))), f"a{ending}"):
+            found += chunk
+    assert TEXT.startswith(found)
+
+
+def test_chunks_read_as_a_file() -> None:
+    parts = [b"", b"one\ntw", b"", b"o\nthree", b""]
+    with io.BufferedReader(ChunkedFile(iter(parts)), 4) as file:
+        assert file.readlines() == [b"one\n", b"two\n", b"three"]

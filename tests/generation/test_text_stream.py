@@ -1,0 +1,166 @@
+"""Text as it comes is whole characters and, put together, the text of all tokens."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.generation.generate import generate
+from mobilellm_jax.generation.sampling import GREEDY, Sampling
+from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt, stream_text
+from mobilellm_jax.model.transformer import Params
+from tests import tiny
+
+TINY = dataclasses.replace(tiny.MODEL, max_seq_len=128)
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return jax.device_put(tiny.random_params(TINY))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tiny.tokenizer_of_few_words(tmp_path_factory.mktemp("sp"), 300)
+
+
+def byte_fallback_json(folder: Path) -> Path:
+    """A tokenizer.json laid out like Llama's: byte tokens, decoded by run."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    pieces += ["\u2581", "a", "b", "\u2581a", "é", "\ufffd"]
+    model = tokenizers.models.BPE(
+        {p: i for i, p in enumerate(pieces)},
+        [("\u2581", "a")],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    built = tokenizers.Tokenizer(model)
+    built.add_special_tokens(["<unk>", "<s>", "</s>"])
+    built.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    built.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    built.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def byte_level_json(folder: Path) -> Path:
+    """A tokenizer.json laid out like GPT-2's: every byte is a character of a piece."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pieces = ["<s>", "</s>", *alphabet, "ðŁ", "Ġa"]
+    merges = [("ð", "Ł"), ("Ġ", "a")]
+    built = tokenizers.Tokenizer(
+        tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, merges)
+    )
+    built.add_special_tokens(["<s>", "</s>"])
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    built.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(params=["sentencepiece", "byte_fallback", "byte_level"])
+def any_tokenizer(
+    request: pytest.FixtureRequest, tmp_path: Path, tokenizer: Tokenizer
+) -> Tokenizer:
+    if request.param == "sentencepiece":
+        return tokenizer
+    build = byte_fallback_json if request.param == "byte_fallback" else byte_level_json
+    return load_tokenizer(build(tmp_path))
+
+
+def cut(ids: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
+
+
+HOSTILE = [
+    "plain words",
+    "  two spaces, then\n\n\ttabs ",
+    "é ü ß 日本語 العربية",
+    "😀👩\u200d👩\u200d👧 flags 🇩🇪",
+    "a\u0301 combining, \x00 \x1b control",
+    "\U0010ffff\ud7ff end of the range",
+    "",
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+@pytest.mark.parametrize("text", HOSTILE)
+def test_streamed_text_is_whole_characters_and_the_whole_text(
+    text: str, size: int, any_tokenizer: Tokenizer
+) -> None:
+    for prompt in ("", "a b", "日"):
+        before = encode_prompt(any_tokenizer, prompt)
+        new = any_tokenizer.encode(prompt + text)[len(before) - 1 :]
+        pieces = list(decode_stream(any_tokenizer, before, cut(new, size)))
+        assert prompt + "".join(pieces) == any_tokenizer.decode([*before, *new])
+        assert prompt + "".join(pieces) == prompt + text
+        assert all(pieces)
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_streaming_shows_a_character_with_its_last_byte(tokenizer: Tokenizer) -> None:
+    new = tokenizer.encode("x😀y")[-6:]  # x is a byte too, or a piece
+    assert tokenizer.decode(new[-5:-1]) == "😀"
+    shown = []
+    chunks = iter([[i] for i in new[-5:]])
+    for piece in decode_stream(tokenizer, [tokenizer.bos_id], chunks):
+        shown.append((piece, len(list(chunks)) if piece == "😀" else 0))
+    assert shown == [("😀", 1)]  # all but the last token were taken when it came
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_streamed_text_of_random_tokens_adds_up(seed: int, any_tokenizer: Tokenizer) -> None:
+    rng = np.random.default_rng(seed)
+    bytes_first = min(262, any_tokenizer.vocab_size)
+    new = rng.integers(3, bytes_first if seed % 2 else any_tokenizer.vocab_size, 60).tolist()
+    before = encode_prompt(any_tokenizer, "a")
+    pieces = list(decode_stream(any_tokenizer, before, cut(new, 1 + seed % 4)))
+    assert "a" + "".join(pieces) == any_tokenizer.decode([*before, *new])
+
+
+def test_streaming_keeps_real_replacement_characters(any_tokenizer: Tokenizer) -> None:
+    new = any_tokenizer.encode("a\ufffdb\ufffd")
+    assert "".join(decode_stream(any_tokenizer, [any_tokenizer.bos_id], cut(new, 1))) == (
+        "a\ufffdb\ufffd"
+    )
+
+
+def test_stream_text_is_the_text_of_generate(params: Params, tokenizer: Tokenizer) -> None:
+    ids = encode_prompt(tokenizer, "the cat")
+    assert ids[0] == tokenizer.bos_id
+    assert ids[1:] == tokenizer.encode("the cat")
+    for seed in range(3):
+        sampling = Sampling(seed=seed, temperature=1.0)
+        [new] = generate(
+            *(TINY, params, [ids]),
+            max_new_tokens=70,
+            sampling=sampling,
+            eos_id=tokenizer.eos_id,
+        )
+        pieces = stream_text(
+            *(TINY, params, tokenizer, "the cat"), max_new_tokens=70, sampling=sampling
+        )
+        assert "the cat" + "".join(pieces) == tokenizer.decode([*ids, *new])
+
+
+def test_empty_prompt_continues_bos(params: Params, tokenizer: Tokenizer) -> None:
+    [new] = generate(
+        TINY, params, [[tokenizer.bos_id]], max_new_tokens=70, sampling=GREEDY, eos_id=2
+    )
+    text = "".join(stream_text(TINY, params, tokenizer, "", max_new_tokens=70, sampling=GREEDY))
+    assert text == tokenizer.decode(new)

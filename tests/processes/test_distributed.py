@@ -1,0 +1,478 @@
+"""Processes find each other, and share one fate; what a run is on several is in test_meshes.py."""
+
+import json
+import os
+import socket
+import sys
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import pytest
+from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, cluster, k8s_cluster
+
+from mobilellm_jax.config import ConfigError
+from mobilellm_jax.processes import distributed
+from mobilellm_jax.processes.cluster import find_cluster
+from mobilellm_jax.processes.source_digest import source_digest
+from tests.together import free_port, run_together
+
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_NTASKS": "4",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+
+
+@pytest.fixture
+def initialized(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What jax was told, instead of doing it."""
+    calls: list[dict[str, Any]] = []
+
+    def initialize(*positional: Any, **keywords: Any) -> None:
+        names = ("coordinator_address", "num_processes", "process_id")
+        calls.append({**dict(zip(names, positional, strict=True)), **keywords})
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    return calls
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An environment without any cluster, to fill."""
+    found: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", found)
+    return found
+
+
+def test_flags_tell_jax_everything(initialized: list[dict[str, Any]]) -> None:
+    line = distributed.start("node1:8476", 4, 0)
+    assert line == "process 0 of 4, from flags, process 0 at node1:8476"
+    (call,) = initialized
+    assert call["coordinator_address"] == "node1:8476"
+    assert (call["num_processes"], call["process_id"]) == (4, 0)
+    assert call["cluster_detection_method"] == "deactivate"  # not even for the GPUs of this process
+    for bound in ("initialization_timeout", "heartbeat_timeout_seconds"):
+        assert 0 < call[bound] <= 300
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ({"num_processes": 2}, ["--num_processes=2 without --coordinator_address", "--process_id"]),
+        ({"process_id": 0}, ["--process_id=0 without --coordinator_address and --num_processes"]),
+        (
+            {"coordinator_address": "a:1", "num_processes": 2},
+            ["--coordinator_address=a:1, --num_processes=2 without --process_id", "all three"],
+        ),
+        (
+            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 2},
+            ["--process_id=2", "less than --num_processes=2", "from 0"],
+        ),
+        (
+            {"coordinator_address": "node1", "num_processes": 2, "process_id": 0},
+            ["--coordinator_address=node1", "HOST:PORT"],
+        ),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(
+    flags: dict[str, Any], parts: list[str], initialized: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        distributed.start(**flags)
+    for part in parts:
+        assert part in str(error.value)
+    assert not initialized
+
+
+def test_address_may_come_from_jaxs_variable(
+    environment: dict[str, str], initialized: list[dict[str, Any]]
+) -> None:
+    environment["JAX_COORDINATOR_ADDRESS"] = "node1:1234"
+    assert "process 0 of 2" in distributed.start(num_processes=2, process_id=0)
+    assert initialized[0]["coordinator_address"] == "node1:1234"
+
+
+@pytest.mark.parametrize("flags", [{}, {"num_processes": 1}, {"num_processes": 1, "process_id": 0}])
+def test_one_process_needs_nobody(
+    flags: dict[str, Any], environment: dict[str, str], initialized: list[dict[str, Any]]
+) -> None:
+    environment.update(SLURM if flags else {})  # the flag overrules what looks like a cluster
+    assert distributed.start(**flags).startswith("one process")
+    assert not initialized
+
+
+@pytest.mark.parametrize(
+    ("variables", "platforms", "line"),
+    [
+        (SLURM, "cpu", "process 0 of 1, found by Slurm (job 4711)"),
+        (OPEN_MPI, "cuda", "found by Open MPI"),
+        ({}, "tpu,cpu", "found by TPU metadata"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu,cpu", "found by TPU variables"),
+        # Several slices of one host each, as JobSet starts them on GKE.
+        (
+            {**POD, "TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
+            "tpu,cpu",
+            "found by TPU variables",
+        ),
+        ({**POD, "JOB_COMPLETION_INDEX": "1"}, None, "found by Kubernetes"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "tpu,cpu", "one process (a TPU host"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "cpu", "one process (no cluster"),
+        (POD, None, "one process (no cluster"),  # a notebook
+        ({**SLURM, "SLURM_NTASKS": "1"}, "cuda", "one process (no cluster"),
+        # A shell or a batch script that srun has not started.
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, "cuda", "one process (no cluster"),
+    ],
+)
+def test_environment_is_recognised(
+    variables: dict[str, str],
+    platforms: str | None,
+    line: str,
+    environment: dict[str, str],
+    initialized: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environment.update(variables)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # kubernetes is installed
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platforms)
+    try:
+        assert line in distributed.start()
+    finally:
+        jax.config.update("jax_platforms", before)
+    if "one process" in line:
+        assert not initialized
+    else:
+        # The rest is left to jax, which finds what was found here.
+        names = ("coordinator_address", "num_processes", "process_id")
+        assert [initialized[0][name] for name in names] == [None] * 3
+        assert initialized[0].get("cluster_detection_method") is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        (SLURM, ("node1", 4, 3)),
+        (OPEN_MPI, ("10.96.0.1", 2, 1)),
+    ],
+)
+def test_jax_finds_the_same(
+    variables: dict[str, str], found: tuple[str, int, int], environment: dict[str, str]
+) -> None:
+    environment.update(variables)
+    assert found_by_jax() == found
+
+
+def found_by_jax() -> tuple[str, int, int]:
+    """The host of process 0, the number of processes and the number of this one."""
+    address, *numbers, _ = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 1)
+    return (address.rpartition(":")[0], *numbers)
+
+
+@pytest.fixture
+def tpu_host(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> dict[str, str]:
+    """The environment of a machine with TPU chips."""
+    for module in (cloud_tpu_cluster, cluster):
+        monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+    return environment
+
+
+def recognised_on_a_tpu(environment: dict[str, str]) -> str:
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "tpu,cpu")
+    try:
+        return find_cluster(environment).name
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def test_jax_finds_the_second_slice_of_a_job_set(tpu_host: dict[str, str]) -> None:
+    tpu_host.update(
+        TPU_SKIP_MDS_QUERY="true",  # set on GKE, whose pods reach no metadata server
+        TPU_WORKER_HOSTNAMES="host2,host3",
+        TPU_WORKER_ID="1",
+        MEGASCALE_COORDINATOR_ADDRESS="localhost:8080",
+        MEGASCALE_NUM_SLICES="2",
+        MEGASCALE_SLICE_ID="1",
+    )
+    assert recognised_on_a_tpu(tpu_host) == "TPU variables"
+    assert found_by_jax() == ("localhost", 4, 3)
+
+
+def test_jax_finds_what_the_metadata_of_a_tpu_say(
+    tpu_host: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attributes = {
+        "agent-worker-number": "2",
+        "worker-network-endpoints": "a:1:127.0.0.1,b:2:10.0.0.2,c:3:10.0.0.3,d:4:10.0.0.4",
+        "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'",
+    }
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (attributes[key], 200))
+    assert recognised_on_a_tpu(tpu_host) == "TPU metadata"
+    assert found_by_jax() == ("127.0.0.1", 4, 2)
+
+
+def test_jax_finds_the_job_set_of_a_pod(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an API server that knows one pod and its job."""
+    labels = {"jobset.sigs.k8s.io/jobset-name": "pretrain"}
+    job = SimpleNamespace(
+        metadata=SimpleNamespace(name="pretrain-workers-0", labels=labels),
+        spec=SimpleNamespace(parallelism=4),
+    )
+    owner = SimpleNamespace(controller=True, kind="Job")
+    pod = SimpleNamespace(
+        metadata=SimpleNamespace(labels={"job-name": job.metadata.name}, owner_references=[owner])
+    )
+    pods = SimpleNamespace(list_namespaced_pod=lambda **_: SimpleNamespace(items=[pod]))
+    client = SimpleNamespace(
+        CoreV1Api=lambda: pods,
+        BatchV1Api=lambda: SimpleNamespace(read_namespaced_job=lambda **_: job),
+        exceptions=SimpleNamespace(ApiException=OSError),
+    )
+    package = SimpleNamespace(
+        client=client, config=SimpleNamespace(load_incluster_config=lambda: None)
+    )
+    monkeypatch.setitem(sys.modules, "kubernetes", package)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(k8s_cluster.K8sCluster, "_namespace", lambda: "default")
+    monkeypatch.setattr(socket, "gethostbyname", lambda host: "10.0.0.7")
+    environment.update({**POD, "JOB_COMPLETION_INDEX": "2", "HOSTNAME": "pretrain-workers-0-2"})
+    assert find_cluster(environment).name == "Kubernetes"
+    assert found_by_jax() == ("pretrain-workers-0-0.pretrain", 4, 2)
+
+
+def test_processes_that_jax_cannot_bring_together_are_refused(
+    environment: dict[str, str], initialized: list[dict[str, Any]]
+) -> None:
+    environment.update({**OPEN_MPI})
+    del environment["OMPI_MCA_orte_hnp_uri"]  # as in Open MPI 5
+    with pytest.raises(ConfigError, match=r"one of 2 processes.*--process_id=\$OMPI"):
+        distributed.start()
+    assert not initialized
+
+
+def test_pod_of_a_job_needs_the_kubernetes_package(
+    environment: dict[str, str],
+    initialized: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environment.update({**POD, "JOB_COMPLETION_INDEX": "0"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"jax\[k8s\].*--num_processes=1"):
+        distributed.start()
+    assert not initialized
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus"),
+    [
+        ({}, None),  # no GPUs
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, [1]),  # two tasks share two
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, [0]),  # each task is shown its own
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "4"}, [0, 1]),
+        # One task per node with all of its GPUs.
+        (
+            {
+                "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+                "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
+                "SLURM_LOCALID": "0",
+            },
+            list(range(8)),
+        ),
+        ({"CUDA_VISIBLE_DEVICES": "4,5", "SLURM_STEP_TASKS_PER_NODE": "2,1"}, [0, 1]),
+    ],
+)
+def test_gpus_of_a_slurm_task(
+    variables: dict[str, str],
+    gpus: list[int] | None,
+    environment: dict[str, str],
+    initialized: list[dict[str, Any]],
+) -> None:
+    environment.update({**SLURM, **variables})
+    if variables.get("SLURM_STEP_TASKS_PER_NODE") == "2,1":
+        environment["SLURM_LOCALID"] = "0"
+    distributed.start()
+    assert initialized[0]["local_device_ids"] == gpus
+
+
+def test_missing_process_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_START_SEC", 0.3)
+    address = f"localhost:{free_port()}"
+    with pytest.raises(distributed.DistributedError) as error:
+        distributed.start(address, 2, 1)
+    assert f"--coordinator_address={address}" in str(error.value)
+    assert "--process_id=0" in str(error.value)
+
+
+def test_process_0_is_waited_for(initialized: list[dict[str, Any]]) -> None:
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+        assert "process 1 of 2" in distributed.start(f"localhost:{port}", 2, 1)
+    assert initialized[0]["process_id"] == 1
+
+
+def test_alone_nothing_is_asked() -> None:
+    assert distributed.is_first()
+    assert distributed.from_first("x", lambda: (1, 2)) == (1, 2)
+    with pytest.raises(KeyError), distributed.together("x"):
+        raise KeyError
+    agreed = distributed.Agreement()
+    assert [agreed(asked) for asked in (False, True, False)] == [False, True, False]
+
+
+TALK = """
+import json, os, signal, sys, time
+import numpy as np
+import jax
+from mobilellm_jax import distributed
+from mobilellm_jax.config import ConfigError, MeshConfig
+from mobilellm_jax.sharding import local_rows, make_mesh, put_batch, replicated
+
+address, own = sys.argv[1], int(sys.argv[2])
+found = {"line": distributed.start(address, 2, own), "first": distributed.is_first()}
+found["backend_started"] = jax._src.xla_bridge.backends_are_initialized()
+
+def outcome(call):
+    try:
+        return call()
+    except (ConfigError, distributed.DistributedError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+
+def fail(error):
+    raise error
+
+def check(failing, error):
+    with distributed.together("a check"):
+        if own == failing:
+            raise error
+    return "went on"
+
+found["answer"] = distributed.from_first("an answer", lambda: {"pid": os.getpid()})
+found["refused"] = outcome(lambda: distributed.from_first("x", lambda: fail(ConfigError("a=1"))))
+found["broken"] = outcome(lambda: distributed.from_first("x", lambda: fail(KeyError("k"))))
+found["all good"] = outcome(lambda: check(None, None))
+found["bad input in 1"] = outcome(lambda: check(1, ConfigError("b=2")))
+found["bug in 0"] = outcome(lambda: check(0, KeyError("k")))
+found["late"] = outcome(lambda: distributed.from_first("x", lambda: time.sleep(1.5), 0.5))
+
+agreed = distributed.Agreement()
+found["stop"] = [agreed(own == 1 and step == 3) for step in range(6)]
+
+# As the service does when a scheduler announces the end, here for now.
+agreed = distributed.Agreement(step=100)
+notice = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+found["notice"] = 0
+while found["notice"] < 1000 and not agreed(False):
+    found["notice"] += 1
+    if own == 1 and found["notice"] == 5:
+        client = jax._src.distributed.global_state.client
+        client.key_value_set("RECEIVED_PREEMPTION_NOTICE", notice)
+    time.sleep(0.01)
+
+batch = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
+found["rows"] = {}
+for name, sizes in json.loads(sys.argv[3]).items():
+    mesh = make_mesh(MeshConfig(**sizes))
+    rows = local_rows(mesh, 8)
+    placed = put_batch({"tokens": batch[rows]}, mesh, 8)["tokens"]
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(placed)
+    np.testing.assert_array_equal(np.asarray(whole), batch)
+    found["rows"][name] = rows.tolist()
+found["processes of the slices"] = [
+    sorted({d.process_index for d in part.flat})
+    for part in make_mesh(MeshConfig(dcn_data=2, fsdp=2, tensor=2)).devices
+]
+caught = open("/proc/self/status").read().partition("SigCgt:")[2].split()[0]
+found["catches SIGTERM"] = bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+print(json.dumps(found))
+"""
+OTHER_CODE = """
+import sys
+from mobilellm_jax import distributed
+from mobilellm_jax.config import ConfigError
+
+own = int(sys.argv[2])
+if own == 1:
+    ours = distributed._code()
+    distributed._code = lambda: {**ours, "jaxlib": "0.1.2"}
+try:
+    distributed.start(sys.argv[1], 2, own)
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_processes_that_run_other_code_are_refused() -> None:
+    address = f"localhost:{free_port()}"
+    results = run_together([["-c", OTHER_CODE, address, str(own)] for own in (0, 1)], devices=1)
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert "other code than that of process 0:" in result.stdout
+        assert f"  jaxlib: {metadata.version('jaxlib')} there, 0.1.2 here\nInstall" in result.stdout
+        assert "its source" not in result.stdout  # which is the same
+    assert "process 1: other code" in results[0].stdout
+
+
+def test_code_is_known_by_its_source() -> None:
+    assert distributed._code()["mobilellm_jax (its source)"] == source_digest()[:12]
+
+
+MESHES: dict[str, tuple[dict[str, int], list[list[int]]]] = {
+    "data": ({}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    "data2_tensor4": ({"tensor": 4}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    # Both processes hold parts of every row, or all of it.
+    "tensor8": ({"data": 1, "tensor": 8}, [list(range(8))] * 2),
+    "sequence8": ({"data": 1, "sequence": 8}, [list(range(8))] * 2),
+}
+
+
+def test_two_processes_share_one_fate() -> None:
+    address = f"localhost:{free_port()}"
+    meshes = json.dumps({name: sizes for name, (sizes, _) in MESHES.items()})
+    results = run_together([["-c", TALK, address, str(own), meshes] for own in (0, 1)], devices=4)
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    # Gloo prints who is connected before that.
+    first, second = (json.loads(result.stdout.splitlines()[-1]) for result in results)
+    assert first["line"] == f"process 0 of 2, from flags, process 0 at {address}"
+    assert second["line"] == f"process 1 of 2, from flags, process 0 at {address}"
+    assert (first["first"], second["first"]) == (True, False)
+    assert not first["backend_started"] and not second["backend_started"]
+    assert second["answer"] == first["answer"]
+
+    assert first["refused"] == "ConfigError: a=1"
+    assert second["refused"] == "ConfigError: process 0: a=1"
+    assert first["broken"] == "KeyError: 'k'"
+    assert second["broken"] == "DistributedError: x: process 0 failed with KeyError: 'k'"
+    assert first["all good"] == second["all good"] == "went on"
+    assert first["bad input in 1"] == "ConfigError: process 1: b=2"
+    assert second["bad input in 1"] == "ConfigError: b=2"
+    assert first["bug in 0"] == "KeyError: 'k'"
+    assert second["bug in 0"] == "DistributedError: a check: process 0 failed with KeyError: 'k'"
+    assert first["late"] is None
+    assert second["late"].startswith("DistributedError: x: no word")
+
+    # Process 1 asks in step 3; both hear of it in step 4.
+    assert first["stop"] == second["stop"] == [False] * 4 + [True, False]
+    # A notice to the coordination service stops both in one step, whatever it was.
+    assert 5 <= first["notice"] == second["notice"] < 1000
+    expected = {name: rows for name, (_, rows) in MESHES.items()}
+    assert {name: [first["rows"][name], second["rows"][name]] for name in MESHES} == expected
+    # Before and after the loop it ends a process, as it does one that is alone.
+    assert not first["catches SIGTERM"] and not second["catches SIGTERM"]
+    assert first["processes of the slices"] == [[0], [1]]

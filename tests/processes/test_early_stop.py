@@ -1,0 +1,74 @@
+"""SIGTERM where no step is under way, in a process of its own; in real runs: faults/."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHILD = """
+import ctypes, os, signal, sys, time
+from mobilellm_jax.early_stop import EarlyStop, farewell
+
+def say(text):
+    os.write(1, f"{text}\\n".encode())  # at once, because threads say something
+
+def refuse():
+    raise OSError("no such file")
+
+def in_python():
+    say("ready")
+    while True:
+        time.sleep(0.01)
+
+def in_c():
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    say("ready")
+    for _ in range(2):  # taken twice it waits for ever, whatever signals come
+        libc.pthread_mutex_lock(mutex)
+
+def in_the_loop():
+    say("ready")
+    old = signal.signal(signal.SIGTERM, lambda *_: say("the loop's own handler"))
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    signal.signal(signal.SIGTERM, old)
+
+before = signal.getsignal(signal.SIGTERM)
+with EarlyStop():
+    with farewell(lambda: say("not said, it was over")):
+        pass
+    with farewell(lambda: say("first")), farewell(refuse), farewell(lambda: say("last")):
+        globals()[sys.argv[1]]()
+assert signal.getsignal(signal.SIGTERM) == before
+say("came to its end")
+"""
+
+
+def life(kind: str, *, kill: bool = True) -> tuple[int, list[str], str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, kind],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent.parent,
+    )
+    with process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        if kill:
+            process.terminate()
+        said, errors = process.stdout.read(), process.stderr.read()
+    return process.returncode, said.splitlines(), errors
+
+
+@pytest.mark.parametrize("kind", ["in_python", "in_c"])
+def test_the_process_ends_whatever_it_does(kind: str) -> None:
+    code, said, errors = life(kind)
+    assert (code, said) == (75, ["last", "first"])
+    assert errors == "SIGTERM: no step is under way; stopping. The same command again goes on.\n"
+
+
+def test_in_the_loop_the_signal_is_the_loops() -> None:
+    said = ["the loop's own handler", "came to its end"]
+    assert life("in_the_loop", kill=False) == (0, said, "")

@@ -1,0 +1,181 @@
+"""One run per folder; the locks of other hosts are written by hand."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mobilellm_jax.config import ConfigError
+from mobilellm_jax.processes import run_lock
+from mobilellm_jax.processes.run_lock import LOCK, LockLostError, RunLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mobilellm_jax.run_lock import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+ELSEWHERE = {
+    "host": "node7",
+    "boot": "another start of another machine",
+    "pid": 4711,
+    "started": "1",
+    "since": "2026-01-02 03:04:05 +0000",
+    "command": "mobilellm train --config=a.py",
+    "count": 3,
+}
+
+
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that has none."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "SILENT_SEC", 1.0)
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def write(folder: Path, holder: dict[str, Any]) -> None:
+    (folder / LOCK).write_text(json.dumps(holder))
+
+
+def test_second_run_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+    process = hold(tmp_path)
+    try:
+        with pytest.raises(ConfigError) as error, RunLock(tmp_path):
+            pass
+    finally:
+        end(process)
+    message = str(error.value)
+    assert f"workdir={str(tmp_path)!r} is in use by process {process.pid} on " in message
+    for part in (os.uname().nodename, "started 20", "RunLock(Path(sys.argv[1]))", "--workdir"):
+        assert part in message
+
+
+def test_same_process_cannot_hold_it_twice(tmp_path: Path) -> None:
+    with RunLock(tmp_path), pytest.raises(ConfigError, match="is in use"), RunLock(tmp_path):
+        pass
+
+
+def test_lock_of_a_dead_process_is_taken_over_in_sight(tmp_path: Path) -> None:
+    process = hold(tmp_path)
+    end(process)
+    said: list[str] = []
+    with RunLock(tmp_path, said.append):
+        pass
+    (line,) = said
+    assert f"process {process.pid} on " in line and "takes over" in line
+
+
+def test_nothing_is_left_behind_and_nothing_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    for _ in range(2):
+        with RunLock(tmp_path, said.append):
+            assert (tmp_path / LOCK).exists()
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyError), RunLock(tmp_path, said.append):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == [] and said == []
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_flock_the_process_is_looked_for(tmp_path: Path) -> None:
+    with RunLock(tmp_path):
+        holder = json.loads((tmp_path / LOCK).read_text())
+        with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on"):
+            RunLock(tmp_path).__enter__()
+    # The number of a process that ended may be another's by now.
+    write(tmp_path, holder | {"started": "1"})
+    said: list[str] = []
+    with RunLock(tmp_path, said.append):
+        assert "takes over" in said[0]
+
+
+@pytest.mark.usefixtures("soon")
+def test_silent_holder_on_another_host_is_taken_for_dead(tmp_path: Path) -> None:
+    write(tmp_path, ELSEWHERE)
+    said: list[str] = []
+    with RunLock(tmp_path, said.append) as lock:
+        lock.check()
+    assert "process 4711 on node7" in said[0] and "looking for" in said[0]
+    assert "takes over" in said[1]
+
+
+def test_holder_on_another_host_that_counts_is_alive(tmp_path: Path) -> None:
+    write(tmp_path, ELSEWHERE)
+    stop = threading.Event()
+
+    def count() -> None:
+        number = 3
+        while not stop.wait(0.05):
+            number += 1
+            with (tmp_path / LOCK).open("r+") as file:
+                file.write(json.dumps(ELSEWHERE | {"count": number}))
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        with pytest.raises(ConfigError, match=r"in use by process 4711 on node7, started 2026-01"):
+            RunLock(tmp_path).__enter__()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_holder_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "BEAT_SEC", 0.01)
+    with RunLock(tmp_path):
+        deadline = time.monotonic() + 60
+        while json.loads((tmp_path / LOCK).read_text() or "{}").get("count", 0) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_run_that_slept_through_a_takeover_writes_no_more(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as lock:
+        lock.check()
+        write(tmp_path, ELSEWHERE)
+        with pytest.raises(LockLostError, match="process 4711 on node7"):
+            lock.check()
+    assert json.loads((tmp_path / LOCK).read_text()) == ELSEWHERE
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\0\0", '{"pid": "x"}'])
+def test_content_that_no_run_wrote_stops_nobody(content: str, tmp_path: Path, soon: None) -> None:
+    del soon
+    (tmp_path / LOCK).write_text(content)
+    with RunLock(tmp_path, lambda _: None):
+        pass
