@@ -36,7 +36,7 @@ import numpy as np
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.export.formats import Source
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.generation import generate
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.layer_sharing import application_order

@@ -37,10 +37,10 @@ from mobilellm_jax.export.formats import (
     DTYPES,
     FORMATS,
     HUGGINGFACE_PRECISIONS,
-    Source,
     check_precision,
     offered,
 )
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.size import parameter_count
 
 _HUGGINGFACE = ("hf", "mobilellm")

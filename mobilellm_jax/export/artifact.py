@@ -13,35 +13,14 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from mobilellm_jax.config import Config, DataConfig, ModelConfig, near_miss
+from mobilellm_jax.config import Config, DataConfig, near_miss
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
-from mobilellm_jax.export.runtime import Runtime
+from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
 from mobilellm_jax.storage import rundir, sealing, strict_json
 
 VERSION = 1
 EXTRA = "pip install 'mobilellm-jax[export]'"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ArtifactInfo:
-    """What the manifest says of a model file."""
-
-    format: str  # of RUNTIMES
-    file: str  # the model's, in the folder
-    precision: str  # of the weights: float32, q8_0, ...
-    model: ModelConfig
-    loss: float | None  # nats per token of the text of the verification, in its runtime
-    origin: str  # the checkpoint
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.vocab_size
-
-    @property
-    def max_seq_len(self) -> int:
-        """Tokens that the artefact's cache has room for."""
-        return self.model.max_seq_len
 
 
 class _Opener(NamedTuple):

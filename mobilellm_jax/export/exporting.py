@@ -10,18 +10,13 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from mobilellm_jax.export.artifact import (
-    RUNTIMES,
-    Artifact,
-    ArtifactInfo,
-    is_installed,
-    seal_artifact,
-)
-from mobilellm_jax.export.formats import FORMATS, HUGGINGFACE_PRECISIONS, Precision, Source
+from mobilellm_jax.export.artifact import RUNTIMES, Artifact, is_installed, seal_artifact
+from mobilellm_jax.export.formats import FORMATS, HUGGINGFACE_PRECISIONS
 from mobilellm_jax.export.huggingface.config import Layout
 from mobilellm_jax.export.huggingface.directory import Dtype, write_huggingface
 from mobilellm_jax.export.huggingface.model_card import Training, write_model_card
-from mobilellm_jax.export.runtime import Runtime
+from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
+from mobilellm_jax.export.source import Precision, Source
 from mobilellm_jax.export.verify import Verification, VerificationError, verify
 from mobilellm_jax.storage.rundir import whole_directory
 

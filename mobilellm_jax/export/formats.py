@@ -4,33 +4,12 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from mobilellm_jax.config import ModelConfig, near_miss
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.config import near_miss
 from mobilellm_jax.export.artifact import EXTRA
+from mobilellm_jax.export.source import Precision, Source
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The model that is exported."""
-
-    config: ModelConfig
-    params: Mapping[str, Any]  # float32
-    tokenizer: Tokenizer
-    origin: str  # the checkpoint
-
-
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    """One way to store the weights, and what verification allows it to change."""
-
-    bits: float  # per weight of a matrix, scales included
-    logits: float | None  # largest difference as a share of max(1, largest logit); None: not held
-    loss: float  # largest rise of the loss of the verification's text, in nats per token
-    tokens: bool = False  # whether greedy tokens must be equal
 
 
 # float32 is sums in another order; the bound is that of the tests against Hugging Face, times two.
@@ -153,25 +132,6 @@ FORMATS: dict[str, Format] = {
 def offered(name: str, *, quantized: bool) -> list[str]:
     """Returns the precisions of a format that --quantize, or else --dtype, can ask for."""
     return [p for p in FORMATS[name].precisions if (p not in DTYPES) == quantized]
-
-
-def check_groups(config: ModelConfig, size: int, precision: str, remedy: str) -> None:
-    """Refuses a model whose matrices have inputs that are no whole groups of `size`.
-
-    Raises:
-      ValueError: naming the field.
-    """
-    inputs = {
-        "model.embed_dim": config.embed_dim,
-        "model.num_heads * model.head_dim": config.num_heads * config.head_dim,
-        "model.ffn_dim": config.ffn_dim,
-    }
-    for name, number in inputs.items():
-        if number % size:
-            raise ValueError(
-                f"{name}={number} must be a multiple of {size}, the weights that {precision} "
-                f"quantizes together; use {remedy}."
-            )
 
 
 def check_precision(name: str, dtype: str | None, quantize: str | None) -> str:

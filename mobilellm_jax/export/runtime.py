@@ -1,10 +1,34 @@
 """What every runtime answers, and what it takes from a sequence to the next."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mobilellm_jax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArtifactInfo:
+    """What the manifest says of a model file."""
+
+    format: str  # of RUNTIMES
+    file: str  # the model's, in the folder
+    precision: str  # of the weights: float32, q8_0, ...
+    model: ModelConfig
+    loss: float | None  # nats per token of the text of the verification, in its runtime
+    origin: str  # the checkpoint
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that the artefact's cache has room for."""
+        return self.model.max_seq_len
 
 
 class Runtime(Protocol):

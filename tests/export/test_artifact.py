@@ -8,7 +8,8 @@ import pytest
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export import artifact
-from mobilellm_jax.export.artifact import ArtifactInfo, open_artifact, seal_artifact
+from mobilellm_jax.export.artifact import open_artifact, seal_artifact
+from mobilellm_jax.export.runtime import ArtifactInfo
 
 INFO = ArtifactInfo(
     format="gguf",

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mobilellm_jax.export.formats import EXACT, HALF, Source
+from mobilellm_jax.export.formats import EXACT, HALF
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.verify import VerificationError, verify
 from tests.export.jax_runtime import JaxRuntime
 

@@ -12,8 +12,7 @@ import torch
 from executorch.runtime import Runtime as Library
 from numpy.typing import NDArray
 
-from mobilellm_jax.export.artifact import ArtifactInfo
-from mobilellm_jax.export.runtime import Runtime, check_room
+from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, check_room
 
 _METHOD = "forward"
 

@@ -32,7 +32,7 @@ from torchao.quantization.quant_api import (
 )
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.export.formats import FORMATS, Source, check_groups
+from mobilellm_jax.export.source import Source, check_groups
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 
 CHUNK = 128
@@ -58,7 +58,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
         )
     if precision == "8da4w":
         check_groups(config, _GROUP, precision, "--quantize=8da8w")
-    file = folder / FORMATS["executorch"].file
+    file = folder / "model.pte"
     program = _Program(config, TorchDecoder(config, source.params)).eval()
     _quantize(program.decoder, precision)
     with warnings.catch_warnings(action="ignore"):  # torch's and executorch's, about each other

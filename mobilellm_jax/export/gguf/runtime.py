@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.data.preparation.workers import available_cores
-from mobilellm_jax.export.artifact import ArtifactInfo
 from mobilellm_jax.export.gguf.header import check_header
-from mobilellm_jax.export.runtime import check_room
+from mobilellm_jax.export.runtime import ArtifactInfo, check_room
 
 _c: Any = llama_cpp.llama_cpp
 _CHUNK = 512  # tokens read at a time; their logits are held twice

@@ -18,8 +18,8 @@ from flax import traverse_util
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.export.formats import Source, check_groups
 from mobilellm_jax.export.gguf.tokenizer import Vocabulary, check_in_llama_cpp, vocabulary_of
+from mobilellm_jax.export.source import Source, check_groups
 from mobilellm_jax.model.layer_sharing import application_order
 
 ARCHITECTURE = "llama"

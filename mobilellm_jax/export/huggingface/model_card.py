@@ -11,7 +11,7 @@ from pathlib import Path
 from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.data.mixture import split_path
 from mobilellm_jax.data.shards import read_manifest
-from mobilellm_jax.export.formats import Source
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.storage.rundir import write_whole
 

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.preparation.workers import available_cores
-from mobilellm_jax.export.artifact import ArtifactInfo
-from mobilellm_jax.export.runtime import Runtime, check_room
+from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, check_room
 
 _DECODE, _PREFILL = "decode", "prefill"
 _SPAN = 256

@@ -28,7 +28,7 @@ from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_upda
 from torch import Tensor, nn
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.export.formats import FORMATS, Source
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 
 CHUNK = 128
@@ -54,7 +54,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
     # The converter lowers by way of jax, and broadcasts; torch warns about what is to come.
     with jax.numpy_rank_promotion("allow"), warnings.catch_warnings(action="ignore"):
         model = converter.convert()
-    file = folder / FORMATS["litert"].file
+    file = folder / "model.tflite"
     if precision == "float32":
         model.export(str(file))
         return config.num_blocks

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from mobilellm_jax.data.preparation.workers import available_cores
-from mobilellm_jax.export.artifact import ArtifactInfo
-from mobilellm_jax.export.runtime import check_room
+from mobilellm_jax.export.runtime import ArtifactInfo, check_room
 
 # Its own derive from Exception alone; a name that is no UTF-8 fails on the way to Python.
 _REFUSALS = (

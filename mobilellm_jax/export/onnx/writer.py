@@ -21,8 +21,8 @@ import numpy as np
 import onnx
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.export.formats import Source
 from mobilellm_jax.export.onnx.graph import MICROSOFT, WEIGHTS, Graph
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.rope import rotation
 

@@ -12,8 +12,7 @@ import safetensors
 from jax import export
 from numpy.typing import NDArray
 
-from mobilellm_jax.export.artifact import ArtifactInfo
-from mobilellm_jax.export.runtime import check_room
+from mobilellm_jax.export.runtime import ArtifactInfo, check_room
 
 _PREFILL, _WEIGHTS = "model.prefill.stablehlo", "model.safetensors"
 _HASHES = "sha256 of prefill and decode"

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.export.formats import Source
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.attention import attend
 from mobilellm_jax.model.cache import AlignedCache
 from mobilellm_jax.model.decoding import BlockWeights, DecodingWeights, decode, decoding_weights

@@ -9,7 +9,7 @@ import pytest
 
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.exporting import export_for_device
-from mobilellm_jax.export.formats import Source
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 from mobilellm_jax.model.size import parameter_count
 from tests.export.rooms import (

@@ -11,9 +11,9 @@ pytest.importorskip("gguf", reason="needs the extra 'export': gguf")
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.export.formats import Source
 from mobilellm_jax.export.gguf.header import check_header
 from mobilellm_jax.export.gguf.writer import write
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.transformer import init_params
 
 CONFIG = ModelConfig(

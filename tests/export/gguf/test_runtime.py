@@ -14,9 +14,9 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.export.artifact import Artifact, open_artifact
 from mobilellm_jax.export.exporting import export_for_device
-from mobilellm_jax.export.formats import Source
 from mobilellm_jax.export.gguf import runtime as llama_cpp
 from mobilellm_jax.export.gguf import writer as gguf_file
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.transformer import init_params
 
 CONFIG = ModelConfig(

@@ -16,11 +16,11 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
-from mobilellm_jax.export.formats import Source
 from mobilellm_jax.export.gguf.runtime import LlamaCppVocabulary
 from mobilellm_jax.export.gguf.tokenizer import vocabulary_of
 from mobilellm_jax.export.gguf.writer import write
 from mobilellm_jax.export.huggingface.tokenizer_files import PROBES
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.transformer import init_params
 
 TEXTS = [

@@ -12,9 +12,10 @@ import gguf
 
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.exporting import export_for_device
-from mobilellm_jax.export.formats import FORMATS, Source
+from mobilellm_jax.export.formats import FORMATS
 from mobilellm_jax.export.gguf import runtime as llama_cpp
 from mobilellm_jax.export.gguf.writer import write
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.verify import verify
 
 SHAPES = {

@@ -8,8 +8,9 @@ import onnx
 
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.exporting import export_for_device
-from mobilellm_jax.export.formats import EXACT, FORMATS, Source
+from mobilellm_jax.export.formats import EXACT, FORMATS
 from mobilellm_jax.export.onnx import writer as onnx_file
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.verify import verify
 from tests.export.shapes import SCALE, SHAPES
 

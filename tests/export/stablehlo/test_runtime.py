@@ -8,8 +8,8 @@ pytest.importorskip("flatbuffers", reason="the export extra")
 
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.exporting import export_for_device
-from mobilellm_jax.export.formats import Source
 from mobilellm_jax.export.runtime import greedy
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.stablehlo.runtime import load
 from tests.export.conftest import random_params, tiny, tokenizer  # noqa: F401  # a fixture
 from tests.export.examples import run_example

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.exporting import export_for_device
-from mobilellm_jax.export.formats import EXACT, Source
+from mobilellm_jax.export.formats import EXACT
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.stablehlo.writer import DECODE, PREFILL, WEIGHTS
 from mobilellm_jax.export.verify import verify
 from tests.export.shapes import SCALE, SHAPES
