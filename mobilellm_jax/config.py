@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from ml_collections import ConfigDict
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.strict_json import plain, shown
 
@@ -35,7 +36,7 @@ QuantizeScheme = Literal[
 QUANTIZE_PARTS = ("embedding", "head", "attention", "cache")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting breaks a rule; the message names the field, its value, the rule and the remedy."""
 
 
@@ -234,7 +235,7 @@ def read_json(file: Path) -> Config:
     """Returns the checked `Config` of a `config.json`.
 
     Raises:
-      FileNotFoundError: if there is none.
+      MissingFileError: if there is none.
       ConfigError: as `from_json`.
     """
     try:

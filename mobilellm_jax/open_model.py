@@ -9,6 +9,7 @@ from mobilellm_jax.checkpoint import MODEL_PARTS, latest_step, restore_model, st
 from mobilellm_jax.config import Config, ConfigError, ModelConfig, near_miss
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.directory import CONFIG as HUGGINGFACE_CONFIG
 from mobilellm_jax.export.huggingface.directory import read_huggingface
 from mobilellm_jax.model.transformer import Params
@@ -38,8 +39,8 @@ def open_model(ckpt: str | Path) -> OpenedModel:
     """Opens a checkpoint; of a run folder, the latest step that is complete and not damaged.
 
     Raises:
-      FileNotFoundError: if there is no such folder, or a run in it has no complete step yet.
-      ValueError: if the folder is none of the three, or what it holds cannot be used.
+      MissingFileError: if there is no such folder, or a run in it has no complete step yet.
+      UserError: if the folder is none of the three, or what it holds cannot be used.
     """
     folder = Path(ckpt)
     if not folder.is_dir():
@@ -51,7 +52,7 @@ def open_model(ckpt: str | Path) -> OpenedModel:
     if (folder / rundir.CHECKPOINTS).is_dir():
         step = latest_step(folder, MODEL_PARTS)
         if step is None:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"checkpoint={str(ckpt)!r} is a run with no complete checkpoint yet; let it train "
                 "until train.checkpoint_every."
             )
@@ -62,7 +63,7 @@ def open_model(ckpt: str | Path) -> OpenedModel:
         return _open_huggingface(folder)
     names = sorted(path.name for path in folder.iterdir())
     found = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-    raise ValueError(f"checkpoint={str(ckpt)!r} must be {_LAYOUTS}; it holds {found or 'nothing'}.")
+    raise UserError(f"checkpoint={str(ckpt)!r} must be {_LAYOUTS}; it holds {found or 'nothing'}.")
 
 
 def _open_step(run: Path, step: int, *, verified: bool = False) -> OpenedModel:
@@ -80,7 +81,7 @@ def _open_step(run: Path, step: int, *, verified: bool = False) -> OpenedModel:
 def _open_huggingface(folder: Path) -> OpenedModel:
     imported = read_huggingface(folder)
     if imported.tokenizer_file is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} has no tokenizer; put its {' or '.join(rundir.TOKENIZER_FILES)} there."
         )
     return _checked(

@@ -25,6 +25,7 @@ from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.data.windows import count_targets
+from mobilellm_jax.errors import MissingFileError
 from mobilellm_jax.model.on_device import device_violations, resolve_attention
 from mobilellm_jax.model.precision import resolve_compute_dtype
 from mobilellm_jax.processes import distributed
@@ -125,7 +126,7 @@ def open_or_prepare(config: Config) -> Mixture:
 
     Raises:
       ConfigError: if there is no path, or it is no mixture that can be.
-      FileNotFoundError: if it is missing and there is no source.
+      MissingFileError: if it is missing and there is no source.
     """
     if not config.data.path:
         raise ConfigError("data.path is empty; name a folder that `mobilellm prepare` wrote.")
@@ -138,7 +139,7 @@ def _prepare(config: Config, path: Path) -> None:
     if path.exists() or is_mixture(config.data.path):
         return
     if not config.data.source:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"data.path={config.data.path!r} does not exist; make it with "
             f"`mobilellm prepare --source=... --output={config.data.path}`."
         )
@@ -212,7 +213,7 @@ def verify(config: Config, mixture: Mixture) -> None:
     Every process reads all of it: hosts may have copies of their own.
 
     Raises:
-      ValueError: naming the first damaged file.
+      UserError: naming the first damaged file.
     """
     if config.data.verify:
         for dataset in mixture.datasets:
@@ -224,7 +225,7 @@ def check(config: Config, mixture: Mixture, tokenizer: Tokenizer) -> tuple[Mesh,
 
     Raises:
       ConfigError: listing what does not fit.
-      ValueError: if there is nothing to train on.
+      UserError: if there is nothing to train on.
     """
     required_streams(mixture, TRAIN)
     violations = []

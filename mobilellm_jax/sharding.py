@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import Config, ConfigError, MeshConfig, ModelConfig
+from mobilellm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
@@ -204,14 +205,14 @@ def put_batch(
     """Returns the global arrays of which this process holds the rows in `batch`.
 
     Raises:
-      ValueError: if those cannot be the rows that `local_rows` asks for.
+      UserError: if those cannot be the rows that `local_rows` asks for.
     """
     sharding = batch_sharding(mesh)
     own = local_rows(mesh, global_batch)
 
     def spread(name: str, rows_BT: np.ndarray) -> jax.Array:
         if len(rows_BT) != len(own):
-            raise ValueError(
+            raise UserError(
                 f"batch[{name!r}] has {len(rows_BT)} rows, and this process feeds {len(own)} of "
                 f"{global_batch}; read them with rows=local_rows(...)."
             )

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # A room is a file or a folder directly under the package.
 FLOORS = {
+    "errors": 0,
     "storage": 1,
     "config": 2,
     "data": 3,

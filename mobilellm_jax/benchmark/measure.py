@@ -23,6 +23,7 @@ from typing import Protocol
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
 from mobilellm_jax.export.artifact import Artifact, open_artifact
 from mobilellm_jax.export.runtime import Runtime
@@ -150,7 +151,7 @@ def check(subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
         room = opened.config.max_seq_len
     # The one token more is that of the prompt, which decoding starts from.
     if prompt_tokens + new_tokens + 1 > room:
-        raise ValueError(
+        raise UserError(
             f"--prompt_tokens={prompt_tokens} and --new_tokens={new_tokens} and one more must fit "
             f"max_seq_len={room} of {path}; lower one of them."
         )

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.path import atomicity
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir, sealing, strict_json
 from mobilellm_jax.train.state import TrainState
 
@@ -23,7 +24,7 @@ IN_PLACE = atomicity.CommitFileTemporaryPath
 _SHOWN = 20  # names of each kind in a message about arrays
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be read; the message names its folder and what is wrong."""
 
 

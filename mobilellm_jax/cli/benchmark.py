@@ -19,6 +19,7 @@ from absl import flags
 
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.quantizing import QUANTIZE_HELP
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.quantize.schemes import find_scheme
 
 _ARTIFACT = flags.DEFINE_multi_string(
@@ -79,7 +80,7 @@ def _read(file: Path) -> str:
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--text={file} must be UTF-8; byte {error.start} is not.") from error
+        raise UserError(f"--text={file} must be UTF-8; byte {error.start} is not.") from error
     if not text.strip():
-        raise ValueError(f"--text={file} is empty; name a file with text.")
+        raise UserError(f"--text={file} is empty; name a file with text.")
     return text

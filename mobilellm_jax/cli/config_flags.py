@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.config import Config, ConfigError, field_types, from_config_dict, near_miss
+from mobilellm_jax.errors import MissingFileError
 
 _OVERRIDE = re.compile(r"--?config\.(?P<field>[^=]*)(=(?P<value>.*))?", re.DOTALL)
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -61,7 +62,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     """Returns the checked config of a `configs/*.py`, with `overrides` ("a.b=value") applied.
 
     Raises:
-      FileNotFoundError: if there is no such file.
+      MissingFileError: if there is no such file.
       ConfigError: if the file fails, and for wrong overrides and broken rules, all of them listed.
     """
     groups = _get_config(Path(file)).to_dict()
@@ -84,7 +85,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
 
 def _get_config(path: Path) -> ConfigDict:
     if not path.is_file():
-        raise FileNotFoundError(f"--config={path} is not a file.{_near_file(path)}")
+        raise MissingFileError(f"--config={path} is not a file.{_near_file(path)}")
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={path} must be a Python file: configs/NAME.py.")

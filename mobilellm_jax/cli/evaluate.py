@@ -39,6 +39,7 @@ from absl import flags
 
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.quantizing import PARTS_HELP, QUANTIZE_HELP, chosen_scheme, quantize_opened
+from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.quantize.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _check_output(output: Path) -> None:
     if output.is_dir():
         raise IsADirectoryError(f"--output={output} is a folder; name a file.")
     if not output.parent.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"--output={output}: the folder {output.parent} does not exist; make it first."
         )
 
@@ -236,11 +237,11 @@ def _read_text(file: Path) -> str:
     """Reads the file as it is: line ends are part of the text."""
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
-        raise FileNotFoundError(f"--perplexity={file} {what}; name a text file in UTF-8.")
+        raise MissingFileError(f"--perplexity={file} {what}; name a text file in UTF-8.")
     try:
         return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"--perplexity={file} must be UTF-8, but byte {error.start} is "
             f"0x{error.object[error.start]:02x}; convert it, for example with iconv."
         ) from error

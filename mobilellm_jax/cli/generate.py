@@ -24,6 +24,7 @@ from absl import flags
 
 from mobilellm_jax.cli.errors import UsageError, is_bad_input
 from mobilellm_jax.cli.quantizing import PARTS_HELP, QUANTIZE_HELP, chosen_scheme, quantize_opened
+from mobilellm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from mobilellm_jax.generation.generate import Prepared
@@ -105,10 +106,10 @@ def _prompts() -> list[str] | None:
     try:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file={file!r} must be UTF-8: {error}.") from error
+        raise UserError(f"prompt_file={file!r} must be UTF-8: {error}.") from error
     prompts = text.removesuffix("\n").split("\n")  # not splitlines: U+2028 is part of a text
     if not text:
-        raise ValueError(f"prompt_file={file!r} is empty; put a prompt on each line.")
+        raise UserError(f"prompt_file={file!r} is empty; put a prompt on each line.")
     return [prompt.removesuffix("\r") for prompt in prompts]
 
 
@@ -116,7 +117,7 @@ def _lines() -> Iterator[str]:
     try:
         yield from sys.stdin
     except UnicodeDecodeError as error:
-        raise ValueError(f"The prompts on the standard input must be UTF-8: {error}.") from error
+        raise UserError(f"The prompts on the standard input must be UTF-8: {error}.") from error
 
 
 def _converse(speaker: "_Speaker") -> None:

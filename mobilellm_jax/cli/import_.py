@@ -13,6 +13,8 @@ from pathlib import Path
 
 from absl import flags
 
+from mobilellm_jax.errors import UserError
+
 _SOURCE = flags.DEFINE_string("source", None, "Hugging Face directory", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "run folder to make", required=True)
 
@@ -29,12 +31,12 @@ def main(argv: list[str]) -> None:
 
     source, output = Path(_SOURCE.value), Path(_OUTPUT.value)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output={output} exists; name a new folder, or delete this one first.")
+        raise UserError(f"--output={output} exists; name a new folder, or delete this one first.")
     imported = read_huggingface(source)
     model = imported.config
     tokenizer = load_tokenizer(imported.tokenizer_file)
     if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{imported.tokenizer_file} has {tokenizer.vocab_size} tokens, but the model only "
             f"vocab_size={model.vocab_size}; put the tokenizer that it was trained with there."
         )

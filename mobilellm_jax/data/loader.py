@@ -20,6 +20,7 @@ from mobilellm_jax.data.shards import Dataset
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
 from mobilellm_jax.data.token_stream import TokenStream
 from mobilellm_jax.data.windows import NO_WINDOW, Batch, count_windows, read_windows
+from mobilellm_jax.errors import UserError
 
 # One thread copies while the other waits for a page of a file that is not in memory; four contend
 # for the GIL and read half as much.
@@ -34,7 +35,7 @@ def windows_per_epoch(tokens: Dataset | Mixture, split: str, seq_len: int) -> in
     """Returns the number of windows of all components, the padded last ones included.
 
     Raises:
-      ValueError: if the split is missing or has no token to predict.
+      UserError: if the split is missing or has no token to predict.
     """
     streams = required_streams(_mixture(tokens), split)
     return sum(count_windows(stream, seq_len) for stream in streams)
@@ -55,7 +56,7 @@ def train_batches(
     those of its rows that this host feeds. For the arrays see `read_windows`.
 
     Raises:
-      ValueError: if a component has no token to predict.
+      UserError: if a component has no token to predict.
     """
     mixture = _mixture(tokens)
     streams = required_streams(mixture, TRAIN)
@@ -101,7 +102,7 @@ def validation_batches(
     the last window have weight 0 everywhere, so that every batch has the same shape.
 
     Raises:
-      ValueError: if no component has a validation split to predict.
+      UserError: if no component has a validation split to predict.
     """
     streams = required_streams(_mixture(tokens), VALIDATION)
     row_B = np.arange(batch, dtype=np.int64)[slice(None) if rows is None else rows]
@@ -127,7 +128,7 @@ def required_streams(mixture: Mixture, split: str) -> list[TokenStream]:
     For validation, components without held-out documents are passed over.
 
     Raises:
-      ValueError: if one that is needed has no token to predict.
+      UserError: if one that is needed has no token to predict.
     """
     streams = []
     for component in mixture.components:
@@ -135,9 +136,9 @@ def required_streams(mixture: Mixture, split: str) -> list[TokenStream]:
         if stream is not None:
             streams.append(stream)
         elif split == TRAIN:
-            raise ValueError(_nothing_to_predict(mixture, component, split))
+            raise UserError(_nothing_to_predict(mixture, component, split))
     if not streams:
-        raise ValueError(_nothing_to_predict(mixture, mixture.components[0], split))
+        raise UserError(_nothing_to_predict(mixture, mixture.components[0], split))
     return streams
 
 

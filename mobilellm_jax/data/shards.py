@@ -23,6 +23,7 @@ import numpy as np
 
 from mobilellm_jax.data.token_stream import ShardFiles, TokenStream
 from mobilellm_jax.data.tokenizers.tokenizer import MAX_VOCABULARY
+from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.storage.strict_json import shown
 
@@ -156,8 +157,8 @@ def open_tokens(path: Path) -> Dataset:
     """Opens a complete folder; checks every file's size and the tokenizer's checksum.
 
     Raises:
-      FileNotFoundError: if the folder, its manifest or a file that it lists is missing.
-      ValueError: if a file does not have the size or checksum that the manifest states.
+      MissingFileError: if the folder, its manifest or a file that it lists is missing.
+      UserError: if a file does not have the size or checksum that the manifest states.
     """
     manifest = read_manifest(path)
     itemsize = np.dtype(manifest.dtype).itemsize
@@ -172,10 +173,10 @@ def open_tokens(path: Path) -> Dataset:
                 _check_size(path / f"{shard.name}.{suffix}", record.bytes, implied[suffix])
     tokenizer = path / manifest.tokenizer
     if not tokenizer.is_file():
-        raise FileNotFoundError(f"{tokenizer} is missing; {REMEDY}")
+        raise MissingFileError(f"{tokenizer} is missing; {REMEDY}")
     found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     if found != manifest.tokenizer_sha256:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer} has SHA-256 {found}, but the tokens were made with "
             f"{manifest.tokenizer_sha256}; {REMEDY}"
         )
@@ -195,13 +196,13 @@ def read_manifest(path: Path) -> Manifest:
     """Returns the manifest of a folder, its form checked but not the files that it lists.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if it is damaged or of another format version.
+      MissingFileError: if there is none.
+      UserError: if it is damaged or of another format version.
     """
     file = path / MANIFEST
     if not file.is_file():
         state = "is incomplete: it has no" if path.is_dir() else "does not exist, so there is no"
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"Token folder {path} {state} {MANIFEST}. Make it with "
             f"`mobilellm prepare --source=... --output={path}`."
         )
@@ -209,15 +210,15 @@ def read_manifest(path: Path) -> Manifest:
         values = strict_json.parse(strict_json.content_of(file))
         version = values.get("format_version") if isinstance(values, dict) else None
         if type(version) is int and version != FORMAT_VERSION:
-            raise ValueError(
+            raise UserError(
                 f"{file}: format_version={version} must be {FORMAT_VERSION}; "
                 "prepare the data again with this version of mobilellm."
             )
         manifest: Manifest = strict_json.as_type(values, Manifest)
     except strict_json.JsonError as error:
-        raise ValueError(f"{file}: {str(error).removesuffix('.')}; {REMEDY}") from error
+        raise UserError(f"{file}: {str(error).removesuffix('.')}; {REMEDY}") from error
     for problem in _contradictions(manifest):
-        raise ValueError(f"{file}: {problem}; {REMEDY}")
+        raise UserError(f"{file}: {problem}; {REMEDY}")
     return manifest
 
 
@@ -280,7 +281,7 @@ def _unequal(what: str, whole: Counts, parts: Sequence[Counts | Shard]) -> Itera
 
 def _check_size(file: Path, stated_bytes: int, implied_bytes: int) -> None:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; {REMEDY}")
+        raise MissingFileError(f"{file} is missing; {REMEDY}")
     found = file.stat().st_size
     if found != stated_bytes or stated_bytes != implied_bytes:
-        raise ValueError(f"{file} has {found:,} bytes, expected {implied_bytes:,}; {REMEDY}")
+        raise UserError(f"{file} has {found:,} bytes, expected {implied_bytes:,}; {REMEDY}")

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilellm_jax.errors import UserError
+
 OFFSET_DTYPE = np.dtype("<u8")
 LOSS_MASK_DTYPE = np.dtype("u1")
 
@@ -90,7 +92,7 @@ class TokenStream:
             if len(starts) and not (
                 low <= starts[0] and starts[-1] < high and (starts[1:] > starts[:-1]).all()
             ):
-                raise ValueError(
+                raise UserError(
                     f"{self._folder / self._shards[shard].name}.offsets does not ascend; the "
                     "folder is damaged: delete it and prepare it again."
                 )

@@ -27,6 +27,7 @@ from mobilellm_jax.data.shards import (
     Shard,
 )
 from mobilellm_jax.data.token_stream import LOSS_MASK_DTYPE, OFFSET_DTYPE
+from mobilellm_jax.errors import UserError
 
 _CHUNK_BYTES = 1 << 24
 
@@ -38,7 +39,7 @@ def verify_files(dataset: Dataset) -> None:
     """Reads every shard on all cores, with a progress bar on a terminal.
 
     Raises:
-      ValueError: naming the first file that has another checksum, or that makes no sense.
+      UserError: naming the first file that has another checksum, or that makes no sense.
     """
     jobs = [
         (dataset.path / f"{shard.name}.{suffix}", record, *_rule(suffix, shard, dataset.manifest))
@@ -54,7 +55,7 @@ def verify_files(dataset: Dataset) -> None:
         for (file, record, _, _), problem in zip(jobs, problems, strict=True):
             if problem:
                 pool.shutdown(cancel_futures=True)
-                raise ValueError(f"{file} {problem}; {REMEDY}")
+                raise UserError(f"{file} {problem}; {REMEDY}")
             bar.update(record.bytes)
 
 

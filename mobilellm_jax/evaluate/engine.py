@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.prefix_trees import Query
 from mobilellm_jax.evaluate.scoring import Score, Scorer, checked_score, log_softmax
 from mobilellm_jax.export.runtime import Runtime, greedy
@@ -112,7 +113,7 @@ class RuntimeEngine:
         self, prompts: Sequence[list[int]], *, max_new_tokens: int, sampling: Sampling, eos_id: int
     ) -> Continuations:
         if sampling != GREEDY:
-            raise ValueError(
+            raise UserError(
                 "A task asks for sampled texts, and an artefact only writes the likeliest tokens; "
                 "leave its task out, or evaluate the checkpoint."
             )

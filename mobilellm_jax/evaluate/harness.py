@@ -21,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.engine import Engine, Writer
 from mobilellm_jax.evaluate.journal import Journal, key
 from mobilellm_jax.evaluate.prefix_trees import Query, make_query
@@ -170,17 +171,17 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         """Returns how many tokens a prompt may have.
 
         Raises:
-          ValueError: if that is none, or if a setting is not known here.
+          UserError: if that is none, or if a setting is not known here.
         """
         unknown = how.keys() - _SETTINGS
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"A task asks for texts with {', '.join(sorted(unknown))}, which is not supported; "
                 f"the settings are {', '.join(sorted(_SETTINGS))}."
             )
         room = self.max_length - int(how["max_gen_toks"])
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"A task asks for texts of up to {how['max_gen_toks']} tokens, which must be less "
                 f"than model.max_seq_len={self.max_length}; leave its task out."
             )

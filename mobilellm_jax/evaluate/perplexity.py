@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.scoring import log_softmax
 from mobilellm_jax.export.runtime import Runtime
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
@@ -63,7 +64,7 @@ def perplexity(
       batch_size: windows at once; changes nothing but speed and memory. None: 8192 tokens' worth.
 
     Raises:
-      ValueError: if the text is too short, or the stride not within a window.
+      UserError: if the text is too short, or the stride not within a window.
       FloatingPointError: if the model gives no finite loss.
     """
     length = config.max_seq_len
@@ -142,13 +143,13 @@ class Window(NamedTuple):
 def _windows(length: int, ids: np.ndarray) -> list[Window]:
     """Returns the paper's: of `length` tokens, the last of which is only a target."""
     if length < 2:
-        raise ValueError(
+        raise UserError(
             f"model.max_seq_len={length} must be at least 2 to score a text: a window's first "
             "token is not scored."
         )
     count = len(ids) // length
     if count == 0:
-        raise ValueError(
+        raise UserError(
             f"The text has {len(ids)} tokens, BOS included, and must have at least the "
             f"{length} of one window (model.max_seq_len={length}); give a longer text, or "
             "--stride, which takes any."
@@ -161,15 +162,15 @@ def strided(length: int, ids: np.ndarray, stride: int) -> list[Window]:
     """Returns windows of at most `length` tokens that score every token but BOS once.
 
     Raises:
-      ValueError: if the stride is not within a window, or there is no token.
+      UserError: if the stride is not within a window, or there is no token.
     """
     if not 1 <= stride <= length:
-        raise ValueError(
+        raise UserError(
             f"--stride={stride} must be at least 1 and at most model.max_seq_len={length}."
         )
     last = len(ids) - 1  # it is only a target
     if last < 1:
-        raise ValueError("The text is empty; give one with at least a token.")
+        raise UserError("The text is empty; give one with at least a token.")
     windows = [Window(0, 0, min(length, last))]
     while windows[-1].stop < last:
         scored = windows[-1].stop

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilellm_jax.errors import UserError
+
 _SHORTEST_ROW = 256
 # A token costs as much as about so many attention scores: 7 million operations in a block of
 # MobileLLM-125M against 2304, which a CPU does at a third of the speed.
@@ -44,13 +46,13 @@ def make_query(context: Sequence[int], continuation: Sequence[int], max_len: int
       max_len: tokens that the model reads at once.
 
     Raises:
-      ValueError: if there is nothing to score, or more than fits.
+      UserError: if there is nothing to score, or more than fits.
     """
     if not context or not continuation:
         missing = "context" if not context else "continuation"
-        raise ValueError(f"A request to score has no tokens in its {missing}.")
+        raise UserError(f"A request to score has no tokens in its {missing}.")
     if len(continuation) > max_len:
-        raise ValueError(
+        raise UserError(
             f"A continuation of {len(continuation)} tokens is longer than "
             f"model.max_seq_len={max_len}, so no single pass can score it; leave its task out."
         )

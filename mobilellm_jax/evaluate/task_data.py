@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.strict_json import shown
 
@@ -39,11 +40,11 @@ def read_rows(file: Path, check: Callable[[Row], str]) -> list[Row]:
     """Returns the rows of a file of JSON lines.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: naming the file and the line that is not what it should be.
+      MissingFileError: if there is no such file.
+      UserError: naming the file and the line that is not what it should be.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; it should hold JSON lines.")
+        raise MissingFileError(f"{file} does not exist; it should hold JSON lines.")
     rows = []
     # Not str.splitlines(), which also splits at U+2028 and its like inside a string.
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
@@ -58,7 +59,7 @@ def read_rows(file: Path, check: Callable[[Row], str]) -> list[Row]:
             raise _bad_line(file, number, wrong)
         rows.append(row)
     if not rows:
-        raise ValueError(f"{file} has no rows; a task needs at least one.")
+        raise UserError(f"{file} has no rows; a task needs at least one.")
     return rows
 
 

@@ -28,6 +28,7 @@ from lm_eval.utils import handle_non_serializable, make_table
 from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.paper_table import format_table
 from mobilellm_jax.evaluate.task_data import FEWSHOT, GROUPS, TASK_DATA, read_rows
@@ -72,15 +73,15 @@ def load_tasks(
         as the harness gives the task, mostly none.
 
     Raises:
-      ValueError: for a name that is no task, with near misses; for a row that is not right.
-      FileNotFoundError: for a missing file of rows.
+      UserError: for a name that is no task, with near misses; for a row that is not right.
+      MissingFileError: for a missing file of rows.
     """
     wanted = tuple(dict.fromkeys(t for name in names for t in GROUPS.get(name, (name,))))
     if not wanted:
-        raise ValueError("--tasks is empty; name a task, or a group such as mobilellm.")
+        raise UserError("--tasks is empty; name a task, or a group such as mobilellm.")
     foreign = [name for name in wanted if name not in TASK_DATA]
     if foreign and data_dir is not None:
-        raise ValueError(
+        raise UserError(
             f"--tasks: --data_dir serves no task {foreign[0]!r}."
             f"{_near(foreign[0], [*GROUPS, *TASK_DATA])} It serves "
             f"{', '.join([*GROUPS, *TASK_DATA])}."
@@ -97,7 +98,7 @@ def load_tasks(
         unknown = [name for name in foreign if name not in manager.all_tasks]
         if unknown:
             known = [*GROUPS, *TASK_DATA, *manager.all_tasks]
-            raise ValueError(
+            raise UserError(
                 f"--tasks: lm-evaluation-harness has no task {unknown[0]!r}."
                 f"{_near(unknown[0], known)} Ours are {', '.join([*GROUPS, *TASK_DATA])}."
             )
@@ -179,7 +180,7 @@ def local_rows(task: str, data_dir: str, num_fewshot: int, **_: object) -> dict[
 
 def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -> None:
     if not data_dir.is_dir():
-        raise FileNotFoundError(f"--data_dir={data_dir} is no folder; see `evaluate --help`.")
+        raise MissingFileError(f"--data_dir={data_dir} is no folder; see `evaluate --help`.")
     missing: dict[str, list[str]] = {}
     for name in names:
         files = TASK_DATA[name].files(data_dir, _shots(name, num_fewshot))
@@ -189,9 +190,7 @@ def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -
         there = ",".join(name for name in names if name not in missing)
         lines = [f"  {name}: {', '.join(files)}" for name, files in missing.items()]
         remedy = f"add them, or leave the tasks out: --tasks={there}" if there else "add them"
-        raise FileNotFoundError(
-            f"--data_dir={data_dir} lacks files; {remedy}.\n" + "\n".join(lines)
-        )
+        raise MissingFileError(f"--data_dir={data_dir} lacks files; {remedy}.\n" + "\n".join(lines))
     for name in names:
         data, shots = TASK_DATA[name], _shots(name, num_fewshot)
         counts = {}
@@ -199,7 +198,7 @@ def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -
             counts[split] = len(read_rows(file, data.check))
         # The harness draws one more, in case the question itself is among them.
         if shots and counts[data.fewshot] <= shots:
-            raise ValueError(
+            raise UserError(
                 f"{data.files(data_dir, shots)[data.fewshot]} has {counts[data.fewshot]} rows, and "
                 f"{name} with {shots} examples needs at least {shots + 1}; add rows, or lower "
                 "--num_fewshot."

@@ -16,6 +16,7 @@ from etils import epath
 from mobilellm_jax.config import Config, DataConfig, near_miss
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
 from mobilellm_jax.storage import rundir, sealing, strict_json
 
@@ -94,7 +95,7 @@ class Artifact:
         """Loads the model in its runtime.
 
         Raises:
-          ValueError: if the runtime is not installed, or refuses the file.
+          UserError: if the runtime is not installed, or refuses the file.
         """
         return self.loader()()
 
@@ -102,11 +103,11 @@ class Artifact:
         """Returns what loads the model; the runtime's library is imported here.
 
         Raises:
-          ValueError: if it is not installed.
+          UserError: if it is not installed.
         """
         opener = RUNTIMES[self.info.format]
         if not is_installed(self.info.format):
-            raise ValueError(
+            raise UserError(
                 f"{self.file} runs in {opener.package}, which is not installed; {EXTRA}."
             )
         return lambda: opener.load(self.file, self.info)
@@ -126,18 +127,18 @@ def open_artifact(path: str | Path) -> Artifact:
     """Opens an exported folder, or the model file in it; every byte of it is verified.
 
     Raises:
-      FileNotFoundError: if there is nothing there.
-      ValueError: if it is no export, or not as it was written.
+      MissingFileError: if there is nothing there.
+      UserError: if it is no export, or not as it was written.
     """
     given = Path(path)
     if not given.exists():
         names = [p.name for p in given.parent.iterdir()] if given.parent.is_dir() else []
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"artifact={str(path)!r} does not exist.{near_miss(given.name, names)}"
         )
     folder = given if given.is_dir() else given.parent
     if not (folder / sealing.MANIFEST).is_file():
-        raise ValueError(
+        raise UserError(
             f"artifact={str(path)!r} must be a folder that mobilellm export made, or the model "
             f"file in it; {folder} has no {sealing.MANIFEST}."
         )
@@ -145,17 +146,17 @@ def open_artifact(path: str | Path) -> Artifact:
     checksum = hashlib.sha256((folder / sealing.MANIFEST).read_bytes()).hexdigest()
     info = _info(content, folder)
     if given.is_file() and given.name != info.file:
-        raise ValueError(f"artifact={str(path)!r}: the model file of {folder} is {info.file}.")
+        raise UserError(f"artifact={str(path)!r}: the model file of {folder} is {info.file}.")
     return Artifact(folder, info, checksum)
 
 
 def _info(content: dict[str, Any], folder: Path) -> ArtifactInfo:
     where = str(folder / sealing.MANIFEST)
     if "artifact" not in content:
-        raise ValueError(f"{where} is not that of an export, but of something else.")
+        raise UserError(f"{where} is not that of an export, but of something else.")
     version = content.pop("artifact")
     if version != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{where} has format version {strict_json.shown(version)}, and this program reads "
             f"{VERSION}; export again."
         )
@@ -164,11 +165,11 @@ def _info(content: dict[str, Any], folder: Path) -> ArtifactInfo:
     assert isinstance(info, ArtifactInfo), "what it was asked for"
     Config(model=info.model, data=DataConfig(seq_len=1))  # its rules
     if info.format not in RUNTIMES or info.file not in files:
-        raise ValueError(
+        raise UserError(
             f"{where} names the format {strict_json.shown(info.format)} and the model file "
             f"{strict_json.shown(info.file)}; the formats are {', '.join(RUNTIMES)}, and the file "
             "must be one of the folder's."
         )
     if not any(name in files for name in rundir.TOKENIZER_FILES):
-        raise ValueError(f"{where} names no tokenizer; export again.")
+        raise UserError(f"{where} names no tokenizer; export again.")
     return info

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.artifact import RUNTIMES, Artifact, is_installed, seal_artifact
 from mobilellm_jax.export.formats import FORMATS, HUGGINGFACE_PRECISIONS
 from mobilellm_jax.export.huggingface.config import Layout
@@ -49,7 +50,7 @@ def export_for_device(
       verified: whether the artefact is run and compared first.
 
     Raises:
-      ValueError: if `directory` is not empty, or the format cannot express the model.
+      UserError: if `directory` is not empty, or the format cannot express the model.
       VerificationError: if the artefact is further from the checkpoint than its precision allows.
     """
     _refuse_existing(directory)
@@ -88,7 +89,7 @@ def export_huggingface(
     """Writes a Hugging Face directory; `verified` by transformers, else as `export_for_device`.
 
     Raises:
-      ValueError: as `write_huggingface`.
+      UserError: as `write_huggingface`.
       VerificationError: as `export_for_device`.
     """
     found: Verification | None = None
@@ -121,7 +122,7 @@ def can_verify(format_name: str) -> bool:
 
 def _refuse_existing(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists; give a new folder, or delete this one first.")
+        raise UserError(f"{directory} exists; give a new folder, or delete this one first.")
 
 
 def _verified(runtime: Runtime, source: Source, allowed: Precision) -> Verification:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mobilellm_jax.config import near_miss
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.artifact import EXTRA
 from mobilellm_jax.export.source import Precision, Source
 
@@ -138,21 +139,21 @@ def check_precision(name: str, dtype: str | None, quantize: str | None) -> str:
     """Returns the precision that --dtype and --quantize ask for; without either, float32.
 
     Raises:
-      ValueError: if the format has no such precision, both are given, or what writes the format is
+      UserError: if the format has no such precision, both are given, or what writes the format is
         not installed.
     """
     if dtype is not None and quantize is not None:
-        raise ValueError(
+        raise UserError(
             f"--dtype={dtype} and --quantize={quantize} both say how weights are stored; give one."
         )
     flag = "dtype" if quantize is None else "quantize"
     asked = quantize or dtype or "float32"
     choices = offered(name, quantized=quantize is not None)
     if asked not in choices:
-        raise ValueError(
+        raise UserError(
             f"--{flag}={asked} is none of --format={name}; it has {', '.join(choices) or 'none'}."
             f"{near_miss(asked, choices)}"
         )
     if missing := [p for p in FORMATS[name].packages if importlib.util.find_spec(p) is None]:
-        raise ValueError(f"--format={name} is written with {', '.join(missing)}; {EXTRA}.")
+        raise UserError(f"--format={name} is written with {', '.join(missing)}; {EXTRA}.")
     return asked

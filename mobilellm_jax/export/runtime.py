@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,10 +72,10 @@ def check_room(runtime: Runtime, tokens: int) -> None:
     """Refuses a sequence that the cache has no room for.
 
     Raises:
-      ValueError: if `tokens` is none, or more than the artefact was exported for.
+      UserError: if `tokens` is none, or more than the artefact was exported for.
     """
     if not 1 <= tokens <= runtime.max_seq_len:
-        raise ValueError(
+        raise UserError(
             f"A sequence of {tokens:,} tokens must have at least 1 and at most max_seq_len="
             f"{runtime.max_seq_len:,}, for which the artefact was exported."
         )

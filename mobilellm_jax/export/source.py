@@ -6,6 +6,7 @@ from typing import Any
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ def check_groups(config: ModelConfig, size: int, precision: str, remedy: str) ->
     """Refuses a model whose matrices have inputs that are no whole groups of `size`.
 
     Raises:
-      ValueError: naming the field.
+      UserError: naming the field.
     """
     inputs = {
         "model.embed_dim": config.embed_dim,
@@ -41,7 +42,7 @@ def check_groups(config: ModelConfig, size: int, precision: str, remedy: str) ->
     }
     for name, number in inputs.items():
         if number % size:
-            raise ValueError(
+            raise UserError(
                 f"{name}={number} must be a multiple of {size}, the weights that {precision} "
                 f"quantizes together; use {remedy}."
             )

@@ -20,6 +20,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.generation.sampling import (
     DEFAULT,
     Draw,
@@ -84,7 +85,7 @@ def generate(
       eos_id: the token that ends a row. None: none does.
 
     Raises:
-      ValueError: for an empty prompt, or one that with `max_new_tokens` exceeds
+      UserError: for an empty prompt, or one that with `max_new_tokens` exceeds
         `model.max_seq_len`.
     """
     rows: list[list[int]] = [[] for _ in prompts]
@@ -209,14 +210,14 @@ def _check_lengths(
     config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     if not all(prompts):
-        raise ValueError("A prompt of no tokens has nothing to continue; start it with BOS.")
+        raise UserError("A prompt of no tokens has nothing to continue; start it with BOS.")
     limit, longest = config.max_seq_len, max(len(prompt) for prompt in prompts)
     if longest + max_new_tokens > limit:
         room = limit - longest
         remedy = "shorten the prompt" + (f", or ask for at most {room} new tokens" * (room > 0))
-        raise ValueError(
+        raise UserError(
             f"A prompt of {longest} tokens (BOS included) and max_new_tokens={max_new_tokens} "
             f"exceed model.max_seq_len={limit}; {remedy}."
         )

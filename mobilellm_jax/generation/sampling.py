@@ -15,6 +15,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mobilellm_jax.errors import UserError
+
 Method = Literal["greedy", "sample", "truncate"]
 
 
@@ -33,18 +35,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(
+            raise UserError(
                 f"temperature={self.temperature} must be a number of at least 0; 0 is greedy, "
                 "1 is the model's own distribution."
             )
         if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be at least 0; 0 keeps every token.")
+            raise UserError(f"top_k={self.top_k} must be at least 0; 0 keeps every token.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(
+            raise UserError(
                 f"top_p={self.top_p} must be greater than 0 and at most 1; 1 keeps every token."
             )
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must be at least 0 and less than 2^32.")
+            raise UserError(f"seed={self.seed} must be at least 0 and less than 2^32.")
 
 
 DEFAULT = Sampling()

@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from mobilellm_jax.errors import UserError
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -136,7 +138,7 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
                 shape = rest[: opcode.start()]
                 current.append(Instruction(name, shape, opcode.group(1), rest))
     if not entry:
-        raise ValueError("the text is no HLO module: it has no ENTRY computation.")
+        raise UserError("the text is no HLO module: it has no ENTRY computation.")
     return computations, entry
 
 

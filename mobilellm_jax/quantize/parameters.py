@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.parameters import ATTENTION_IN_8_BITS
 from mobilellm_jax.model.quantized import (
     Kernel,
@@ -57,7 +58,7 @@ def quantize_model(config: ModelConfig, params: Params, scheme: Scheme) -> Param
 
     Raises:
       ConfigError: if the scheme takes in half of a matrix.
-      ValueError: if parameters are not finite.
+      UserError: if parameters are not finite.
     """
     check_scheme(scheme, config)
     check_finite(params)
@@ -154,7 +155,7 @@ def check_finite(params: Params) -> None:
     """Refuses parameters that have no range.
 
     Raises:
-      ValueError: naming those that are not finite.
+      UserError: naming those that are not finite.
     """
     wrong = [
         jax.tree_util.keystr(path, simple=True, separator=".")
@@ -162,7 +163,7 @@ def check_finite(params: Params) -> None:
         if not bool(jnp.all(jnp.isfinite(leaf)))
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(wrong)} must be finite to be quantized; choose a checkpoint from before "
             "the training went wrong."
         )

@@ -18,13 +18,14 @@ from typing import Any
 
 from etils import epath
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import strict_json
 
 MANIFEST = "manifest.json"
 _BLOCK_BYTES = 1 << 20
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """A folder is not what was sealed; the message names it and what is wrong with it."""
 
 

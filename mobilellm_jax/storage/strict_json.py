@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from mobilellm_jax.errors import MissingFileError, UserError
+
 MAX_BYTES = 1 << 27
 """Of a file: four times the largest tokenizer.json, and a manifest of 100,000 shards."""
 MAX_DEPTH = 64
@@ -34,7 +36,7 @@ _REQUIRED: Any = object()
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-class JsonError(ValueError):
+class JsonError(UserError):
     """What is wrong with a text or a value in it, to stand behind the file's name and a colon."""
 
 
@@ -42,11 +44,11 @@ def read(file: Path) -> Any:
     """Returns what a JSON file holds.
 
     Raises:
-      FileNotFoundError: if there is no such file.
+      MissingFileError: if there is no such file.
       JsonError: naming the file.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist.")
+        raise MissingFileError(f"{file} does not exist.")
     try:
         return parse(content_of(file))
     except JsonError as error:

@@ -16,6 +16,7 @@ from tensorboard.summary import Writer
 from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.size import flops_per_token
 from mobilellm_jax.storage import rundir, strict_json
 
@@ -64,7 +65,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             for name, value in record.items():
                 strict_json.as_type(value, str if name == _ATTENTION else float, name)
         except strict_json.JsonError as error:
-            raise ValueError(f"{path}: {error} Correct the line or take it out.") from error
+            raise UserError(f"{path}: {error} Correct the line or take it out.") from error
     return records
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.data.token_stream import TokenStream
+from mobilellm_jax.errors import UserError
 
 # Tokens counted together: a few arrays of 8 bytes each are what it takes.
 _CHUNK = 1 << 22
@@ -76,7 +77,7 @@ def count_tokens(
     """Reads the stream once, in little memory; `progress` is told how many tokens were counted.
 
     Raises:
-      ValueError: if an id is not below `vocab_size`.
+      UserError: if an id is not below `vocab_size`.
     """
     counts = no_tokens(vocab_size)
     document = 0  # where the one that is being read started
@@ -84,7 +85,7 @@ def count_tokens(
         stop = min(start + _CHUNK, stream.tokens)
         of_id = np.bincount(stream.read(start, stop), minlength=vocab_size)
         if len(of_id) > vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"Token id {len(of_id) - 1} occurs, but the tokenizer has only {vocab_size} ids; "
                 "prepare the data again with the tokenizer that made the ids."
             )

@@ -17,6 +17,7 @@ from mobilellm_jax.data.preparation import assembly
 from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task, read_part
 from mobilellm_jax.data.shards import Counts
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
+from mobilellm_jax.errors import MissingFileError, UserError
 
 
 def encode_and_assemble(
@@ -32,13 +33,13 @@ def encode_and_assemble(
     `options` are Beam's own flags, such as `--runner=DirectRunner` or `--direct_num_workers=8`.
 
     Raises:
-      ValueError: if Beam is not installed, or as `PieceEncoder.encode`.
+      UserError: if Beam is not installed, or as `PieceEncoder.encode`.
     """
     try:
         beam = importlib.import_module("apache_beam")
         pipeline_options = importlib.import_module("apache_beam.options.pipeline_options")
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             "runner='beam' needs Apache Beam, which holds other packages back: install it in a "
             "virtual environment of its own with `pip install mobilellm-jax[beam]`, or use "
             "--runner=local."
@@ -89,7 +90,7 @@ class _Assemble:
 def _read(job: Job, task: Task) -> Part:
     part = read_part(job.parts, task.number)
     if part is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{job.parts} has no part {task.number} after Beam has run; all of its workers must "
             "see this folder under this path, on a shared disk."
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mobilellm_jax.data.preparation.parts import DIGESTS, digest
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION, BadLine, Source, TokenDocument
+from mobilellm_jax.errors import UserError
 
 # Enough for the merges of any vocabulary; SentencePiece trains on it for minutes, not hours.
 TOKENIZER_TRAINING_CHARACTERS = 50_000_000
@@ -29,7 +30,7 @@ def held_out_below(
     is a document on each side: nearly at once for all but small sources.
 
     Raises:
-      ValueError: if there is a single document and no source brings validation of its own.
+      UserError: if there is a single document and no source brings validation of its own.
     """
     threshold = int(validation_fraction * DIGESTS)
     divided = [source for source in sources if is_divided(source)]
@@ -47,7 +48,7 @@ def held_out_below(
     if smallest < largest:
         return min(max(threshold, smallest + 1), largest)
     if largest >= 0 and len(divided) == len(sources):
-        raise ValueError(
+        raise UserError(
             f"validation_fraction={validation_fraction} cannot be held out of a single document "
             f"({sources[0].spec}); divide the text into several files, add a source, or set "
             "--validation_fraction=0 to go without validation."

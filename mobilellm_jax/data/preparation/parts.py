@@ -33,6 +33,7 @@ from mobilellm_jax.data.sources.source import (
 from mobilellm_jax.data.token_stream import OFFSET_DTYPE
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir, strict_json
 
 _BATCH_CHARACTERS = 1_000_000
@@ -88,7 +89,7 @@ class PieceEncoder:
         """Writes the part of `task` and returns its record; `count` hears of every batch.
 
         Raises:
-          ValueError: for a document that the tokenizer or the form of the source refuses, unless
+          UserError: for a document that the tokenizer or the form of the source refuses, unless
             bad lines are to be skipped.
         """
         job, skipped = self._job, list[dict[str, Any]]()
@@ -147,12 +148,12 @@ def read_record(file: Path, kind: Any) -> Any:
     """Returns a record of what an earlier start has done.
 
     Raises:
-      ValueError: if it is damaged.
+      UserError: if it is damaged.
     """
     try:
         return strict_json.as_type(strict_json.read(file), kind)
     except strict_json.JsonError as error:
-        raise ValueError(
+        raise UserError(
             f"{error} An interrupted preparation is damaged; delete {file.parent.parent} to begin "
             "anew."
         ) from error
@@ -204,7 +205,7 @@ def _encode(
                 kept.append(document)
             except ValueError as error:
                 if bad_lines is None:
-                    raise ValueError(f"{document.name}: {error}") from error
+                    raise UserError(f"{document.name}: {error}") from error
                 bad_lines.append({"document": document.name, "reason": str(error)})
         return _encode_all(tokenizer, kept)
 
@@ -233,7 +234,7 @@ def _encoded_already(
         assert isinstance(document, TokenDocument), "a source gives documents of one kind"
         ids = np.asarray(document.ids, np.int64)
         if len(ids) and ids.max() >= tokenizer.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"token id {ids.max()} must be less than the tokenizer's vocabulary of "
                 f"{tokenizer.vocab_size}; give the --tokenizer that made these ids."
             )

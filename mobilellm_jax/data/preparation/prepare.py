@@ -36,6 +36,7 @@ from mobilellm_jax.data.sources.source import TRAIN, VALIDATION, BadLine, Source
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer, load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, changes_text
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
 
 SHARD_TOKENS = 64_000_000
@@ -79,9 +80,9 @@ def prepare(
     one goes on. `report` gets lines for the user.
 
     Raises:
-      ValueError: for a bad setting, sources without text, a document that cannot be taken, or an
+      UserError: for a bad setting, sources without text, a document that cannot be taken, or an
         `output` that holds something else.
-      FileNotFoundError: for a missing tokenizer file, or a pattern that matches nothing.
+      MissingFileError: for a missing tokenizer file, or a pattern that matches nothing.
     """
     _check_settings(
         sources, weights, tokenizer, vocab_size, validation_fraction, on_bad_line, workers, runner
@@ -182,7 +183,7 @@ class _Preparation:
         if not file.is_file():
             rundir.write_whole(file, found)
         elif file.read_text("utf-8") != found:
-            raise ValueError(
+            raise UserError(
                 f"{self.work} holds an interrupted preparation that divided the sources in another "
                 "way, perhaps by another version of mobilellm; delete it to begin anew."
             )
@@ -242,7 +243,7 @@ class _Preparation:
             for part in parts:
                 totals[part.source].add(part)
                 if sum(len(total.bad_lines) for total in totals) > MOST_BAD_LINES:
-                    raise ValueError(
+                    raise UserError(
                         f"source={self.sources[part.source].spec!r}: more than {MOST_BAD_LINES:,} "
                         "bad lines, so this is not a damaged line here and there. The last: "
                         f"{part.bad_lines[-1]}. Check the form of the source."
@@ -258,14 +259,14 @@ class _Preparation:
                 )
                 splits[name] = Split(**dataclasses.asdict(counts), shards=tuple(named))
         if TRAIN not in splits:
-            raise ValueError(
+            raise UserError(
                 f"source={', '.join(source.spec for source in self.sources)}: no document with "
                 "text for training; check the pattern and --validation_fraction."
             )
         if self.weights:
             for source, total in zip(self.sources, totals, strict=True):
                 if total.splits[TRAIN].tokens < 2:
-                    raise ValueError(
+                    raise UserError(
                         f"source={source.spec!r} has a weight but no text for training; leave it "
                         "out, or check its pattern."
                     )
@@ -320,38 +321,38 @@ def _check_settings(
     runner: Runner,
 ) -> None:
     if not sources:
-        raise ValueError("source is empty; give at least one, for example --source=python_docs.")
+        raise UserError("source is empty; give at least one, for example --source=python_docs.")
     if (tokenizer is None) == (vocab_size is None):
-        raise ValueError(
+        raise UserError(
             f"tokenizer={str(tokenizer) if tokenizer else None!r} and vocab_size={vocab_size}: "
             "give exactly one, a tokenizer file to use or the size of one to train."
         )
     if tokenizer is None and (ids := [s for s in sources if s.startswith("tokens:")]):
-        raise ValueError(
+        raise UserError(
             f"source={ids[0]!r} holds token ids, not text to train a tokenizer on; give the "
             "--tokenizer that made them instead of --vocab_size."
         )
     if not 0 <= validation_fraction < 1:
-        raise ValueError(
+        raise UserError(
             f"validation_fraction={validation_fraction} must be at least 0 and less than 1."
         )
     if weights and len(weights) != len(sources):
-        raise ValueError(
+        raise UserError(
             f"weight={list(weights)} must be given once for each of the {len(sources)} sources, in "
             "their order, or not at all."
         )
     if weights and not all(weight > 0 and math.isfinite(weight) for weight in weights):
-        raise ValueError(
+        raise UserError(
             f"weight={list(weights)} must be greater than 0; leave out a source that is not wanted."
         )
     if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1.")
+        raise UserError(f"workers={workers} must be at least 1.")
     for name, value, choices in (
         ("on_bad_line", on_bad_line, ("stop", "skip")),
         ("runner", runner, ("local", "beam")),
     ):
         if value not in choices:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}.")
+            raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}.")
 
 
 def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | None:
@@ -359,13 +360,13 @@ def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | No
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / shards.MANIFEST).is_file():
-        raise ValueError(
+        raise UserError(
             f"output={str(output)!r} exists, but is no folder of token shards (it has no "
             f"{shards.MANIFEST}); name another folder or delete it."
         )
     manifest = shards.open_tokens(output).manifest
     if differing := settings_difference(manifest.settings, settings):
-        raise ValueError(
+        raise UserError(
             f"output={str(output)!r} holds data made with other settings ({differing}); "
             "name another folder or delete it."
         )

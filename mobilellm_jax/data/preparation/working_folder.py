@@ -13,6 +13,7 @@ from typing import Any
 from mobilellm_jax.data import shards
 from mobilellm_jax.data.preparation.parts import read_record
 from mobilellm_jax.data.preparation.workers import wait_for_workers
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
 
 WORKERS_LOCK = "workers.lock"
@@ -29,7 +30,7 @@ def working_folder(
     After an error it stays for the next start to go on with, if any part is complete.
 
     Raises:
-      ValueError: if another process is at work there, or settings differ from those it began with.
+      UserError: if another process is at work there, or settings differ from those it began with.
     """
     work.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
@@ -38,7 +39,7 @@ def working_folder(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            raise ValueError(
+            raise UserError(
                 f"{work} is being written by another prepare ({lock.read().strip()}); wait for it, "
                 "or end it."
             ) from error
@@ -53,7 +54,7 @@ def working_folder(
         if not _has_parts(work):
             _empty(work)
         elif differing := settings_difference(read_record(job, dict[str, Any]), settings):
-            raise ValueError(
+            raise UserError(
                 f"{work} holds an interrupted preparation with other settings ({differing}); "
                 "use its settings to go on, or delete it, or name another output."
             )

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from mobilellm_jax.data.sources import source as sources
 from mobilellm_jax.data.sources.decompression import ChunkedFile, DamageError, decompressed
 from mobilellm_jax.data.sources.source import TRAIN, BadLine, BadLineError, Piece
+from mobilellm_jax.errors import MissingFileError, UserError
 
 COMPRESSED = (".gz", ".zst")
 
@@ -47,8 +48,8 @@ def find(spec: str, pattern: str) -> list[File]:
     """Returns the files that match, by path; folders and, of local ones, hidden files do not count.
 
     Raises:
-      FileNotFoundError: if there is none.
-      ValueError: for a URL that fsspec cannot open.
+      MissingFileError: if there is none.
+      UserError: for a URL that fsspec cannot open.
     """
     if "://" in pattern:
         filesystem, path = _filesystem(pattern, f"source={spec!r}")
@@ -69,7 +70,7 @@ def find(spec: str, pattern: str) -> list[File]:
             files.append(File(path, status.st_size, str(status.st_mtime_ns)))
     if not files:
         what = "folders only; add /**/*.txt or the like" if found else "nothing"
-        raise FileNotFoundError(f"source={spec!r}: the pattern matches {what}.")
+        raise MissingFileError(f"source={spec!r}: the pattern matches {what}.")
     return files
 
 
@@ -118,7 +119,7 @@ def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
     """Opens the stored bytes of a file, buffered.
 
     Raises:
-      ValueError: if it has no longer `size_bytes`.
+      UserError: if it has no longer `size_bytes`.
     """
     if "://" in path:
         filesystem, inner = _filesystem(path, path)
@@ -128,7 +129,7 @@ def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
     with buffered as file:
         now = file.seek(0, os.SEEK_END)
         if now != size_bytes:
-            raise ValueError(
+            raise UserError(
                 f"{path} has {now} bytes and had {size_bytes} when it was listed; files must not "
                 "change while they are read. Start again when it is complete."
             )
@@ -254,13 +255,13 @@ def _filesystem(url: str, culprit: str) -> tuple[Any, str]:
     import fsspec
 
     if "::" in url:
-        raise ValueError(f"{culprit}: chained URLs (a::b) are not supported; name the files.")
+        raise UserError(f"{culprit}: chained URLs (a::b) are not supported; name the files.")
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise ValueError(f"{culprit}: {error}, e.g. with pip.") from error
+        raise UserError(f"{culprit}: {error}, e.g. with pip.") from error
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{culprit}: {error}; fsspec has {', '.join(sorted(fsspec.available_protocols()))}."
         ) from error
     return filesystem, path
@@ -268,7 +269,7 @@ def _filesystem(url: str, culprit: str) -> tuple[Any, str]:
 
 def _size(spec: str, name: str, info: dict[str, Any]) -> int:
     if info["size"] is None:
-        raise ValueError(
+        raise UserError(
             f"source={spec!r}: the server does not tell the size of {name}; download the file."
         )
     return int(info["size"])

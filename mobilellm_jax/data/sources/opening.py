@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mobilellm_jax import config
 from mobilellm_jax.data.sources.source import Source
+from mobilellm_jax.errors import UserError
 
 _FORMS = (
     "python_docs",
@@ -45,7 +46,7 @@ def open_source(spec: str, scratch: Path) -> Source:
     the others start.
 
     Raises:
-      ValueError: for an unknown form.
+      UserError: for an unknown form.
     """
     # Imported here, so that a command loads only the libraries of the sources that it reads.
     from mobilellm_jax.data.sources import lines, parquet, tfds
@@ -70,4 +71,4 @@ def open_source(spec: str, scratch: Path) -> Source:
     else:
         rule = f"must be one of {', '.join(_FORMS)}"
     hint = "" if scheme in forms else config.near_miss(scheme, forms)
-    raise ValueError(f"source={spec!r} {rule}.{hint}")
+    raise UserError(f"source={spec!r} {rule}.{hint}")

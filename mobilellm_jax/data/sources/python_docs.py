@@ -19,6 +19,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from mobilellm_jax.errors import MissingFileError
+
 _VERSION = "1.0.0"
 VALIDATION_PERCENT = 5
 
@@ -103,11 +105,11 @@ def documents(stdlib: Path) -> Iterator[tuple[str, str]]:
     the library: of 450 whole modules and topics, 23 would be, and say little about the rest.
 
     Raises:
-      FileNotFoundError: if the topics or the library's sources are not installed.
+      MissingFileError: if the topics or the library's sources are not installed.
     """
     topics = stdlib / "pydoc_data" / "topics.py"
     if not topics.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{topics} is missing: this Python came without its documentation topics, which "
             "python_docs is made of. Install the full standard library (Debian and Ubuntu: "
             "libpython3-stdlib) or name other text with --source=text:GLOB."
@@ -120,7 +122,7 @@ def documents(stdlib: Path) -> Iterator[tuple[str, str]]:
         if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(stdlib).parts)
     )
     if not sources:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{stdlib} holds no Python sources: this Python came with compiled files only. Use a "
             "Python with its standard library's sources, or --source=text:GLOB."
         )
@@ -135,7 +137,7 @@ def _topics(path: Path) -> dict[str, str]:
     for node in ast.parse(path.read_bytes()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "topics":
             return dict(ast.literal_eval(node.value))
-    raise FileNotFoundError(f"{path} defines no `topics`; reinstall this Python's library.")
+    raise MissingFileError(f"{path} defines no `topics`; reinstall this Python's library.")
 
 
 def _module_name(relative: Path) -> str:

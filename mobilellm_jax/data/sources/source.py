@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
+from mobilellm_jax.errors import UserError
+
 TRAIN = "train"
 VALIDATION = "validation"
 
@@ -60,7 +62,7 @@ class BadLine:
         return f"{self.file}, line {self.line}, byte {self.byte_offset}: {self.reason}"
 
 
-class BadLineError(ValueError):
+class BadLineError(UserError):
     """A line, or the rest of a file, cannot be read."""
 
 
@@ -110,5 +112,5 @@ class Source(abc.ABC):
         Raises:
           BadLineError: for a compressed file that is cut off or damaged, whatever `on_bad` does:
             what is lost is more than a line.
-          ValueError: for a file that has changed since the piece was listed.
+          UserError: for a file that has changed since the piece was listed.
         """

@@ -19,6 +19,7 @@ from mobilellm_jax.data.sources.source import (
     Piece,
     Source,
 )
+from mobilellm_jax.errors import UserError
 
 # Asked for together: TFDS starts threads for every request.
 _BATCH_BYTES = 1 << 20
@@ -82,7 +83,7 @@ class _RecordSource(Source):
         try:
             return builder.as_data_source(split)
         except NotImplementedError as error:
-            raise ValueError(
+            raise UserError(
                 f"source={self.spec!r}: the dataset lies in {builder.data_path} in a format "
                 "without random access, which needs TensorFlow to read. Build it once more as "
                 f"array_record, e.g. tfds.builder({builder.name!r}, file_format='array_record', "
@@ -144,9 +145,9 @@ class TfdsSource(_RecordSource):
                 builder.download_and_prepare()
         except tfds.core.DatasetNotFoundError as error:
             hint = config.near_miss(self._name, tfds.list_builders(with_community_datasets=False))
-            raise ValueError(f"source={self.spec!r}: TFDS knows no such dataset.{hint}") from error
+            raise UserError(f"source={self.spec!r}: TFDS knows no such dataset.{hint}") from error
         except ModuleNotFoundError as error:
-            raise ValueError(
+            raise UserError(
                 f"source={self.spec!r}: building this dataset needs the Python package "
                 f"{error.name!r}. Install it, or build the dataset elsewhere with "
                 f"tfds.builder({self._name!r}, file_format='array_record').download_and_prepare() "
@@ -160,14 +161,14 @@ class TfdsSource(_RecordSource):
                 if self._field in features
                 else f"there is no feature {self._field!r}"
             )
-            raise ValueError(
+            raise UserError(
                 f"source={self.spec!r}: {problem}. Name one with #FIELD; features of text: "
                 f"{', '.join(texts) or 'none'}.{config.near_miss(self._field, texts)}"
             )
         wanted = re.split(r"[\[+]", self._split or TRAIN)[0]
         if wanted not in builder.info.splits and wanted != "all":
             names = list(builder.info.splits)
-            raise ValueError(
+            raise UserError(
                 f"source={self.spec!r}: the dataset has no split {wanted!r}, only "
                 f"{', '.join(names)}.{config.near_miss(wanted, names)}"
             )

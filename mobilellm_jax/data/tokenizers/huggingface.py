@@ -16,6 +16,7 @@ from mobilellm_jax.data.tokenizers.tokenizer import (
     check_unicode,
     join_documents,
 )
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.strict_json import plain, shown
 
@@ -72,7 +73,7 @@ class HuggingFaceTokenizer:
             described = _Description.of(parsed)
             self._model: Any = _refused(tokenizers.Tokenizer.from_str, content.decode())
         except strict_json.JsonError as error:
-            raise ValueError(f"{file}: {error}") from error
+            raise UserError(f"{file}: {error}") from error
         self._model.no_truncation()
         self._model.no_padding()
         # A literal "<s>" in a text is text, not the token.
@@ -83,13 +84,13 @@ class HuggingFaceTokenizer:
         vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 1 <= self.vocab_size <= MAX_VOCABULARY:
-            raise ValueError(
+            raise UserError(
                 f"{file} has ids below {self.vocab_size:,}; there must be 1 to {MAX_VOCABULARY:,}."
             )
         # A model of the Unigram kind names its unknown token by id, the others by text.
         self.unknown_id = vocabulary.get(described.unknown or "", described.unknown_id)
         if self.unknown_id is not None and not 0 <= self.unknown_id < self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{file}: model.unk_id={self.unknown_id} must be at least 0 and less than the "
                 f"{self.vocab_size} of its ids."
             )
@@ -99,7 +100,7 @@ class HuggingFaceTokenizer:
         bos, eos = _bos_eos(file, described.special)
         missing = [token for token in (bos, eos) if token not in vocabulary]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{file} has no token {shown(missing[0])}, which {TOKENIZER_CONFIG} names."
             )
         self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
@@ -111,7 +112,7 @@ class HuggingFaceTokenizer:
         if self.unknown_id is not None and self.unknown_id in ids:
             raise self._unknown(text)
         if SPACE_MARK in text and self.decode(ids) != text:
-            raise ValueError(
+            raise UserError(
                 f"A text holds U+2581, which {self.file} turns into a space; replace it in the "
                 "text, or use a byte-level tokenizer or a SentencePiece *.model."
             )
@@ -133,7 +134,7 @@ class HuggingFaceTokenizer:
         try:
             return _refused(self._model.encode, text, add_special_tokens=False)
         except strict_json.JsonError as error:
-            raise ValueError(f"{self.file} cannot encode a text: {error}") from error
+            raise UserError(f"{self.file} cannot encode a text: {error}") from error
 
     def _unknown(self, text: str) -> ValueError:
         encoding = self._encoding(text)
@@ -163,7 +164,7 @@ def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
             named = strict_json.parse(strict_json.content_of(config))
             bos, eos = _token_text(named, "bos_token"), _token_text(named, "eos_token")
         except strict_json.JsonError as error:
-            raise ValueError(f"{config}: {error}") from error
+            raise UserError(f"{config}: {error}") from error
         if eos:
             # Qwen and others have no BOS: there EOS alone parts the documents.
             return bos or eos, eos
@@ -171,7 +172,7 @@ def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
         if bos in special and eos in special:
             return bos, eos
     shown_tokens = ", ".join(map(plain, special[:_SHOWN_TOKENS]))
-    raise ValueError(
+    raise UserError(
         f"{file} does not say which tokens are BOS and EOS; its special tokens are "
         f"{shown_tokens or 'none'}. Put a {TOKENIZER_CONFIG} with bos_token and eos_token "
         "beside it."

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from mobilellm_jax.data.tokenizers.tokenizer import TOKENIZER_CONFIG, Tokenizer
+from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.storage import rundir
 
 
@@ -15,15 +16,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Opens a SentencePiece `*.model`, a `tokenizer.json`, or a folder that holds either.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is no tokenizer, or has no BOS or EOS.
+      MissingFileError: if there is no such file.
+      UserError: if it is no tokenizer, or has no BOS or EOS.
     """
     file: Path | None = path
     if path.is_dir():
         file = rundir.tokenizer_file(path)
     if file is None or not file.is_file():
         wanted = f" ({' or '.join(rundir.TOKENIZER_FILES)})" if path.is_dir() else ""
-        raise FileNotFoundError(f"tokenizer={str(path)!r}: no tokenizer file there{wanted}.")
+        raise MissingFileError(f"tokenizer={str(path)!r}: no tokenizer file there{wanted}.")
     if file.suffix == ".model":
         from mobilellm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
@@ -32,7 +33,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         from mobilellm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer(file)
-    raise ValueError(
+    raise UserError(
         f"tokenizer={str(path)!r} must be a SentencePiece *.model or a Hugging Face tokenizer.json."
     )
 

@@ -15,6 +15,7 @@ import sentencepiece
 from numpy.typing import NDArray
 
 from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, check_unicode, join_documents
+from mobilellm_jax.errors import UserError
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # three bytes in UTF-8, as U+2581
 
@@ -26,11 +27,11 @@ class SentencePieceTokenizer:
         content = file.read_bytes()
         if not content:
             # SentencePiece takes it for a model without pieces, and answers with defaults.
-            raise ValueError(f"{file} is not a SentencePiece model: it is empty.")
+            raise UserError(f"{file} is not a SentencePiece model: it is empty.")
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not a SentencePiece model: {error}") from error
+            raise UserError(f"{file} is not a SentencePiece model: {error}") from error
         self.file = file
         self.kind = "SentencePiece"
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -38,21 +39,19 @@ class SentencePieceTokenizer:
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(
+            raise UserError(
                 f"{file} has bos_id={self.bos_id} and eos_id={self.eos_id}; both are needed, since "
                 "documents are stored as BOS text EOS. Train the model with bos_id and eos_id >= 0."
             )
         try:
             pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} has a piece that is not UTF-8: {error.reason}.") from error
+            raise UserError(f"{file} has a piece that is not UTF-8: {error.reason}.") from error
         self.unknown_id: int | None = self._model.unk_id()
         byte_ids = {piece: i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
         bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
         if byte_ids and byte_ids.keys() != {*bytes_of}:
-            raise ValueError(
-                f"{file} has tokens for {len(byte_ids)} of the 256 bytes; all or none."
-            )
+            raise UserError(f"{file} has tokens for {len(byte_ids)} of the 256 bytes; all or none.")
         self.byte_ids = [byte_ids[piece] for piece in bytes_of] if byte_ids else []
         # Stands for U+2581: no piece holds it, so it always comes out as its own three bytes.
         used = frozenset("".join(pieces))

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilellm_jax.errors import UserError
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 MAX_VOCABULARY = 1 << 24
@@ -54,7 +56,7 @@ class Tokenizer(Protocol):
         """Returns ids without BOS and EOS; a literal "<s>" in `text` is plain text.
 
         Raises:
-          ValueError: if ids cannot hold `text`.
+          UserError: if ids cannot hold `text`.
         """
 
     def encode_documents(
@@ -69,7 +71,7 @@ class Tokenizer(Protocol):
           dtype: of the ids; it must hold `vocab_size - 1`.
 
         Raises:
-          ValueError: if ids cannot hold one of the texts.
+          UserError: if ids cannot hold one of the texts.
         """
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -94,7 +96,7 @@ def check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise UserError(
             f"Character {error.start} of the text is a lone surrogate "
             f"(U+{ord(text[error.start]):04X}), which is no character; read the text as UTF-8, or "
             "replace it with U+FFFD."

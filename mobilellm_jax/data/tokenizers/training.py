@@ -9,6 +9,7 @@ import sentencepiece
 
 from mobilellm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, check_unicode
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
 
 # SentencePiece ignores sentences beyond a length limit, so that lines are cut well below ours.
@@ -26,16 +27,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> Toke
     3 to 258 bytes. All texts are held in memory.
 
     Raises:
-      ValueError: if `vocab_size` is too large or too small for the texts, or they are empty.
+      UserError: if `vocab_size` is too large or too small for the texts, or they are empty.
     """
     if vocab_size <= _BYTES_AND_SPECIAL:
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} must exceed {_BYTES_AND_SPECIAL}: 256 bytes, 3 special "
             "tokens and the text's characters."
         )
     lines = [line for text in texts for line in _lines(text)]
     if not lines:
-        raise ValueError("There is no text to train a tokenizer on; the sources are empty.")
+        raise UserError("There is no text to train a tokenizer on; the sources are empty.")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

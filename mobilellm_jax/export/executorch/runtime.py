@@ -12,6 +12,7 @@ import torch
 from executorch.runtime import Runtime as Library
 from numpy.typing import NDArray
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, check_room
 
 _METHOD = "forward"
@@ -52,7 +53,7 @@ def load(file: Path, info: ArtifactInfo) -> Runtime:
     """Loads a program that `export/executorch_file.py` wrote.
 
     Raises:
-      ValueError: if it is none.
+      UserError: if it is none.
     """
     data = file.with_suffix(".ptd")
     try:
@@ -60,15 +61,15 @@ def load(file: Path, info: ArtifactInfo) -> Runtime:
         names = program.method_names
         method = program.load_method(_METHOD) if _METHOD in names else None
     except RuntimeError as error:
-        raise ValueError(f"{file} is no program that ExecuTorch loads: {error}") from error
+        raise UserError(f"{file} is no program that ExecuTorch loads: {error}") from error
     if method is None:
-        raise ValueError(f"{file} has the methods {sorted(names)}, and not {_METHOD!r}.")
+        raise UserError(f"{file} has the methods {sorted(names)}, and not {_METHOD!r}.")
     meta = method.metadata
     shapes = [meta.input_tensor_meta(i).sizes() for i in range(meta.num_inputs())]
     shapes += [meta.output_tensor_meta(i).sizes() for i in range(meta.num_outputs())]
     chunk = shapes[0][-1] if shapes else 0
     if shapes != [(1, chunk), (1,), (1, chunk, info.vocab_size)]:
-        raise ValueError(
+        raise UserError(
             f"{file} is no program of ours for {info.vocab_size:,} tokens: it takes and gives "
             f"{shapes}."
         )

@@ -32,6 +32,7 @@ from torchao.quantization.quant_api import (
 )
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.source import Source, check_groups
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 
@@ -47,12 +48,12 @@ def write(source: Source, folder: Path, precision: str) -> int:
     """Writes the program, and for tied embeddings their file; returns the number of blocks.
 
     Raises:
-      ValueError: if sequences are too short for their length to be a variable of the program, or
+      UserError: if sequences are too short for their length to be a variable of the program, or
         inputs of a matrix are no whole groups.
     """
     config = source.config
     if config.max_seq_len < _SHORTEST:
-        raise ValueError(
+        raise UserError(
             f"model.max_seq_len={config.max_seq_len} must be at least {_SHORTEST} for "
             "--format=executorch; --format=litert has no such bound."
         )

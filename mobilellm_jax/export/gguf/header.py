@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mobilellm_jax.errors import UserError
+
 _MAGIC, _VERSION = b"GGUF", 3
 _ALIGNMENT = 32
 _MOST_TENSORS, _MOST_KEYS, _MOST_ITEMS, _LONGEST_TEXT = 1 << 20, 64, 1 << 26, 1 << 20
@@ -77,7 +79,7 @@ class Header(NamedTuple):
     context_length: int
 
 
-class _DamagedError(ValueError):
+class _DamagedError(UserError):
     """What is wrong, to stand behind the file's name."""
 
 
@@ -85,17 +87,17 @@ def check_header(file: Path) -> Header:
     """Reads and checks everything in front of the weights.
 
     Raises:
-      ValueError: if the file is no GGUF file, none of an export, or damaged.
+      UserError: if the file is no GGUF file, none of an export, or damaged.
     """
     with file.open("rb") as opened:
         size = file.stat().st_size
         if opened.read(len(_MAGIC)) != _MAGIC:
-            raise ValueError(f"{file} is no GGUF file: it does not begin with {_MAGIC.decode()}.")
+            raise UserError(f"{file} is no GGUF file: it does not begin with {_MAGIC.decode()}.")
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
                 return _read(_Cursor(content), size)
             except _DamagedError as error:
-                raise ValueError(
+                raise UserError(
                     f"{file} is damaged, or a GGUF file of another program: {error} Export again."
                 ) from error
 

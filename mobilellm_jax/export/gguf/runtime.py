@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.data.preparation.workers import available_cores
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.gguf.header import check_header
 from mobilellm_jax.export.runtime import ArtifactInfo, check_room
 
@@ -41,7 +42,7 @@ def load(file: Path, info: ArtifactInfo) -> "LlamaCppRuntime":
     """Loads a GGUF file.
 
     Raises:
-      ValueError: if it is none that llama.cpp can run, or not that of `info`.
+      UserError: if it is none that llama.cpp can run, or not that of `info`.
     """
     return LlamaCppRuntime(file, info)
 
@@ -52,7 +53,7 @@ class LlamaCppRuntime:
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
         header = check_header(file)
         if (header.vocab_size, header.context_length) != (info.vocab_size, info.max_seq_len):
-            raise ValueError(
+            raise UserError(
                 f"{file} has {header.vocab_size:,} tokens and a context of "
                 f"{header.context_length:,}, and its manifest says {info.vocab_size:,} and "
                 f"{info.max_seq_len:,}; export again."
@@ -64,7 +65,7 @@ class LlamaCppRuntime:
         context = _c.llama_init_from_model(model, self._settings())
         if not context:
             _c.llama_model_free(model)
-            raise ValueError(f"llama.cpp cannot run {file}: {_said()}.")
+            raise UserError(f"llama.cpp cannot run {file}: {_said()}.")
         weakref.finalize(self, _free, context, model)
         self._context = context
         self._memory = _c.llama_get_memory(context)
@@ -128,7 +129,7 @@ class LlamaCppVocabulary:
     """The tokenizer in a GGUF file, as llama.cpp runs it.
 
     Raises:
-      ValueError: if llama.cpp cannot load it.
+      UserError: if llama.cpp cannot load it.
     """
 
     def __init__(self, file: Path) -> None:
@@ -168,7 +169,7 @@ def load_model(file: Path, *, vocab_only: bool) -> Any:
     """Returns llama.cpp's model, which llama_model_free frees.
 
     Raises:
-      ValueError: with what llama.cpp says, if it cannot load the file.
+      UserError: with what llama.cpp says, if it cannot load the file.
     """
     _c.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python's own prints
     _messages.clear()
@@ -180,7 +181,7 @@ def load_model(file: Path, *, vocab_only: bool) -> Any:
     settings.use_extra_bufts = not _has_amx()
     model = _c.llama_model_load_from_file(os.fsencode(file), settings)
     if not model:
-        raise ValueError(f"llama.cpp cannot load {file}: {_said()}.")
+        raise UserError(f"llama.cpp cannot load {file}: {_said()}.")
     return model
 
 

@@ -18,6 +18,7 @@ from gguf import TokenType
 from sentencepiece import sentencepiece_model_pb2
 
 from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, Tokenizer
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.huggingface.tokenizer_files import PROBES, inexpressible
 from mobilellm_jax.storage import strict_json
 
@@ -67,7 +68,7 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     """Returns the tokenizer for a model of `vocab_size` tokens; those it lacks are padding.
 
     Raises:
-      ValueError: if llama.cpp's tokenizers cannot give the same ids.
+      UserError: if llama.cpp's tokenizers cannot give the same ids.
     """
     expressed = _sentencepiece if tokenizer.file.suffix == ".model" else _byte_level
     vocabulary = expressed(tokenizer)
@@ -89,7 +90,7 @@ def check_in_llama_cpp(file: Path, tokenizer: Tokenizer) -> None:
     """Compares what llama.cpp makes of texts with the tokenizer, where it is installed.
 
     Raises:
-      ValueError: naming the first text whose ids differ.
+      UserError: naming the first text whose ids differ.
     """
     if importlib.util.find_spec("llama_cpp") is None:
         return
@@ -188,7 +189,7 @@ def _byte_level(tokenizer: Tokenizer) -> Vocabulary:
             for each in merges
         ]
     except strict_json.JsonError as error:
-        raise ValueError(f"{tokenizer.file}: {error}") from error
+        raise UserError(f"{tokenizer.file}: {error}") from error
     assert pre is not None, "_not_byte_level refuses it"
     order = range(tokenizer.vocab_size)
     return Vocabulary(

@@ -18,6 +18,7 @@ from flax import traverse_util
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.gguf.tokenizer import Vocabulary, check_in_llama_cpp, vocabulary_of
 from mobilellm_jax.export.source import Source, check_groups
 from mobilellm_jax.model.layer_sharing import application_order
@@ -58,7 +59,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
     """Writes `model.gguf` into `folder`; returns the number of layers stored.
 
     Raises:
-      ValueError: if llama.cpp's `llama` architecture, the precision or its tokenizers cannot
+      UserError: if llama.cpp's `llama` architecture, the precision or its tokenizers cannot
         express the model.
     """
     config = source.config
@@ -87,7 +88,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
 def _check(config: ModelConfig, precision: str, quantized: Any) -> None:
     if config.activation != "swiglu":
-        raise ValueError(
+        raise UserError(
             f"model.activation={config.activation} has two matrices in the feed-forward, and "
             f"GGUF's {ARCHITECTURE} architecture always three (swiglu). Use --format=mobilellm, or "
             "another format for devices."
@@ -168,7 +169,7 @@ def _converted(name: str, array: NDArray[np.float32], kind: Any, precision: str)
     if not largest <= (np.inf if kind in _OF_32_BITS else _LARGEST_HALF) or not np.isfinite(
         largest
     ):
-        raise ValueError(
+        raise UserError(
             f"{name} holds values up to {largest:g}, which {precision} does not express"
             + ("; use --dtype=bfloat16 or float32." if np.isfinite(largest) else ".")
         )

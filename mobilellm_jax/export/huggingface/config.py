@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mobilellm_jax.config import Activation, Config, ConfigError, DataConfig, ModelConfig
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.strict_json import plain, shown
 
@@ -58,7 +59,7 @@ def check_llama(config: ModelConfig) -> None:
             f"model.num_heads={config.num_heads}, which LlamaConfig refuses"
         )
     if problems:
-        raise ValueError(f"{'; '.join(problems)}. Use --format=mobilellm, which can express it.")
+        raise UserError(f"{'; '.join(problems)}. Use --format=mobilellm, which can express it.")
 
 
 def to_config_json(config: ModelConfig, num_layers: int, layout: Layout) -> dict[str, Any]:
@@ -108,10 +109,10 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     """Returns the architecture that `values`, the content of `file`, describes.
 
     Raises:
-      ValueError: for whatever this package would compute differently, all of it listed.
+      UserError: for whatever this package would compute differently, all of it listed.
     """
     if "model_type" not in values:
-        raise ValueError(
+        raise UserError(
             f"{file} has no model_type, so it is not Hugging Face's; a run folder is used as it "
             "is, without an import."
         )
@@ -130,12 +131,12 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     # Only what has its type can be looked at.
     problems = other + (ill_typed or list(_unsupported(values)))
     if problems:
-        raise ValueError("\n".join([f"{file} describes a model that is none of ours:", *problems]))
+        raise UserError("\n".join([f"{file} describes a model that is none of ours:", *problems]))
     width, heads = values["hidden_size"], values["num_attention_heads"]
     head_dim = values.get("head_dim")
     if head_dim is None:
         if width % heads:
-            raise ValueError(
+            raise UserError(
                 f"{file}: hidden_size={width} must be a multiple of num_attention_heads={heads} "
                 "where head_dim is not given; add head_dim."
             )
@@ -166,7 +167,7 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     try:
         Config(model=model, data=DataConfig(seq_len=1))
     except ConfigError as error:
-        raise ValueError(f"{file} describes a model that is none of ours:\n{error}") from error
+        raise UserError(f"{file} describes a model that is none of ours:\n{error}") from error
     return model
 
 

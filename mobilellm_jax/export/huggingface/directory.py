@@ -19,6 +19,7 @@ from flax import traverse_util
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.config import (
     MODELING_FILE,
     Layout,
@@ -138,13 +139,13 @@ def write_huggingface(
       finish: is given the complete folder before it has its name, and may add to it or refuse it.
 
     Raises:
-      ValueError: if `layout` cannot express the model, or `dtype` a weight; if `directory` is not
+      UserError: if `layout` cannot express the model, or `dtype` a weight; if `directory` is not
         empty; if tokenizer.json cannot express the tokenizer.
     """
     if layout == "hf":
         check_llama(config)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists; give a new folder, or delete this one first.")
+        raise UserError(f"{directory} exists; give a new folder, or delete this one first.")
     order = application_order(config.num_blocks, config.num_repeats, config.sharing)
     blocks = order if layout == "hf" else range(config.num_blocks)
     counted = 0
@@ -177,13 +178,13 @@ def read_huggingface(directory: Path) -> Imported:
     """Reads a directory of the Llama layout, of the paper's code, or of `write_huggingface`.
 
     Raises:
-      FileNotFoundError: if there are no config.json, no weights or no tokenizer.
-      ValueError: if the model is none that `ModelConfig` expresses, or its tensors do not fit its
+      MissingFileError: if there are no config.json, no weights or no tokenizer.
+      UserError: if the model is none that `ModelConfig` expresses, or its tensors do not fit its
         config.
     """
     file = directory / CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"{directory} is no Hugging Face directory: it has no {CONFIG}.")
+        raise MissingFileError(f"{directory} is no Hugging Face directory: it has no {CONFIG}.")
     # Nothing that it names as code (auto_map) is looked at.
     values = strict_json.as_type(strict_json.read(file), dict[str, Any], str(file))
     config = from_config_json(values, file)
@@ -256,7 +257,7 @@ def _their_tensors(
             tensor = row.to_theirs(array, config).astype(DTYPES[dtype])
         if not np.isfinite(tensor.astype(np.float32)).all():
             beyond = "" if not np.isfinite(array).all() else "; use --dtype=bfloat16 or float32"
-            raise ValueError(f"{name} holds values that are not finite in dtype={dtype}{beyond}.")
+            raise UserError(f"{name} holds values that are not finite in dtype={dtype}{beyond}.")
         return name, tensor
 
     for row in _rows(_TABLE, config):
@@ -273,7 +274,7 @@ def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directo
     both = config.tie_embeddings and {_HEAD, _EMBEDDING} <= stored.keys()
     if both and stored[_HEAD].shape == stored[_EMBEDDING].shape:
         if not np.array_equal(stored[_HEAD].read(), stored[_EMBEDDING].read()):
-            raise ValueError(
+            raise UserError(
                 f"{directory}: config.json ties the embeddings, but {_HEAD} and {_EMBEDDING} "
                 "differ; if the model is not tied, set tie_word_embeddings (and share_embedding) "
                 "to false in config.json."
@@ -287,7 +288,7 @@ def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directo
     elif _HEAD not in stored and not config.tie_embeddings:
         remedy = "If its head is its embeddings, set tie_word_embeddings to true in config.json."
     if config.num_blocks > len(stored):
-        raise ValueError(
+        raise UserError(
             f"{directory} does not fit the config: it has {len(stored)} tensors for "
             f"num_hidden_layers={config.num_blocks}. {remedy}".rstrip()
         )
@@ -319,7 +320,7 @@ def _check_lists(
     for kind, names in lists.items():
         more = f" and {len(names) - _LIST_LIMIT} more" if len(names) > _LIST_LIMIT else ""
         lines.append(f"{kind}: {', '.join(names[:_LIST_LIMIT]) or 'none'}{more}")
-    raise ValueError("\n".join([*lines, remedy] if remedy else lines))
+    raise UserError("\n".join([*lines, remedy] if remedy else lines))
 
 
 def _tokenizer_file(directory: Path, vocab_size: int) -> Path:
@@ -329,7 +330,7 @@ def _tokenizer_file(directory: Path, vocab_size: int) -> Path:
     """
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{directory} holds no tokenizer; put its {' or '.join(TOKENIZER_FILES)} there."
         )
     if len(files) == 2 and load_tokenizer(files[0]).vocab_size != vocab_size:

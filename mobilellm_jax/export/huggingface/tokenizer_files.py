@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, process
 
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import TOKENIZER_CONFIG, Tokenizer
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
 
 _SPACE = "\u2581"
@@ -54,7 +55,7 @@ def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, max_length: int
       max_length: of a sequence in tokens, for tokenizer_config.json.
 
     Raises:
-      ValueError: if tokenizer.json cannot express the SentencePiece model.
+      UserError: if tokenizer.json cannot express the SentencePiece model.
     """
     copy = copy_tokenizer(tokenizer, directory)
     if copy.name == rundir.SENTENCEPIECE_MODEL:
@@ -84,13 +85,13 @@ def convert_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     """Returns the SentencePiece BPE model `file` as a tokenizer of the `tokenizers` library.
 
     Raises:
-      ValueError: if it has what that library does differently, naming it.
+      UserError: if it has what that library does differently, naming it.
     """
     proto = _proto.ModelProto()
     proto.ParseFromString(file.read_bytes())
     problems = inexpressible(proto)
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{file} cannot be written as tokenizer.json: {' '.join(problems)} {_REMEDY}"
         )
     pieces = [piece.piece for piece in proto.pieces]
@@ -185,7 +186,7 @@ def _compare(file: Path, fast: tokenizers.Tokenizer, bos_id: int) -> None:
     found = [encoding.ids for encoding in fast.encode_batch(texts)]
     for text, ids, fast_ids in zip(texts, expected, found, strict=True):
         if [bos_id, *ids] != fast_ids:
-            raise ValueError(
+            raise UserError(
                 f"{file} cannot be written as tokenizer.json: {text!r} is {list(ids)} in "
                 f"SentencePiece, but would be {fast_ids[1:]}. {_REMEDY}"
             )

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.strict_json import plain, shown
 
 # A thousand tensors take a quarter of a megabyte.
@@ -86,7 +87,7 @@ def open_torch(file: Path) -> dict[str, TorchTensor]:
     """Returns the tensors of a file that `torch.save` (1.6 or newer) wrote of a dict of tensors.
 
     Raises:
-      ValueError: if it is no such file, or holds anything else.
+      UserError: if it is no such file, or holds anything else.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -94,7 +95,7 @@ def open_torch(file: Path) -> dict[str, TorchTensor]:
     except (zipfile.BadZipFile, struct.error, NotImplementedError, UnicodeDecodeError) as error:
         if _is_zip(file):
             raise _error(file, str(error)) from error
-        raise ValueError(
+        raise UserError(
             f"{file} is no zip archive, as torch writes since version 1.6; if it is older, load it "
             "with torch and save it again."
         ) from error

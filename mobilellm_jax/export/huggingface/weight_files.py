@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.torch_files import open_torch
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.rundir import write_whole
@@ -84,8 +85,8 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a Hugging Face directory by name; safetensors before torch's format.
 
     Raises:
-      FileNotFoundError: if it holds no weights, or a shard is missing.
-      ValueError: for a dtype that is no floating-point type of `DTYPES`, and for files that are
+      MissingFileError: if it holds no weights, or a shard is missing.
+      UserError: for a dtype that is no floating-point type of `DTYPES`, and for files that are
         damaged or were made to mislead.
     """
     for name, open_file in ((_SAFETENSORS, _open_safetensors), (_PICKLE, _open_pickle)):
@@ -93,7 +94,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
             return open_file(directory / name)
         if (directory / f"{name}.index.json").is_file():
             return _open_shards(directory / f"{name}.index.json", open_file)
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{directory} holds no weights; expected {_SAFETENSORS}, {_SAFETENSORS}.index.json, "
         f"{_PICKLE} or {_PICKLE}.index.json."
     )
@@ -114,30 +115,26 @@ def _open_shards(
             strict_json.parse(strict_json.content_of(index)), "weight_map", dict[str, str]
         )
     except strict_json.JsonError as error:
-        raise ValueError(f"{index}: {error} Fetch the file again.") from error
+        raise UserError(f"{index}: {error} Fetch the file again.") from error
     files = sorted(set(weight_map.values()))
     if len(files) > _MOST_SHARDS:
-        raise ValueError(f"{index} names {len(files)} shards, and may name {_MOST_SHARDS}.")
+        raise UserError(f"{index} names {len(files)} shards, and may name {_MOST_SHARDS}.")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         # A name with a slash would read outside of the folder.
         if not _SHARD_NAME.fullmatch(file):
-            raise ValueError(
-                f"{index}: weight_map names {plain(file)}, which is no file beside it."
-            )
+            raise UserError(f"{index}: weight_map names {plain(file)}, which is no file beside it.")
         if not (index.parent / file).is_file():
-            raise FileNotFoundError(f"{index} names the shard {file}, which is not beside it.")
+            raise MissingFileError(f"{index} names the shard {file}, which is not beside it.")
         found = open_file(index.parent / file)
         for name in found:
             if name in tensors or weight_map.get(name, file) != file:
-                raise ValueError(f"{index}: {plain(name)} is in {file} and in another shard too.")
+                raise UserError(f"{index}: {plain(name)} is in {file} and in another shard too.")
         tensors.update(found)
     missing = weight_map.keys() - tensors.keys()
     if missing:
         name = min(missing)
-        raise ValueError(
-            f"{index} says that {plain(name)} is in {weight_map[name]}, but it is not."
-        )
+        raise UserError(f"{index} says that {plain(name)} is in {weight_map[name]}, but it is not.")
     return tensors
 
 
@@ -145,7 +142,7 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
     try:
         opened: Any = safetensors.safe_open(file, framework="np")
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+        raise UserError(f"{file} is not a whole safetensors file: {error}") from error
     tensors = {}
     for name in opened.keys():
         part = opened.get_slice(name)
@@ -161,7 +158,7 @@ def _open_pickle(file: Path) -> dict[str, StoredTensor]:
 
 def _known_dtype(file: Path, name: str, dtype: str) -> str:
     if dtype not in DTYPES:
-        raise ValueError(
+        raise UserError(
             f"{file}: {plain(name)} has dtype {dtype}; only {', '.join(DTYPES)} can be read "
             "(quantised weights cannot)."
         )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.preparation.workers import available_cores
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, check_room
 
 _DECODE, _PREFILL = "decode", "prefill"
@@ -98,7 +99,7 @@ def load(file: Path, info: ArtifactInfo) -> Runtime:
     """Loads a model that `export/litert_file.py` wrote.
 
     Raises:
-      ValueError: if it is none.
+      UserError: if it is none.
     """
     # Weights as XNNPACK lays them out are kept in memory once for both signatures, and the file's
     # pages given back: 296 MB instead of 527 for a file of 159.
@@ -114,7 +115,7 @@ def load(file: Path, info: ArtifactInfo) -> Runtime:
             for name in model.get_signature_list()
         }
     except RuntimeError as error:
-        raise ValueError(f"{file} is no model that LiteRT loads: {error}") from error
+        raise UserError(f"{file} is no model that LiteRT loads: {error}") from error
     inputs, _ = found.get(_PREFILL, ({}, {}))
     chunk, capacity = _axis(inputs.get("tokens"), 1), _axis(inputs.get(f"{_CACHE}keys_0"), 2)
     room = chunk and capacity % chunk == 0 and capacity >= info.max_seq_len
@@ -125,7 +126,7 @@ def load(file: Path, info: ArtifactInfo) -> Runtime:
     }
     wrong = sorted(name for name in found if found[name] != expected.get(name))
     if wrong or not room or _DECODE not in found:
-        raise ValueError(
+        raise UserError(
             f"{file} is no model of ours for what the manifest says: it has the signatures "
             f"{', '.join(found) or 'none'}, a chunk of {chunk:,} and room for {capacity:,} tokens"
             + (f", and other arguments or results in {', '.join(wrong)}." if wrong else ".")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from mobilellm_jax.data.preparation.workers import available_cores
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, check_room
 
 # Its own derive from Exception alone; a name that is no UTF-8 fails on the way to Python.
@@ -25,7 +26,7 @@ def load(file: Path, info: ArtifactInfo) -> "OnnxRuntime":
     """Loads what `export/onnx_file.py` wrote.
 
     Raises:
-      ValueError: if ONNX Runtime refuses the file, or it is another model.
+      UserError: if ONNX Runtime refuses the file, or it is another model.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_cores()
@@ -40,7 +41,7 @@ def load(file: Path, info: ArtifactInfo) -> "OnnxRuntime":
         arrays = (*session.get_inputs(), *session.get_outputs())
         shapes = {array.name: array.shape for array in arrays}
     except _REFUSALS as error:
-        raise ValueError(
+        raise UserError(
             f"{file} is no model that ONNX Runtime {onnxruntime.__version__} loads; export again: "
             f"{error}"
         ) from error
@@ -52,7 +53,7 @@ def load(file: Path, info: ArtifactInfo) -> "OnnxRuntime":
         "logits": [1, "scored", info.vocab_size],
         **{name: cache for name in _cache_names(info.model.applied_depth)},
     }:
-        raise ValueError(
+        raise UserError(
             f"{file} is not the model of {info.vocab_size:,} tokens and sequences of "
             f"{info.max_seq_len:,} that its manifest names; export again."
         )

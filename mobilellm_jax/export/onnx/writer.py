@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.onnx.graph import MICROSOFT, WEIGHTS, Graph
 from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.layer_sharing import application_order
@@ -189,7 +190,7 @@ def _stored(graph: Graph, name: str, values: np.ndarray, store: np.dtype[Any]) -
         narrow = values.astype(store, copy=False)
     if not np.isfinite(narrow.astype(np.float32, copy=False)).all():
         beyond = "" if not np.isfinite(values).all() else "; use --dtype=bfloat16 or float32"
-        raise ValueError(f"{name} holds values that are not finite in dtype={store}{beyond}.")
+        raise UserError(f"{name} holds values that are not finite in dtype={store}{beyond}.")
     graph.constant(name, narrow)
     if store == np.float32:
         return name

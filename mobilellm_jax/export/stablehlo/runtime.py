@@ -12,6 +12,7 @@ import safetensors
 from jax import export
 from numpy.typing import NDArray
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, check_room
 
 _PREFILL, _WEIGHTS = "model.prefill.stablehlo", "model.safetensors"
@@ -23,7 +24,7 @@ def load(file: Path, info: ArtifactInfo) -> "StableHloRuntime":
     """Loads what `export/stablehlo_file.py` wrote.
 
     Raises:
-      ValueError: if the files are damaged, or not of one export.
+      UserError: if the files are damaged, or not of one export.
     """
     weights_file = file.with_name(_WEIGHTS)
     try:
@@ -31,13 +32,13 @@ def load(file: Path, info: ArtifactInfo) -> "StableHloRuntime":
             hashes = (tensors.metadata() or {}).get(_HASHES, "").split()
             weights = {name: tensors.get_tensor(name) for name in tensors.keys()}
     except (safetensors.SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{weights_file} is not a whole safetensors file: {error}") from error
+        raise UserError(f"{weights_file} is not a whole safetensors file: {error}") from error
     functions = []
     for i, part in enumerate((file.with_name(_PREFILL), file)):
         content = part.read_bytes() if part.is_file() else b""
         # jax trusts what it deserializes: other bytes end in any error, or in a crash.
         if [hashlib.sha256(content).hexdigest()] != hashes[i : i + 1]:
-            raise ValueError(
+            raise UserError(
                 f"{part} is not the function that {weights_file.name} was exported with; export "
                 "again."
             )
@@ -47,7 +48,7 @@ def load(file: Path, info: ArtifactInfo) -> "StableHloRuntime":
     model = info.model
     slot = (model.num_kv_heads, model.max_seq_len, model.head_dim)
     if logits != (1, model.vocab_size) or sorted(state) != [(), *[slot] * 2 * model.applied_depth]:
-        raise ValueError(
+        raise UserError(
             f"{file} is not the model of {info.vocab_size:,} tokens and sequences of "
             f"{info.max_seq_len:,} that its manifest names; export again."
         )

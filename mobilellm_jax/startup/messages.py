@@ -1,0 +1,23 @@
+"""Shows the package's log messages to the user.
+
+Every room writes lines for the user with `logging.getLogger(__name__)`. A program that imports this
+package decides where they go; a command line and its child processes call `show_messages`.
+"""
+
+import logging
+import sys
+
+
+class _StandardError(logging.Handler):
+    """Writes messages, without a prefix, to what `sys.stderr` is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def show_messages() -> None:
+    """Sends the messages of this package, from INFO on, to standard error."""
+    logger = logging.getLogger("mobilellm_jax")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
+        logger.addHandler(_StandardError())
