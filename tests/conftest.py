@@ -4,9 +4,12 @@ Everything is set through the environment before jax is imported, and jax is not
 test that needs none does not pay for it, and the subprocesses of tests inherit the settings.
 """
 
+import atexit
 import ipaddress
 import os
+import shutil
 import socket
+import tempfile
 from importlib import metadata
 from typing import Any
 
@@ -20,8 +23,16 @@ if metadata.version("jaxlib").startswith("0.10."):
     _quick_compile += " --xla_cpu_use_fusion_emitters=false"  # 0.11 ends a process that says this
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {_quick_compile}"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-# No test finds what another compiled, and none writes to the developer's home.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# The tests of one session, their workers and subprocesses compile each program once. Nothing is
+# written to the developer's home, and nothing is found from an earlier session. jax locks the cache
+# only if its size is bounded.
+if "MOBILELLM_TEST_CACHE" not in os.environ:
+    os.environ["MOBILELLM_TEST_CACHE"] = tempfile.mkdtemp(prefix="mobilellm-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["MOBILELLM_TEST_CACHE"], ignore_errors=True)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["MOBILELLM_TEST_CACHE"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 << 30)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 

@@ -3,13 +3,14 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from mobilellm_jax.storage import rundir
 
 
-def plot_losses(records: Sequence[Mapping[str, float]], path: Path, title: str) -> None:
+def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draws training and validation loss (nats per token) against the step as a PNG.
 
     Args:

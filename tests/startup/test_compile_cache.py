@@ -84,6 +84,7 @@ def test_threshold_is_ours_unless_given(given: str | None, tmp_path: Path) -> No
     script += "print(jax.config.jax_persistent_cache_min_compile_time_secs)"
     name = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "HOME": str(tmp_path)}
+    environment.pop(name)  # the tests' own
     environment |= {} if given is None else {name: given}
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
