@@ -1,6 +1,5 @@
-# Sourced by the scripts beside it, from the repository's root: finds a Python, makes an environment
-# ($venv, .venv unless set before) and installs the package there at the versions pinned in
-# constraints/. What is missing is said in one line.
+# The other scripts source this file from the repository's root. It finds a Python, makes the virtual
+# environment $venv (.venv by default), and installs the package at the versions in constraints/.
 venv=${venv:-.venv}
 
 fail() {
@@ -8,8 +7,8 @@ fail() {
   exit 1
 }
 
-# Succeeds if $1 is a Python that can make a virtual environment. A pyenv shim for a version that is
-# not installed exists and fails, so it is run.
+# Succeeds if $1 is a Python that can make a virtual environment. The check runs $1, because pyenv
+# leaves shims for versions that are not installed.
 suitable() {
   "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
@@ -26,9 +25,8 @@ find_python() {
  install one (Debian, Ubuntu: apt install python3.12-venv)."
 }
 
-# Prints the constraints file for Python $1 and the extras $2; a Python newer than the pinned ones
-# gets the newest. Beam and the runtimes for devices hold packages back, so that they have versions of
-# their own.
+# Prints the constraints file for Python $1 and the extras $2. A Python newer than 3.12 gets the pins
+# of 3.12. Beam and the device runtimes need older packages, so they have files of their own.
 constraints_for() {
   local minor
   minor=$("$1" -c 'import sys; print(sys.version_info[1])')
@@ -43,8 +41,8 @@ constraints_for() {
   fi
 }
 
-# install EXTRAS REQUIREMENT...: installs the REQUIREMENTs one after the other, then the package with
-# EXTRAS. Does nothing if the last install of EXTRAS was from the same setup.py and constraints.
+# install EXTRAS REQUIREMENT...: installs each REQUIREMENT in turn, then the package with EXTRAS. It
+# does nothing if setup.py and the constraints have not changed since the last install of EXTRAS.
 install() {
   local extras=$1 python output constraints stamp key requirement
   shift
@@ -63,8 +61,8 @@ install() {
 
   echo "Installing into $venv; pip's output goes to $venv/install.log."
   for requirement in "$@" "--editable .${extras:+[$extras]}"; do
-    # Through the environment, because pip then holds its build environments to the pins as well.
-    # Unquoted: --editable and its path are two words.
+    # pip applies constraints from the environment to its build environments too.
+    # $requirement is unquoted, because --editable and its path are two words.
     PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints \
       $venv/bin/python -m pip install $requirement >$venv/install.log 2>&1 ||
       fail "pip could not install $requirement; its output is in $venv/install.log."

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# From a fresh clone to a small MobileLLM that has been trained on real text, exported to a Hugging
-# Face directory and loaded back from it to speak. Run again, it picks up where it was.
+# Trains a small MobileLLM on real text, exports it as a Hugging Face directory, loads that directory
+# and generates text. If you run the script again, it resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 
-install ""
+install report
 
 run=runs/quickstart
 .venv/bin/mobilellm train --config=configs/quickstart.py --workdir="$run"
-rm -rf "$run/hf" # of an earlier start; export does not overwrite
+rm -rf "$run/hf" # export does not overwrite an earlier export
 .venv/bin/mobilellm export --checkpoint="$run" --format=hf --output="$run/hf"
 
 for prompt in "Return a list of" "Raised when"; do
@@ -20,7 +20,8 @@ done
 
 cat <<END
 
-The run is in $run (config, metrics.jsonl, loss.png, checkpoints), the export in $run/hf. Next:
+The run is in $run (config, metrics.jsonl, loss.png, checkpoints), and the export is in $run/hf.
+Try next:
 
   .venv/bin/mobilellm generate --checkpoint=$run
   .venv/bin/mobilellm evaluate --checkpoint=$run --perplexity=README.md

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything CI checks: format, lint, types, tests. Arguments go to pytest.
+# Checks format, lint, types and tests, as CI does. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.sh
 
-# PyTorch first and by exactly this spelling: see setup.py.
+# setup.py says why PyTorch comes first and by exactly this spelling.
 install test,dev torch==2.13.0
 
 .venv/bin/ruff format --check .

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests that need Apache Beam, in an environment of their own. Arguments go to pytest.
+# Runs the tests that need Apache Beam in an environment of their own. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=.venv-beam
@@ -7,5 +7,5 @@ source launch/common.sh
 
 install beam pytest
 
-# Without the configuration of the other tests, which need what Beam holds back.
+# --noconftest: the configuration of the other tests needs newer packages than Beam allows.
 .venv-beam/bin/pytest -q --noconftest -o filterwarnings=default tests/data/preparation/test_beam_runner.py "$@"
