@@ -8,7 +8,7 @@ import pytest
 
 CHILD = """
 import ctypes, os, signal, sys, time
-from mobilellm_jax.early_stop import EarlyStop, farewell
+from mobilellm_jax.processes.early_stop import EarlyStop, farewell
 
 def say(text):
     os.write(1, f"{text}\\n".encode())  # at once, because threads say something

@@ -226,7 +226,7 @@ def test_process_0_that_cannot_be_reached(run: Run) -> None:
 
 ABORTED = """
 import ctypes, threading, time
-from mobilellm_jax.peers import delay_aborts, end_at_once
+from mobilellm_jax.processes.peers import delay_aborts, end_at_once
 
 delay_aborts()
 threading.Thread(target=ctypes.CDLL(None).abort).start()

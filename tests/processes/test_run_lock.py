@@ -21,7 +21,7 @@ from mobilellm_jax.processes.run_lock import LOCK, LockLostError, RunLock
 HOLD = """
 import sys, time
 from pathlib import Path
-from mobilellm_jax.run_lock import RunLock
+from mobilellm_jax.processes.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

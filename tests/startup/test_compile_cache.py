@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
 import sys
-from mobilellm_jax.compile_cache import use_compile_cache
+from mobilellm_jax.startup.compile_cache import use_compile_cache
 print(use_compile_cache())
 import jax, jax.numpy as jnp
 counts = {}

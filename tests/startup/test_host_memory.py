@@ -12,7 +12,7 @@ from mobilellm_jax.startup.host_memory import keep_freed_memory
 # is no way back.
 PROGRAM = """
 import ctypes, resource, sys, threading
-from mobilellm_jax.host_memory import keep_freed_memory, share_one_heap
+from mobilellm_jax.startup.host_memory import keep_freed_memory, share_one_heap
 
 def resident():
     with open("/proc/self/statm") as file:
