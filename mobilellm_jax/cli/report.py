@@ -1,12 +1,12 @@
-"""Turns runs into one page: curves, the paper's tables with ours beside them, speed and memory.
+"""Makes one page from runs: curves, the paper's tables beside ours, speed and memory.
 
   mobilellm report --runs='runs/tiny/runs/*' --output=runs/tiny/report
   mobilellm report --runs=runs/tiny --output=report
 
---runs takes run folders, however they were made, or the folder of a sweep. Runs that differ in
-nothing but seeds are one model with a mean and a standard error. Models of the paper's grids
-(`sweep --grid`) get its tables. DIR/index.html needs no other file and no network; pictures (PNG)
-and tables (CSV, Markdown) lie beside it. Runs that have not finished are listed and in no table.
+--runs takes run folders from any command, or the folder of a sweep. Runs that differ only in seeds
+count as one model with a mean and a standard error. Models of the paper's grids (`sweep --grid`)
+get its tables. DIR/index.html needs no other file and no network; pictures (PNG) and tables (CSV,
+Markdown) lie beside it. The page lists unfinished runs, and its tables leave them out.
 """
 
 from pathlib import Path
@@ -18,9 +18,9 @@ _OUTPUT = flags.DEFINE_string("output", None, "folder for the page, made if miss
 
 
 def main(argv: list[str]) -> None:
-    """Reports."""
-    del argv  # no config, no overrides
-    from mobilellm_jax.report import report
+    """Writes the report."""
+    del argv  # this command takes no config and no overrides
+    from mobilellm_jax.report.write import write_report
 
-    for line in report(_RUNS.value, Path(_OUTPUT.value)):
+    for line in write_report(_RUNS.value, Path(_OUTPUT.value)):
         print(line)

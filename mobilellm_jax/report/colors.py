@@ -1,21 +1,21 @@
-"""The report's colours, light and dark; a test holds their contrast to WCAG 2.1."""
+"""Colours of the report in a light and a dark theme; a test checks their contrast by WCAG 2.1."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Of the page and of its pictures."""
+    """Colours of the page and of its pictures."""
 
     background: str
-    surface: str  # of tables' heads, notes and code
+    surface: str  # background of table heads
     text: str
     muted: str  # captions
     link: str
-    line: str  # borders; no text
-    good: str  # text: the paper's direction
-    bad: str  # text: the opposite
-    series: tuple[str, ...]  # of curves and points, on `background`
+    line: str  # borders, never text
+    good: str  # text: same direction as the paper
+    bad: str  # text: opposite direction
+    series: tuple[str, ...]  # curves and points on `background`
 
 
 LIGHT = Theme(
@@ -46,15 +46,3 @@ DARK = Theme(
         *("#f28cc8", "#a3adb8", "#d6d15a", "#63d4e0"),
     ),
 )
-
-
-def contrast(one: str, other: str) -> float:
-    """Returns the contrast ratio of two colours "#rrggbb" (WCAG 2.1, 1 to 21)."""
-    lighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
-    return (lighter + 0.05) / (darker + 0.05)
-
-
-def _luminance(color: str) -> float:
-    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

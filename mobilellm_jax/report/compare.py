@@ -1,17 +1,18 @@
-"""Runs put beside each other: seeds to means, rows to grids, differences to directions.
+"""Compares runs: means over seeds, rows of the paper's grids, and directions of differences.
 
-A difference is taken seed by seed where both models have the same seeds, which start from the same
-numbers of the generator and read the same batches; its standard error is that of the mean of these
-differences. It counts as a direction where a 95% interval (Student's t) leaves out zero.
+If two models were trained with the same seeds, their losses are subtracted seed by seed, because
+runs with one seed start from the same random numbers and read the same batches. The standard error
+is then the error of the mean of these differences. A difference has a direction if its 95%
+confidence interval (Student's t) does not contain zero.
 """
 
 import dataclasses
 import math
+import operator
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
-
-from scipy.special import stdtrit
+from typing import Literal
 
 from mobilellm_jax import config as config_lib
 from mobilellm_jax.config import Config
@@ -36,7 +37,7 @@ _SHAPE = {
     *("model.activation", "model.tie_embeddings", "model.vocab_size", "model.scan_unroll"),
 }
 _RATE = "optimizer.peak_lr"
-# What may change on resume changes no result, these apart.
+# Fields that change no result: the fields that may change on resume, except for these three.
 _NO_RESULT = (MAY_CHANGE - {"train.steps", "data.path", "train.spike_factor"}) | _SEEDS
 
 Verdict = Literal[
@@ -49,12 +50,14 @@ class Mean:
     """A mean over seeds."""
 
     value: float
-    standard_error: float | None  # None of a single one
+    standard_error: float | None  # None if there is only one value
     count: int
 
     @property
     def interval(self) -> float | None:
-        """Half of the 95% confidence interval."""
+        """Half the width of the 95% confidence interval."""
+        from scipy.special import stdtrit
+
         if self.standard_error is None:
             return None
         return float(stdtrit(self.count - 1, 0.975)) * self.standard_error
@@ -62,10 +65,10 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A config with its seeds; all of these runs have finished."""
+    """A model with its finished runs, which differ only in seeds."""
 
     name: str
-    config: Config  # of one of them
+    config: Config  # config of one run
     runs: tuple[Measured, ...]
 
     @property
@@ -73,18 +76,22 @@ class Model:
         return parameter_count(self.config.model)
 
     @property
+    def tokens(self) -> int:
+        """Tokens that each run was trained on."""
+        train = self.config.train
+        return train.steps * train.global_batch * self.config.data.seq_len
+
+    @property
     def loss(self) -> Mean:
         return mean([run.loss for run in self.runs])
 
     @property
     def bpb(self) -> float | None:
-        found = [run.bpb for run in self.runs if run.bpb is not None]
-        return math.fsum(found) / len(found) if found else None
+        return _mean_of_known([run.bpb for run in self.runs])
 
     @property
     def tokens_per_sec(self) -> float | None:
-        found = [run.tokens_per_sec for run in self.runs if run.tokens_per_sec is not None]
-        return math.fsum(found) / len(found) if found else None
+        return _mean_of_known([run.tokens_per_sec for run in self.runs])
 
     @property
     def peak_bytes(self) -> int | None:
@@ -93,63 +100,61 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A row of a grid with its paper row."""
+    """Our model for a row of a grid, beside the paper's row."""
 
     row: GridRow
     model: Model
-    difference: Mean | None  # of loss from the row it is compared with; less is better
+    difference: Mean | None  # loss minus the loss of the reference row; negative is better
     paper_score: float
-    paper_difference: float | None  # of points; more is better
+    paper_difference: float | None  # in points; positive is better
     verdict: Verdict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """A grid as far as it was run."""
+    """The rows of a grid that have finished runs."""
 
     grid: GridName
     scale: ScaleName
     group: str  # 125M or 350M
     rows: tuple[Compared, ...]
     missing: tuple[str, ...]  # labels of rows without finished runs
-    setting: str  # what tells it from another table of the same grid; "" = nothing does
+    setting: str  # difference from another table of the same grid; "" if there is one table
 
 
 def mean(values: Sequence[float]) -> Mean:
     """Returns the mean and its standard error."""
-    count = len(values)
-    value = math.fsum(values) / count
-    if count == 1:
-        return Mean(value=value, standard_error=None, count=1)
-    variance = math.fsum((v - value) ** 2 for v in values) / (count - 1)
-    return Mean(value=value, standard_error=math.sqrt(variance / count), count=count)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Mean(value=statistics.fmean(values), standard_error=error, count=len(values))
 
 
 def group_seeds(runs: Sequence[Measured]) -> list[Model]:
-    """Returns the models of the finished runs, named by what tells them apart."""
+    """Groups finished runs into models; a model's name lists the fields in which models differ."""
+    names = sorted(config_lib.field_types().keys() - _NO_RESULT)
     groups: dict[str, list[Measured]] = {}
     for run in runs:
         if run.is_finished:
-            groups.setdefault(_without(run.config, _NO_RESULT), []).append(run)
-    found = list(groups.values())
-    varying = _varying([group[0].config for group in found])
-    shapes = [shape_name(group[0].config.model) for group in found]
+            settings = repr([operator.attrgetter(name)(run.config) for name in names])
+            groups.setdefault(settings, []).append(run)
+    varying = _varying([group[0].config for group in groups.values()]) - _SHAPE
     return [
         Model(
-            name=" ".join([shape, *_written(group[0].config, varying - _SHAPE)]),
-            config=group[0].config,
+            name=" ".join([shape_name(config.model), *_written(config, varying)]),
+            config=config,
             runs=tuple(sorted(group, key=lambda run: run.config.train.seed)),
         )
-        for shape, group in zip(shapes, found, strict=True)
+        for group in groups.values()
+        for config in [group[0].config]
     ]
 
 
 def grid_tables(models: Sequence[Model]) -> list[Table]:
-    """Returns the tables of all grids of which there are two rows or more.
+    """Returns a table for each grid that has at least two rows with finished runs.
 
-    Where models differ in more than a grid does (another optimizer, say), each setting has tables
-    of its own. Where a model was trained at several learning rates, the row has the one with most
-    seeds, and of these the best: that is how `sweep --tune_lr` leaves them.
+    If models differ in a field that no grid varies (the optimizer, for example), each value of the
+    field gets its own tables. If a model was trained at several learning rates, the row shows the
+    rate with the most seeds, and among equals the rate with the lowest loss; `sweep --tune_lr`
+    trains the best rate with more seeds.
     """
     extra = _varying([m.config for m in models]) - _SHAPE - {_RATE, "train.steps"}
     settings: dict[str, list[Model]] = {}
@@ -159,7 +164,7 @@ def grid_tables(models: Sequence[Model]) -> list[Table]:
 
 
 def count_verdicts(tables: Sequence[Table]) -> Counter[Verdict]:
-    """Returns how many comparisons came out how; one that two grids make counts once."""
+    """Counts the verdicts; a comparison that appears in two grids counts once."""
     verdicts: dict[tuple[str, str], Verdict] = {}
     for table in tables:
         names = {compared.row.label: compared.model.name for compared in table.rows}
@@ -177,10 +182,10 @@ def _tables_of(models: Sequence[Model], setting: str) -> Iterator[Table]:
         for grid in GRIDS:
             rows = grid_rows(grid, scale, "", None if scale == "paper" else vocab_size)
             for group in dict.fromkeys(row.group for row in rows):
-                wanted = [row for row in rows if row.group == group]
+                wanted = {row.label: row for row in rows if row.group == group}
                 found = {
-                    row.label: model
-                    for row in wanted
+                    label: model
+                    for label, row in wanted.items()
                     if (model := _model_of(row, models, steps * row.length)) is not None
                 }
                 if len(found) > 1:
@@ -188,10 +193,8 @@ def _tables_of(models: Sequence[Model], setting: str) -> Iterator[Table]:
                         grid=grid,
                         scale=scale,
                         group=group,
-                        rows=tuple(
-                            _compared(row, found, wanted) for row in wanted if row.label in found
-                        ),
-                        missing=tuple(row.label for row in wanted if row.label not in found),
+                        rows=tuple(_compared(wanted[label], found, wanted) for label in found),
+                        missing=tuple(label for label in wanted if label not in found),
                         setting=setting,
                     )
 
@@ -206,15 +209,16 @@ def _model_of(row: GridRow, models: Sequence[Model], steps: int) -> Model | None
     return min(same, key=lambda m: (-len(m.runs), m.loss.value), default=None)
 
 
-def _compared(row: GridRow, found: dict[str, Model], rows: Sequence[GridRow]) -> Compared:
-    model, score = found[row.label], row.paper.scores["average"]
-    reference = found.get(row.compared_with)
-    difference = None if reference is None else _difference(model, reference)
-    before = [r.paper.scores["average"] for r in rows if r.label == row.compared_with]
-    paper_difference = round(score - before[0], 1) if before else None
+def _compared(row: GridRow, found: dict[str, Model], rows: dict[str, GridRow]) -> Compared:
+    score = row.paper.scores["average"]
+    difference = paper_difference = None
+    if row.compared_with in rows:
+        paper_difference = round(score - rows[row.compared_with].paper.scores["average"], 1)
+    if row.compared_with in found:
+        difference = _difference(found[row.label], found[row.compared_with])
     return Compared(
         row=row,
-        model=model,
+        model=found[row.label],
         difference=difference,
         paper_score=score,
         paper_difference=paper_difference,
@@ -223,16 +227,16 @@ def _compared(row: GridRow, found: dict[str, Model], rows: Sequence[GridRow]) ->
 
 
 def _difference(model: Model, reference: Model) -> Mean:
-    ours = {run.config.train.seed: run.loss for run in model.runs}
-    theirs = {run.config.train.seed: run.loss for run in reference.runs}
+    ours, theirs = ({r.config.train.seed: r.loss for r in m.runs} for m in (model, reference))
     if ours.keys() == theirs.keys():
         return mean([ours[seed] - theirs[seed] for seed in ours])
-    # Not the same seeds: the errors of both means, with the fewer seeds' freedom.
+    # The seeds differ: the errors of both means add up, with the smaller number of freedoms.
     one, other = model.loss, reference.loss
-    errors = (one.standard_error, other.standard_error)
-    error = None if None in errors else math.hypot(*(e for e in errors if e is not None))
-    value = one.value - other.value
-    return Mean(value=value, standard_error=error, count=min(one.count, other.count))
+    error = None
+    if one.standard_error is not None and other.standard_error is not None:
+        error = math.hypot(one.standard_error, other.standard_error)
+    count = min(one.count, other.count)
+    return Mean(value=one.value - other.value, standard_error=error, count=count)
 
 
 def _verdict(difference: Mean | None, paper: float | None) -> Verdict:
@@ -245,28 +249,19 @@ def _verdict(difference: Mean | None, paper: float | None) -> Verdict:
         return "of one seed"
     if abs(difference.value) <= interval:
         return "within the spread"
-    # A lower loss is better, and so is a higher score.
+    # A lower loss and a higher score are both improvements.
     return "same direction" if (difference.value < 0) == (paper > 0) else "opposite"
 
 
 def _varying(configs: Sequence[Config]) -> set[str]:
-    return {
-        name
-        for config in configs[1:]
-        for name in config_lib.changed_fields(configs[0], config)
-        if name not in _NO_RESULT
-    }
+    changed = (config_lib.changed_fields(configs[0], config) for config in configs[1:])
+    return {name for names in changed for name in names} - _NO_RESULT
 
 
 def _written(config: Config, names: set[str]) -> list[str]:
-    return [f"{name.split('.')[1]}={_value(config, name)}" for name in sorted(names)]
+    return [f"{n.split('.')[1]}={operator.attrgetter(n)(config)}" for n in sorted(names)]
 
 
-def _without(config: Config, names: set[str] | frozenset[str]) -> str:
-    kept = sorted(set(config_lib.field_types()) - names)
-    return repr([_value(config, name) for name in kept])
-
-
-def _value(config: Config, name: str) -> Any:
-    group, field = name.split(".")
-    return getattr(getattr(config, group), field)
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

@@ -1,8 +1,9 @@
-"""Run folders as they are read for a report."""
+"""Reads run folders for a report."""
 
 import dataclasses
 import glob as globbing
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,36 +13,36 @@ from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.metrics import read_metrics
 
-_RUNS = "runs"  # where `sweep` has them
+_RUNS = "runs"  # subfolder of a sweep that holds its runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One run."""
+    """The results of one run."""
 
     folder: Path
     config: Config
     validation: dict[int, float]  # loss in nats per token, by step
-    training: dict[int, float]
-    bpb: float | None  # the last one
+    training: dict[int, float]  # loss in nats per token, by step
+    bpb: float | None  # last value of the run
     tokens_per_sec: float | None  # median over the run
-    peak_bytes: int | None  # of memory while it trained
+    peak_bytes: int | None  # peak memory during training
     peak_of: str  # "device", "host process" or ""
-    failed: str  # why; "" = it did not
+    failed: str  # reason of the failure; "" if the run did not fail
 
     @property
     def last_step(self) -> int:
-        """Steps that the record has."""
+        """The last step in the record of losses."""
         return max([*self.validation, *self.training], default=0)
 
     @property
     def is_finished(self) -> bool:
-        """Whether it reached its last step and was evaluated there, with a loss that is one."""
+        """Whether the run has a finite validation loss at its last step."""
         return math.isfinite(self.validation.get(self.config.train.steps, math.nan))
 
     @property
     def has_diverged(self) -> bool:
-        """Whether it reached its last step with a loss that is none."""
+        """Whether the validation loss at the last step is infinite or not a number."""
         return self.config.train.steps in self.validation and not self.is_finished
 
     @property
@@ -51,10 +52,10 @@ class Measured:
 
 
 def read_runs(pattern: str) -> list[Measured]:
-    """Returns the runs in the folders that match, sweeps' folders opened.
+    """Returns the runs in all folders that match; a sweep's folder stands for its runs.
 
     Raises:
-      ConfigError: if there are none.
+      ConfigError: if no run folder matches.
     """
     folders: list[Path] = []
     for name in sorted(globbing.glob(pattern)):
@@ -64,16 +65,10 @@ def read_runs(pattern: str) -> list[Measured]:
     runs = [_read(f) for f in folders if (f / rundir.CONFIG).is_file()]
     if not runs:
         raise ConfigError(
-            f"--runs={pattern} matches no run folder, which has a {rundir.CONFIG}; quote the "
-            "pattern: --runs='runs/tiny/runs/*'."
+            f"--runs={pattern} matches no run folder; a run folder holds {rundir.CONFIG}. Put the "
+            "pattern in quotes: --runs='runs/tiny/runs/*'."
         )
     return runs
-
-
-def median(values: Sequence[float]) -> float | None:
-    """Returns the middle value; None of none."""
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else None
 
 
 def _read(folder: Path) -> Measured:
@@ -83,17 +78,16 @@ def _read(folder: Path) -> Measured:
     peak = by_device or outcome.get("peak_host_bytes")
     bpb = [float(r["validation/bpb"]) for r in records if "validation/bpb" in r]
     rates = [float(r["train/tokens_per_sec"]) for r in records if "train/tokens_per_sec" in r]
-    reason = str(outcome.get("reason", "unknown")) if outcome.get("state") == "failed" else ""
     return Measured(
         folder=folder,
         config=config_lib.read_json(folder / rundir.CONFIG),
         validation=_series(records, "validation/loss"),
         training=_series(records, "train/loss"),
         bpb=bpb[-1] if bpb else None,
-        tokens_per_sec=median(rates),
+        tokens_per_sec=statistics.median(rates) if rates else None,
         peak_bytes=peak if isinstance(peak, int) else None,
         peak_of="" if peak is None else "device" if by_device else "host process",
-        failed=reason,
+        failed=str(outcome.get("reason", "unknown")) if outcome.get("state") == "failed" else "",
     )
 
 

@@ -1,4 +1,4 @@
-"""The report's tables as rows of text, and as CSV and Markdown."""
+"""The report's tables as rows of text, as CSV and as Markdown."""
 
 import csv
 import dataclasses
@@ -8,66 +8,42 @@ from collections.abc import Sequence
 from mobilellm_jax.paper.grids import ABOUT
 from mobilellm_jax.report.compare import Compared, Mean, Model, Table
 
-NONE = "–"  # noqa: RUF001  # a dash that stands for no value
+NONE = "–"  # noqa: RUF001  # an en dash marks a cell without a value
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
     """A table of texts; the first column names the row."""
 
-    name: str  # of its files
+    name: str  # name of its files
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
-GRID_COLUMNS = (
+_GRID_COLUMNS = (
     *("row", "loss", "± SE", "difference", "± SE of it", "paper's difference", "direction"),
     *("paper's score", "seeds", "learning rate", "parameters", "paper's parameters"),
 )
-MODEL_COLUMNS = (
+_MODEL_COLUMNS = (
     *("model", "number", "parameters", "applied depth", "tokens", "learning rate", "seeds"),
     *("loss", "± SE", "bits per byte", "tokens/s", "peak memory, MB"),
 )
 
 
-def title_of(table: Table) -> str:
-    """Returns what a grid's table is called."""
-    about = ABOUT[table.grid]
-    text = f"{about.title} (Table {about.table}, {table.scale}"
-    text += f", {table.group})" if table.scale == "paper" else ")"
-    return text + (f": {table.setting}" if table.setting else "")
-
-
 def grid_table(table: Table, name: str) -> TextTable:
-    """Returns a grid's table with the paper's values beside ours."""
-    return TextTable(name, title_of(table), GRID_COLUMNS, tuple(_grid_row(r) for r in table.rows))
+    """Returns the table of a grid with the paper's values beside ours."""
+    about = ABOUT[table.grid]
+    group = f", {table.group}" if table.scale == "paper" else ""
+    title = f"{about.title} (Table {about.table}, {table.scale}{group})"
+    title += f": {table.setting}" if table.setting else ""
+    return TextTable(name, title, _GRID_COLUMNS, tuple(map(_grid_row, table.rows)))
 
 
 def model_table(models: Sequence[Model]) -> TextTable:
-    """Returns the table of everything that has finished."""
-    rows = []
-    for number, model in enumerate(models, start=1):
-        config, loss = model.config, model.loss
-        tokens = config.train.steps * config.train.global_batch * config.data.seq_len
-        rate = model.tokens_per_sec
-        rows.append(
-            (
-                model.name,
-                str(number),
-                f"{model.parameters:,}",
-                str(config.model.applied_depth),
-                f"{tokens:,}",
-                f"{config.optimizer.peak_lr:g}",
-                str(loss.count),
-                f"{loss.value:.4f}",
-                _error(loss),
-                NONE if model.bpb is None else f"{model.bpb:.4f}",
-                NONE if rate is None else f"{rate:,.0f}",
-                NONE if model.peak_bytes is None else f"{model.peak_bytes / 1e6:,.0f}",
-            )
-        )
-    return TextTable("models", "All models", MODEL_COLUMNS, tuple(rows))
+    """Returns the table of all models that have finished."""
+    rows = tuple(_model_row(number, model) for number, model in enumerate(models, start=1))
+    return TextTable("models", "All models", _MODEL_COLUMNS, rows)
 
 
 def to_csv(table: TextTable) -> str:
@@ -85,28 +61,48 @@ def to_markdown(table: TextTable) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
-    rule = "|".join(["", *("---" for _ in table.columns), ""])
+    rule = "|" + "---|" * len(table.columns)
     return "\n".join([line(table.columns), rule, *map(line, table.rows)]) + "\n"
 
 
 def _grid_row(compared: Compared) -> tuple[str, ...]:
-    model, row, difference = compared.model, compared.row, compared.difference
-    paper = compared.paper_difference
+    model, difference = compared.model, compared.difference
     return (
-        row.label,
+        compared.row.label,
         f"{model.loss.value:.4f}",
         _error(model.loss),
-        NONE if difference is None else f"{difference.value:+.4f}",
-        NONE if difference is None else _error(difference),
-        NONE if paper is None else f"{paper:+.1f}",
+        _cell(difference.value if difference else None, "+.4f"),
+        _error(difference),
+        _cell(compared.paper_difference, "+.1f"),
         compared.verdict or NONE,
         f"{compared.paper_score:.1f}",
         str(model.loss.count),
         f"{model.config.optimizer.peak_lr:g}",
         f"{model.parameters:,}",
-        f"{row.paper.params_millions:g}M",
+        f"{compared.row.paper.params_millions:g}M",
     )
 
 
-def _error(value: Mean) -> str:
-    return NONE if value.standard_error is None else f"{value.standard_error:.4f}"
+def _model_row(number: int, model: Model) -> tuple[str, ...]:
+    return (
+        model.name,
+        str(number),
+        f"{model.parameters:,}",
+        str(model.config.model.applied_depth),
+        f"{model.tokens:,}",
+        f"{model.config.optimizer.peak_lr:g}",
+        str(model.loss.count),
+        f"{model.loss.value:.4f}",
+        _error(model.loss),
+        _cell(model.bpb, ".4f"),
+        _cell(model.tokens_per_sec, ",.0f"),
+        _cell(model.peak_bytes / 1e6 if model.peak_bytes else None, ",.0f"),
+    )
+
+
+def _error(value: Mean | None) -> str:
+    return _cell(value.standard_error if value else None, ".4f")
+
+
+def _cell(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)

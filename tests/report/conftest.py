@@ -1,4 +1,4 @@
-"""Run folders as a sweep leaves them, with losses that are made up."""
+"""Run folders like the folders of a sweep, with invented losses."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def seeded(config: Config, seed: int) -> Config:
 
 @pytest.fixture(scope="package")
 def all_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every tiny grid with three seeds, one failed run and one that is under way."""
+    """Returns a sweep of all tiny grids with three seeds, a failed run and an unfinished run."""
     sweep = tmp_path_factory.mktemp("tiny") / "sweep"
     write_run = run_writer(sweep)
     rng = np.random.default_rng(0)

@@ -46,7 +46,7 @@ def test_differences_are_taken_seed_by_seed(write_run: Callable[..., Path], tmp_
     interval = test.confidence_interval(0.95)
     assert row.difference.value == pytest.approx(np.mean(twice) - np.mean(plain))
     assert row.difference.value + row.difference.interval == pytest.approx(interval.high)
-    # Far less than the seeds' own spread, which is common to both.
+    # The error of the difference is small, because both models share the spread over seeds.
     assert row.model.loss.standard_error is not None
     assert row.model.loss.standard_error > 5 * (row.difference.standard_error or 1)
     assert (row.paper_score, row.paper_difference) == (45.0, 0.4)
@@ -73,7 +73,7 @@ def test_verdicts(
     assert table.rows[1].verdict == verdict
 
 
-def test_other_seeds_are_compared_by_both_errors(
+def test_models_with_other_seeds_are_compared_by_both_errors(
     write_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     plain, twice = [4.0, 4.4, 4.2], [3.9, 4.3]
@@ -87,7 +87,7 @@ def test_other_seeds_are_compared_by_both_errors(
     assert table.rows[1].difference.standard_error == pytest.approx(error)
 
 
-def test_settings_have_tables_of_their_own(write_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_each_setting_has_its_own_tables(write_run: Callable[..., Path], tmp_path: Path) -> None:
     for decay in (0.0, 0.1):
         optimizer = dataclasses.replace(BASE.optimizer, weight_decay=decay)
         for label in ("not shared", "immediate, x2"):
@@ -99,7 +99,7 @@ def test_settings_have_tables_of_their_own(write_run: Callable[..., Path], tmp_p
     assert {table.setting for table in tables} == {"weight_decay=0.0", "weight_decay=0.1"}
 
 
-def test_a_tuned_row_has_the_rate_with_most_seeds_then_the_best(
+def test_a_tuned_row_shows_the_rate_with_most_seeds(
     write_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     losses = {1e-3: [3.0], 1e-2: [3.5, 3.6], 1e-1: [3.7, 3.9]}
@@ -113,12 +113,21 @@ def test_a_tuned_row_has_the_rate_with_most_seeds_then_the_best(
     assert tables[0].rows[1].model.config.optimizer.peak_lr == 1e-2
 
 
-def test_what_has_not_finished_is_in_no_table(all_tiny: Path) -> None:
+def test_unfinished_runs_are_in_no_table(all_tiny: Path) -> None:
     runs = read_runs(str(all_tiny))
     assert len(runs) == 62
     models = group_seeds(runs)
     assert len(models) == 20 and all(len(model.runs) == 3 for model in models)
     assert [len(table.rows) for table in grid_tables(models)] == [6, 6, 3, 5, 4, 4]
+
+
+def test_speed_is_the_median_over_the_run(write_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = write_run("plain", config_of("not shared"), 4.0)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2000, "train/tokens_per_sec": 4000.0}\n')
+    (run,) = read_runs(str(tmp_path / "sweep"))
+    # An even number of values has two middle values; the median is their mean.
+    assert run.tokens_per_sec == 2500.0
 
 
 def test_a_diverged_run_is_in_no_table(write_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -129,6 +138,6 @@ def test_a_diverged_run_is_in_no_table(write_run: Callable[..., Path], tmp_path:
     assert [model.name for model in group_seeds(runs)] == ["4x128-h8kv8-f400"]
 
 
-def test_nothing_matches(tmp_path: Path) -> None:
+def test_a_pattern_without_run_folders_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="matches no run folder"):
         read_runs(str(tmp_path / "*"))

@@ -1,4 +1,4 @@
-"""What is drawn are the numbers of the runs, and it can be told from its background."""
+"""The pictures show the numbers of the runs in colours that stand out from the background."""
 
 import io
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mobilellm_jax.report import figures
-from mobilellm_jax.report.colors import DARK, LIGHT, Theme
+from mobilellm_jax.report.colors import DARK, LIGHT
 from mobilellm_jax.report.compare import Model, Table, grid_tables, group_seeds
 from mobilellm_jax.report.runs import read_runs
 
@@ -29,20 +29,14 @@ def table(models: list[Model]) -> Table:
 
 @pytest.fixture
 def axes_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], list[Axes]]:
-    """Returns the axes that a picture draws on for a light page."""
+    """Returns a function that returns the axes of a picture for a light page."""
 
     def axes_of(make: Callable[[], object]) -> list[Axes]:
-        figure = Figure()
-
-        def keep(draw: figures.Draw, theme: Theme) -> bytes:
-            if theme is LIGHT:
-                draw(figure.subplots(), theme)
-            return b""
-
+        drawn: list[Figure] = []
         with monkeypatch.context() as patch:
-            patch.setattr(figures, "_png", keep)
+            patch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
             make()
-        return figure.axes
+        return drawn[0].axes
 
     return axes_of
 
@@ -51,7 +45,7 @@ def test_curves_are_means_over_seeds_in_a_band_from_least_to_most(
     table: Table, axes_of: Callable[[Callable[[], object]], list[Axes]]
 ) -> None:
     labelled = [(row.row.label, row.model) for row in table.rows]
-    (axes,) = axes_of(lambda: figures.curves("curves", "Curves", labelled))
+    (axes,) = axes_of(lambda: figures.curves("curves", labelled))
     assert len(axes.lines) == len(axes.collections) == len(labelled)
     for line, band, (label, model) in zip(axes.lines, axes.collections, labelled, strict=True):
         assert line.get_label() == label
@@ -64,7 +58,7 @@ def test_curves_are_means_over_seeds_in_a_band_from_least_to_most(
         assert (box.y0, box.y1) == pytest.approx((values.min(), values.max()))
 
 
-def test_depth_has_ours_and_the_papers(
+def test_depth_shows_our_losses_and_the_papers_scores(
     table: Table, axes_of: Callable[[Callable[[], object]], list[Axes]]
 ) -> None:
     ours, paper = axes_of(lambda: figures.depth("depth", table))
@@ -76,7 +70,7 @@ def test_depth_has_ours_and_the_papers(
     for segment, loss in zip(bars.get_segments(), losses, strict=True):
         assert loss.standard_error is not None
         assert np.ptp(segment[:, 1]) == pytest.approx(2 * loss.standard_error)
-    # Table 11: the rows of 125M whose places these take.
+    # The scores are in Table 11, in the rows of 125M that our rows stand for.
     assert list(np.asarray(paper.lines[0].get_ydata())) == [row.paper_score for row in table.rows]
     assert [text.get_text() for text in ours.figure.legends[0].get_texts()] == [
         "ours: loss (left, less is better)",
@@ -87,10 +81,10 @@ def test_depth_has_ours_and_the_papers(
 def test_points_are_numbered_as_the_table_of_all_models(
     models: list[Model], axes_of: Callable[[Callable[[], object]], list[Axes]]
 ) -> None:
-    (axes,) = axes_of(lambda: figures.speed("speed", models))
+    (axes,) = axes_of(lambda: figures.speed(models))
     found = [(float(x[0]), float(y[0])) for x, y in (line.get_data() for line in axes.lines)]
     assert found == [(1000.0, model.loss.value) for model in models]
-    (axes,) = axes_of(lambda: figures.memory("memory", models))
+    (axes,) = axes_of(lambda: figures.memory(models))
     found = [(float(x[0]), float(y[0])) for x, y in (line.get_data() for line in axes.lines)]
     assert found == [(model.parameters / 1e6, 500.0) for model in models]
     assert [text.get_text() for text in axes.texts] == [str(n + 1) for n in range(len(models))]
@@ -98,9 +92,9 @@ def test_points_are_numbered_as_the_table_of_all_models(
     assert len(looks) == len(models)
 
 
-def test_both_pages_show_every_curve_in_a_colour_of_its_own(table: Table) -> None:
+def test_both_pages_show_every_curve_in_its_own_colour(table: Table) -> None:
     labelled = [(row.row.label, row.model) for row in table.rows]
-    picture = figures.curves("curves", "Curves", labelled)
+    picture = figures.curves("curves", labelled)
     for theme, png in ((LIGHT, picture.light), (DARK, picture.dark)):
         pixels = matplotlib.image.imread(io.BytesIO(png))[..., :3]
         assert np.allclose(pixels[0, 0], matplotlib.colors.to_rgb(theme.background), atol=0.01)

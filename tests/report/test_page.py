@@ -1,4 +1,4 @@
-"""The page as files, and as a browser shows it."""
+"""The files of the page, and the page in a browser."""
 
 import csv
 import html.parser
@@ -7,14 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 
 from mobilellm_jax.cli.main import main
-from mobilellm_jax.report.colors import DARK, LIGHT, Theme, contrast
-from mobilellm_jax.report.page import style
+from mobilellm_jax.report.colors import DARK, LIGHT, Theme
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
 
@@ -49,7 +49,7 @@ class Parsed(html.parser.HTMLParser):
         self.text += data
 
 
-def test_links_lead_somewhere_and_nothing_comes_from_outside(page: Path) -> None:
+def test_links_work_and_nothing_is_loaded_from_the_network(page: Path) -> None:
     parsed = Parsed(page.read_text())
     assert len(parsed.links) > 20 and len(parsed.ids) == len(set(parsed.ids))
     for link in parsed.links:
@@ -59,7 +59,7 @@ def test_links_lead_somewhere_and_nothing_comes_from_outside(page: Path) -> None
     assert "://" not in re.sub(r"data:[^\"]*", "", page.read_text())
 
 
-def test_it_says_what_a_stranger_has_to_know(page: Path) -> None:
+def test_the_page_explains_itself(page: Path) -> None:
     text = Parsed(page.read_text()).text
     for words in (
         "MobileLLM's ablations, trained again",
@@ -69,12 +69,27 @@ def test_it_says_what_a_stranger_has_to_know(page: Path) -> None:
         "Differences beside the paper's: ",
         "20 models of 1.24 to 1.42 million parameters, 4.10 million tokens each, 3 seeds",
         "late-s0, step 1500 of 2000, under way or stopped",
-        "broken-s0, step 1500 of 2000, failed: <b>OSError</b>: & full",  # as text, not as markup
+        "broken-s0, step 1500 of 2000, failed: <b>OSError</b>: & full",  # shown as text
     ):
         assert words in text, words
 
 
-def test_tables_are_files_too(page: Path) -> None:
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib", "scipy"])
+def test_a_missing_package_is_named_with_its_extra(
+    package: str,
+    all_tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["report", f"--runs={all_tiny}", f"--output={tmp_path / 'out'}"]) == 2
+    message = capsys.readouterr().err
+    assert package in message and "pip install 'mobilellm-jax[report]'" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_are_also_files(page: Path) -> None:
     with (page.parent / "1-depth_width.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["row"] for row in rows][:2] == ["2 blocks, width 176", "4 blocks, width 128"]
@@ -86,7 +101,7 @@ def test_tables_are_files_too(page: Path) -> None:
     assert len(markdown) == 2 + len(rows)
 
 
-def test_pictures_are_files_too(page: Path) -> None:
+def test_pictures_are_also_files(page: Path) -> None:
     names = sorted(file.name for file in page.parent.glob("*.png"))
     assert names == [
         *("1-depth_width-curves.png", "1-depth_width-depth.png", "2-roadmap-curves.png"),
@@ -99,10 +114,22 @@ def test_pictures_are_files_too(page: Path) -> None:
         assert picture.std() > 0.05, "something is drawn"
 
 
+def contrast(one: str, other: str) -> float:
+    """Returns the contrast ratio of two colours "#rrggbb" (WCAG 2.1, 1 to 21)."""
+    lighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
 def test_contrast_is_enough(theme: Theme) -> None:
-    """WCAG 2.1 AA: 4.5 for text, 3 for graphics."""
-    # Black on white is 21, and this grey is WCAG's own borderline example.
+    """WCAG 2.1 AA asks for a contrast of 4.5 for text and of 3 for graphics."""
+    # Black on white has 21, and WCAG names this grey as a colour that just passes.
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     assert contrast("#767676", "#ffffff") == pytest.approx(4.54, abs=0.01)
     for name in ("text", "muted", "link", "good", "bad"):
@@ -113,10 +140,11 @@ def test_contrast_is_enough(theme: Theme) -> None:
     assert len(set(theme.series)) == len(theme.series)
 
 
-def test_the_style_has_no_other_colors() -> None:
+def test_the_style_has_no_other_colors(page: Path) -> None:
     known = {getattr(theme, n) for theme in (LIGHT, DARK) for n in theme.__dataclass_fields__
              if n != "series"}  # fmt: skip
-    assert set(re.findall(r"#[0-9a-f]{3,8}\b", style())) == known
+    [style] = re.findall(r"<style>(.*?)</style>", page.read_text(), re.DOTALL)
+    assert set(re.findall(r"#[0-9a-f]{3,8}\b", style)) == known
 
 
 _LOOK = """
@@ -138,13 +166,13 @@ addEventListener("load", () => {
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH")
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [500, 1280])  # no headless window is narrower than 500
+@pytest.mark.parametrize("width", [500, 1280])  # a headless window has at least 500 pixels
 def test_in_a_browser(page: Path, tmp_path: Path, width: int, dark: bool) -> None:
-    """Nothing wider than the screen, every picture shown, the right colours, no error."""
+    """The page fits the screen, shows every picture in the right colours and logs no error."""
     assert CHROMIUM is not None
     looked = page.with_name("looked.html")
     looked.write_text(page.read_text().replace("</body>", f"{_LOOK}</body>"))
-    # A page that fails, so that silence means something.
+    # This page fails on purpose, to prove that the browser reports errors.
     failing = page.with_name("failing.html")
     failing.write_text("<script>throw new Error('seen')</script>")
     mode = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
