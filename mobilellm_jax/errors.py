@@ -1,10 +1,13 @@
-"""Errors for mistakes that the user can correct.
+"""Errors for mistakes that the user can correct, and the exit codes of processes.
 
-The command line prints such an error as one message and ends with exit code 2. Any other exception
+The command line prints a `UserError` as one message and ends with exit code 2. Any other exception
 is a bug of this package, and the command line prints its traceback.
 """
 
 import importlib.util
+
+FAILED = 1  # the command failed while it was running
+SAVED_REQUEUE_ME = 75  # EX_TEMPFAIL: a scheduler may start the same command again
 
 
 class UserError(ValueError):

@@ -31,12 +31,12 @@ from absl import flags
 from mobilellm_jax.cli.config_flags import load_config, parse_value
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.config import near_miss
+from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.paper.grids import GRIDS, SCALES, GridName, ScaleName
 
 if TYPE_CHECKING:
     from mobilellm_jax.sweep.runs import Run
 
-SAVED_REQUEUE_ME = 75
 _FAILED = 1
 _MFU = 0.3
 

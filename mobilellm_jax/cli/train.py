@@ -23,8 +23,8 @@ from absl import flags
 
 from mobilellm_jax.cli.config_flags import load_config
 from mobilellm_jax.config import Config
+from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.processes.early_stop import EarlyStop
-from mobilellm_jax.processes.exit_codes import SAVED_REQUEUE_ME
 
 _CONFIG = flags.DEFINE_string("config", None, "config file, configs/NAME.py", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "run folder, made if missing", required=True)

@@ -31,9 +31,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mobilellm_jax.config import ConfigError
+from mobilellm_jax.errors import FAILED
 from mobilellm_jax.processes.cluster import find_cluster
-from mobilellm_jax.processes.early_stop import farewell
-from mobilellm_jax.processes.exit_codes import FAILED
+from mobilellm_jax.processes.early_stop import FAREWELLS
 from mobilellm_jax.processes.peers import Parting, Peers, delay_aborts
 from mobilellm_jax.processes.source_digest import source_digest
 
@@ -217,7 +217,7 @@ def telling_failures() -> Iterator[None]:
       DistributedError: for an error of the devices that comes from another process being gone.
     """
     try:
-        with farewell(lambda: leave("stopped", signal.SIGTERM.name)):
+        with FAREWELLS.during(lambda: leave("stopped", signal.SIGTERM.name)):
             yield
     except jax.errors.JaxRuntimeError as error:
         why = None if _peers is None else _peers.explain()

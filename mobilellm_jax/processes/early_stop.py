@@ -1,39 +1,56 @@
-"""SIGTERM where there is no step to finish: the process ends, and asks to be started again.
+"""Ends a process on SIGTERM while no training step runs.
 
-The training loop has its own handler, which finishes a step and saves. Before the first step
-(preparing data, restoring, compiling) and after the last nothing is lost by ending: whatever is
-written is whole or absent, as after a kill.
+The training loop has its own handler, which finishes a step and saves. Before the first step the
+process prepares data, restores or compiles, and after the last step it only writes records. Ending
+the process then loses nothing, because every file is whole or absent.
 """
 
 import contextlib
+import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Self
 
-from mobilellm_jax.processes.exit_codes import SAVED_REQUEUE_ME
+from mobilellm_jax.errors import SAVED_REQUEUE_ME
 
-_farewells: list[Callable[[], None]] = []
+_log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def farewell(call: Callable[[], None]) -> Iterator[None]:
-    """Has `call` made, in another thread, if the process is stopped in the `with` block."""
-    _farewells.append(call)
-    try:
-        yield
-    finally:
-        _farewells.remove(call)
+class Farewells:
+    """The calls that a process makes, the newest first, when SIGTERM ends it."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], None]] = []
+
+    @contextlib.contextmanager
+    def during(self, call: Callable[[], None]) -> Iterator[None]:
+        """Registers `call` for the `with` block; another thread may call it at any moment."""
+        self._calls.append(call)
+        try:
+            yield
+        finally:
+            self._calls.remove(call)
+
+    def say(self) -> None:
+        """Makes the calls; the log shows what a call raises, and the next call follows."""
+        for call in self._calls[::-1]:
+            try:
+                call()
+            except BaseException as error:
+                _log.warning(f"While stopping: {type(error).__name__}: {error}")
+
+
+FAREWELLS = Farewells()  # of this process
 
 
 class EarlyStop:
-    """Ends the process with 75 on SIGTERM in the `with` block.
+    """Ends the process with exit code 75 on SIGTERM in the `with` block.
 
-    By a thread: a handler in Python runs only when the main thread comes back from C, out of a
-    compiler after minutes, and an exception raised there gets lost where libraries call back.
+    A thread ends the process. A Python signal handler runs only when the main thread returns from
+    C, which can take minutes in a compiler. Libraries may swallow an exception of a handler.
     """
 
     def __enter__(self) -> Self:
@@ -54,13 +71,14 @@ class EarlyStop:
 
     def _watch(self) -> None:
         while number := os.read(self._read_end, 1):
-            # In the training loop the signal is the loop's.
+            # The training loop installs a handler of its own while it runs steps.
             ours = signal.getsignal(signal.SIGTERM) == self._leave_it_to_the_thread
             if number[0] == signal.SIGTERM and ours:
-                text = "SIGTERM: no step is under way; stopping. The same command again goes on."
-                print(text, file=sys.stderr, flush=True)
-                for call in _farewells[::-1]:
-                    with contextlib.suppress(OSError):
-                        call()
-                os._exit(SAVED_REQUEUE_ME)
+                try:
+                    _log.warning(
+                        "SIGTERM: no step is running; stopping. Start the same command to resume."
+                    )
+                    FAREWELLS.say()
+                finally:
+                    os._exit(SAVED_REQUEUE_ME)
         os.close(self._read_end)

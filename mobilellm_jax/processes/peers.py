@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from mobilellm_jax.processes.exit_codes import FAILED, SAVED_REQUEUE_ME
+from mobilellm_jax.errors import FAILED, SAVED_REQUEUE_ME
 from mobilellm_jax.storage import strict_json
 
 _BEATS = 12  # in the time after which a process that gives none counts as gone

@@ -1,108 +1,80 @@
-"""One run per folder: a lock that names its holder, and that does not outlive it.
+"""Gives one process the right to write in a run folder, and names the holder to others.
 
-`run.lock` in the folder holds an advisory lock of the operating system (`flock`) and a line about
-its holder. The kernel lets go of the first when the holder dies; NFS 4, and Lustre where it is
-mounted with flock, hold it across hosts. Where a file system has no such lock, or keeps it to each
-host, the line decides: its holder counts up in it all the time, and a count that stands still is a
-holder that is gone. No clock is compared with another host's.
+`run.lock` in the folder is locked with `flock` and contains a line about its holder. The kernel
+releases the lock when the holder dies. NFS 4, and Lustre mounted with flock, hold it across hosts.
+Some file systems have no such lock or keep it on each host. There the line decides: the holder
+raises a count in the line every few seconds, and a count that stands still means that the holder is
+gone. No clock is compared with the clock of another host.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
+import logging
 import os
 import shlex
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mobilellm_jax.config import ConfigError
-from mobilellm_jax.processes.early_stop import farewell
+from mobilellm_jax.processes.early_stop import FAREWELLS
 from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
 LOCK = "run.lock"
 BEAT_SEC = 5.0  # between two counts of a holder
-SILENT_SEC = 60.0  # without a count, a holder on another host counts as gone
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+SILENT_SEC = 60.0  # without a new count for so long, a holder on another host counts as gone
+_FAREWELL_SEC = 5.0  # a process that stops waits so long for its main thread to leave `_take`
 
-
-def to_stderr(text: str) -> None:
-    """Prints a line that must be seen."""
-    print(text, file=sys.stderr, flush=True)
+_log = logging.getLogger(__name__)
 
 
 class LockLostError(RuntimeError):
-    """Another run has taken over the folder of this one, which seemed dead to it."""
+    """Another run has taken over the folder of this run, because this run was silent too long."""
 
 
 class RunLock:
-    """The right of this process to write in a run folder, while the `with` block lasts.
+    """The right of this process to write in a run folder during the `with` block.
 
     Raises:
       ConfigError: on entering, if another run holds it; the message names host, process, time and
         command.
     """
 
-    def __init__(self, folder: Path, report: Callable[[str], None] = to_stderr) -> None:
-        self._path, self._report = folder / LOCK, report
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
         self._me = _this_process()
         self._stop = threading.Event()
-        self._descriptor = -1
-        self._farewell = farewell(self._let_go)
-        self._beats: threading.Thread | None = None
+        self._changing = threading.Lock()  # held while the file is taken or removed
+        self._lock: FileLock | None = None
+        self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> "RunLock":
-        # First: a process that is stopped between the lock and this would leave it behind.
-        self._farewell.__enter__()
-        try:
-            self._take()
-        except BaseException:
-            self._farewell.__exit__(None, None, None)
-            raise
-        self._beats = threading.Thread(target=self._beat, name="run lock", daemon=True)
-        self._beats.start()
+        with contextlib.ExitStack() as stack:
+            # SIGTERM may come at any moment from here on, and must not leave the file behind.
+            stack.enter_context(FAREWELLS.during(self._let_go))
+            with self._changing:
+                lock = self._lock = self._take()
+            stack.callback(lock.release)
+            beats = threading.Thread(target=self._beat, args=(lock,), name="run lock", daemon=True)
+            beats.start()
+            stack.callback(beats.join)
+            self._exits = stack.pop_all()
         return self
 
-    def _take(self) -> None:
-        descriptor, flock_works = self._open()
-        try:
-            holder = _read(descriptor)
-            if holder:
-                self._check_gone(descriptor, holder, flock_works)
-                self._report(
-                    f"LOCK: {_name(holder)} had {self._path} and ended without letting go; "
-                    "this process takes over."
-                )
-            self._descriptor = descriptor
-            self._write(0)
-        except BaseException:
-            os.close(descriptor)
-            raise
-
     def __exit__(self, *_: object) -> None:
-        self._farewell.__exit__(None, None, None)
-        with contextlib.suppress(OSError):
-            self._let_go()
-        os.close(self._descriptor)
-
-    def _let_go(self) -> None:
-        self._stop.set()
-        if self._beats is not None:
-            self._beats.join()
-        if self._is_ours():
-            self._path.unlink()
+        self._let_go()
+        self._exits.close()
 
     def check(self) -> None:
-        """Checks that the folder is still this run's, before something final is written to it.
+        """Checks that the folder still belongs to this run, before a final write.
 
         Raises:
           LockLostError: if another run has taken over.
-          OSError: if the folder has gone or cannot be read.
+          OSError: if the folder is gone or cannot be read.
         """
         if not self._is_ours():
             taker = _name(_parsed(self._path.read_bytes()))
@@ -111,68 +83,89 @@ class RunLock:
                 f"than {SILENT_SEC:.0f} s and ends here, without another write."
             )
 
-    def _open(self) -> tuple[int, bool]:
-        """Returns the locked file, and whether the file system really locks."""
-        while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            works = True
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = _read(descriptor)
-                os.close(descriptor)
-                raise self._held(holder) from None
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    os.close(descriptor)
-                    raise
-                works = False
-            # The holder before us may have removed the file between our opening and our locking it.
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(self._path).st_ino == os.fstat(descriptor).st_ino:
-                    return descriptor, works
-            os.close(descriptor)
+    def _let_go(self) -> None:
+        """Removes the file if it is ours; the early stop may call this in another thread."""
+        self._stop.set()
+        free = self._changing.acquire(timeout=_FAREWELL_SEC)
+        try:
+            with contextlib.suppress(OSError):  # a folder that is gone holds no lock
+                if self._lock is not None and self._is_ours():
+                    self._path.unlink()
+        finally:
+            if free:
+                self._changing.release()
 
-    def _check_gone(self, descriptor: int, holder: dict[str, Any], flock_works: bool) -> None:
+    def _take(self) -> FileLock:
+        self._check_running()
+        lock = self._open()
+        try:
+            if holder := _parsed(lock.read().encode()):
+                self._check_gone(lock, holder)
+                _log.warning(
+                    f"LOCK: {_name(holder)} held {self._path} and ended without releasing it; "
+                    "this process takes over."
+                )
+            self._check_running()
+            lock.write(self._line(0))
+        except BaseException:
+            if not lock.read():  # this process has created the file
+                self._path.unlink()
+            lock.release()
+            raise
+        return lock
+
+    def _check_running(self) -> None:
+        if self._stop.is_set():
+            raise ConfigError(f"workdir={str(self._path.parent)!r}: this process is stopping.")
+
+    def _open(self) -> FileLock:
+        while True:
+            try:
+                lock = FileLock(self._path, required=False)
+            except HeldError as error:
+                raise self._held(_parsed(error.text.encode())) from None
+            # The earlier holder may remove the file after we open it and before we lock it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(self._path).st_ino == os.fstat(lock.descriptor).st_ino:
+                    return lock
+            lock.release()
+
+    def _check_gone(self, lock: FileLock, holder: dict[str, Any]) -> None:
         if holder.get("boot") == self._me["boot"]:
-            if not flock_works and _is_alive(holder):
+            if not lock.works and _is_alive(holder):
                 raise self._held(holder)
             return
-        self._report(
-            f"LOCK: {_name(holder)} has {self._path}; looking for {SILENT_SEC:.0f} s whether it "
-            "still does."
+        _log.warning(
+            f"LOCK: {_name(holder)} holds {self._path}; watching it for {SILENT_SEC:.0f} s to see "
+            "whether it is alive."
         )
         deadline = time.monotonic() + SILENT_SEC
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, SILENT_SEC / 10))
-            now = _read(descriptor)
+        while time.monotonic() < deadline and not self._stop.wait(min(1.0, SILENT_SEC / 10)):
+            now = _parsed(lock.read().encode())
             if now != holder:
                 raise self._held(now or holder)
 
     def _held(self, holder: dict[str, Any]) -> ConfigError:
         return ConfigError(
-            f"workdir={str(self._path.parent)!r} is in use by {_name(holder)}; wait for it or stop "
+            f"workdir={str(self._path.parent)!r} is in use by {_name(holder)}; wait for it, stop "
             "it, or choose another --workdir."
         )
 
-    def _beat(self) -> None:
+    def _beat(self, lock: FileLock) -> None:
         count = 0
         while not self._stop.wait(BEAT_SEC):
             count += 1
-            # A full or vanished disk is for whoever has something to write to report.
+            # The code that writes results reports a full or missing disk.
             with contextlib.suppress(OSError):
                 if self._is_ours():
-                    self._write(count)
+                    lock.write(self._line(count))
 
     def _is_ours(self) -> bool:
         holder = _parsed(self._path.read_bytes())
         return {**holder, "count": 0} == {**self._me, "count": 0}
 
-    def _write(self, count: int) -> None:
-        # In place, because the lock is the file's and not the name's; a block of it at once.
-        line = json.dumps({**self._me, "count": count}).encode()
-        os.pwrite(self._descriptor, line, 0)
-        os.ftruncate(self._descriptor, len(line))
+    def _line(self, count: int) -> str:
+        return json.dumps({**self._me, "count": count})
 
 
 def _this_process() -> dict[str, Any]:
@@ -181,26 +174,22 @@ def _this_process() -> dict[str, Any]:
         "boot": _boot(),
         "pid": os.getpid(),
         "started": _started(os.getpid()),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),  # for people; nothing is computed with it
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),  # only messages show it
         "command": shlex.join(sys.orig_argv),
     }
 
 
 def _name(holder: dict[str, Any]) -> str:
     if not holder:
-        return "a process that has not said its name yet"
+        return "a process that has not written its name yet"
     return (
         f"process {holder.get('pid')} on {holder.get('host')}, started {holder.get('since')} as "
         f"`{holder.get('command')}`"
     )
 
 
-def _read(descriptor: int) -> dict[str, Any]:
-    return _parsed(os.pread(descriptor, 1 << 16, 0))
-
-
 def _parsed(content: bytes) -> dict[str, Any]:
-    """Returns what the holder says of itself; nothing where that cannot be read."""
+    """Returns the record of a holder, or nothing if `content` is not a record."""
     with contextlib.suppress(strict_json.JsonError):
         found = strict_json.parse(content)
         if isinstance(found, dict):
@@ -209,14 +198,14 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _boot() -> str:
-    """Returns what tells this start of this machine from any other."""
+    """Returns an identifier of this boot of this machine."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
 
 
 def _started(pid: int) -> str:
-    """Returns when a process started, in the kernel's ticks, or ""; numbers of processes recur."""
+    """Returns when a process started, in ticks of the kernel, or "". The kernel reuses pids."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return ""

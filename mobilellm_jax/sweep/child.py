@@ -16,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+from mobilellm_jax.errors import SAVED_REQUEUE_ME
+
 _TRIAL_STEPS = 5
 
 
@@ -69,7 +71,7 @@ def _train(sweep: Path, name: str) -> int:
         files.write_outcome(folder, "failed", reason=reason[:2000])
         raise
     if not finished:
-        return files.SAVED_REQUEUE_ME
+        return SAVED_REQUEUE_ME
     seconds = round(time.monotonic() - began, 1)
     steps = config.train.steps
     files.write_outcome(folder, "finished", steps=steps, last_life_sec=seconds, **_peaks())

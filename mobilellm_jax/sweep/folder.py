@@ -26,7 +26,6 @@ from mobilellm_jax.train.metrics import read_metrics
 
 SWEEP, TRIALS = "sweep.json", "trials.json"
 RUNS, LOGS, SLURM = "runs", "logs", "slurm"
-SAVED_REQUEUE_ME = 75  # exit code of a run that was stopped, saved
 _VERSION = 1
 _TUNED = "optimizer.peak_lr"
 

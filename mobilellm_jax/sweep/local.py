@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.processes.run_lock import RunLock
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.sweep import folder as files
@@ -149,7 +150,7 @@ def _ended(sweep: Path, child: Child, stopping: bool) -> str:
         loss = files.last_validation(folder)
         found = "" if loss is None else f", validation loss {loss:.4f}"
         return f"done    {name}{found}"
-    if code == files.SAVED_REQUEUE_ME or (stopping and code == -signal.SIGTERM):
+    if code == SAVED_REQUEUE_ME or (stopping and code == -signal.SIGTERM):
         return f"saved   {name}; the same command again goes on"
     if files.read_outcome(folder).get("state") != "failed":
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

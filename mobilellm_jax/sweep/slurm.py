@@ -13,8 +13,9 @@ from pathlib import Path
 
 import mobilellm_jax
 from mobilellm_jax.config import ConfigError
+from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.storage import rundir, strict_json
-from mobilellm_jax.sweep.folder import SAVED_REQUEUE_ME, SLURM
+from mobilellm_jax.sweep.folder import SLURM
 from mobilellm_jax.sweep.runs import Run
 
 _JOBS = "jobs.json"  # numbers of what was submitted

@@ -14,11 +14,11 @@ import pytest
 
 from mobilellm_jax import checkpoint
 from mobilellm_jax.config import Config, to_json
+from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from tests.faults import lives
 from tests.faults.records import assert_same_run, log
 
 STEPS = 120
-SAVED_REQUEUE_ME = 75
 KINDS = ("time", "progress", "saving", "evaluating")
 _WAIT_SEC = 600  # for a machine that does other things
 
@@ -119,7 +119,7 @@ class Harness:
         ends = SAVED_REQUEUE_ME if number == signal.SIGTERM else -number
         assert code in (0, ends), f"exit code {code}\n{said(workdir)}"
         if code == SAVED_REQUEUE_ME:
-            if "SIGTERM: no step is under way" in in_this_life:
+            if "SIGTERM: no step is running" in in_this_life:
                 self.counts["SIGTERM outside of the steps"] += 1
             else:
                 self.counts["saved on SIGTERM"] += 1
@@ -210,7 +210,7 @@ def test_sigterm_while_a_run_starts_asks_for_another_start(
         # Nothing is left over: no file under a final name, and no lock that nobody holds.
         left = names_in(workdir) - names_in(expected)
         assert all(name.startswith(".") for name in left), (left, said(workdir))
-    assert "SIGTERM: no step is under way; stopping." in said(workdir, whole=True)
+    assert "SIGTERM: no step is running; stopping." in said(workdir, whole=True)
     harness.uninterrupted(workdir)
     assert_same_run(workdir, expected, STEPS)
 

@@ -8,7 +8,11 @@ import pytest
 
 CHILD = """
 import ctypes, os, signal, sys, time
-from mobilellm_jax.processes.early_stop import EarlyStop, farewell
+from mobilellm_jax.processes.early_stop import FAREWELLS, EarlyStop
+from mobilellm_jax.startup.messages import show_messages
+
+show_messages()
+farewell = FAREWELLS.during
 
 def say(text):
     os.write(1, f"{text}\\n".encode())  # at once, because threads say something
@@ -66,7 +70,10 @@ def life(kind: str, *, kill: bool = True) -> tuple[int, list[str], str]:
 def test_the_process_ends_whatever_it_does(kind: str) -> None:
     code, said, errors = life(kind)
     assert (code, said) == (75, ["last", "first"])
-    assert errors == "SIGTERM: no step is under way; stopping. The same command again goes on.\n"
+    assert errors.splitlines() == [
+        "SIGTERM: no step is running; stopping. Start the same command to resume.",
+        "While stopping: OSError: no such file",
+    ]
 
 
 def test_in_the_loop_the_signal_is_the_loops() -> None:

@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from mobilellm_jax.config import ConfigError
 from mobilellm_jax.processes import run_lock
+from mobilellm_jax.processes.early_stop import FAREWELLS
 from mobilellm_jax.processes.run_lock import LOCK, LockLostError, RunLock
 
 HOLD = """
@@ -90,48 +92,53 @@ def test_same_process_cannot_hold_it_twice(tmp_path: Path) -> None:
         pass
 
 
-def test_lock_of_a_dead_process_is_taken_over_in_sight(tmp_path: Path) -> None:
+def test_lock_of_a_dead_process_is_taken_over_with_a_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     process = hold(tmp_path)
     end(process)
-    said: list[str] = []
-    with RunLock(tmp_path, said.append):
+    with RunLock(tmp_path):
         pass
-    (line,) = said
+    (line,) = caplog.messages
     assert f"process {process.pid} on " in line and "takes over" in line
 
 
-def test_nothing_is_left_behind_and_nothing_said(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_nothing_is_left_behind_and_nothing_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for _ in range(2):
-        with RunLock(tmp_path, said.append):
+        with RunLock(tmp_path):
             assert (tmp_path / LOCK).exists()
         assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyError), RunLock(tmp_path, said.append):
+    with pytest.raises(KeyError), RunLock(tmp_path):
         raise KeyError
-    assert list(tmp_path.iterdir()) == [] and said == []
+    assert list(tmp_path.iterdir()) == [] and caplog.messages == []
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_without_flock_the_process_is_looked_for(tmp_path: Path) -> None:
+def test_without_flock_the_process_is_looked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with RunLock(tmp_path):
         holder = json.loads((tmp_path / LOCK).read_text())
         with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on"):
             RunLock(tmp_path).__enter__()
-    # The number of a process that ended may be another's by now.
+    # The kernel may have given the pid to another process.
     write(tmp_path, holder | {"started": "1"})
-    said: list[str] = []
-    with RunLock(tmp_path, said.append):
-        assert "takes over" in said[0]
+    with RunLock(tmp_path):
+        assert "takes over" in caplog.messages[0]
 
 
 @pytest.mark.usefixtures("soon")
-def test_silent_holder_on_another_host_is_taken_for_dead(tmp_path: Path) -> None:
+def test_silent_holder_on_another_host_counts_as_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path, ELSEWHERE)
-    said: list[str] = []
-    with RunLock(tmp_path, said.append) as lock:
+    with RunLock(tmp_path) as lock:
         lock.check()
-    assert "process 4711 on node7" in said[0] and "looking for" in said[0]
-    assert "takes over" in said[1]
+    watching, takes_over = caplog.messages
+    assert "process 4711 on node7" in watching and "watching" in watching
+    assert "takes over" in takes_over
 
 
 def test_holder_on_another_host_that_counts_is_alive(tmp_path: Path) -> None:
@@ -177,5 +184,44 @@ def test_run_that_slept_through_a_takeover_writes_no_more(tmp_path: Path) -> Non
 def test_content_that_no_run_wrote_stops_nobody(content: str, tmp_path: Path, soon: None) -> None:
     del soon
     (tmp_path / LOCK).write_text(content)
-    with RunLock(tmp_path, lambda _: None):
+    with RunLock(tmp_path):
         pass
+
+
+def test_a_stop_at_any_moment_leaves_no_lock_and_raises_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SIGTERM may arrive between any two lines that take the lock."""
+
+    def enter_and_stop_at(line: int) -> tuple[int, bool]:
+        """Returns how many lines ran, and whether the lock's file was left when they had run."""
+        count, farewell = 0, threading.Thread(target=FAREWELLS.say)
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal count
+            if frame.f_code.co_filename != run_lock.__file__:
+                return None
+            count += event == "line"
+            if count == line and farewell.ident is None:
+                farewell.start()
+                farewell.join(0.02)  # it has ended, or waits for this thread
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with RunLock(tmp_path):
+                sys.settrace(None)
+                farewell.join() if farewell.ident else None
+                return count, (tmp_path / LOCK).exists()
+        except ConfigError as error:
+            assert "is stopping" in str(error)
+            return count, (tmp_path / LOCK).exists()
+        finally:
+            sys.settrace(None)
+
+    lines, left = enter_and_stop_at(-1)
+    assert lines > 30 and left  # nobody stopped it
+    left_at = [line for line in range(1, lines + 1) if enter_and_stop_at(line)[1]]
+    # A farewell that comes before the lock is registered finds nothing to release.
+    assert left_at == list(range(1, len(left_at) + 1)) and len(left_at) < lines / 2
+    assert list(tmp_path.iterdir()) == [] and caplog.messages == []
