@@ -119,7 +119,7 @@ def _checked(
     )
 
 
-def _missing(folder: Path) -> FileNotFoundError:
+def _missing(folder: Path) -> MissingFileError:
     """A step that a run lacks is answered with its steps, any other name with the closest one."""
     parent = folder.parent
     if parent.name == rundir.CHECKPOINTS and (there := steps(parent.parent)):
@@ -130,4 +130,4 @@ def _missing(folder: Path) -> FileNotFoundError:
     else:
         remedy = f" Neither does {parent}."
     what = "is a file, not a folder" if folder.is_file() else "does not exist"
-    return FileNotFoundError(f"checkpoint={str(folder)!r} {what}.{remedy}")
+    return MissingFileError(f"checkpoint={str(folder)!r} {what}.{remedy}")

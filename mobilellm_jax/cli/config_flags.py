@@ -1,7 +1,9 @@
-"""`--config=configs/x.py` and `--config.a.b=value`: from the command line to a checked `Config`.
+"""Turns `--config=configs/x.py` and `--config.a.b=value` into a checked `Config`.
 
-absl knows nothing of the overrides: `split_overrides` takes them out before it parses. A value is
-read as the type that its field has in `config.py`, not as what it looks like.
+`split_overrides` removes the overrides before absl parses the other flags. The type of a field in
+`config.py` decides how its value is read, not the look of the value. `ml_collections.config_flags`
+has such flags too, but it stops at the first mistake, does not know the allowed values of a field,
+and reads `sys.argv`, so that one process could not run two commands.
 """
 
 import importlib.util
@@ -21,7 +23,7 @@ from mobilellm_jax.errors import MissingFileError
 
 _OVERRIDE = re.compile(r"--?config\.(?P<field>[^=]*)(=(?P<value>.*))?", re.DOTALL)
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-# What a config file can raise: a mistake in it is a mistake in the input.
+# A config file is input, so these errors of its code are mistakes of the user.
 _FILE_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -35,10 +37,10 @@ _FILE_ERRORS = (
 
 
 def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns (overrides as "a.b=value", the other arguments).
+    """Returns the overrides as "a.b=value", and the other arguments.
 
     Raises:
-      UsageError: for an override without a value.
+      UsageError: if an override has no value.
     """
     overrides: list[str] = []
     others: list[str] = []
@@ -63,7 +65,8 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
       MissingFileError: if there is no such file.
-      ConfigError: if the file fails, and for wrong overrides and broken rules, all of them listed.
+      ConfigError: if the file fails, or overrides are wrong, or rules are broken. The message lists
+        all wrong overrides or all broken rules.
     """
     groups = _get_config(Path(file)).to_dict()
     problems = []
@@ -76,7 +79,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
             continue
         group, _, name = field.partition(".")
         fields = groups.setdefault(group, {})
-        if isinstance(fields, dict):  # from_config_dict refuses anything else, and says so
+        if isinstance(fields, dict):  # `from_config_dict` refuses other types with a message
             fields[name] = value
     if problems:
         raise ConfigError("\n".join(problems))
@@ -109,7 +112,7 @@ def _near_file(path: Path) -> str:
 
 
 def _place(path: Path, error: BaseException) -> str:
-    """`path:line` of the line in the config file that the error comes from."""
+    """Returns `path:line` of the last line of the config file in the error's traceback."""
     if isinstance(error, SyntaxError):
         return f"{path}:{error.lineno}"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
@@ -117,10 +120,10 @@ def _place(path: Path, error: BaseException) -> str:
 
 
 def parse_value(field: str, text: str) -> Any:
-    """Returns `text` as the type of the config field.
+    """Returns the value that `text` stands for, in the type of the config field.
 
     Raises:
-      ConfigError: if there is no such field, or it cannot be that.
+      ConfigError: if there is no such field, or `text` is not of its type.
     """
     types = field_types()
     if field not in types:
@@ -141,7 +144,7 @@ def parse_value(field: str, text: str) -> Any:
 
 
 def _read(expected: Any, text: str) -> Any:
-    """Returns the value, or None where the text is not of the expected type."""
+    """Returns the value, or None if the text is not of the expected type."""
     if typing.get_origin(expected) is Literal:
         return text if text in typing.get_args(expected) else None
     if expected is bool:
@@ -162,6 +165,6 @@ def _describe(expected: Any) -> str:
 
 
 def _whole_number(expected: Any, text: str) -> str:
-    """Spells out 1e3 where an int belongs."""
+    """Suggests 1000 if the text is 1e3 and the field is an int."""
     number = _read(float, text) if expected is int else None
     return f" Write {int(number)}." if number is not None and number == int(number) else ""

@@ -1,23 +1,9 @@
-"""Tells a user's mistake, which gets one message, from a bug, which gets a traceback.
+"""Tells mistakes of the user, which get one message, from bugs, which get a traceback."""
 
-Bad input reaches the command line as a `ValueError` that this package raises on purpose, or as the
-operating system's refusal of a path. A `ValueError` out of a library, or out of an expression that
-went wrong here (an unpacking, a reshape), is a bug. Where it was raised tells them apart, since its
-type does not (docs/decisions.md, "Bad input or bug").
-"""
-
-import dis
 import errno
-import sysconfig
-from pathlib import Path
-from types import CodeType, TracebackType
 
-import mobilellm_jax
-from mobilellm_jax.config import ConfigError
+from mobilellm_jax.errors import UserError
 
-_PACKAGE = str(Path(mobilellm_jax.__file__).parent)
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
-_RAISE = dis.opmap["RAISE_VARARGS"]
 _PATH_REFUSED = (
     FileExistsError,
     FileNotFoundError,
@@ -27,36 +13,27 @@ _PATH_REFUSED = (
 )
 
 
-class UsageError(ValueError):
-    """The command line itself is wrong: an unknown command or flag, or a missing one."""
+class UsageError(UserError):
+    """The command line is wrong: a command or flag is unknown or missing."""
 
 
-def is_bad_input(error: ValueError | OSError) -> bool:
+def is_bad_input(error: Exception) -> bool:
     """Returns whether the user, not the program, has to change something.
 
-    That is so for `ConfigError` and `UsageError`; for any other `ValueError` if a `raise` statement
-    of this package raised it; for a refused path if this package asked for it, itself or through
-    the standard library. The `raise` is looked for in the byte code, because jax takes its own
-    frames out of tracebacks: a bug inside jax seems to come from the line of ours that called it.
+    The user has to correct every `UserError`, and every path that the operating system refuses.
     """
-    if isinstance(error, (ConfigError, UsageError)):
+    if isinstance(error, UserError):
         return True
-    steps = _steps(error)
-    if not steps:
+    if not isinstance(error, OSError) or error.filename is None:
         return False
-    if isinstance(error, OSError):
-        if not isinstance(error, _PATH_REFUSED) and error.errno != errno.EROFS:
-            return False
-        return next((_is_ours(code) for code, _ in steps if not _is_standard(code)), False)
-    code, instruction = steps[0]
-    return _is_ours(code) and code.co_code[instruction] == _RAISE
+    return isinstance(error, _PATH_REFUSED) or error.errno == errno.EROFS
 
 
-def message(error: ValueError | OSError) -> str:
-    """Returns the error's own text; for the operating system's errors, path and reason.
+def message(error: Exception) -> str:
+    """Returns the error's text; for an error of the operating system, its path and its reason.
 
-    Names that files hold, or have, may not move a terminal's cursor: what is not printable is
-    written as Python writes it.
+    The text may quote names from files, and such a name must not move the terminal's cursor. So
+    every character that is not printable is written as an escape sequence.
     """
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
@@ -65,24 +42,3 @@ def message(error: ValueError | OSError) -> str:
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
         for c in text
     )
-
-
-def _steps(error: BaseException) -> list[tuple[CodeType, int]]:
-    """The code that the error passed through and the instruction it left at, innermost first."""
-    steps: list[tuple[CodeType, int]] = []
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None:
-        steps.append((trace.tb_frame.f_code, trace.tb_lasti))
-        trace = trace.tb_next
-    return steps[::-1]
-
-
-def _is_ours(code: CodeType) -> bool:
-    return code.co_filename.startswith(_PACKAGE)
-
-
-def _is_standard(code: CodeType) -> bool:
-    file = code.co_filename
-    if file.startswith("<frozen"):
-        return True
-    return file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file

@@ -1,4 +1,4 @@
-"""Scores a model on tasks, by lm-evaluation-harness, or measures the perplexity of a text.
+"""Scores a model on tasks with lm-evaluation-harness, or measures the perplexity of a text.
 
   mobilellm evaluate --checkpoint=runs/mine --tasks=mobilellm --output=scores.json
   mobilellm evaluate --checkpoint=exported/hf --tasks=hellaswag,piqa --limit=200 --data_dir=evals
@@ -8,74 +8,92 @@
   mobilellm evaluate --checkpoint=runs/mine --tasks=mobilellm --quantize=w8a8
   mobilellm evaluate --artifact=exported/q8 --tasks=piqa --limit=100 --output=scores.json
 
-Tasks are those of the installed harness (pip install 'mobilellm-jax[eval]'), and `mobilellm` is
-the paper's table: arc_easy, arc_challenge, boolq, piqa, social_iqa, hellaswag, openbookqa and
-winogrande (mobilellm_zero_shot), triviaqa with 1, 5 and 64 examples, race_middle and race_high
-(mobilellm_questions). The harness downloads their rows, unless --data_dir=DIR has them:
-DIR/TASK/test.jsonl or validation.jsonl, whichever the task scores, and fewshot.jsonl for examples
-(siqa for social_iqa, one triviaqa, race/middle.jsonl and race/high.jsonl), in the layout of the
-data sets' rows. --output=FILE.json gets the harness' own layout; an evaluation that was killed goes
-on from FILE.json.journal when it is started again.
+--tasks takes every task of the installed harness (pip install 'mobilellm-jax[eval]'). `mobilellm`
+is the paper's table:
+  mobilellm_zero_shot  arc_easy, arc_challenge, boolq, piqa, social_iqa, hellaswag, openbookqa and
+                       winogrande
+  mobilellm_questions  triviaqa with 1, 5 and 64 examples, race_middle and race_high
+The harness downloads the rows of the tasks. With --data_dir=DIR it reads them from files in the
+layout of the data sets' rows: DIR/TASK/test.jsonl or validation.jsonl, which the task scores, and
+DIR/TASK/fewshot.jsonl for examples. Three tasks have folders of another name: siqa (social_iqa),
+triviaqa (for every number of examples), and race/middle.jsonl and race/high.jsonl.
 
-With --artifact an exported folder is measured instead, in its own runtime: what the export and its
-quantization cost. It reads one sequence after the other.
+--output=FILE.json gets the results in the harness' own layout. If an evaluation is killed, the same
+command continues from FILE.json.journal.
 
-For perplexity the text is cut into windows of model.max_seq_len tokens, without overlap; what is
-left after the last full window is not scored. With --stride=N every token is scored, after as many
-tokens as N leaves in a window.
+--artifact measures an exported folder in its own runtime, and so shows the cost of the export and
+of its quantization. It reads one sequence at a time.
 
-With --quantize=SCHEME the checkpoint is measured in integers, on tasks and text alike.
+For perplexity, the text is cut into windows of model.max_seq_len tokens without overlap, and the
+tokens after the last full window are not scored. With --stride=N every token is scored: each
+window scores N tokens and reads the earlier tokens that fit.
+
+--quantize=SCHEME measures the checkpoint in integers, on tasks and on text.
 """
 
 import dataclasses
-import importlib.util
 import json
+import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from mobilellm_jax.cli.errors import UsageError
-from mobilellm_jax.cli.quantizing import PARTS_HELP, QUANTIZE_HELP, chosen_scheme, quantize_opened
-from mobilellm_jax.errors import MissingFileError, UserError
+from mobilellm_jax.cli.shared import (
+    CHECKPOINT_HELP,
+    PARTS_HELP,
+    QUANTIZE_HELP,
+    chosen_scheme,
+    exactly_one,
+    new_flags,
+    quantize_opened,
+    read_text,
+)
+from mobilellm_jax.errors import MissingFileError, UserError, require
 from mobilellm_jax.quantize.schemes import Scheme
 
 if TYPE_CHECKING:
     from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
     from mobilellm_jax.evaluate.engine import Engine
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    "",
-    "run folder (its latest step), step folder or Hugging Face directory",
-)
-_ARTIFACT = flags.DEFINE_string("artifact", "", "folder that mobilellm export made for a device")
-_TASKS = flags.DEFINE_list("tasks", [], "tasks or groups of them, separated by commas")
+_log = logging.getLogger(__name__)
+
+FLAGS = new_flags()
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP, FLAGS)
+_ARTIFACT = flags.DEFINE_string("artifact", None, "folder of `mobilellm export`", FLAGS)
+_TASKS = flags.DEFINE_list("tasks", None, "tasks or groups of tasks, separated by commas", FLAGS)
 _NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "solved examples before each question", lower_bound=0
+    "num_fewshot", None, "solved examples before each question", lower_bound=0, flag_values=FLAGS
 )
-_LIMIT = flags.DEFINE_integer("limit", None, "rows of each task, for a trial", lower_bound=1)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder with the tasks' rows; see above")
-_PERPLEXITY = flags.DEFINE_string("perplexity", None, "text file in UTF-8")
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "rows of each task, for a trial", lower_bound=1, flag_values=FLAGS
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder with the tasks' rows; see above", FLAGS)
+_PERPLEXITY = flags.DEFINE_string("perplexity", None, "text file in UTF-8", FLAGS)
 _STRIDE = flags.DEFINE_integer(
-    "stride", None, "tokens that each window of the text scores; it reads model.max_seq_len"
+    "stride",
+    None,
+    "tokens that each window scores; a window reads model.max_seq_len tokens",
+    flag_values=FLAGS,
 )
-_QUANTIZE = flags.DEFINE_string("quantize", None, QUANTIZE_HELP)
-_QUANTIZED_PARTS = flags.DEFINE_string("quantized_parts", None, PARTS_HELP)
-_OUTPUT = flags.DEFINE_string("output", None, "file for the result, besides the standard output")
+_QUANTIZE = flags.DEFINE_string("quantize", None, QUANTIZE_HELP, FLAGS)
+_QUANTIZED_PARTS = flags.DEFINE_string("quantized_parts", None, PARTS_HELP, FLAGS)
+_OUTPUT = flags.DEFINE_string("output", None, "file that also gets the result", FLAGS)
+exactly_one(FLAGS, "checkpoint", "artifact")
+exactly_one(FLAGS, "tasks", "perplexity")
 
 
 def main(argv: list[str]) -> None:
-    """Evaluates."""
-    del argv  # no config, no overrides
+    """Evaluates the model and prints the result."""
+    del argv  # the command has no config, so it has no overrides
     _check_flags()
     scheme = chosen_scheme(_QUANTIZE.value, _QUANTIZED_PARTS.value)
     output = Path(_OUTPUT.value) if _OUTPUT.value else None
     if output is not None:
         _check_output(output)
-    if _PERPLEXITY.value:
+    if _PERPLEXITY.value is not None:
         _measure_perplexity(Path(_PERPLEXITY.value), output, scheme)
     else:
         _evaluate_tasks(output, scheme)
@@ -87,16 +105,16 @@ def _measure_perplexity(file: Path, output: Path | None, scheme: Scheme | None) 
     from mobilellm_jax.open_model import open_model
     from mobilellm_jax.storage.rundir import write_whole
 
-    text = _read_text(file)
+    text = read_text("--perplexity", file)
     record: dict[str, Any]
-    if _ARTIFACT.value:
+    if _ARTIFACT.value is not None:
         artifact = open_artifact(_ARTIFACT.value)
         result = runtime_perplexity(
             artifact.load(), artifact.tokenizer(), text, stride=_STRIDE.value
         )
         record = {"artifact": _ARTIFACT.value, "precision": artifact.info.precision}
     else:
-        model = quantize_opened(open_model(_CHECKPOINT.value), scheme)
+        model = quantize_opened(open_model(str(_CHECKPOINT.value)), scheme)
         result = perplexity(model.config, model.params, model.tokenizer, text, stride=_STRIDE.value)
         record = {"checkpoint": model.origin}
         if scheme is not None:
@@ -113,26 +131,29 @@ def _measure_perplexity(file: Path, output: Path | None, scheme: Scheme | None) 
 def _evaluate_tasks(output: Path | None, scheme: Scheme | None) -> None:
     data_dir = Path(_DATA_DIR.value) if _DATA_DIR.value else None
     if data_dir is not None:
-        # Read when the libraries are imported: with local files, nothing asks a network.
+        # The libraries read these variables when they are imported. Local files need no network.
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.journal import Journal
     from mobilellm_jax.evaluate.tasks import as_json, format_results, load_tasks, run_tasks
     from mobilellm_jax.storage.rundir import write_whole
 
-    tasks = load_tasks(_TASKS.value, data_dir=data_dir, num_fewshot=_NUM_FEWSHOT.value)
-    subject = _artifact_subject() if _ARTIFACT.value else _checkpoint_subject(scheme)
+    tasks = load_tasks(_TASKS.value or [], data_dir=data_dir, num_fewshot=_NUM_FEWSHOT.value)
+    if _ARTIFACT.value is not None:
+        subject = _artifact_subject(_ARTIFACT.value)
+    else:
+        subject = _checkpoint_subject(str(_CHECKPOINT.value), scheme)
     path = output.with_name(f"{output.name}.journal") if output else None
     journal = Journal(path, subject.identity)
     if journal.replaced:
-        _say(f"{path} was of another model; starting anew.")
+        _log.info(f"{path} was of another model; starting anew.")
     elif journal.answers:
-        _say(f"{path} has {len(journal.answers):,} answers; going on from there.")
+        _log.info(f"{path} has {len(journal.answers):,} answers; continuing from there.")
     config = subject.engine.config
     model = HarnessModel(subject.engine, subject.tokenizer, journal, origin=subject.origin)
     results = run_tasks(model, tasks, _LIMIT.value)
     if model.cut:
-        _say(
+        _log.warning(
             f"{model.cut:,} requests were longer than model.max_seq_len="
             f"{config.max_seq_len}; the beginnings of their contexts were left out."
         )
@@ -144,15 +165,15 @@ def _evaluate_tasks(output: Path | None, scheme: Scheme | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """What is evaluated on tasks."""
+    """A model that is evaluated on tasks."""
 
     engine: "Engine"
     tokenizer: "Tokenizer"
-    identity: dict[str, Any]  # tells its answers from those of others
+    identity: dict[str, Any]  # a journal with another identity belongs to another model
     origin: str
 
 
-def _checkpoint_subject(scheme: Scheme | None) -> _Subject:
+def _checkpoint_subject(checkpoint: str, scheme: Scheme | None) -> _Subject:
     import jax
 
     from mobilellm_jax.config import MeshConfig
@@ -163,7 +184,7 @@ def _checkpoint_subject(scheme: Scheme | None) -> _Subject:
     from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
     from mobilellm_jax.startup.host_memory import keep_freed_memory
 
-    opened = quantize_opened(open_model(_CHECKPOINT.value), scheme)
+    opened = quantize_opened(open_model(checkpoint), scheme)
     how = str(scheme) if scheme else None
     config = opened.config
     if jax.default_backend() == "cpu":
@@ -179,11 +200,11 @@ def _checkpoint_subject(scheme: Scheme | None) -> _Subject:
     )
 
 
-def _artifact_subject() -> _Subject:
+def _artifact_subject(folder: str) -> _Subject:
     from mobilellm_jax.evaluate.engine import RuntimeEngine
     from mobilellm_jax.export.artifact import open_artifact
 
-    artifact = open_artifact(_ARTIFACT.value)
+    artifact = open_artifact(folder)
     runtime = artifact.load()
     return _Subject(
         RuntimeEngine(artifact.info.model, artifact.info.precision, runtime),
@@ -193,14 +214,10 @@ def _artifact_subject() -> _Subject:
     )
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _check_output(output: Path) -> None:
-    """Refuses, before anything is computed, a name that no file can have."""
+    """Refuses an impossible file name before anything is computed."""
     if output.is_dir():
-        raise IsADirectoryError(f"--output={output} is a folder; name a file.")
+        raise UserError(f"--output={output} is a folder; name a file.")
     if not output.parent.is_dir():
         raise MissingFileError(
             f"--output={output}: the folder {output.parent} does not exist; make it first."
@@ -208,40 +225,18 @@ def _check_output(output: Path) -> None:
 
 
 def _check_flags() -> None:
-    """Refuses flags that do not go together, before anything is loaded."""
-    if bool(_CHECKPOINT.value) == bool(_ARTIFACT.value):
-        both = "cannot both be given" if _ARTIFACT.value else "are both missing; give one of them"
-        raise UsageError(f"--checkpoint and --artifact {both}. See mobilellm evaluate --help.")
-    if bool(_TASKS.value) == bool(_PERPLEXITY.value):
-        both = "cannot both be given" if _TASKS.value else "are both missing; give one of them"
-        raise UsageError(f"--tasks and --perplexity {both}. See mobilellm evaluate --help.")
-    if _ARTIFACT.value and _QUANTIZE.value is not None:
+    """Refuses flags that contradict each other, before anything is loaded."""
+    if _ARTIFACT.value is not None and _QUANTIZE.value is not None:
         raise UsageError(
             f"--quantize={_QUANTIZE.value} goes with --checkpoint only: an artifact was quantized "
             "when it was exported."
         )
-    of_tasks = {"num_fewshot": _NUM_FEWSHOT, "limit": _LIMIT, "data_dir": _DATA_DIR}
-    others = {"stride": _STRIDE} if _TASKS.value else of_tasks
-    for name, flag in others.items():
+    given = "--tasks"
+    others: list[flags.FlagHolder[Any]] = [_STRIDE]
+    if _TASKS.value is None:
+        given, others = "--perplexity", [_NUM_FEWSHOT, _LIMIT, _DATA_DIR]
+    for flag in others:
         if flag.value is not None:
-            owner = "--perplexity" if _TASKS.value else "--tasks"
-            raise UsageError(f"--{name}={flag.value} goes with {owner} only.")
-    if _TASKS.value and importlib.util.find_spec("lm_eval") is None:
-        raise UsageError(
-            f"--tasks={','.join(_TASKS.value)} needs lm-evaluation-harness; install it with "
-            "pip install 'mobilellm-jax[eval]'."
-        )
-
-
-def _read_text(file: Path) -> str:
-    """Reads the file as it is: line ends are part of the text."""
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
-        raise MissingFileError(f"--perplexity={file} {what}; name a text file in UTF-8.")
-    try:
-        return file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--perplexity={file} must be UTF-8, but byte {error.start} is "
-            f"0x{error.object[error.start]:02x}; convert it, for example with iconv."
-        ) from error
+            raise UsageError(f"--{flag.name}={flag.value} does not go with {given}.")
+    if _TASKS.value is not None:
+        require("lm_eval", "eval", f"--tasks={','.join(_TASKS.value)}")

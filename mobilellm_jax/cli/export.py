@@ -1,16 +1,17 @@
-"""Writes a checkpoint in a format that others read, and checks what was written.
+"""Writes a checkpoint in a format that other programs read, and checks the written files.
 
   mobilellm export --checkpoint=runs/quickstart --output=exported/hf
   mobilellm export --checkpoint=runs/ls --format=mobilellm --dtype=bfloat16 --output=exported/ls
   mobilellm export --checkpoint=runs/quickstart --format=gguf --quantize=q8_0 --output=exported/q8
 
---format=hf is a plain LlamaForCausalLM, which needs no custom code; shared blocks are written once
-per application. --format=mobilellm holds them once and loads with trust_remote_code=True; it also
-takes what a Llama cannot express: a ReLU or GELU feed-forward, and a width that is no multiple of
-the number of heads. Both come with --dtype=float32, bfloat16 or float16.
+--format=hf writes a plain LlamaForCausalLM, which needs no custom code. It holds one copy of a
+shared block for each application of the block. --format=mobilellm holds shared blocks once and
+loads with trust_remote_code=True. It also takes models that a Llama cannot express: a ReLU or GELU
+feed-forward, or a width that is not a multiple of the number of heads. Both formats take
+--dtype=float32, bfloat16 or float16.
 
-For devices (pip install 'mobilellm-jax[export]'), a folder with the model file, the tokenizer,
-model_card.md and a manifest of checksums:
+Formats for devices (pip install 'mobilellm-jax[export]') write a folder with the model file, the
+tokenizer, model_card.md and a manifest of checksums:
 
   gguf        llama.cpp
   onnx        ONNX Runtime
@@ -18,19 +19,20 @@ model_card.md and a manifest of checksums:
   litert      LiteRT
   stablehlo   XLA, on CPU, GPU and TPU
 
-Where the format's runtime is installed, the export is run in it and compared with the checkpoint
-before it gets its name (--noverify leaves that out): the logits of a fixed text read at once and
-token by token, the text's loss, and 64 greedy tokens.
+If the runtime of the format is installed, the command runs the export in it before the export gets
+its name, and compares it with the checkpoint: the logits of a fixed text, read at once and token by
+token, the loss of the text, and 64 greedy tokens. --noverify skips this check.
 """
 
 import dataclasses
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from mobilellm_jax.cli.errors import UsageError
+from mobilellm_jax.cli.shared import CHECKPOINT_HELP, new_flags
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.artifact import EXTRA
 from mobilellm_jax.export.formats import (
@@ -43,33 +45,34 @@ from mobilellm_jax.export.formats import (
 from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.size import parameter_count
 
+_log = logging.getLogger(__name__)
 _HUGGINGFACE = ("hf", "mobilellm")
 
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint",
-    None,
-    "run folder (its latest step), step folder or Hugging Face directory",
-    required=True,
-)
-_FORMAT = flags.DEFINE_enum("format", "hf", [*_HUGGINGFACE, *FORMATS], "format, see above")
-_OUTPUT = flags.DEFINE_string("output", None, "folder to make", required=True)
+FLAGS = new_flags()
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP, FLAGS, required=True)
+_FORMAT = flags.DEFINE_enum("format", "hf", [*_HUGGINGFACE, *FORMATS], "format, see above", FLAGS)
+_OUTPUT = flags.DEFINE_string("output", None, "folder to make", FLAGS, required=True)
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, DTYPES, "of the stored weights; without it and --quantize, float32"
+    "dtype", None, DTYPES, "type of the stored weights (default without --quantize: float32)", FLAGS
 )
 _QUANTIZE = flags.DEFINE_string(
     "quantize",
     None,
-    "how weights are quantized; "
+    "quantization of the weights; "
     + "; ".join(f"{name}: {', '.join(offered(name, quantized=True))}" for name in FORMATS),
+    FLAGS,
 )
 _VERIFY = flags.DEFINE_bool(
-    "verify", None, "run the export and compare; without the flag, if its runtime is installed"
+    "verify",
+    None,
+    "run the export and compare it with the checkpoint (default: if the runtime is installed)",
+    FLAGS,
 )
 
 
 def main(argv: list[str]) -> None:
-    """Exports."""
-    del argv  # no config, no overrides
+    """Exports the checkpoint and prints the sizes."""
+    del argv  # the command has no config, so it has no overrides
     name: Any = _FORMAT.value
     precision: Any = _precision(name)
     verified = _verified(name)
@@ -108,19 +111,19 @@ def main(argv: list[str]) -> None:
 
 
 def _precision(name: str) -> str:
-    """Returns what --dtype and --quantize ask for, refusing what the format does not have."""
+    """Returns the precision that --dtype and --quantize name; refuses what the format lacks."""
     if name in FORMATS:
         return check_precision(name, _DTYPE.value, _QUANTIZE.value)
     if _QUANTIZE.value is not None:
         raise UsageError(
-            f"--quantize={_QUANTIZE.value} is none of --format={name}, which stores weights as "
-            f"they are; use --dtype, or --format={', '.join(FORMATS)}."
+            f"--quantize={_QUANTIZE.value} does not go with --format={name}, which does not "
+            f"quantize weights; use --dtype, or --format={', '.join(FORMATS)}."
         )
     return str(_DTYPE.value or "float32")
 
 
 def _verified(name: str) -> bool:
-    """Returns whether to run the export; says so where it cannot be although nobody declined."""
+    """Returns whether to run the export; warns if the runtime is absent and no flag decides."""
     from mobilellm_jax.export.exporting import can_verify
 
     if _VERIFY.value is False or can_verify(name):
@@ -129,17 +132,17 @@ def _verified(name: str) -> bool:
         raise UsageError(
             f"--verify runs --format={name} in its runtime, which is not installed; {EXTRA}."
         )
-    print(f"Not verified: the runtime of {name} is not installed ({EXTRA}).", file=sys.stderr)
+    _log.warning(f"Not verified: the runtime of {name} is not installed ({EXTRA}).")
     return False
 
 
 def _sharing(config: ModelConfig, layers: int, bits: float) -> str:
-    """Says what sharing layers did to the size."""
+    """Describes how shared layers change the size of the export."""
     unshared = dataclasses.replace(config, num_blocks=config.applied_depth, num_repeats=1)
     size = int((parameter_count(unshared) - parameter_count(config)) * bits / 8)
     if layers == config.num_blocks:
-        return f"shared blocks once: about {size:,} bytes less than written per application"
+        return f"shared blocks stored once: about {size:,} bytes less than one copy per application"
     return (
-        f"shared blocks once per application, since the format has no other way: about {size:,} "
+        f"shared blocks stored once per application, as the format requires: about {size:,} "
         "bytes more than stored once"
     )

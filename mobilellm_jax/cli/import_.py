@@ -1,27 +1,29 @@
-"""Turns a Hugging Face directory into a run folder, which train.init_from can start from.
+"""Turns a Hugging Face directory into a run folder, so that train.init_from can start from it.
 
   mobilellm import --source=downloads/MobileLLM-125M --output=runs/mobilellm_125m
   mobilellm import --source=exported/ls --output=runs/ls
 
-The directory holds a LlamaForCausalLM, a MobileLLM in the layout of the paper's code, or what
-`mobilellm export` wrote: config.json, the weights (safetensors or pytorch_model.bin) and
-tokenizer.model or tokenizer.json. Other models are refused, with what is in the way. Nothing in the
-directory is run: no modelling file, and pytorch_model.bin is read without unpickling it.
+The directory holds a LlamaForCausalLM, a MobileLLM in the layout of the paper's code, or the output
+of `mobilellm export`. It has config.json, the weights (safetensors or pytorch_model.bin) and
+tokenizer.model or tokenizer.json. The command refuses other models and says why. It runs no code
+from the directory: it reads no modelling file, and it reads pytorch_model.bin without unpickling.
 """
 
 from pathlib import Path
 
 from absl import flags
 
+from mobilellm_jax.cli.shared import new_flags
 from mobilellm_jax.errors import UserError
 
-_SOURCE = flags.DEFINE_string("source", None, "Hugging Face directory", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "run folder to make", required=True)
+FLAGS = new_flags()
+_SOURCE = flags.DEFINE_string("source", None, "Hugging Face directory", FLAGS, required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "run folder to make", FLAGS, required=True)
 
 
 def main(argv: list[str]) -> None:
-    """Imports."""
-    del argv  # no config, no overrides
+    """Imports the model and prints its size."""
+    del argv  # the command has no config, so it has no overrides
     from mobilellm_jax.checkpoint import save_model
     from mobilellm_jax.config import Config, DataConfig
     from mobilellm_jax.data.tokenizers.opening import load_tokenizer
@@ -37,8 +39,9 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(imported.tokenizer_file)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
-            f"{imported.tokenizer_file} has {tokenizer.vocab_size} tokens, but the model only "
-            f"vocab_size={model.vocab_size}; put the tokenizer that it was trained with there."
+            f"{imported.tokenizer_file} has {tokenizer.vocab_size} tokens, but the model has only "
+            f"vocab_size={model.vocab_size}; replace the file by the tokenizer that the model was "
+            "trained with."
         )
     seq_len = min(DataConfig().seq_len, model.max_seq_len)
     config = Config(model=model, data=DataConfig(seq_len=seq_len))
@@ -48,6 +51,6 @@ def main(argv: list[str]) -> None:
         f"{output}: step 0",
         f"{parameter_count(model):,} parameters, {model.num_blocks} blocks, each applied "
         f"{model.num_repeats} times" + (f" ({model.sharing})" if model.num_repeats > 1 else ""),
-        f"weights were {imported.dtype}: export --dtype={imported.dtype} gives their bits back",
+        f"the weights were {imported.dtype}: export --dtype={imported.dtype} gives the same bits",
         sep="\n  ",
     )

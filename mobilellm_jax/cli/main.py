@@ -1,11 +1,16 @@
-"""`mobilellm COMMAND --flags`: finds the command, parses its flags, decides the exit code.
+"""`mobilellm COMMAND --flags`: finds the command, parses its flags and returns the exit code.
 
-Exit codes: 0 done; 1 failed while running (with a traceback); 2 bad input (one message, no
-traceback); 75 saved, start me again; 130 interrupted; 141 nobody reads the output any more. absl's
-own `app.run` would end with 1 for bad flags, so the parsing is done here.
+Exit codes:
+  0    the command is done
+  1    the command failed while it ran, and a traceback says where
+  2    the input is wrong, and one message says how to correct it
+  75   the run is saved, and the same command resumes it
+  130  Ctrl-C interrupted the command
+  141  the program that read the output has ended, such as `head`
+
+Flags are parsed here, because absl's own `app.run` ends with 1 if a flag is wrong.
 """
 
-import collections
 import importlib
 import inspect
 import keyword
@@ -21,46 +26,46 @@ from absl import flags
 from mobilellm_jax.cli.config_flags import split_overrides
 from mobilellm_jax.cli.errors import UsageError, is_bad_input, message
 from mobilellm_jax.config import near_miss
+from mobilellm_jax.startup.messages import show_messages
 
 BAD_INPUT = 2
 INTERRUPTED = 130
-READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
+READER_GONE = 141  # the code that a shell gives to a program that SIGPIPE ended
 
 COMMANDS = {
-    "prepare": "turn text into token shards, with a tokenizer given or trained",
-    "inspect": "check token shards, count what is in them, show some of it",
-    "plan": "say what a run will need: memory, communication and time, without a TPU",
-    "train": "train from a config; the same command again resumes",
-    "evaluate": "score tasks or measure the perplexity of a text",
-    "generate": "continue a prompt, or talk",
+    "prepare": "turn text into token shards; the tokenizer is given or trained",
+    "inspect": "check token shards, count their contents, show some of the text",
+    "plan": "predict the memory, communication and time of a run, without a TPU",
+    "train": "train from a config; the same command resumes",
+    "evaluate": "score tasks, or measure the perplexity of a text",
+    "generate": "continue prompts, or answer line by line",
     "import": "turn a Hugging Face directory into a run folder",
-    "export": "write a checkpoint in a format that others read, for phones too",
+    "export": "write a checkpoint in a format that other programs read, also on phones",
     "benchmark": "measure exports in their own runtimes: size, speed, memory, loss",
-    "sweep": "train many models to compare: the paper's grids, or values of your own",
-    "report": "turn runs into one page: curves, the paper's tables with ours beside them",
+    "sweep": "train many models to compare: the paper's grids, or your own values",
+    "report": "turn runs into one page: curves, and the paper's tables beside our numbers",
 }
 
 _HELP = {"-h", "-help", "--help"}
-_PACKAGE = "mobilellm_jax.cli"
-_flags_of: dict[str, flags.FlagValues] = collections.defaultdict(flags.FlagValues)  # by module
 
 
 def run() -> int:
-    """Runs the command line of this process; the console script's entry point."""
+    """Runs the command line of this process; the console script calls this function."""
     try:
         code = main(sys.argv[1:])
-        print(end="", flush=True)  # at the exit it would be too late to catch a failure
+        print(end="", flush=True)  # a failure to write must be raised before the process exits
         return code
     except BrokenPipeError:
         if not _reader_is_gone():
-            raise  # some other pipe or socket
+            raise  # the error came from another pipe or socket
         return READER_GONE
 
 
 def _reader_is_gone() -> bool:
-    """Returns whether writing fails because of `| head` or the like, which is no mistake.
+    """Returns whether the reader of the output has ended, as `| head` does; that is not a mistake.
 
-    If so, what is left to be written goes nowhere, so that the flush at the exit fails no more.
+    If the reader has ended, the function sends the remaining output to /dev/null, so that the
+    flush at the exit of the process does not fail again.
     """
     outputs = select.poll()
     outputs.register(1, 0)
@@ -76,7 +81,8 @@ def _reader_is_gone() -> bool:
 
 
 def main(args: list[str]) -> int:
-    """Runs one command and returns the exit code; a failure while running is raised."""
+    """Runs one command and returns the exit code; raises the error if the command fails."""
+    show_messages()
     name = ""
     try:
         if not args or args[0] in _HELP:
@@ -96,10 +102,8 @@ def main(args: list[str]) -> int:
         return BAD_INPUT
 
 
-def import_command(name: str) -> tuple[ModuleType, flags.FlagValues]:
-    """Returns the command's module, and its flags taken out of absl's global ones.
-
-    Two commands may then both have an `--output`, also in one process, as the tests have them.
+def import_command(name: str) -> ModuleType:
+    """Returns the module of a command; `module.FLAGS` holds the command's flags.
 
     Raises:
       UsageError: if there is no such command.
@@ -111,33 +115,16 @@ def import_command(name: str) -> tuple[ModuleType, flags.FlagValues]:
             f"The commands are {', '.join(COMMANDS)}."
         )
     file = f"{name}_" if keyword.iskeyword(name) else name
-    _set_flags_aside()
-    command = importlib.import_module(f"{_PACKAGE}.{file}")
-    _set_flags_aside()
-    return command, _flags_of[command.__name__]
-
-
-def _set_flags_aside() -> None:
-    """Takes the flags of every command imported so far out of absl's global ones."""
-    for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
-        if module.startswith(f"{_PACKAGE}.") and defined:
-            for flag in defined:
-                _flags_of[module][flag.name] = flag
-            flags.FLAGS.remove_flag_values(_flags_of[module])
+    return importlib.import_module(f"mobilellm_jax.cli.{file}")
 
 
 def _run(name: str, args: list[str]) -> int:
-    command, own = import_command(name)
+    command = import_command(name)
     if _asks_for_help(args):
-        print(_usage(name, command, own))
+        print(_usage(name, command))
         return 0
-    overrides = _parse(name, own, args)
-    flags.FLAGS.append_flag_values(own)  # where the command reads them
-    flags.FLAGS.mark_as_parsed()
-    try:
-        return command.main([name, *overrides]) or 0
-    finally:
-        flags.FLAGS.remove_flag_values(own)
+    overrides = _parse(name, command.FLAGS, args)
+    return command.main([name, *overrides]) or 0
 
 
 def _asks_for_help(args: list[str]) -> bool:
@@ -149,14 +136,13 @@ def _parse(name: str, own: flags.FlagValues, args: list[str]) -> list[str]:
     """Sets the command's flags from `args` and returns its config overrides.
 
     Raises:
-      UsageError: for unknown, missing and ill-valued flags and for stray arguments.
+      UsageError: if a flag is unknown or missing or has a wrong value, or an argument is no flag.
     """
     overrides, args = split_overrides(args)
     if overrides and "config" not in own:
         field = overrides[0].partition("=")[0]
         raise UsageError(f"unknown flag --config.{field}; {name} takes no config.")
-    for flag in own:
-        own[flag].unparse()  # a second call in one process starts from the defaults again
+    own.unparse_flags()  # a second call in one process starts from the defaults again
     try:
         stray = own([name, *args])[1:]
     except flags.UnrecognizedFlagError as error:
@@ -170,7 +156,7 @@ def _parse(name: str, own: flags.FlagValues, args: list[str]) -> list[str]:
         lines = [f"--{flag} is missing: {own[flag].help}" for flag in missing]
         raise UsageError("\n".join([*lines, f"See mobilellm {name} --help."])) from None
     if stray:
-        raise UsageError(f"stray argument {stray[0]!r}; flags are written --name=value.")
+        raise UsageError(f"stray argument {stray[0]!r}; write flags as --name=value.")
     return overrides
 
 
@@ -182,19 +168,22 @@ def _overview() -> str:
             "",
             *(f"  {name:<{width}}{line}" for name, line in COMMANDS.items()),
             "",
-            "mobilellm COMMAND --help shows a command's flags, with examples.",
+            "mobilellm COMMAND --help shows examples and all flags of a command.",
         ]
     )
 
 
-def _usage(name: str, command: ModuleType, own: flags.FlagValues) -> str:
+def _usage(name: str, command: ModuleType) -> str:
     lines = [f"Usage: mobilellm {name} --flag=value ...", "", inspect.getdoc(command) or ""]
     lines += ["", "Flags:"]
-    for flag in map(own.__getitem__, own):
+    for flag in map(command.FLAGS.__getitem__, command.FLAGS):
         switch = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
         default = "" if flag.default in (None, "", []) else f" (default: {flag.default_as_str})"
         lines.append(f"  {switch}")
         lines.append(textwrap.indent(textwrap.fill(f"{flag.help}{default}", 90), "      "))
         if flag.name == "config":
-            lines += ["  --config.GROUP.FIELD=VALUE", "      replaces one field of it; repeatable"]
+            lines += [
+                "  --config.GROUP.FIELD=VALUE",
+                "      replaces one field of the config; may be repeated",
+            ]
     return "\n".join(lines)

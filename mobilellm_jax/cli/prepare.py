@@ -1,22 +1,22 @@
-r"""Turns text into token shards, with a tokenizer given or trained.
+r"""Turns text into token shards; the tokenizer is given or trained.
 
   mobilellm prepare --source=python_docs --vocab_size=4096 --output=data/python_docs
   mobilellm prepare --source='text:books/**/*.txt' --tokenizer=tokenizer.model --output=data/books
   mobilellm prepare --source='jsonl:web/*.jsonl.zst#content' --source='parquet:wiki/*.parquet' \
       --weight=0.8 --weight=0.2 --vocab_size=32000 --output=data/mix
 
-A source is one of
+Kinds of sources:
   python_docs                 the documentation that ships with Python; no download
   tfds:NAME[:SPLIT][#FIELD]   a TensorFlow Datasets dataset with random access
-  text:GLOB                   every file one document, UTF-8
-  jsonl:GLOB[#FIELD]          a JSON object a line
-  parquet:GLOB[#FIELD]        a row a document
-  tokens:GLOB                 lines of {"token_ids": [...]}, perhaps with "loss_mask": [...]
-FIELD is where the text is, "text" if not given. Files ending in .gz and .zst are decompressed
-(not parquet); a GLOB may be an fsspec URL such as gs://bucket/*.jsonl.
+  text:GLOB                   UTF-8 files; each file is one document
+  jsonl:GLOB[#FIELD]          lines of JSON objects; each line is one document
+  parquet:GLOB[#FIELD]        rows; each row is one document
+  tokens:GLOB                 lines of {"token_ids": [...]}, with or without "loss_mask": [...]
+FIELD names the field with the text (default: "text"). Files that end in .gz or .zst are
+decompressed, except parquet. A GLOB may be an fsspec URL such as gs://bucket/*.jsonl.
 
-Killed and called again it goes on; called again with the same settings it finds the finished folder
-and leaves it. The files do not depend on the number of workers.
+If the command is killed, the same command continues. If the folder is finished and the settings are
+the same, the command does nothing. The files do not depend on the number of workers.
 """
 
 from pathlib import Path
@@ -24,52 +24,70 @@ from typing import TYPE_CHECKING, cast
 
 from absl import flags
 
+from mobilellm_jax.cli.shared import new_flags
+
 if TYPE_CHECKING:
     from mobilellm_jax.data.preparation.prepare import BadLinePolicy, Runner
 
+FLAGS = new_flags()
 _SOURCE = flags.DEFINE_multi_string(
-    "source", [], "where documents come from, see above; repeatable, read in this order"
+    "source",
+    [],
+    "source of documents, see above; may be repeated, and is read in this order",
+    FLAGS,
 )
 _WEIGHT = flags.DEFINE_multi_float(
     "weight",
     None,
-    "share of a source in training, once per --source in the same order; without, a source counts "
-    "by its tokens",
+    "share of a source in training, once per --source and in the same order; without weights, the "
+    "share of a source is its share of the tokens",
+    flag_values=FLAGS,
 )
-_OUTPUT = flags.DEFINE_string("output", None, "folder to make", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "folder to make", FLAGS, required=True)
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "SentencePiece *.model or Hugging Face tokenizer.json to use"
+    "tokenizer", None, "SentencePiece *.model or Hugging Face tokenizer.json to use", FLAGS
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", None, "size of a tokenizer to train on the text, instead of --tokenizer"
+    "vocab_size",
+    None,
+    "size of a tokenizer to train on the text, instead of --tokenizer",
+    flag_values=FLAGS,
 )
 _VALIDATION_FRACTION = flags.DEFINE_float(
     "validation_fraction",
     0.01,
-    "share of the documents held out, of sources that have no validation split of their own",
+    "share of the documents to hold out; a source with its own validation split uses that split",
+    flag_values=FLAGS,
 )
 _ON_BAD_LINE = flags.DEFINE_enum(
     "on_bad_line",
     "stop",
     ["stop", "skip"],
-    "what to do with a document that cannot be read: stop there, or leave it out, list it in the "
-    "manifest and warn",
+    "stop at a document that cannot be read, or skip it, list it in the manifest and warn",
+    FLAGS,
 )
-_WORKERS = flags.DEFINE_integer("workers", None, "processes that encode; all cores by default")
+_WORKERS = flags.DEFINE_integer(
+    "workers", None, "processes that encode (default: one per core)", flag_values=FLAGS
+)
 _RUNNER = flags.DEFINE_enum(
     "runner",
     "local",
     ["local", "beam"],
-    "beam: Apache Beam, for corpora past one machine; its workers share the disk of --output",
+    "beam: Apache Beam, for texts too large for one machine; its workers share the disk of "
+    "--output",
+    FLAGS,
 )
 _BEAM_OPTION = flags.DEFINE_multi_string(
-    "beam_option", [], "a flag for Beam, such as --beam_option=--runner=FlinkRunner; repeatable"
+    "beam_option",
+    [],
+    "a flag for Beam, such as --beam_option=--runner=FlinkRunner; may be repeated",
+    FLAGS,
 )
 
 
 def main(argv: list[str]) -> int:
-    """Prepares."""
-    del argv  # no config, no overrides
+    """Prepares the token shards."""
+    del argv  # the command has no config, so it has no overrides
     from mobilellm_jax.data.preparation.prepare import prepare
 
     prepare(
@@ -83,6 +101,5 @@ def main(argv: list[str]) -> int:
         workers=_WORKERS.value,
         runner=cast("Runner", _RUNNER.value),
         beam_options=_BEAM_OPTION.value,
-        report=print,
     )
     return 0

@@ -1,4 +1,4 @@
-r"""Trains many models to compare them: a grid of the paper, or values of your own, or both.
+r"""Trains many models to compare them: grids of the paper, or values of your own, or both.
 
   mobilellm sweep --grid=depth_width --workdir=runs/tiny --seeds=3
   mobilellm sweep --grid=all --workdir=runs/tiny --seeds=3 --parallel=2 --config.data.path=data/mine
@@ -9,20 +9,24 @@ r"""Trains many models to compare them: a grid of the paper, or values of your o
       --launcher=slurm --sbatch_args="--partition=gpu --gres=gpu:8 --time=24:00:00"
   mobilellm sweep --grid=heads --scale=paper --workdir=runs/plan --plan --topology=v5e:16x16
 
-First it says how many runs there are, their parameters and FLOPs, and how long they will take,
-from some steps of each model here or from --flops_per_sec; --plan ends there. It asks nothing. The
-same command again goes on: finished runs are not repeated, stopped ones resume, failed ones are
-tried again, and more seeds or grids add runs. Rows that several grids share are one run. Ctrl-C
-saves all. Runs are folders as `train` makes them, in WORKDIR/runs, their output is in WORKDIR/logs.
+First the command prints the number of runs, their parameters and FLOPs, and an estimate of the
+time. The estimate comes from a few steps of each model on this machine, or from --flops_per_sec.
+--plan stops there. Otherwise the runs start; the command asks no question.
+
+The same command resumes: it does not repeat finished runs, it resumes stopped runs and tries failed
+runs again. More seeds or grids add runs. A row that several grids share is one run. Ctrl-C saves
+all runs. Each run is a folder in WORKDIR/runs, as `train` makes it, and its output is in
+WORKDIR/logs.
 
 Scales: paper (125M and 350M), small (about 20M), tiny (1.4M). Recipes: configs/sweep_SCALE.py, or
---config. Seeds vary initialisation and the order of the data. With --tune_lr the first seed of
-every model is trained at each learning rate, the other seeds at its best.
+--config. Seeds change the initial parameters and the order of the data. With --tune_lr, the first
+seed of every model is trained with each learning rate, and the other seeds with the best rate.
 
-Exit codes: 0 all finished (or submitted, or planned), 1 some failed, 75 stopped and saved.
+Exit codes: 0 all runs finished (or were submitted or planned), 1 a run failed, 75 saved and
+stopped.
 """
 
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,75 +34,95 @@ from absl import flags
 
 from mobilellm_jax.cli.config_flags import load_config, parse_value
 from mobilellm_jax.cli.errors import UsageError
+from mobilellm_jax.cli.shared import new_flags
 from mobilellm_jax.config import near_miss
-from mobilellm_jax.errors import SAVED_REQUEUE_ME
+from mobilellm_jax.errors import FAILED, SAVED_REQUEUE_ME
 from mobilellm_jax.paper.grids import GRIDS, SCALES, GridName, ScaleName
 
 if TYPE_CHECKING:
     from mobilellm_jax.sweep.runs import Run
 
-_FAILED = 1
-_MFU = 0.3
+_log = logging.getLogger(__name__)
 
+FLAGS = new_flags()
 _CONFIG = flags.DEFINE_string(
-    "config", None, "recipe, configs/NAME.py; without one configs/sweep_SCALE.py"
+    "config", None, "recipe, configs/NAME.py (default: configs/sweep_SCALE.py)", FLAGS
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder of the sweep, made if missing", required=True
+    "workdir", None, "folder of the sweep, made if missing", FLAGS, required=True
 )
 _GRID = flags.DEFINE_list(
     "grid",
     [],
     "grids of the paper: depth_width, roadmap, embedding, heads, sharing, repeats, or all",
+    FLAGS,
 )
-_SCALE = flags.DEFINE_string("scale", "tiny", "size of the grids' models: paper, small or tiny")
-_GROUP = flags.DEFINE_string("group", "", "125M or 350M: only these rows, at --scale=paper")
+_SCALE = flags.DEFINE_string(
+    "scale", "tiny", "size of the grids' models: paper, small or tiny", FLAGS
+)
+_GROUP = flags.DEFINE_string("group", "", "125M or 350M: only these rows of --scale=paper", FLAGS)
 _SWEEP = flags.DEFINE_multi_string(
-    "sweep", [], "GROUP.FIELD=VALUE,VALUE,...: train with each; repeated, with all combinations"
+    "sweep",
+    [],
+    "GROUP.FIELD=VALUE,VALUE,...: train with each value; may be repeated, for all combinations",
+    FLAGS,
 )
 _PARAMETERS = flags.DEFINE_integer(
     "fixed_parameters",
     None,
-    "solve the width of every model for so many parameters, within 3%",
+    "choose the width of every model so that it has this many parameters, within 3%",
     lower_bound=1,
+    flag_values=FLAGS,
 )
-_SEEDS = flags.DEFINE_integer("seeds", 1, "runs of each model", lower_bound=1)
-_TUNE = flags.DEFINE_list("tune_lr", [], "learning rates to choose from for every model")
-_PLAN = flags.DEFINE_bool("plan", False, "say what would be run, and stop")
+_SEEDS = flags.DEFINE_integer("seeds", 1, "runs of each model", lower_bound=1, flag_values=FLAGS)
+_TUNE = flags.DEFINE_list("tune_lr", [], "learning rates to choose from for every model", FLAGS)
+_PLAN = flags.DEFINE_bool("plan", False, "print the plan, and stop", FLAGS)
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "with --plan: compile every model for this TPU slice and say what it costs"
+    "topology",
+    None,
+    "with --plan: compile every model for this TPU slice and print the cost",
+    FLAGS,
 )
 _MFU_FLAG = flags.DEFINE_float(
-    "mfu", _MFU, "with --topology: the share of the peak that is assumed", 0.01, 1.0
+    "mfu", 0.3, "with --topology: assumed share of the peak", 0.01, 1.0, flag_values=FLAGS
 )
 _PARALLEL = flags.DEFINE_integer(
     "parallel",
     None,
-    "runs at once, dividing the GPUs or CPU cores (Slurm: tasks at once); without it one a GPU, or "
-    "one on all cores",
+    "runs at the same time, which divide the GPUs or CPU cores; with Slurm, tasks at the same time "
+    "(default: one run per GPU, or one run on all cores)",
     lower_bound=1,
+    flag_values=FLAGS,
 )
 _FLOPS = flags.DEFINE_float(
-    "flops_per_sec", None, "model FLOPs of the whole machine, instead of trying some steps", 1.0
+    "flops_per_sec",
+    None,
+    "model FLOP/s of the whole machine; replaces the trial steps",
+    1.0,
+    flag_values=FLAGS,
 )
-_LAUNCHER = flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "where the runs are")
-_SBATCH = flags.DEFINE_string("sbatch_args", "", "for --launcher=slurm: options of sbatch")
+_LAUNCHER = flags.DEFINE_enum(
+    "launcher", "local", ["local", "slurm"], "place where the runs are started", FLAGS
+)
+_SBATCH = flags.DEFINE_string("sbatch_args", "", "options of sbatch, for --launcher=slurm", FLAGS)
 
 
 def main(argv: list[str]) -> int:
-    """Sweeps."""
+    """Plans or runs the sweep, and returns the exit code."""
     scale, grids, fields, rates = _scale(), _grids(), _fields(), _rates()
     if not grids and not fields:
-        raise UsageError("--grid or --sweep is missing: what is to be compared?")
+        raise UsageError("--grid and --sweep are both missing; give at least one of them.")
     if _TOPOLOGY.value and not _PLAN.value:
-        raise UsageError(f"--topology={_TOPOLOGY.value} needs --plan; nothing can run there.")
+        raise UsageError(
+            f"--topology={_TOPOLOGY.value} needs --plan, since no run can start there."
+        )
     file = _CONFIG.value
     if file is None:
         if not grids:
-            raise UsageError("--config is missing: the recipe that --sweep varies.")
+            raise UsageError("--config is missing; --sweep without --grid varies this recipe.")
         file = f"configs/sweep_{scale}.py"
     base = load_config(file, argv[1:])
-    # Only now, so that --help and a mistake in the config are answered at once.
+    # jax loads slowly. Imports stand here, so that --help and mistakes in the config come fast.
     from mobilellm_jax import preflight
     from mobilellm_jax.sweep import check_config, plan, run_here, submit
     from mobilellm_jax.sweep.runs import Variant, grid_variants, vary, with_seeds
@@ -111,17 +135,17 @@ def main(argv: list[str]) -> int:
     if fields or _PARAMETERS.value:
         variants = vary(variants, fields, _PARAMETERS.value)
     runs = with_seeds(variants, _SEEDS.value, rates)
-    plan(runs, sweep, _say)
+    plan(runs, sweep, _log.info)
     if _TOPOLOGY.value:
         return _price(runs, sweep, _TOPOLOGY.value)
     if _LAUNCHER.value == "slurm":
         if not _PLAN.value:
-            submit(runs, sweep, _SBATCH.value, _PARALLEL.value, _say)
+            submit(runs, sweep, _SBATCH.value, _PARALLEL.value, _log.info)
         return 0
-    done = run_here(runs, sweep, _PARALLEL.value, _FLOPS.value, _PLAN.value, _say)
+    done = run_here(runs, sweep, _PARALLEL.value, _FLOPS.value, _PLAN.value, _log.info)
     if done is None:
         return SAVED_REQUEUE_ME
-    return 0 if done else _FAILED
+    return 0 if done else FAILED
 
 
 def _price(runs: "list[Run]", sweep: Path, topology_name: str) -> int:
@@ -131,19 +155,15 @@ def _price(runs: "list[Run]", sweep: Path, topology_name: str) -> int:
     from mobilellm_jax.storage import rundir
     from mobilellm_jax.sweep.chip_hours import price_all, price_table
 
-    jax.config.update("jax_platforms", "cpu")  # nothing runs: an attached TPU stays free
+    jax.config.update("jax_platforms", "cpu")  # leaves an attached TPU free
     topology = parse_topology(topology_name)
     sweep.mkdir(parents=True, exist_ok=True)
     name = topology.name.replace(":", "-")
-    prices = price_all(runs, topology, sweep / f"compiled-{name}.json", _say)
+    prices = price_all(runs, topology, sweep / f"compiled-{name}.json", _log.info)
     table = "\n".join(price_table(prices, topology, _MFU_FLAG.value))
     rundir.write_whole(sweep / f"chip-hours-{name}.md", table + "\n")
     print(table)
-    return 0 if all(price.compiled.peak_bytes for price in prices) else _FAILED
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return 0 if all(price.compiled.peak_bytes for price in prices) else FAILED
 
 
 def _scale() -> ScaleName:
@@ -171,7 +191,7 @@ def _fields() -> dict[str, list[object]]:
                 f"--sweep={text} must be a field and its values: --sweep=model.num_blocks=4,8,16"
             )
         if name in fields:
-            raise UsageError(f"--sweep={name} is given twice; write all its values in one.")
+            raise UsageError(f"--sweep={name} is given twice; write all its values in one flag.")
         fields[name] = [parse_value(name, value) for value in values.split(",")]
     return fields
 

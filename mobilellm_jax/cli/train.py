@@ -1,54 +1,68 @@
-"""Trains a model from a config; the same command again resumes.
+"""Trains a model from a config; the same command resumes.
 
   mobilellm train --config=configs/quickstart.py --workdir=runs/quickstart
   mobilellm train --config=configs/mobilellm_125m.py --workdir=runs/125m --config.data.path=data/web
   mobilellm train --config=configs/quickstart.py --workdir=runs/long --config.train.steps=2000
 
-A finished run is extended by a larger --config.train.steps. What is compiled is kept for the next
-start in ~/.cache/mobilellm, or where JAX_COMPILATION_CACHE_DIR says.
+A larger --config.train.steps extends a finished run. Compiled programs are kept for the next start
+in ~/.cache/mobilellm, or in the folder of JAX_COMPILATION_CACHE_DIR.
 
-SIGTERM, Ctrl-C or the end of --max_walltime save the run and end it with exit code 75: a scheduler
-may start the same command again, which goes on. Ctrl-C twice leaves at once, and so does once
-before the first step.
+On SIGTERM, on Ctrl-C and at the end of --max_walltime, the command saves the run and ends with exit
+code 75. A scheduler may then start the same command again, which resumes. A second Ctrl-C ends the
+command at once, and so does a Ctrl-C before the first step.
 
-Several processes train one run: start the same command in each. Slurm, Kubernetes JobSet and TPU
-VMs tell them about each other; elsewhere give all three of --coordinator_address, --num_processes
-and --process_id. --workdir must be a folder that they share. When one dies, or gives no sign of
-life for --peer_timeout seconds, the others name it and end with exit code 75.
+Several processes can train one run: start the same command in each process. Slurm, Kubernetes
+JobSet and TPU VMs tell the processes about each other; elsewhere, give --coordinator_address,
+--num_processes and --process_id. The processes must share the folder --workdir. If a process dies,
+or is silent for --peer_timeout seconds, the other processes name it and end with exit code 75.
 """
 
-import sys
+import logging
 
 from absl import flags
 
 from mobilellm_jax.cli.config_flags import load_config
+from mobilellm_jax.cli.shared import new_flags
 from mobilellm_jax.config import Config
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.processes.early_stop import EarlyStop
 
-_CONFIG = flags.DEFINE_string("config", None, "config file, configs/NAME.py", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "run folder, made if missing", required=True)
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0")
+_log = logging.getLogger(__name__)
+
+FLAGS = new_flags()
+_CONFIG = flags.DEFINE_string("config", None, "config file, configs/NAME.py", FLAGS, required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "run folder, made if missing", FLAGS, required=True)
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0", FLAGS)
 _PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "processes of the run; 1 = look for no others", lower_bound=1
+    "num_processes",
+    None,
+    "processes of the run; 1: the command looks for no other processes",
+    lower_bound=1,
+    flag_values=FLAGS,
 )
-_PROCESS = flags.DEFINE_integer("process_id", None, "number of this one, from 0", lower_bound=0)
+_PROCESS = flags.DEFINE_integer(
+    "process_id", None, "number of this process, from 0", lower_bound=0, flag_values=FLAGS
+)
 _PEER_TIMEOUT = flags.DEFINE_float(
     "peer_timeout",
     60.0,
-    "seconds of silence after which another process of the run counts as gone; 0 = not looked for",
+    "seconds of silence after which another process counts as dead; 0: never",
     lower_bound=0.0,
+    flag_values=FLAGS,
 )
 _PROFILE = flags.DEFINE_string(
-    "profile_steps", None, "FIRST:LAST steps of which a profile is written to WORKDIR/profile"
+    "profile_steps", None, "steps FIRST:LAST to profile; the profile is in WORKDIR/profile", FLAGS
 )
 _WALLTIME = flags.DEFINE_string(
-    "max_walltime", None, "be saved and gone after this time: 3h50m, 5400 (s), or 3:50:00"
+    "max_walltime",
+    None,
+    "time after which the run must be saved and ended: 3h50m, 5400 (seconds) or 3:50:00",
+    FLAGS,
 )
 
 
 def main(argv: list[str]) -> int:
-    """Trains."""
+    """Trains, and returns the exit code."""
     config = load_config(_CONFIG.value, argv[1:])
     with EarlyStop():
         finished = _train(config)
@@ -56,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def _train(config: Config) -> bool:
-    # Only now, so that --help and a mistake in the config are answered at once.
+    # jax loads slowly. Imports stand here, so that --help and mistakes in the config come fast.
     from mobilellm_jax import preflight
     from mobilellm_jax.pretrain import pretrain
     from mobilellm_jax.processes import distributed
@@ -71,13 +85,13 @@ def _train(config: Config) -> bool:
     if _WALLTIME.value is not None:
         walltime = Walltime(parse_duration("--max_walltime", _WALLTIME.value))
     profile = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
-    # Before anything starts a backend, and in this order: processes meet with the flags set.
+    # These calls come before a backend starts, and in this order: the processes meet only after
+    # XLA's flags are set.
     share_one_heap()
     xla_flags = set_xla_flags(deterministic=config.train.deterministic)
     cache = use_compile_cache()
     found = distributed.start(
         _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _PEER_TIMEOUT.value
     )
-    lines = [f"start   {found}", f"xla     flags added: {xla_flags}; compiled programs: {cache}"]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    _log.info(f"start   {found}\nxla     flags added: {xla_flags}; compiled programs: {cache}")
     return pretrain(config, workdir, profile, walltime)

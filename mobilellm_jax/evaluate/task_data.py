@@ -63,8 +63,8 @@ def read_rows(file: Path, check: Callable[[Row], str]) -> list[Row]:
     return rows
 
 
-def _bad_line(file: Path, number: int, wrong: str) -> ValueError:
-    return ValueError(f"{file}, line {number} {wrong} Correct the line or take it out.")
+def _bad_line(file: Path, number: int, wrong: str) -> UserError:
+    return UserError(f"{file}, line {number} {wrong} Correct the line or take it out.")
 
 
 def _fields(row: Mapping[str, Any], **types: type | tuple[type, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a config, counted without compiling anything."""
+"""Counts the parameters, FLOPs and bytes of a config without compiling anything."""
 
 import dataclasses
 import functools
@@ -20,22 +20,22 @@ from mobilellm_jax.train.step import chunk_positions
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """What a run takes; bytes are those of one device."""
+    """Counts of a run; all bytes are bytes per device."""
 
     parameters: int
     flops_per_token: int  # forward and backward, by the convention of `model/size.py`
-    tokens_per_step: int  # of the global batch
+    tokens_per_step: int  # tokens of the global batch
     num_devices: int
-    rows: int  # sequences on a device at once
+    rows: int  # sequences on a device at the same time
     weight_bytes: int
     optimizer_bytes: int
-    gradient_bytes: int  # float32, as large as the weights, twice while they accumulate
-    activation_bytes: int  # what the blocks keep for the backward pass, by `model.remat`
-    loss_bytes: int  # of the logits that exist at once, and of the head's gradient
+    gradient_bytes: int  # float32, as large as the weights; twice that if gradients accumulate
+    activation_bytes: int  # values kept for the backward pass, which depend on `model.remat`
+    loss_bytes: int  # logits of one chunk, and the gradient of the head
 
     @property
     def total_bytes(self) -> int:
-        """All of it at once; the compiler may do with less, or need room to work in."""
+        """Sum of all bytes; the compiler may need less, or more for its own buffers."""
         state = self.weight_bytes + self.optimizer_bytes
         return state + self.gradient_bytes + self.activation_bytes + self.loss_bytes
 
@@ -46,7 +46,7 @@ class Account:
 
 
 def account_of(config: Config, mesh: Mesh, rules: Rules) -> Account:
-    """Returns the account. `model.compute_dtype` and `model.attention` must be resolved."""
+    """Returns the counts; `model.compute_dtype` and `model.attention` must not be "auto"."""
     train, model, seq_len = config.train, config.model, config.data.seq_len
     optimizer = make_optimizer(config.optimizer, train.steps)
     state = abstract_state(config, optimizer, mesh, rules)
@@ -64,7 +64,7 @@ def account_of(config: Config, mesh: Mesh, rules: Rules) -> Account:
         weight_bytes=weights,
         optimizer_bytes=bytes_per_device(state.optimizer),
         gradient_bytes=weights * (1 if train.accumulation_steps == 1 else 2),
-        # What `tensor` splits is not told from what it does not: this is the most.
+        # An upper bound: the axis `tensor` splits some activations, but none are divided here.
         activation_bytes=rows * activation_bytes_per_row(model, config.data) // sequence,
         loss_bytes=4 * model.vocab_size * (chunk // sequence + model.embed_dim) // tensor,
     )
@@ -72,7 +72,7 @@ def account_of(config: Config, mesh: Mesh, rules: Rules) -> Account:
 
 @functools.lru_cache
 def activation_bytes_per_row(model: ModelConfig, data: DataConfig) -> int:
-    """Returns the bytes that one more sequence adds to what waits for the backward pass."""
+    """Returns the bytes that one more sequence adds to the values for the backward pass."""
     transformer = Transformer(model)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
@@ -87,9 +87,9 @@ def activation_bytes_per_row(model: ModelConfig, data: DataConfig) -> int:
                     {"params": params}, tokens_BT, segments_BT=segments_BT, method="hidden"
                 )
 
-            return jax.vjp(forward, params)[1]  # a tree, whose leaves are what waits
+            return jax.vjp(forward, params)[1]  # a tree; its leaves are the kept values
 
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params, tokens_BT))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
-    return kept(2) - kept(1)  # weights that wait too are the same for both
+    return kept(2) - kept(1)  # the difference removes the weights, which are kept too

@@ -1,4 +1,4 @@
-"""The real training step, compiled for devices that need not be there."""
+"""Compiles the real training step, also for devices that are absent."""
 
 import dataclasses
 import re
@@ -21,25 +21,25 @@ from mobilellm_jax.train.step import make_train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
-# libtpu words it in two ways: for temporaries alone, and for everything together.
+# libtpu has two messages: one for temporaries alone, and one for all buffers together.
 _EXCEEDS = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 _USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A step that fits."""
+    """A step that fits; all bytes are bytes per device."""
 
-    state_bytes: int  # of one device: parameters, optimizer and batch, updated in place
-    temporary_bytes: int  # with gaps
-    peak_bytes: int  # of what is alive at once, the state included; this is what must fit
+    state_bytes: int  # parameters, optimizer state and batch, updated in place
+    temporary_bytes: int  # temporaries with the gaps between them
+    peak_bytes: int  # largest use at any moment, with the state; this number must fit
     program: Program
     compile_sec: float
 
 
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
-    """A step that does not fit, and what it would need of what there is."""
+    """A step that does not fit."""
 
     needed_bytes: int
     available_bytes: int
@@ -47,16 +47,16 @@ class TooLarge:
 
 
 def settle(config: Config, device: jax.Device) -> Config:
-    """Replaces every `auto` by what it is on the device."""
+    """Replaces every "auto" by its value on the device."""
     model = resolve_compute_dtype(config.model, device)
     return resolve_attention(dataclasses.replace(config, model=model), device)
 
 
 def mesh_of(config: Config, devices: Sequence[jax.Device]) -> tuple[Mesh, Rules]:
-    """Returns the mesh over the devices and its rules.
+    """Returns the mesh over the devices, and its sharding rules.
 
     Raises:
-      ConfigError: if config and devices do not agree.
+      ConfigError: if the devices cannot run the config.
     """
     mesh = make_mesh(config.mesh, devices)
     violations = batch_violations(config, mesh) + device_violations(config, devices[0])
@@ -80,7 +80,7 @@ def lower_step(config: Config, mesh: Mesh, rules: Rules) -> jax.stages.Lowered:
 
 
 def compile_step(config: Config, mesh: Mesh, rules: Rules) -> CompiledStep | TooLarge:
-    """Compiles the step; everything in `config` must be settled."""
+    """Compiles the step of a config that `settle` returned."""
     lowered = lower_step(config, mesh, rules)
     began = time.perf_counter()
     try:
@@ -92,7 +92,7 @@ def compile_step(config: Config, mesh: Mesh, rules: Rules) -> CompiledStep | Too
         return TooLarge(*sizes, compile_sec=time.perf_counter() - began)
     compile_sec = time.perf_counter() - began
     memory, text = program.memory_analysis(), program.as_text()
-    assert memory is not None and text is not None, "every compiler in use tells both"
+    assert memory is not None and text is not None, "XLA's compilers give both"
     return CompiledStep(
         state_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
@@ -103,7 +103,11 @@ def compile_step(config: Config, mesh: Mesh, rules: Rules) -> CompiledStep | Too
 
 
 def needed_and_available(message: str) -> tuple[int, int] | None:
-    """Reads the bytes out of the compiler's message that a program does not fit, if it is one."""
+    """Reads the sizes from the compiler's message that a program does not fit.
+
+    Returns:
+      The needed bytes and the available bytes, or None if the message says something else.
+    """
     found = _EXCEEDS.search(message) or _USED.search(message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None

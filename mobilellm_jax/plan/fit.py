@@ -1,13 +1,14 @@
-"""The smallest change of a config that makes its step fit a device's memory.
+"""Searches for the smallest change of a config that makes its step fit a device's memory.
 
-Small is what changes least: first `model.remat`, which costs arithmetic, then
-`train.accumulation_steps`, which costs smaller batches, then both, then `mesh.fsdp`, which costs
-communication. What is named has been compiled; counting only says what is worth compiling.
+The search tries `model.remat` first, which costs arithmetic, then `train.accumulation_steps`, which
+makes batches smaller, then both, and then `mesh.fsdp`, which costs communication. The count of
+bytes only excludes hopeless changes; the search compiles every change that it returns.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import jax
@@ -16,11 +17,12 @@ from mobilellm_jax.config import Config, ConfigError, Remat
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge, compile_step, mesh_of
 
-_HOPELESS = 1.1  # times what there is, by the count; it is off by less than that
+_log = logging.getLogger(__name__)
+_HOPELESS = 1.1  # share of the memory; the count is wrong by less than a tenth
 _MOST_ACCUMULATION = 1024
 
 Change = dict[str, Any]
-"""Dotted field -> new value."""
+"""Maps a dotted field to its new value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +46,16 @@ def changed(config: Config, change: Change) -> Config:
     )
 
 
-def smallest_fit(
-    config: Config,
-    devices: Sequence[jax.Device],
-    failed: TooLarge,
-    progress: Callable[[str], object],
-) -> Fit | None:
-    """Compiles the changes of `candidates` in order until one fits; None if none does.
+def smallest_fit(config: Config, devices: Sequence[jax.Device], failed: TooLarge) -> Fit | None:
+    """Compiles the changes of `candidates` in order until a change fits; None: no change fits.
 
     Args:
-      config: as it was asked for, settled.
-      devices: as for `compile_step`.
-      failed: what the compiler said of it.
-      progress: told each change before it is compiled, which takes up to minutes.
+      config: a config that `settle` returned.
+      devices: the devices of the mesh.
+      failed: the result of `compile_step` for `config`.
     """
     mesh, rules = mesh_of(config, devices)
-    # By how much the count is short: room to work in, mostly.
+    # The compiler needs more bytes than the count, mostly for its own buffers.
     missing = failed.needed_bytes - account_of(config, mesh, rules).total_bytes
     for change in candidates(config, len(devices)):
         try:
@@ -70,7 +66,7 @@ def smallest_fit(
         expected = account_of(candidate, mesh, rules).total_bytes + max(0, missing)
         if expected > _HOPELESS * failed.available_bytes:
             continue
-        progress(written(change))
+        _log.info(f"compiling with {written(change)} ...")  # this takes up to minutes
         step = compile_step(candidate, mesh, rules)
         if isinstance(step, CompiledStep):
             return Fit(change, candidate, step)
@@ -78,7 +74,7 @@ def smallest_fit(
 
 
 def candidates(config: Config, num_devices: int) -> Iterator[Change]:
-    """Yields changes, smallest first; not all of them are allowed."""
+    """Yields changes, smallest first; the rules of a config may forbid some of them."""
     order = [name for name in get_args(Remat) if name != "offload"]
     remats = order[order.index(config.model.remat) + 1 :] if config.model.remat in order else []
     remat_only: list[Change] = [{"model.remat": remat} for remat in remats]
@@ -103,5 +99,5 @@ def candidates(config: Config, num_devices: int) -> Iterator[Change]:
 
 
 def written(change: Change) -> str:
-    """Returns the change as flags."""
+    """Returns the change as command line flags."""
     return " ".join(f"--config.{name}={value}" for name, value in change.items())

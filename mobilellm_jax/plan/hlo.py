@@ -1,6 +1,6 @@
-"""What a compiled program does per execution, read from its text.
+"""Reads collectives, cycles and kernels from the text of a compiled program.
 
-XLA's own cost analysis counts the body of a loop once, and says nothing of collectives. Here every
+XLA's own cost analysis counts the body of a loop once and does not report collectives. Here every
 instruction counts as often as the loops around it run.
 """
 
@@ -32,7 +32,7 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-# One transfer may be spread over several fusions that each repeat it under one of these names.
+# Several fusions may share one transfer. Each of them repeats it with the same chain_id or name.
 _SAME_TRANSFER = re.compile(r'(?:chain_id|async_collective_name)="([^"]*)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _GROUPS_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
@@ -43,12 +43,12 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0}
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """A line of a computation."""
 
     name: str
     shape: str
     opcode: str
-    text: str  # all of it after " = "
+    text: str  # the line after " = "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Collective:
 
     kind: str
     shape: str  # without layouts
-    payload_bytes: int  # of the array that is whole before or after, on one device
-    group: int  # devices that take part together
+    payload_bytes: int  # size on one device of the array before it is split, or after it is joined
+    group: int  # devices that exchange data with each other
     times: int  # per execution of the program
-    origin: str  # the end of the op's name in the source program
+    origin: str  # name of the operation in the source program
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes that a device sends per execution if rings are used, the least there can be."""
+        """Bytes that a device sends per execution with ring algorithms, which send the fewest."""
         rounds = 2 if self.kind == "all-reduce" else 1
         share = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
         return round(rounds * share * self.payload_bytes) * self.times
@@ -72,12 +72,12 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What was read."""
+    """The work of a compiled program per execution."""
 
     collectives: tuple[Collective, ...]
-    estimated_cycles: int | None  # by the TPU compiler, its Pallas kernels left out; None elsewhere
-    kernels: dict[str, int]  # Pallas kernel -> calls per execution
-    unknown_loops: int  # whose trips are not in the text; their bodies count once
+    estimated_cycles: int | None  # by the TPU compiler, without Pallas kernels; else None
+    kernels: dict[str, int]  # calls per execution of each Pallas kernel
+    unknown_loops: int  # loops of unknown length; their bodies count once
 
 
 def read_program(text: str) -> Program:
@@ -138,12 +138,12 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
                 shape = rest[: opcode.start()]
                 current.append(Instruction(name, shape, opcode.group(1), rest))
     if not entry:
-        raise UserError("the text is no HLO module: it has no ENTRY computation.")
+        raise UserError("The text is not an HLO module: it has no ENTRY computation.")
     return computations, entry
 
 
 def _called(instruction: Instruction) -> Iterator[str]:
-    """Yields the computations that the instruction runs; not those it reduces with."""
+    """Yields the computations that the instruction runs, without the functions of reductions."""
     if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start"):
         return
     for one, several in _CALLED.findall(instruction.text):
@@ -157,7 +157,7 @@ def _trips(instruction: Instruction, computations: dict[str, list[Instruction]])
     condition = _CONDITION.search(instruction.text)
     if condition is None:
         return None
-    # A scan counts from 0 to the only constant of its condition.
+    # The condition of a scan has one constant, the number of trips.
     body = computations[condition.group(1)]
     constants = [m.group(1) for i in body if (m := _CONSTANT.match(i.text))]
     return int(constants[0]) if len(constants) == 1 else None

@@ -1,8 +1,8 @@
-"""How long a compiled step should take on a TPU, without one: bounds, and the compiler's own idea.
+"""Predicts the time of a compiled step on a TPU without a TPU: bounds, and an estimate.
 
-The bounds are what the chip's peak numbers allow. The estimate adds up what libtpu expects of every
-instruction (`estimated_cycles`), and the attention kernels, of which it says nothing, by their
-products. Nothing here was measured.
+The bounds follow from the peak numbers of the chip. The estimate is the sum of libtpu's estimates
+for all instructions (`estimated_cycles`), plus the time of the attention kernels, which is computed
+from their FLOPs because libtpu has no estimate for kernels. Nothing here was measured.
 """
 
 import dataclasses
@@ -12,45 +12,46 @@ from mobilellm_jax.plan.accounting import Account
 from mobilellm_jax.plan.compiled import CompiledStep
 from mobilellm_jax.plan.topology import Chip
 
-# Products over the keys in each of the kernels: scores and output; scores, weights' gradient and
-# the gradients of keys and values; scores, weights' gradient and the gradient of queries.
+# Number of matrix products over the keys in each kernel. fwd: scores, output. dkv: scores, gradient
+# of the attention weights, gradients of keys and values. dq: scores, gradient of the attention
+# weights, gradient of queries.
 _PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
-_BLOCK = 512  # keys and queries that a kernel computes together, above the diagonal too
+_BLOCK = 512  # side of a block; blocks on the diagonal are computed whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Seconds per step on one chip of many."""
+    """Seconds per step; all chips of the slice work alike."""
 
     peak_flops: float
-    flops_sec: float  # model FLOPs at the peak
-    memory_sec: float  # all memory that the step holds, read once and written once
-    network_sec: float  # what is sent, over all links at once
-    estimated_sec: float | None  # by libtpu, kernels left out
-    kernels_sec: float  # attention, at the share of the peak that its head_dim allows
+    flops_sec: float  # time of the model FLOPs at the peak
+    memory_sec: float  # time to read and write once all memory that the step holds
+    network_sec: float  # time to send all bytes over all links together
+    estimated_sec: float | None  # libtpu's estimate without kernels
+    kernels_sec: float  # attention kernels, at the share of the peak that head_dim allows
 
     @property
     def roofline_sec(self) -> float:
-        """No step is faster."""
+        """A lower bound of the time."""
         return max(self.flops_sec, self.memory_sec, self.network_sec)
 
     @property
     def fastest_sec(self) -> float:
-        """The estimate with all communication hidden; the roofline where there is none."""
+        """The estimate with all communication hidden; without an estimate, the roofline."""
         if self.estimated_sec is None:
             return self.roofline_sec
         return max(self.estimated_sec + self.kernels_sec, self.roofline_sec)
 
     @property
     def slowest_sec(self) -> float:
-        """The estimate with none of it hidden."""
+        """The estimate with no communication hidden."""
         return self.fastest_sec + (0.0 if self.estimated_sec is None else self.network_sec)
 
 
 def predict(
     config: Config, account: Account, step: CompiledStep, chip: Chip, peak_flops: float
 ) -> Prediction:
-    """Returns the prediction for one chip with this peak (dense bfloat16)."""
+    """Returns the prediction; `peak_flops` is the dense bfloat16 peak of a chip in FLOP/s."""
     cycles = step.program.estimated_cycles
     cycles_per_sec = peak_flops / chip.flops_per_cycle
     sent = sum(collective.wire_bytes for collective in step.program.collectives)
@@ -67,7 +68,7 @@ def predict(
 def _kernel_flops(config: Config, account: Account, step: CompiledStep) -> float:
     model, length = config.model, config.data.seq_len
     blocks = max(1, length // _BLOCK)
-    computed = (blocks + 1) / (2 * blocks)  # of all pairs: the diagonal's blocks whole
+    computed = (blocks + 1) / (2 * blocks)  # share of all pairs of query and key
     product = 2 * account.rows * model.num_heads * model.head_dim * length**2 * computed
     return sum(
         calls * products * product
@@ -78,5 +79,5 @@ def _kernel_flops(config: Config, account: Account, step: CompiledStep) -> float
 
 
 def _fill(config: Config, chip: Chip) -> float:
-    """The share of a matrix unit that heads fill: they are one side of each product."""
+    """Returns the share of a matrix unit that is used: head_dim is one side of each product."""
     return min(1.0, config.model.head_dim / chip.matrix_unit)

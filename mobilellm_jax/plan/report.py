@@ -1,4 +1,4 @@
-"""The plan in words."""
+"""Formats the plan as lines of text."""
 
 import collections
 
@@ -11,11 +11,11 @@ from mobilellm_jax.plan.prediction import Prediction
 
 _GIB = 2**30
 _WIDTH = 20
-_LARGEST = 6  # collectives that are listed one by one
+_LARGEST = 6  # number of collectives that get a line each
 
 
 def account_lines(config: Config, account: Account, mesh: dict[str, int]) -> list[str]:
-    """Describes the run and what it takes by count."""
+    """Describes the run and its counts."""
     model, train = config.model, config.train
     sharing = f" x {model.num_repeats} ({model.sharing})" if model.num_repeats > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
@@ -47,7 +47,7 @@ def account_lines(config: Config, account: Account, mesh: dict[str, int]) -> lis
 
 
 def too_large_line(failed: TooLarge) -> str:
-    """Says by how much a step does not fit."""
+    """Names the needed and the available memory of a step that does not fit."""
     return _line(
         "does not fit",
         f"needs {_gib(failed.needed_bytes)} of the {_gib(failed.available_bytes)} that a device "
@@ -74,7 +74,7 @@ def step_lines(step: CompiledStep, available_bytes: int) -> list[str]:
 
 
 def collective_lines(program: Program) -> list[str]:
-    """Describes what devices send each other in a step, by kind, then the largest transfers."""
+    """Describes the communication of a step: first by kind, then the largest transfers."""
     by_kind: dict[str, list[Collective]] = collections.defaultdict(list)
     for collective in program.collectives:
         by_kind[collective.kind].append(collective)
@@ -97,7 +97,7 @@ def collective_lines(program: Program) -> list[str]:
 def prediction_lines(
     account: Account, prediction: Prediction, chip_name: str, cycles: int | None
 ) -> list[str]:
-    """Describes how fast the step should be; every number is a prediction."""
+    """Describes the predicted time of a step; nothing was measured."""
     tokens = account.tokens_per_step
     roofline = prediction.roofline_sec
     lines = [
@@ -149,5 +149,5 @@ def _short(shape: str) -> str:
 
 
 def _place(origin: str) -> str:
-    """The end of an op's name, which names the module."""
+    """Returns the end of an operation's name, which contains the module."""
     return "/".join(origin.split("/")[-3:]) or "unnamed"

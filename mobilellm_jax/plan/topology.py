@@ -1,6 +1,7 @@
-"""TPU slices by name, and their devices to compile for, without having any.
+"""Names TPU slices, and gives devices to compile for, without a TPU.
 
-`v5e:16x16` is a slice of that many chips, `2xv5e:16x16` two of them joined by DCN.
+`v5e:16x16` is a slice of 16 x 16 chips. `2xv5e:16x16` is two such slices joined by the data center
+network (DCN).
 """
 
 import dataclasses
@@ -17,28 +18,28 @@ from mobilellm_jax.config import ConfigError
 INSTALL_LIBTPU = 'pip install "mobilellm-jax[tpu]"'
 
 _GIB = 2**30
-# libtpu then asks no metadata server where it is, and takes no lock on a TPU that it does not use.
+# With these variables, libtpu asks no metadata server and takes no lock on a TPU.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any that there is: no host is looked for
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any valid type; with a type, libtpu looks for no host
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU chip (Cloud TPU documentation, July 2026; memory as libtpu gives it out)."""
+    """A kind of TPU chip, after the Cloud TPU documentation of July 2026; memory after libtpu."""
 
     name: str
     memory_bytes: int
     memory_bytes_per_sec: float
-    ici_bytes_per_sec: float  # sent by one chip over all its links: half of "bidirectional"
-    flops_per_cycle: int  # of all matrix units, bfloat16
-    matrix_unit: int  # its side
-    dimensions: int  # of a slice
-    most_chips: int  # of a slice
-    variant: str | None = None  # libtpu's name for one device per chip, where it is not the default
+    ici_bytes_per_sec: float  # a chip sends this over all links: half of the "bidirectional" number
+    flops_per_cycle: int  # all matrix units together, bfloat16
+    matrix_unit: int  # side of a matrix unit
+    dimensions: int  # dimensions of a slice
+    most_chips: int  # chips of the largest slice
+    variant: str | None = None  # libtpu's name of the mode with one device per chip
 
 
 _CHIPS = {
@@ -54,7 +55,7 @@ _CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of one kind of chip."""
+    """Slices of the same shape and the same kind of chip."""
 
     name: str
     chip: Chip
@@ -63,7 +64,7 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """One per chip."""
+        """Number of devices, one device per chip."""
         return math.prod(self.sides) * self.slices
 
 
@@ -80,7 +81,7 @@ def parse_topology(name: str) -> Topology:
     slices, kind, written = found.groups()
     chip = _CHIPS.get(kind)
     if chip is None:
-        raise ConfigError(f"{field} names no known kind of TPU; choose {', '.join(_CHIPS)}.")
+        raise ConfigError(f"{field} names an unknown kind of TPU; choose {', '.join(_CHIPS)}.")
     sides = tuple(map(int, written.split("x")))
     if len(sides) != chip.dimensions:
         example = {2: f"{kind}:4x4", 3: f"{kind}:4x4x4"}[chip.dimensions]
@@ -99,10 +100,10 @@ def parse_topology(name: str) -> Topology:
 
 
 def topology_devices(topology: Topology) -> list[jax.Device]:
-    """Returns devices that programs can be compiled for, and nothing else.
+    """Returns devices that can only serve to compile programs.
 
     Raises:
-      ConfigError: if libtpu is not installed, or knows no such slice.
+      ConfigError: if libtpu is not installed, or does not know the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
@@ -124,5 +125,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
             topology_name=f"{topology.chip.name}:{shape}", platform="tpu", **options
         )
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"--topology={topology.name}: libtpu refuses it: {error}") from error
+        raise ConfigError(
+            f"--topology={topology.name}: libtpu refuses this slice: {error}"
+        ) from error
     return list(found.devices)

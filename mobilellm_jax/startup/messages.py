@@ -4,15 +4,23 @@ Every room writes lines for the user with `logging.getLogger(__name__)`. A progr
 package decides where they go; a command line and its child processes call `show_messages`.
 """
 
+import contextlib
 import logging
 import sys
 
 
 class _StandardError(logging.Handler):
-    """Writes messages, without a prefix, to what `sys.stderr` is at that moment."""
+    """Writes messages, without a prefix, to the `sys.stderr` of the moment.
+
+    The handler removes a progress bar of tqdm before it writes, and draws the bar again below.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        with contextlib.ExitStack() as stack:
+            if "tqdm" in sys.modules:
+                bars = sys.modules["tqdm"].tqdm
+                stack.enter_context(bars.external_write_mode(file=sys.stderr))
+            print(self.format(record), file=sys.stderr, flush=True)
 
 
 def show_messages() -> None:

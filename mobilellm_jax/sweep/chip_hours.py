@@ -89,7 +89,7 @@ def price_all(runs: Sequence[Run], topology: Topology, kept: Path, say: Say) -> 
     for number, ((key, steps), members) in enumerate(models.items(), start=1):
         name = members[0].name.rpartition("-s")[0]
         if key not in known:
-            known[key] = _compile(members[0].config, topology, devices, say)
+            known[key] = _compile(members[0].config, topology, devices)
             text = json.dumps({k: dataclasses.asdict(c) for k, c in known.items()}, indent=1)
             rundir.write_whole(kept, text + "\n")
         compiled = known[key]
@@ -146,14 +146,14 @@ def price_table(prices: Sequence[Price], topology: Topology, utilization: float)
     return lines
 
 
-def _compile(config: Config, topology: Topology, devices: list[object], say: Say) -> Compiled:
+def _compile(config: Config, topology: Topology, devices: list[object]) -> Compiled:
     peak = peak_flops(devices[0])
     assert peak is not None, "the peak of every chip is known"
     config = settle(config, devices[0])
     step = compile_step(config, *mesh_of(config, devices))
     compile_sec, change = step.compile_sec, ""
     if not isinstance(step, CompiledStep):
-        fit = smallest_fit(config, devices, step, lambda text: say(f"    compiling with {text}"))
+        fit = smallest_fit(config, devices, step)
         if fit is None:
             return Compiled("", 0, 0.0, 0.0, compile_sec)
         config, step, change = fit.config, fit.step, written(fit.change)

@@ -93,7 +93,7 @@ def test_what_a_kill_left_is_gone_on_from(
 
     monkeypatch.setattr(Scorer, "scores", counted)
     assert evaluate(folder, *args) == 0
-    assert f"{journal} has {first} answers; going on from there." in capsys.readouterr().err
+    assert f"{journal} has {first} answers; continuing from there." in capsys.readouterr().err
     resumed = json.loads(output.read_text())["results"]
     again = sum(asked)
     assert evaluate(folder, *args) == 0

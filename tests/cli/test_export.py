@@ -114,5 +114,5 @@ def test_import_refuses_a_tokenizer_larger_than_the_model(
     (source / "tokenizer.model").unlink()
     train_tokenizer(texts, 310, source / "tokenizer.model")
     assert cli.main(["import", f"--source={source}", f"--output={tmp_path / 'run'}"]) == 2
-    assert "has 310 tokens, but the model only vocab_size=300" in capsys.readouterr().err
+    assert "has 310 tokens, but the model has only vocab_size=300" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

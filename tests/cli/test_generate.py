@@ -15,7 +15,7 @@ from mobilellm_jax.quantize.parameters import quantized
 from mobilellm_jax.quantize.schemes import find_scheme
 from tests import tiny
 
-command, flags = cli.import_command("generate")
+command = cli.import_command("generate")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def continuation(model: OpenedModel, prompt: str, count: int, sampling: Sampling
 
 def test_flags_have_the_defaults_of_sampling() -> None:
     for field, value in dataclasses.asdict(Sampling()).items():
-        assert flags[field].default == value
+        assert command.FLAGS[field].default == value
 
 
 def test_prompt_is_continued(

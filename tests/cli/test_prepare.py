@@ -25,9 +25,9 @@ def test_prepare_and_prepare_again(
         f"text:{tmp_path}/{pattern}.txt" for pattern in ("[ab]", "c")
     ]
     tokens = manifest.splits["train"].tokens
-    assert f"{tokens:,} tokens" in capsys.readouterr().out
+    assert f"{tokens:,} tokens" in capsys.readouterr().err
     assert main([*arguments, *more]) == 0
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().err
     reuse = [f"--output={tmp_path / 'more'}", f"--tokenizer={tmp_path / 'data'}"]
     assert main([*arguments, *reuse]) == 0
     assert open_tokens(tmp_path / "more").manifest.tokenizer_sha256 == manifest.tokenizer_sha256
@@ -85,7 +85,7 @@ def test_weights_and_skipped_lines_are_recorded(
     assert "weight=[0.25] must be given once for each of the 2 sources" in capsys.readouterr().err
     arguments += ["--weight=0.25", "--weight=0.75", "--on_bad_line=skip"]
     assert main(arguments) == 0
-    assert "WARNING: 20 bad lines were left out" in capsys.readouterr().out
+    assert "WARNING: 20 bad lines were left out" in capsys.readouterr().err
     sources = open_tokens(tmp_path / "data").manifest.sources
     assert [source.weight for source in sources] == [0.25, 0.75]
     assert [len(source.bad_lines) for source in sources] == [20, 0]

@@ -26,7 +26,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "--grid or --sweep is missing"),
+        ((), "--grid and --sweep are both missing"),
         (("--grid=depth_with",), "--grid=depth_with must be one of .* Did you mean depth_width?"),
         (("--grid=heads", "--scale=teeny"), "--scale=teeny must be one of .* Did you mean tiny?"),
         (("--sweep=model.num_blocks=2",), "--config is missing"),

@@ -206,5 +206,5 @@ def test_cycles_are_none_where_the_compiler_gives_none() -> None:
 
 
 def test_text_that_is_no_program() -> None:
-    with pytest.raises(ValueError, match="no HLO module"):
+    with pytest.raises(ValueError, match="not an HLO module"):
         read_program("nothing of the kind")

@@ -35,7 +35,7 @@ def test_names(name: str, sides: tuple[int, ...], slices: int, devices: int) -> 
         ("v5e:16*16", "must look like"),
         ("v5e:0x2", "must look like"),
         ("v5e:16x16x", "must look like"),
-        ("v7:4x4", "no known kind of TPU; choose v4, v5e, v5p, v6e."),
+        ("v7:4x4", "an unknown kind of TPU; choose v4, v5e, v5p, v6e."),
         ("v5e:4x4x4", "a slice of v5e has 2 sides, as v5e:4x4."),
         ("v5p:4x4", "a slice of v5p has 3 sides, as v5p:4x4x4."),
         ("v5e:32x32", "at most 256 chips; join several, as 2xv5e:32x32."),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from mobilellm_jax import config
 from mobilellm_jax.data.sources import files
 from mobilellm_jax.data.sources.source import TRAIN, BadLine, Document, OnBadLine, Piece, Source
+from mobilellm_jax.errors import UserError
 
 # Footers are small and lie, in the worst case, behind a network.
 _FOOTERS_AT_ONCE = 16
@@ -126,14 +127,14 @@ class ParquetSource(Source):
                 )
             yield table
 
-    def _column_error(self, path: str, schema: Any) -> ValueError:
+    def _column_error(self, path: str, schema: Any) -> UserError:
         columns = {field.name: str(field.type) for field in schema}
         if self._field in columns:
             problem = f"column {self._field!r} is {columns[self._field]}, not text"
         else:
             problem = f"there is no column {self._field!r}"
         texts = [field.name for field in schema if _is_text(field.type)]
-        return ValueError(
+        return UserError(
             f"source={self.spec!r}: {problem} in {path}. Name one with #FIELD; columns of text: "
             f"{', '.join(texts) or 'none'}.{config.near_miss(self._field, texts)}"
         )
@@ -180,8 +181,8 @@ def _refused(path: str) -> Iterator[None]:
         raise _damaged(path, " ".join(str(error).split())) from error
 
 
-def _damaged(path: str, why: str) -> ValueError:
-    return ValueError(
+def _damaged(path: str, why: str) -> UserError:
+    return UserError(
         f"{path} is no Parquet file, or a damaged one: {why}; fetch it again, or take it out of "
         "the pattern."
     )

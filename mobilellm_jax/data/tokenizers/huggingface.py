@@ -136,10 +136,10 @@ class HuggingFaceTokenizer:
         except strict_json.JsonError as error:
             raise UserError(f"{self.file} cannot encode a text: {error}") from error
 
-    def _unknown(self, text: str) -> ValueError:
+    def _unknown(self, text: str) -> UserError:
         encoding = self._encoding(text)
         start, stop = encoding.offsets[encoding.ids.index(self.unknown_id)]
-        return ValueError(
+        return UserError(
             f"{self.file} has no token for {text[start:stop]!r}, so the text would be lost; use a "
             "tokenizer with byte fallback, or a byte-level one."
         )

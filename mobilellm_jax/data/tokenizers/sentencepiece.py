@@ -117,10 +117,10 @@ class SentencePieceTokenizer:
     def _bytes(self, character: str) -> list[int]:
         return [self.byte_ids[byte] for byte in character.encode()]
 
-    def _unknown(self, text: str) -> ValueError:
+    def _unknown(self, text: str) -> UserError:
         unknown = (c for c in text if c == SPACE_MARK or self.unknown_id in self._model.encode(c))
         character = next(unknown, "")
-        return ValueError(
+        return UserError(
             f"{self.file} has no token for {character!r} (U+{ord(character or chr(0)):04X}) and no "
             "byte fallback, so the text would be lost; use a tokenizer with byte fallback."
         )

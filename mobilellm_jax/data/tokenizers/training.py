@@ -79,12 +79,12 @@ def _lines(text: str) -> Iterator[str]:
 def _vocabulary_error(vocab_size: int, error: RuntimeError) -> Exception:
     """Returns our message for SentencePiece's complaints about the size, else `error` itself."""
     if match := re.search(r"Vocabulary size too high.*<= (\d+)", str(error)):
-        return ValueError(
+        return UserError(
             f"vocab_size={vocab_size} is too large for this text, which supports at most "
             f"{match[1]}; lower --vocab_size or add sources."
         )
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-        return ValueError(
+        return UserError(
             f"vocab_size={vocab_size} must be at least {match[1]}: 256 bytes, 3 special tokens and "
             "the text's characters."
         )

@@ -250,7 +250,7 @@ def _not_byte_level(
             yield f"Its token {strict_json.shown(token.get('content'))} must not be {flags[0]}."
 
 
-def _refused(tokenizer: Tokenizer, problems: Sequence[str]) -> ValueError:
-    return ValueError(
+def _refused(tokenizer: Tokenizer, problems: Sequence[str]) -> UserError:
+    return UserError(
         f"{tokenizer.file} cannot be written into a GGUF file: {' '.join(problems)} {_REMEDY}"
     )

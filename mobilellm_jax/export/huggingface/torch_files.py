@@ -114,8 +114,8 @@ def _is_zip(file: Path) -> bool:
         return True
 
 
-def _error(file: Path, problem: str) -> ValueError:
-    return ValueError(
+def _error(file: Path, problem: str) -> UserError:
+    return UserError(
         f"{file} is not a whole file of torch tensors: {problem}; save the weights as safetensors, "
         "or as a plain dict of tensors."
     )

@@ -1,0 +1,90 @@
+"""Help texts, checks and file reading that several commands share."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from mobilellm_jax.cli.errors import UsageError
+from mobilellm_jax.errors import MissingFileError, UserError
+from mobilellm_jax.quantize.schemes import Scheme, find_scheme
+
+if TYPE_CHECKING:
+    from mobilellm_jax.open_model import OpenedModel
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINT_HELP = "run folder (latest step), step folder or Hugging Face directory"
+QUANTIZE_HELP = (
+    "scheme: w8a8, w8, w4 or w4a8; w8 and w4 quantize only the weights. g32 or g128 after the "
+    "scheme sets the size of a group (default 32)"
+)
+PARTS_HELP = (
+    "parts that --quantize stores in 8 bits besides the blocks' matrices: embedding, head, "
+    "attention (its products) and cache (keys and values), separated by commas (default: "
+    "embedding,head)"
+)
+
+
+def new_flags() -> flags.FlagValues:
+    """Returns an empty set of flags for one command."""
+    return flags.FlagValues()  # type: ignore[no-untyped-call]  # absl gives no type
+
+
+def exactly_one(own: flags.FlagValues, *names: str) -> None:
+    """Makes the parser refuse a command line without exactly one of these flags."""
+    flags.mark_flags_as_mutual_exclusive(names, True, own)  # type: ignore[no-untyped-call]  # absl
+
+
+def chosen_scheme(name: str | None, parts: str | None) -> Scheme | None:
+    """Returns the scheme of --quantize and --quantized_parts, or None without --quantize.
+
+    Raises:
+      UsageError: if --quantized_parts is given without --quantize.
+      ConfigError: if the scheme or a part is unknown.
+    """
+    if name is None:
+        if parts is not None:
+            raise UsageError(f"--quantized_parts={parts} goes with --quantize only.")
+        return None
+    return find_scheme(name) if parts is None else find_scheme(name, parts)
+
+
+def quantize_opened(opened: "OpenedModel", scheme: Scheme | None) -> "OpenedModel":
+    """Returns the model with quantized parameters, or the same model if `scheme` is None.
+
+    Raises:
+      ConfigError: if the scheme quantizes only one of two matrices that are the same matrix.
+      UserError: if parameters are not finite.
+    """
+    if scheme is None:
+        return opened
+    from mobilellm_jax.quantize.parameters import bits_per_weight, quantize_model, stored_bytes
+
+    params = quantize_model(opened.config, opened.params, scheme)
+    _log.info(
+        f"quantized {scheme}; {stored_bytes(params):,} bytes, "
+        f"{bits_per_weight(params):.2f} bits per weight"
+    )
+    return dataclasses.replace(opened, params=params)
+
+
+def read_text(flag: str, file: Path) -> str:
+    """Returns the text of a UTF-8 file without any change; line ends are part of the text.
+
+    Raises:
+      MissingFileError: if there is no such file.
+      UserError: if the file is not UTF-8.
+    """
+    if not file.is_file():
+        problem = "is a folder" if file.is_dir() else "does not exist"
+        raise MissingFileError(f"{flag}={file} {problem}; name a text file in UTF-8.")
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{flag}={file} must be UTF-8, but byte {error.start} is "
+            f"0x{error.object[error.start]:02x}; convert the file, for example with iconv."
+        ) from error
