@@ -1,1 +1,1 @@
-"""How good a model is: functions of (model config, parameters, data), without flags or files."""
+"""Measures how good a model is: validation loss, perplexity of a text, and scores on tasks."""

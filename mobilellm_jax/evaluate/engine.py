@@ -1,4 +1,4 @@
-"""What an evaluation asks of a model, whether it is a checkpoint or an exported artefact."""
+"""The interface between an evaluation and a model: a checkpoint in JAX or an exported file."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.transformer import Params
 
 Continuations = Iterator[list[list[int]]]
-"""Some new tokens of every prompt at a time, up to and without EOS."""
+"""Yields some new tokens of every prompt at a time; EOS ends a row and is not part of it."""
 
 
 class Writer(Protocol):
-    """Continues prompts, as `generate.stream_batch` does."""
+    """Continues prompts, with the same arguments as `generate.stream_batch`."""
 
     def __call__(
         self, prompts: Sequence[list[int]], *, max_new_tokens: int, sampling: Sampling, eos_id: int
@@ -30,7 +30,7 @@ class Writer(Protocol):
 
 
 class Engine(Protocol):
-    """A model that scores and writes."""
+    """A model that scores continuations and writes texts."""
 
     @property
     def config(self) -> ModelConfig:
@@ -38,22 +38,22 @@ class Engine(Protocol):
 
     @property
     def precision(self) -> str:
-        """What it computes in, for the record."""
+        """Name of the number format that the model computes in, for the record."""
 
     @property
     def prompts_at_once(self) -> int:
-        """How many a writer may be given."""
+        """Largest number of prompts for one call of the writer."""
 
     def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
-        """Yields (number of the query, its score) for all queries, some at a time."""
+        """Yields pairs of a query's number and its score, some queries at a time."""
 
     def writer(self) -> Writer:
-        """Returns what continues prompts; it may hold a copy of the weights while it is held."""
+        """Returns a function that continues prompts; it may hold a copy of the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JaxEngine:
-    """A checkpoint, on the mesh of its scorer."""
+    """A checkpoint on the mesh of its scorer."""
 
     config: ModelConfig
     scorer: Scorer
@@ -85,7 +85,7 @@ class JaxEngine:
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeEngine:
-    """An artefact in its own runtime, one sequence after the other."""
+    """An exported model in its own runtime, which reads one sequence at a time."""
 
     config: ModelConfig
     precision: str
@@ -93,7 +93,7 @@ class RuntimeEngine:
     prompts_at_once: int = 1
 
     def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
-        """As `Engine`; sequences that are the same are read once."""
+        """Scores each query; queries with the same tokens are read once."""
         order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
         tokens: tuple[int, ...] = ()
         log_TV: NDArray[np.float64] = np.zeros((0, 0))
@@ -114,8 +114,8 @@ class RuntimeEngine:
     ) -> Continuations:
         if sampling != GREEDY:
             raise UserError(
-                "A task asks for sampled texts, and an artefact only writes the likeliest tokens; "
-                "leave its task out, or evaluate the checkpoint."
+                "A task asks for sampled texts, and an exported model only writes the likeliest "
+                "tokens; leave the task out, or evaluate the checkpoint."
             )
         [prompt] = prompts
         for token in greedy(self.runtime, prompt, max_new_tokens):

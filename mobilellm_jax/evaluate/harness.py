@@ -1,16 +1,17 @@
-"""Our model as lm-evaluation-harness sees one (Gao et al.; the `eval` extra).
+"""Our model in the interface of lm-evaluation-harness (Gao et al.; the `eval` extra).
 
-The harness asks with strings; what reaches the model are the token ids that its own `hf` model
-would make of them: BOS before a text where the tokenizer's other users put one, a context's
-trailing spaces moved to the continuation, the border between the two found by encoding both
-together, and of what is too long the end. Scores come from prefix trees (`scoring.py`), texts from
-cached decoding; what was answered once is not asked again (`journal.py`).
+The harness asks with strings. The model reads the token ids that the harness' own `hf` model would
+make of them: BOS stands before a text if the tokenizer's other users put it there, trailing spaces
+of a context move to the continuation, context and continuation are encoded together to find the
+border between them, and only the end of a text that is too long is read. `scoring.py` computes
+scores from prefix trees, and cached decoding writes texts. `journal.py` keeps the answers, so that
+nothing is asked twice.
 """
 
 import collections
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
@@ -28,23 +29,25 @@ from mobilellm_jax.evaluate.prefix_trees import Query, make_query
 from mobilellm_jax.generation.sampling import GREEDY, Sampling
 from mobilellm_jax.model.size import parameter_count
 
-_MAX_NEW_TOKENS = 256  # where a task names no limit; the harness' own default
-_PROMPT_TOKENS = 16_384  # of the prompts that are read at once
+_MAX_NEW_TOKENS = 256  # the harness' default for tasks without a limit
+_PROMPT_TOKENS = 16_384  # tokens of all prompts in a batch
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
+Prompt = tuple[list[int], str]
+"""Token ids and the settings as JSON, which can be compared and hashed."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     """One model, for any number of tasks.
 
     Args:
-      engine: what scores and writes.
-      tokenizer: the one it was trained with.
-      journal: of answers; requests that are in it are not computed.
-      origin: where the model is from, for the record.
-      show: how far it is, on a terminal.
+      engine: scores and writes.
+      tokenizer: the tokenizer that the model was trained with.
+      journal: keeps answers; the model does not compute an answer that the journal has.
+      origin: name of the model for the record.
+      show: whether progress is shown on a terminal.
     """
 
     def __init__(
@@ -57,14 +60,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         show: bool = True,
     ) -> None:
         super().__init__()
-        self.cut = 0  # requests of which the beginning did not fit
+        self.cut = 0  # number of requests that lost their beginning because they were too long
         self._engine = engine
         self._tokens = tokenizer
         self._journal = journal
         self._origin = origin
         self._show = show
         self._beginning = beginning(tokenizer)
-        # A model that could not read a prompt beside that many writes fewer.
+        # A short model writes fewer tokens by default, so that half of it is left for the prompt.
         longest = engine.config.max_seq_len
         self._max_new_tokens = longest // 2 if longest <= _MAX_NEW_TOKENS else _MAX_NEW_TOKENS
 
@@ -85,7 +88,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return self._tokens.sha256
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns what the harness writes into its record of the run."""
+        """Returns the fields that the harness adds to its record of the run."""
         return {
             "model": self._origin,
             "model_num_parameters": parameter_count(self._engine.config),
@@ -101,7 +104,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        # Only so that no bar for the tokenizer is shown, which is quick.
+        # The harness would show a bar for tokenisation, which is quick.
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
@@ -133,16 +136,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             self.cut += len(query.tokens) < len(context) + len(continuation) - 1
             keys.append(key("log-likelihood", query.tokens, query.targets))
             queries[keys[-1]] = query
-        answers = self._journal.answers
-        asked = [name for name in queries if name not in answers]
-        with _bar(len(queries), len(asked), "likelihood", self._show) as bar:
+
+        def compute(asked: list[str]) -> Iterator[dict[str, Any]]:
             for scores in self._engine.scores([queries[name] for name in asked]):
-                self._journal.add((asked[number], list(score)) for number, score in scores)
-                bar.update(len(scores))
+                yield {asked[number]: list(score) for number, score in scores}
+
+        answers = self._answers(queries, "likelihood", compute)
         return [tuple(answers[name]) for name in keys]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        prompts: dict[str, tuple[list[int], str]] = {}
+        prompts: dict[str, Prompt] = {}
         keys = []
         for text, settings in (request.args for request in requests):
             how = normalize_gen_kwargs(settings, self._max_new_tokens)
@@ -150,28 +153,45 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             ids = self.tok_encode(text)
             self.cut += len(ids) > room
             ids = ids[-room:]
-            # As a string, which can be a dict's key and stands for the same in every run.
             written = json.dumps(how, sort_keys=True)
             keys.append(key("text", ids, written))
             prompts[keys[-1]] = ids, written
-        answers = self._journal.answers
-        asked = [name for name in prompts if name not in answers]
-        with _bar(len(prompts), len(asked), "text", self._show) as bar:
-            # Nothing to ask for, nothing to lay out; a copy of the weights lives for this call.
+
+        def compute(asked: list[str]) -> Iterator[dict[str, Any]]:
+            # The writer may hold a copy of the weights, so it is made only if it is needed.
             write = self._engine.writer() if asked else None
             for names in _batches(asked, prompts, self._engine.prompts_at_once):
-                assert write is not None, "there is something to ask for"
+                assert write is not None, "there is a batch, so something is asked"
                 how = json.loads(prompts[names[0]][1])
                 texts = self._continue(write, [prompts[name][0] for name in names], how)
-                self._journal.add(zip(names, texts, strict=True))
-                bar.update(len(names))
+                yield dict(zip(names, texts, strict=True))
+
+        answers = self._answers(prompts, "text", compute)
         return [answers[name] for name in keys]
 
+    def _answers(
+        self,
+        names: Iterable[str],
+        unit: str,
+        compute: Callable[[list[str]], Iterator[dict[str, Any]]],
+    ) -> dict[str, Any]:
+        """Returns the journal's answers after `compute` has added the missing answers."""
+        names = list(names)
+        asked = [name for name in names if name not in self._journal.answers]
+        done = len(names) - len(asked)
+        # disable=None shows the bar on a terminal only.
+        hidden = None if self._show else True
+        with tqdm(total=len(names), initial=done, unit=unit, disable=hidden) as bar:
+            for new in compute(asked):
+                self._journal.add(new.items())
+                bar.update(len(new))
+        return self._journal.answers
+
     def _room(self, how: dict[str, Any]) -> int:
-        """Returns how many tokens a prompt may have.
+        """Returns the largest number of tokens for a prompt.
 
         Raises:
-          UserError: if that is none, or if a setting is not known here.
+          UserError: if a prompt has no room, or the task has a setting that we do not support.
         """
         unknown = how.keys() - _SETTINGS
         if unknown:
@@ -183,14 +203,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         if room < 1:
             raise UserError(
                 f"A task asks for texts of up to {how['max_gen_toks']} tokens, which must be less "
-                f"than model.max_seq_len={self.max_length}; leave its task out."
+                f"than model.max_seq_len={self.max_length}; leave the task out."
             )
         return room
 
     def _continue(
         self, write: Writer, prompts: Sequence[list[int]], how: dict[str, Any]
     ) -> list[str]:
-        """Returns the prompts' continuations, each up to its first stop string."""
+        """Returns the continuation of each prompt up to its first stop string."""
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         stopped = [False] * len(prompts)
@@ -207,14 +227,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                     texts[b] = decode(self._tokens, rows[b])
                     stopped[b] = any(stop in texts[b] for stop in how["until"] if stop)
             if all(done or not new for done, new in zip(stopped, part, strict=True)):
-                break  # a row without new tokens has met EOS
-        return [_up_to(text, how["until"]) for text in texts]
+                break  # a row without new tokens has reached EOS
+        for stop in filter(None, how["until"]):
+            texts = [text.split(stop)[0] for text in texts]
+        return texts
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens that others put before every text.
+    """Returns the tokens that other programs put before every text.
 
-    BOS for a SentencePiece model, as LLaMA has it; for a tokenizer.json, what it says itself.
+    A SentencePiece model gets BOS, as in LLaMA. A tokenizer.json says itself which tokens it adds.
     """
     if tokenizer.file.suffix == ".model":
         return [tokenizer.bos_id]
@@ -225,10 +247,11 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Returns the text as transformers shows it, which is the same unless the text is broken.
+    """Returns the text as transformers would show it.
 
-    The unknown token has no text there, and of a run of byte tokens that is not UTF-8 every byte is
-    a U+FFFD, where SentencePiece keeps the characters among them.
+    Only broken texts differ from our own decoding. Transformers drops the unknown token. If a run
+    of byte tokens is not UTF-8, transformers shows U+FFFD for each byte, where SentencePiece keeps
+    the valid characters.
     """
     known = [i for i in ids if i != tokenizer.unknown_id]
     byte_of = {i: byte for byte, i in enumerate(tokenizer.byte_ids)}
@@ -259,16 +282,8 @@ def _sampling(how: dict[str, Any]) -> Sampling:
     )
 
 
-def _up_to(text: str, stops: Iterable[str]) -> str:
-    for stop in stops:
-        text = text.split(stop)[0] if stop else text
-    return text
-
-
-def _batches(
-    names: Iterable[str], prompts: dict[str, tuple[list[int], str]], most: int
-) -> Iterable[list[str]]:
-    """Yields prompts of like settings and like lengths together, the longest first."""
+def _batches(names: Iterable[str], prompts: dict[str, Prompt], most: int) -> Iterable[list[str]]:
+    """Yields batches of prompts with equal settings and similar lengths, the longest first."""
     alike = collections.defaultdict(list)
     for name in names:
         alike[prompts[name][1]].append(name)
@@ -278,9 +293,3 @@ def _batches(
             size = min(most, max(1, _PROMPT_TOKENS // len(prompts[left[0]][0])))
             batch, left = left[:size], left[size:]
             yield batch
-
-
-def _bar(total: int, left: int, unit: str, show: bool) -> "tqdm[Any]":
-    # disable=None: shown on a terminal only.
-    done = total - left
-    return tqdm(total=total, initial=done, unit=unit, disable=None if show else True)

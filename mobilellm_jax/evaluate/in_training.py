@@ -1,6 +1,5 @@
-"""Tasks and a text, scored while a model trains: on the parameters as they lie on the devices."""
+"""Scores tasks and a text during training, with the sharded parameters on the devices."""
 
-import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 
 from mobilellm_jax.config import Config, ConfigError, EvaluateConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import require
 from mobilellm_jax.evaluate.perplexity import strided
 from mobilellm_jax.evaluate.prefix_trees import Query
 from mobilellm_jax.evaluate.scoring import Scorer
@@ -22,11 +22,12 @@ Evaluator = Callable[[Params], dict[str, float]]
 def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rules) -> Evaluator:
     """Returns a function from parameters to "evaluate/TASK/METRIC" and "evaluate/text/METRIC".
 
-    Rows and text are read here, so that what is wrong with them shows before the run starts.
+    It reads rows and text at once, so that mistakes in them show before training starts.
 
     Raises:
-      ConfigError: if `evaluate.tasks` needs what is not installed, or `evaluate.text` is no text.
-      ValueError, FileNotFoundError: for tasks and their rows, as `load_tasks`.
+      UserError: if `evaluate.tasks` is set without the `eval` extra, or a task or row is wrong.
+      ConfigError: if `evaluate.text` is not a text.
+      MissingFileError: if a file of rows is missing.
     """
     if not (config.evaluate.tasks or config.evaluate.text):
         return lambda params: {}
@@ -45,12 +46,7 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
 
 def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Evaluator:
     chosen = config.evaluate
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(
-            f"evaluate.tasks={chosen.tasks!r} needs lm-evaluation-harness; install it with "
-            "pip install 'mobilellm-jax[eval]', or set --config.evaluate.tasks=."
-        )
-    # Here, since these need the extra.
+    require("lm_eval", "eval", f"evaluate.tasks={chosen.tasks!r}")
     from mobilellm_jax.evaluate.engine import JaxEngine
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.journal import Journal
@@ -60,7 +56,7 @@ def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Eva
     tasks = load_tasks(names, data_dir=Path(chosen.data_dir) if chosen.data_dir else None)
 
     def evaluate(params: Params) -> dict[str, float]:
-        # A journal in memory: other parameters, other answers.
+        # Each call has a new journal, because other parameters give other answers.
         model = HarnessModel(
             *(JaxEngine(config.model, scorer, params), tokenizer, Journal(None, {})),
             origin="in training",
@@ -72,7 +68,7 @@ def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Eva
 
 
 def _text_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Evaluator:
-    """Every token is scored, in windows that read as much as the model can."""
+    """Scores every token of a text, in windows as long as the model can read."""
     text = _read_text(config.evaluate)
     ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)])
     length = config.model.max_seq_len

@@ -1,8 +1,9 @@
-"""Answers of a model that are on disk, so that an evaluation that was killed goes on where it was.
+"""Keeps a model's answers on disk, so that a killed evaluation continues where it stopped.
 
-The first line says whose answers they are; every other line is a request's key and its answer.
-Requests are told apart by what reaches the model, token ids, so that it does not matter which task
-asks. Lines are written a batch at a time; one that a kill cut short is asked again.
+The first line of the file identifies the model. Each further line holds the key of a request and
+its answer. A key is computed from the token ids that reach the model, so two tasks that ask the
+same thing share an answer. Lines are written a batch at a time. If a kill cut a line short, its
+request is asked again.
 """
 
 import dataclasses
@@ -23,16 +24,16 @@ from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.rundir import write_whole
 
 _FORMAT = 1
-# Fields that change how the same numbers are computed.
+# These fields only choose how a result is computed.
 _NOT_THE_MODEL = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype")
 
 
 def identity(
     config: ModelConfig, params: Params, tokenizer: Tokenizer, quantized: str | None = None
 ) -> dict[str, Any]:
-    """Returns what tells this model's answers from any other's: shape, weights, tokenizer, type.
+    """Returns what distinguishes the answers of this model from the answers of other models.
 
-    And how it is quantized, since that is not in its weights alone.
+    The quantization is part of the identity, because activations in 8 bits change no weight.
     """
     fields = dataclasses.asdict(config)
     return {
@@ -46,53 +47,55 @@ def identity(
 
 
 def key(kind: str, *parts: Any) -> str:
-    """Returns the key of a request; the parts are what JSON can hold."""
+    """Returns the key of a request; JSON must be able to hold the parts."""
     return hashlib.sha256(json.dumps([kind, *parts]).encode()).hexdigest()[:32]
 
 
 class Journal:
-    """The answers so far, by key.
+    """The answers by key, in memory and in a file.
 
     Args:
       path: the file. None: answers are kept in memory only.
-      whose: the identity of the model that gives them.
+      whose: the identity of the model that gives the answers.
     """
 
     def __init__(self, path: Path | None, whose: Mapping[str, Any]) -> None:
         self._path = path
         self.answers: dict[str, Any] = {}
-        self.replaced = False  # whether there was one of another model, which is gone
+        self.replaced = False  # whether the file held answers of another model
         if path is None:
             return
         first = json.dumps(whose)
-        lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-        # What follows the last line end was cut short.
-        whole = lines[:-1]
-        if whole and whole[0] == first.encode():
-            self.answers = dict(filter(None, map(_answer, whole[1:])))
+        # A line without a line end was cut short.
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+        if lines and lines[0] == first.encode():
+            self.answers = dict(filter(None, map(_answer, lines[1:])))
         else:
-            self.replaced = bool(whole)
-        content = [first, *(json.dumps(answer) for answer in self.answers.items())]
-        write_whole(path, "".join(f"{line}\n" for line in content))
+            self.replaced = bool(lines)
+        write_whole(path, f"{first}\n{_lines(self.answers)}")
 
     def add(self, answers: Iterable[tuple[str, Any]]) -> None:
-        """Keeps the answers of a batch; they are on disk when this returns."""
+        """Keeps the answers of a batch; they have reached the file when this returns."""
         new = dict(answers)
         self.answers |= new
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps(answer)}\n" for answer in new.items()))
+                file.write(_lines(new))
 
     def remove(self) -> None:
-        """Deletes the file: what it was for is done."""
+        """Deletes the file of a finished evaluation."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
 
-def _answer(line: bytes) -> tuple[str, Any] | None:
-    """Returns the key and the answer of a line; None if it is damaged, so that it is asked again.
+def _lines(answers: Mapping[str, Any]) -> str:
+    return "".join(f"{json.dumps(answer)}\n" for answer in answers.items())
 
-    An answer is a text, or a log-likelihood and whether it is that of the likeliest tokens.
+
+def _answer(line: bytes) -> tuple[str, Any] | None:
+    """Returns the key and the answer of a line, or None if the line is damaged.
+
+    An answer is a text, or a pair of a log-likelihood and whether the continuation is greedy.
     """
     try:
         name, answer = strict_json.as_type(
@@ -106,10 +109,11 @@ def _answer(line: bytes) -> tuple[str, Any] | None:
 
 
 def _fingerprint(params: Params) -> str:
-    """Returns a digest of all weights, computed where they are.
+    """Returns a digest of all weights, computed on the devices that hold them.
 
-    Sums of integers do not depend on the order, so that any mesh gives the same. Two sums per leaf,
-    one with the weights' places: 64 bits, against chance and not against malice.
+    Sums of integers do not depend on the order, so every mesh gives the same digest. Each leaf has
+    two sums, and one of them also depends on the places of the weights. The 64 bits protect against
+    accidents and not against malice.
     """
     leaves = {
         jax.tree_util.keystr(path): leaf
@@ -124,6 +128,6 @@ def _fingerprint(params: Params) -> str:
 def _sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
     place = jnp.arange(bits.size, dtype=jnp.uint32)
-    # An odd factor per place loses no bit; Knuth's multiplicative hash spreads neighbours.
+    # Multiplying by an odd number loses no bit. Knuth's multiplicative hash spreads neighbours.
     mixed = (bits ^ (bits >> 15)) * (place * jnp.uint32(2654435761) | jnp.uint32(1))
     return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(mixed, dtype=jnp.uint32)

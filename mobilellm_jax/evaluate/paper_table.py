@@ -1,6 +1,7 @@
-"""The paper's tables of scores (Tables 3, 4 and 8), filled with ours, its own row beside them."""
+"""The paper's tables of scores (Tables 3, 4 and 8) with our scores beside the paper's."""
 
 import dataclasses
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +12,13 @@ from mobilellm_jax.paper.architectures import MOBILELLM, MOBILELLM_PARAMETERS, M
 
 CAVEAT = """\
 The paper does not say which harness, prompts or kind of accuracy it used, and the ARC-c of its
-models is known to be 5 to 6 points lower here: compare differences between models measured alike,
-not these figures with the paper's."""
+models is known to be 5 to 6 points lower here. Compare only models that were measured in the same
+way, and do not compare these figures with the paper's."""
 _SUBSET = """\
-A subset of the published rows was scored (see the column `rows`): say so beside the figures."""
-_AVERAGE = "The average of acc_norm takes the acc of a task without it."
+A subset of the published rows was scored (see the column `rows`); say so when you quote a score."""
+_AVERAGE = "The average of acc_norm uses acc for a task without acc_norm."
 
-# Task -> its column in the paper's tables, where the names differ.
+# The paper's column of a task, if the names differ.
 _COLUMNS = {
     "social_iqa": "siqa",
     "triviaqa_1shot": "triviaqa_f1_1shot",
@@ -32,22 +33,22 @@ _SHAPE = (
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One task's scores in percent, by the harness' names; standard errors where it gives them."""
+    """The scores of one task in percent, with standard errors if the harness gives them."""
 
     task: str
     shots: int
     rows: int
     scores: dict[str, float]
     errors: dict[str, float]
-    paper: float | None  # what the paper prints: an accuracy, or F1 for TriviaQA
+    paper: float | None  # the paper's accuracy, or its F1 for TriviaQA
 
 
 def paper_lines(results: Mapping[str, Any], size: str) -> list[Line]:
-    """Returns a line for each of the paper's tasks that ran, in the paper's order.
+    """Returns a line for each task of the paper that ran, in the paper's order.
 
     Args:
-      results: in the harness' layout.
-      size: the model of `MOBILELLM` whose scores stand beside.
+      results: results in the harness' layout.
+      size: key in `MOBILELLM` of the paper's model.
     """
     lines = []
     for task in (*ZERO_SHOT, *QUESTIONS):
@@ -74,17 +75,17 @@ def paper_lines(results: Mapping[str, Any], size: str) -> list[Line]:
 
 
 def averages(lines: list[Line]) -> dict[str, float]:
-    """Returns the plain means over the eight zero-shot tasks, or nothing unless all are there."""
+    """Returns the means over the eight zero-shot tasks, or nothing if a task is missing."""
     eight = {line.task: line.scores for line in lines if line.task in ZERO_SHOT}
     if len(eight) < len(ZERO_SHOT):
         return {}
     acc = [scores["acc"] for scores in eight.values()]
     acc_norm = [scores.get("acc_norm", scores["acc"]) for scores in eight.values()]
-    return {"acc": sum(acc) / len(acc), "acc_norm": sum(acc_norm) / len(acc_norm)}
+    return {"acc": statistics.fmean(acc), "acc_norm": statistics.fmean(acc_norm)}
 
 
 def nearest_size(config: ModelConfig) -> tuple[str, bool]:
-    """Returns the paper's model that this one is, or is nearest in size to, and which it is."""
+    """Returns the paper's model with this shape and True, or the nearest in size and False."""
     for size, model in MOBILELLM.items():
         if all(getattr(model, field) == getattr(config, field) for field in _SHAPE):
             return size, True
@@ -103,15 +104,15 @@ def paper_name(size: str) -> str:
 
 
 def format_table(results: Mapping[str, Any], config: ModelConfig) -> str:
-    """Returns the table as text, or "" if none of its tasks ran."""
+    """Returns the table as text, or "" if no task of the paper ran."""
     size, is_it = nearest_size(config)
     lines = paper_lines(results, size)
     if not lines:
         return ""
     text = [
         f"In percent, with standard errors, by lm-evaluation-harness {results['lm_eval_version']}.",
-        f"paper: what it prints for {paper_name(size)}"
-        + (", this model's shape." if is_it else ", the nearest in size."),
+        f"paper: the paper's figures for {paper_name(size)}, "
+        + ("which has this model's shape." if is_it else "which is nearest in size."),
     ]
     eight = [line for line in lines if line.task in ZERO_SHOT]
     mean = averages(lines)

@@ -1,14 +1,16 @@
-"""Perplexity of a text, as the paper's evaluation script measures it, or of every token of it.
+"""Perplexity of a text, in the paper's windows or in overlapping windows.
 
-The text, behind one BOS, is cut into windows of the model's length T, without overlap; the first
-token of a window predicts the second, and so on, so that each scores T - 1 tokens; what is left
-after the last full window is dropped. With a stride, windows overlap: each reads T tokens and
-scores the last `stride` of those that follow them, the first window all T, the last one what is
-left. So every token of the text is scored once, after T - stride tokens at least, or all there are.
+The text gets one BOS in front and is cut into windows of T = `model.max_seq_len` tokens. Without a
+stride, windows do not overlap, as in the paper's evaluation script. Each window scores T - 1 tokens
+because its first token has no context, and the rest after the last full window is dropped.
 
-The loss is the mean over all scored tokens, and perplexity = exp(loss). Bits per byte,
-loss * tokens / (ln 2 * bytes of text that the scored tokens stand for), compares models with
-different tokenizers.
+With a stride, windows overlap and every token of the text is scored once. A window reads T tokens
+and scores the last `stride` of the tokens that follow them. The first window scores all T, and the
+last window scores the rest of the text. Each scored token has a context of at least T - stride
+tokens, or of all tokens before it.
+
+The loss is the mean over all scored tokens, and perplexity = exp(loss). Bits per byte are
+loss * tokens / (ln 2 * bytes of the scored tokens). They compare models with different tokenizers.
 """
 
 import dataclasses
@@ -29,18 +31,18 @@ from mobilellm_jax.export.runtime import Runtime
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
 from mobilellm_jax.train.loss import token_losses
 
-_BATCH_TOKENS = 8192  # at once; attention scores of a 125M model then take 1.2 GB at T = 2048
-_LOSS_CHUNK = 256  # positions of each window whose logits exist at once
+_BATCH_TOKENS = 8192  # per batch; attention scores of a 125M model take 1.2 GB at T = 2048
+_LOSS_CHUNK = 256  # positions of each window with logits in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerplexityResult:
-    """What a text costs a model."""
+    """How well a model predicts a text."""
 
     loss: float  # nats per scored token
     perplexity: float  # exp(loss)
     bits_per_byte: float  # over the bytes of the scored tokens
-    tokens: int  # scored
+    tokens: int  # scored tokens
     windows: int
 
 
@@ -53,29 +55,29 @@ def perplexity(
     stride: int | None = None,
     batch_size: int | None = None,
 ) -> PerplexityResult:
-    """Scores `text` in windows of `model.max_seq_len` tokens; shows progress on a terminal.
+    """Scores `text` and shows progress on a terminal.
 
     Args:
       config: the architecture.
-      params: its parameters.
-      tokenizer: the one it was trained with.
-      text: at least a window long; with a stride, at least a token.
-      stride: see the module's docstring. None: the paper's windows.
-      batch_size: windows at once; changes nothing but speed and memory. None: 8192 tokens' worth.
+      params: the parameters.
+      tokenizer: the tokenizer that the model was trained with.
+      text: at least one window; with a stride, at least one token.
+      stride: number of tokens that each window scores. None: the paper's windows.
+      batch_size: windows per batch; affects only speed and memory. None: windows of 8192 tokens.
 
     Raises:
-      UserError: if the text is too short, or the stride not within a window.
-      FloatingPointError: if the model gives no finite loss.
+      UserError: if the text is too short, or the stride is longer than a window.
+      FloatingPointError: if the loss is not finite.
     """
     length = config.max_seq_len
     ids, windows = _cut(tokenizer, text, length, stride)
     longest = max(window.stop - window.start for window in windows)
     batch = min(batch_size or max(1, _BATCH_TOKENS // length), len(windows))
-    params = jax.device_put(params)  # once, if they come from the host
-    total = 0.0  # Python floats are float64: a sum of float32 losses would drift over a long text
+    params = jax.device_put(params)  # otherwise each batch would copy them from the host
+    total = 0.0  # float64, because a float32 sum would lose digits over a long text
     for start in tqdm(range(0, len(windows), batch), unit="batch", disable=None):
         part = windows[start : start + batch]
-        # The shape, so the program, stays in the last batch, and in a window that is short.
+        # The last batch and a short window keep the shape, so that nothing is compiled again.
         tokens_BT, targets_BT = np.zeros((2, batch, longest), np.int32)
         is_scored_BT = np.zeros((batch, longest), bool)
         for b, window in enumerate(part):
@@ -91,7 +93,7 @@ def perplexity(
 def runtime_perplexity(
     runtime: Runtime, tokenizer: Tokenizer, text: str, *, stride: int | None = None
 ) -> PerplexityResult:
-    """Scores `text` by an artefact in its own runtime, otherwise as `perplexity`."""
+    """Scores `text` with an exported model in its own runtime; `perplexity` has the details."""
     ids, windows = _cut(tokenizer, text, runtime.max_seq_len, stride)
     total = 0.0
     for window in tqdm(windows, unit="window", disable=None):
@@ -104,7 +106,7 @@ def runtime_perplexity(
 def _cut(
     tokenizer: Tokenizer, text: str, length: int, stride: int | None
 ) -> tuple[np.ndarray, list["Window"]]:
-    """Returns BOS and the text's tokens, and the windows over them."""
+    """Returns the token ids, which begin with BOS, and the windows over them."""
     ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
     return ids, _windows(length, ids) if stride is None else strided(length, ids, stride)
 
@@ -112,10 +114,10 @@ def _cut(
 def _result(
     total: float, tokenizer: Tokenizer, text: str, ids: np.ndarray, windows: list["Window"]
 ) -> PerplexityResult:
-    """Returns what `total` nats over the windows' scored tokens mean."""
+    """Returns the result for a loss of `total` nats over all scored tokens."""
     if not math.isfinite(total):
         raise FloatingPointError(
-            f"The loss of the text is {total}: the parameters are not finite, or overflow."
+            f"The loss of the text is {total}; the parameters are not finite, or too large."
         )
     scored = np.zeros(len(ids), bool)
     for window in windows:
@@ -133,7 +135,7 @@ def _result(
 
 
 class Window(NamedTuple):
-    """Tokens `start` to `stop` are read; what follows each from `scored` on is scored."""
+    """The model reads tokens `start` to `stop` - 1; tokens `scored` + 1 to `stop` are scored."""
 
     start: int
     scored: int
@@ -141,36 +143,36 @@ class Window(NamedTuple):
 
 
 def _windows(length: int, ids: np.ndarray) -> list[Window]:
-    """Returns the paper's: of `length` tokens, the last of which is only a target."""
+    """Returns the paper's windows of `length` tokens; the last token is only a target."""
     if length < 2:
         raise UserError(
-            f"model.max_seq_len={length} must be at least 2 to score a text: a window's first "
-            "token is not scored."
+            f"model.max_seq_len={length} must be at least 2 to score a text, because the first "
+            "token of a window is not scored."
         )
     count = len(ids) // length
     if count == 0:
         raise UserError(
-            f"The text has {len(ids)} tokens, BOS included, and must have at least the "
-            f"{length} of one window (model.max_seq_len={length}); give a longer text, or "
-            "--stride, which takes any."
+            f"The text has {len(ids)} tokens with BOS and must have at least "
+            f"model.max_seq_len={length} tokens; give a longer text, or use --stride, which "
+            "accepts every length."
         )
     starts = range(0, count * length, length)
     return [Window(start, start, start + length - 1) for start in starts]
 
 
 def strided(length: int, ids: np.ndarray, stride: int) -> list[Window]:
-    """Returns windows of at most `length` tokens that score every token but BOS once.
+    """Returns windows of at most `length` tokens that together score every token except BOS.
 
     Raises:
-      UserError: if the stride is not within a window, or there is no token.
+      UserError: if the stride is longer than a window, or the text has no token.
     """
     if not 1 <= stride <= length:
         raise UserError(
             f"--stride={stride} must be at least 1 and at most model.max_seq_len={length}."
         )
-    last = len(ids) - 1  # it is only a target
+    last = len(ids) - 1  # the last token is only a target
     if last < 1:
-        raise UserError("The text is empty; give one with at least a token.")
+        raise UserError("The text is empty; give a text with at least one token.")
     windows = [Window(0, 0, min(length, last))]
     while windows[-1].stop < last:
         scored = windows[-1].stop
@@ -186,23 +188,23 @@ def _losses(
     targets_BT: Int[Array, "B T"],
     config: ModelConfig,
 ) -> Float[Array, "B T"]:
-    """Returns the cross-entropy of what follows each token, in nats, float32."""
+    """Returns the cross-entropy of the token after each position, in nats, as float32."""
     model = Transformer(config).bind({"params": params})
     x_BTD = model.hidden(tokens_BT)
     return token_losses(x_BTD, head_matrix(params, config), targets_BT, _LOSS_CHUNK)
 
 
 def _byte_lengths(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """Returns the UTF-8 bytes of each token, as it stands inside a text.
+    """Returns the number of UTF-8 bytes of each token inside a text.
 
-    Exact for SentencePiece. A token of a byte-level BPE that ends in an unfinished character counts
-    one byte for it, where it may be two or three.
+    The number is exact for SentencePiece. If a token of a byte-level BPE ends in an unfinished
+    character, the unfinished part counts as one byte, though it may have two or three.
     """
-    # Behind another token, since decoding takes the space off the first one.
+    # Each token is decoded behind another token, because decoding strips the first token's space.
     before = tokenizer.encode("a")[-1]
     start = len(tokenizer.decode([before]))
     texts = {i: tokenizer.decode([before, i])[start:] for i in set(ids)}
-    # A byte that is no character by itself is decoded to U+FFFD, which has three.
+    # A byte that is not a whole character is decoded to U+FFFD, which has three bytes.
     return [
         len(texts[i].encode("utf-8")) - 2 * texts[i].count("\N{REPLACEMENT CHARACTER}") for i in ids
     ]

@@ -1,15 +1,14 @@
-"""Sequences to score as prefix trees in rows of tokens, so that what they share is computed once.
+"""Merges sequences into prefix trees, so that the model computes a common beginning once.
 
-The endings of a question continue one context, and the two sentences of a WinoGrande pair are one
-up to the word in which they differ. In a prefix tree such a beginning stands once. Written down in
-preorder, the descendants of the tree's token s are the tokens s + 1 ... end(s) - 1: token t sees s
-if s <= t < end(s), and its position is its depth. So a whole tree takes one forward pass, under a
-mask, and every branch gets what a pass of its own would give.
+The endings of a question continue one context, and the two sentences of a WinoGrande pair are equal
+up to the word in which they differ. A prefix tree holds such a beginning once. Its tokens are in
+preorder: the descendants of token s are the tokens s + 1 ... end(s) - 1. Token t sees token s if
+s <= t < end(s), and its position is its depth. With this mask, one forward pass over the tree gives
+each branch the result of its own pass.
 
-Trees of the same row do not see each other under that mask either. Rows have few lengths (powers of
-two from 256 on), which is few programs to compile, and little of them stays empty: on 600 rows of
-HellaSwag 15% more is computed than the trees themselves take, on BoolQ 13%, on PIQA 9%, as much as
-with a row per tree in 12 to 18 lengths.
+The mask also separates trees in the same row. Row lengths are powers of two from 256 on, so few
+programs are compiled. Rows waste little: 15% more tokens than the trees have on 600 rows of
+HellaSwag, 13% on BoolQ, 9% on PIQA. One row per tree would waste as much and need 12 to 18 lengths.
 """
 
 import bisect
@@ -23,30 +22,30 @@ from numpy.typing import NDArray
 from mobilellm_jax.errors import UserError
 
 _SHORTEST_ROW = 256
-# A token costs as much as about so many attention scores: 7 million operations in a block of
-# MobileLLM-125M against 2304, which a CPU does at a third of the speed.
+# A token costs about as much as this number of attention scores. In a block of MobileLLM-125M a
+# token takes 7 million operations and a score 2304, at a third of the speed on a CPU.
 _SCORES_PER_TOKEN = 1000
-_SHARES = (8, 4, 2, 1)  # of a row's tokens that are scored, as the divisors of its length
+_SHARES = (8, 4, 2, 1)  # numbers of scored tokens per row, as divisors of the row's length
 
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A sequence that the model reads, and what it should say after each of its last tokens."""
+    """A sequence that the model reads, and the targets after its last tokens."""
 
     tokens: tuple[int, ...]
-    targets: tuple[int, ...]  # the last one follows the whole sequence
+    targets: tuple[int, ...]  # the last target follows the whole sequence
 
 
 def make_query(context: Sequence[int], continuation: Sequence[int], max_len: int) -> Query:
-    """Returns the query for the continuation's likelihood; of a long context, the end is read.
+    """Returns the query for a continuation's likelihood; a long context loses its beginning.
 
     Args:
-      context: token ids, at least one.
-      continuation: token ids to be scored, at least one.
-      max_len: tokens that the model reads at once.
+      context: at least one token id.
+      continuation: at least one token id; all are scored.
+      max_len: number of tokens that the model can read.
 
     Raises:
-      UserError: if there is nothing to score, or more than fits.
+      UserError: if context or continuation is empty, or the continuation is too long.
     """
     if not context or not continuation:
         missing = "context" if not context else "continuation"
@@ -54,7 +53,7 @@ def make_query(context: Sequence[int], continuation: Sequence[int], max_len: int
     if len(continuation) > max_len:
         raise UserError(
             f"A continuation of {len(continuation)} tokens is longer than "
-            f"model.max_seq_len={max_len}, so no single pass can score it; leave its task out."
+            f"model.max_seq_len={max_len}, so the model cannot score it; leave the task out."
         )
     read = [*context, *continuation][-(max_len + 1) : -1]
     return Query(tuple(read), tuple(continuation))
@@ -62,32 +61,32 @@ def make_query(context: Sequence[int], continuation: Sequence[int], max_len: int
 
 @dataclasses.dataclass
 class Tree:
-    """Queries merged by their common beginnings; the tokens are in preorder."""
+    """Queries merged by their common beginnings, with tokens in preorder."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     positions: list[int] = dataclasses.field(default_factory=list)
-    ends: list[int] = dataclasses.field(default_factory=list)  # where a token's descendants end
-    sources: list[int] = dataclasses.field(default_factory=list)  # tokens after which is scored
-    targets: list[int] = dataclasses.field(default_factory=list)  # what, for each of them
+    ends: list[int] = dataclasses.field(default_factory=list)  # end of each token's descendants
+    sources: list[int] = dataclasses.field(default_factory=list)  # token before each target
+    targets: list[int] = dataclasses.field(default_factory=list)
     queries: list[int] = dataclasses.field(default_factory=list)  # numbers, in order of `targets`
-    lengths: list[int] = dataclasses.field(default_factory=list)  # of each one's targets
+    lengths: list[int] = dataclasses.field(default_factory=list)  # targets of each query
 
     @property
     def size(self) -> int:
-        """The places that it takes in a row."""
+        """The number of places that the tree takes in a row."""
         return max(len(self.tokens), len(self.targets))
 
 
 def grow_trees(queries: Sequence[Query], max_size: int) -> list[Tree]:
     """Returns trees of at most `max_size` places that hold every query once.
 
-    Queries are merged where that is cheaper: it saves the tokens that they share, and costs
-    attention between branches, which is computed and then masked.
+    Merging saves the shared tokens but adds attention between branches, which is computed and then
+    masked. Two queries are merged if that is cheaper.
     """
-    # In the order of their tokens, queries with a common beginning follow each other.
+    # After sorting by tokens, queries with a common beginning stand next to each other.
     order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
     trees: list[Tree] = []
-    path: list[int] = []  # the last query's tokens, as places in the last tree
+    path: list[int] = []  # places of the last query's tokens in the last tree
     before: tuple[int, ...] = ()
     for number in order:
         query = queries[number]
@@ -137,11 +136,11 @@ class Row:
 
 
 def pack_rows(trees: Sequence[Tree], multiple: int = 1) -> list[Row]:
-    """Puts trees into rows, the largest first, each where it leaves the least room.
+    """Puts trees into rows, the largest first, each into the row with the least sufficient room.
 
     Args:
-      trees: to be placed.
-      multiple: of which every row's length is one.
+      trees: the trees to place.
+      multiple: the length of every row is a multiple of this number.
     """
     rows: list[Row] = []
     room: list[tuple[int, int]] = []  # (free places, row), ascending
@@ -161,33 +160,33 @@ def pack_rows(trees: Sequence[Tree], multiple: int = 1) -> list[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows as arrays, and where in them the queries' targets are."""
+    """Rows as arrays, and the places of the queries' targets in them."""
 
     arrays: dict[str, NDArray[np.int32]]  # tokens, positions, ends [B T]; sources, targets [B S]
-    spans: list[tuple[int, int, int, int]]  # query, row, its first target there, the one after
+    spans: list[tuple[int, int, int, int]]  # query, row, start and stop of its targets in the row
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Rows, tokens of a row, scored tokens of a row."""
+        """Number of rows, tokens per row, scored tokens per row."""
         return *self.arrays["tokens"].shape, self.arrays["targets"].shape[1]
 
 
 def make_batches(rows: Sequence[Row], batch_tokens: int, multiple: int) -> Iterator[Batch]:
-    """Yields all rows in batches of one length, the longest first, so that memory fails early.
+    """Yields batches of rows with one length, the longest first, so that memory fails early.
 
     Args:
-      rows: to be grouped.
-      batch_tokens: about so many at once.
-      multiple: of which the rows of a batch are one; empty rows make up for those missing.
+      rows: the rows to group.
+      batch_tokens: approximate number of tokens per batch.
+      multiple: the number of rows in a batch is a multiple of this number; empty rows fill it up.
     """
-    # Rows with as many scored tokens come together: those of a batch are padded to the most.
+    # A batch is padded to its largest number of scored tokens, so similar rows stand together.
     ordered = sorted(rows, key=lambda row: (-row.length, -row.scored))
     for length, alike in itertools.groupby(ordered, key=lambda row: row.length):
         size = max(1, batch_tokens // length // multiple) * multiple
         left = list(alike)
         while left:
             batch, left = left[:size], left[size:]
-            # The last batch of a length: another power of two rather than many empty rows.
+            # The last batch of a length gets a smaller power of two instead of many empty rows.
             count = multiple
             while count < len(batch):
                 count *= 2
@@ -199,7 +198,9 @@ def _as_arrays(rows: Sequence[Row], length: int, count: int) -> Batch:
     scored = min(size for d in _SHARES if (size := -(-length // d)) >= scored)
     tokens_BT = np.zeros((count, length), np.int32)
     positions_BT = np.zeros((count, length), np.int32)
-    ends_BT = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))  # each sees itself
+    ends_BT = np.tile(
+        np.arange(1, length + 1, dtype=np.int32), (count, 1)
+    )  # padding sees only itself
     sources_BS, targets_BS = (np.zeros((count, scored), np.int32) for _ in range(2))
     spans = []
     for b, row in enumerate(rows):

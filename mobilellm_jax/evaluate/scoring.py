@@ -1,7 +1,7 @@
-"""Log-likelihoods of continuations, many at once: prefix trees through the model, on any mesh.
+"""Log-likelihoods of many continuations at once, from prefix trees, on any mesh.
 
-The likelihood of a continuation is the product of its tokens' probabilities, each given the context
-and the continuation up to there. It is *greedy* if every one of its tokens is the likeliest.
+The likelihood of a continuation is the product of the probabilities of its tokens, each given the
+context and the tokens before it. A continuation is greedy if each of its tokens is the likeliest.
 """
 
 import dataclasses
@@ -31,33 +31,33 @@ from mobilellm_jax.sharding import (
 )
 from mobilellm_jax.train.step import UnderMesh
 
-_SMALLEST_TREE = 256  # what trees may always grow to, however little the model reads at once
-_BATCH_TOKENS = {"cpu": 2048}  # per device, by platform
+_SMALLEST_TREE = 256  # a tree may have this size even if the model reads fewer tokens
+_BATCH_TOKENS = {"cpu": 2048}  # tokens per device and batch, by platform
 _BATCH_TOKENS_ELSEWHERE = 16_384
-_LOGITS_BYTES = 64 << 20  # that exist at once on a device
+_LOGITS_BYTES = 64 << 20  # logits in the memory of a device at the same time
 
 
 class Score(NamedTuple):
-    """What is asked of a continuation."""
+    """The score of a continuation."""
 
     log_likelihood: float  # nats
     is_greedy: bool
 
 
 class Scorer:
-    """Scores queries with one model; it compiles once per shape, whatever parameters it is given.
+    """Scores queries with one architecture; new parameters do not compile anything again.
 
     Args:
       config: the architecture.
       mesh: the devices; rows are split over `data` and `fsdp`.
-      rules: those of the mesh.
-      batch_tokens: per device at once; changes nothing but speed and memory.
+      rules: the sharding rules of the mesh.
+      batch_tokens: tokens per device and batch; affects only speed and memory.
     """
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, rules: Rules, *, batch_tokens: int | None = None
     ) -> None:
-        # Trees need a mask of their own, which kernels do not take.
+        # The attention kernels do not accept the mask of a tree.
         self._config = dataclasses.replace(config, attention="xla", remat="none")
         self._mesh = mesh
         platform = mesh.devices.flat[0].platform
@@ -68,18 +68,18 @@ class Scorer:
         )
 
     def scores(self, params: Params, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
-        """Yields (number of the query, its score) for all queries, a batch at a time.
+        """Yields pairs of a query's number and its score, a batch at a time.
 
         Raises:
-          FloatingPointError: if a likelihood is not a number.
+          FloatingPointError: if a likelihood is not finite.
         """
         trees = grow_trees(queries, max(_SMALLEST_TREE, self._config.max_seq_len))
-        # A row and an eighth of it are split over `sequence`.
+        # The axis `sequence` splits a row, and also an eighth of a row (the scored tokens).
         rows = pack_rows(trees, 8 * self._mesh.shape["sequence"])
         batches = make_batches(rows, self._batch_tokens, batch_shards(self._mesh))
         running: tuple[Batch, tuple[jax.Array, jax.Array]] | None = None
         for batch in batches:
-            # The device computes while the host reads the batch before.
+            # The device computes this batch while the host reads the previous batch.
             started = batch, self._forward(params, self._placed(batch))
             if running is not None:
                 yield _read(*running)
@@ -96,7 +96,7 @@ class Scorer:
     def _score(
         self, params: Params, batch: dict[str, Int[Array, "B _"]]
     ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
-        """Returns each target's log-probability in float32, and whether it is the likeliest."""
+        """Returns each target's log-probability in float32, and whether the target is likeliest."""
         model = Transformer(self._config).bind({"params": params})
         ends_BT = batch["ends"]
         place_T = jnp.arange(ends_BT.shape[1])
@@ -148,22 +148,22 @@ def _read(batch: Batch, arrays: tuple[jax.Array, jax.Array]) -> list[tuple[int, 
 
 
 def checked_score(log_probabilities: Sequence[float], is_greedy: bool) -> Score:
-    """Returns the score of a continuation from those of its tokens.
+    """Returns the score of a continuation from the log-probabilities of its tokens.
 
     Raises:
-      FloatingPointError: if their sum is not a number.
+      FloatingPointError: if the sum is not finite.
     """
     log_likelihood = math.fsum(log_probabilities)
     if not math.isfinite(log_likelihood):
         raise FloatingPointError(
-            f"The log-likelihood of a continuation is {log_likelihood}: the parameters are not "
-            "finite, or overflow."
+            f"The log-likelihood of a continuation is {log_likelihood}; the parameters are not "
+            "finite, or too large."
         )
     return Score(log_likelihood, is_greedy)
 
 
 def log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns log-probabilities, in float64: a runtime's logits may be large."""
+    """Returns log-probabilities in float64, because logits of a runtime may be large."""
     wide_TV = logits_TV.astype(np.float64)
     wide_TV -= wide_TV.max(axis=-1, keepdims=True)
     shifted: NDArray[np.float64] = wide_TV - np.log(np.exp(wide_TV).sum(axis=-1, keepdims=True))

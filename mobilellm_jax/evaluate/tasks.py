@@ -1,13 +1,13 @@
-"""The tasks of lm-evaluation-harness, those of the paper's tables first (the `eval` extra).
+"""Loads and runs tasks of lm-evaluation-harness (the `eval` extra).
 
-A task of `TASK_DATA` is an overlay over the harness' own task file, which gives prompt, choices and
-metric: what is laid over it are the rows (`--data_dir`), the number of examples where the name says
-it, TriviaQA's F1, and RACE's other half. Any other task of the harness runs as it is.
+For a task of `TASK_DATA` we write a task file that includes the harness' own file. Prompt, choices
+and metric come from the harness. Our file adds the local rows (`--data_dir`), the number of
+examples that is part of the task's name, TriviaQA's F1, and the middle-school half of RACE. Other
+tasks of the harness run unchanged.
 """
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import json
 import logging
@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 from tqdm import tqdm
 
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import ModelConfig, near_miss
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.paper_table import format_table
@@ -48,33 +48,33 @@ _FILES = {
     "race": "race/race.yaml",
     "wikitext": "wikitext/wikitext.yaml",
 }
-# Of how many examples the name of a task speaks; whoever asks for another number, asks in vain.
+# The names of these tasks fix the number of examples, so --num_fewshot does not change it.
 _SHOTS = {"triviaqa_1shot": 1, "triviaqa_5shot": 5, "triviaqa_64shot": 64, "wikitext": 0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """Tasks with their rows, ready to be asked."""
+    """Tasks with their rows."""
 
-    names: tuple[str, ...]  # groups of ours spelled out
-    loaded: Any  # the harness' own dict of them
+    loaded: Any  # the harness' dict of tasks and groups
     manager: TaskManager
 
 
 def load_tasks(
     names: Sequence[str], *, data_dir: Path | None = None, num_fewshot: int | None = None
 ) -> Tasks:
-    """Loads tasks and their rows; without `data_dir`, the harness downloads what is not cached.
+    """Loads tasks and their rows.
 
     Args:
-      names: of tasks, or of groups; see `TASK_DATA` and `GROUPS` for ours.
-      data_dir: local files instead; see `task_data.py` for their layout.
-      num_fewshot: examples before each question, where the task's name does not say. None: as many
-        as the harness gives the task, mostly none.
+      names: names of tasks or groups; `TASK_DATA` and `GROUPS` list ours.
+      data_dir: folder of local rows; `task_data.py` describes the layout. None: the harness
+        downloads the rows that are not in its cache.
+      num_fewshot: number of examples before each question, unless the task's name fixes it. None:
+        the harness' number, which is zero for most tasks.
 
     Raises:
-      UserError: for a name that is no task, with near misses; for a row that is not right.
-      MissingFileError: for a missing file of rows.
+      UserError: if a name is not a task, with similar names, or if a row is wrong.
+      MissingFileError: if a file of rows is missing.
     """
     wanted = tuple(dict.fromkeys(t for name in names for t in GROUPS.get(name, (name,))))
     if not wanted:
@@ -82,8 +82,8 @@ def load_tasks(
     foreign = [name for name in wanted if name not in TASK_DATA]
     if foreign and data_dir is not None:
         raise UserError(
-            f"--tasks: --data_dir serves no task {foreign[0]!r}."
-            f"{_near(foreign[0], [*GROUPS, *TASK_DATA])} It serves "
+            f"--tasks: --data_dir has no task {foreign[0]!r}."
+            f"{near_miss(foreign[0], [*GROUPS, *TASK_DATA])} The tasks with local rows are "
             f"{', '.join([*GROUPS, *TASK_DATA])}."
         )
     if data_dir is not None:
@@ -93,34 +93,34 @@ def load_tasks(
             if name in TASK_DATA:
                 overlay = _overlay(name, data_dir, _shots(name, num_fewshot))
                 (Path(folder) / f"{name}.yaml").write_text(overlay, "utf-8")
-        # Looking through all of the harness' thousands of tasks takes seconds.
+        # The harness needs seconds to search its thousands of task files.
         manager = TaskManager(include_path=folder, include_defaults=bool(foreign))
         unknown = [name for name in foreign if name not in manager.all_tasks]
         if unknown:
             known = [*GROUPS, *TASK_DATA, *manager.all_tasks]
             raise UserError(
                 f"--tasks: lm-evaluation-harness has no task {unknown[0]!r}."
-                f"{_near(unknown[0], known)} Ours are {', '.join([*GROUPS, *TASK_DATA])}."
+                f"{near_miss(unknown[0], known)} Ours are {', '.join([*GROUPS, *TASK_DATA])}."
             )
         try:
             loaded = manager.load(list(wanted))
         except OSError as error:
-            error.add_note("No data to be had from the network? --data_dir=DIR reads local files.")
+            error.add_note("If the network is not available, --data_dir=DIR reads local files.")
             raise
     for name, task in loaded["tasks"].items():
         given = task.get_config("num_fewshot")
-        # Zero in a task's own file means that it is not for changing.
+        # A task file says 0 if examples must not be added.
         if name not in _SHOTS and given != 0:
             shots = given if num_fewshot is None else num_fewshot
             task.set_config("num_fewshot", shots or 0)
-    return Tasks(wanted, loaded, manager)
+    return Tasks(loaded, manager)
 
 
 def quick_scores(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> dict[str, float]:
-    """Returns TASK/METRIC -> value, without the standard errors and the record of the machine."""
+    """Returns the value of each TASK/METRIC, without standard errors and without a record."""
     with _quiet():
         for task in tasks.loaded["tasks"].values():
-            task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples every time
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples at every call
         results = evaluator.evaluate(
             model, tasks.loaded, limit=limit, log_samples=False, bootstrap_iters=0
         )
@@ -136,9 +136,9 @@ def run_tasks(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> di
     """Returns the results in the harness' own layout.
 
     Args:
-      model: to be asked.
-      tasks: to ask it.
-      limit: rows of each task. None: all.
+      model: answers the requests.
+      tasks: the tasks to run.
+      limit: number of rows of each task. None: all.
     """
     loaded = tasks.loaded
     below = {name for members in loaded["group_map"].values() for name in members}
@@ -155,7 +155,7 @@ def run_tasks(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> di
 
 
 def format_results(results: Mapping[str, Any], config: ModelConfig) -> str:
-    """Returns the results as tables: the paper's, and the harness' own for all other tasks."""
+    """Returns the paper's table of the results, and the harness' table of all other tasks."""
     others = {name: v for name, v in results["results"].items() if name not in GROUPS["mobilellm"]}
     parts = [format_table(results, config)]
     if others:
@@ -164,12 +164,12 @@ def format_results(results: Mapping[str, Any], config: ModelConfig) -> str:
 
 
 def as_json(results: Mapping[str, Any]) -> str:
-    """Returns the results as the harness writes them."""
+    """Returns the results as JSON, in the way that the harness writes them."""
     return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
 
 
 def local_rows(task: str, data_dir: str, num_fewshot: int, **_: object) -> dict[str, Any]:
-    """Returns a task's splits; what the overlay names as the source of its rows."""
+    """Returns the splits of a task; our task file names this function as the source of rows."""
     data = TASK_DATA[task]
     files = data.files(Path(data_dir), num_fewshot)
     return {
@@ -180,7 +180,9 @@ def local_rows(task: str, data_dir: str, num_fewshot: int, **_: object) -> dict[
 
 def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -> None:
     if not data_dir.is_dir():
-        raise MissingFileError(f"--data_dir={data_dir} is no folder; see `evaluate --help`.")
+        raise MissingFileError(
+            f"--data_dir={data_dir} is not a folder; `evaluate --help` describes it."
+        )
     missing: dict[str, list[str]] = {}
     for name in names:
         files = TASK_DATA[name].files(data_dir, _shots(name, num_fewshot))
@@ -196,7 +198,7 @@ def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -
         counts = {}
         for split, file in data.files(data_dir, shots).items():
             counts[split] = len(read_rows(file, data.check))
-        # The harness draws one more, in case the question itself is among them.
+        # The harness draws one more example, because the question may be among them.
         if shots and counts[data.fewshot] <= shots:
             raise UserError(
                 f"{data.files(data_dir, shots)[data.fewshot]} has {counts[data.fewshot]} rows, and "
@@ -222,7 +224,7 @@ def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
             for metric in ("exact_match", "f1")
         ]
     if base == "race":
-        # Named as the split that is scored, it is drawn from without the article in question.
+        # Examples come from the scored split; the harness leaves out the article in question.
         fields |= {"dataset_name": name.removeprefix("race_"), "fewshot_split": "test"}
     if data_dir is not None:
         data = TASK_DATA[name]
@@ -238,40 +240,47 @@ def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
             "test_split": None if is_validation else data.scored,
             "fewshot_split": data.scored if data.fewshot == data.scored else None,
         }
-    # JSON is YAML.
+    # Every JSON value is also a YAML value.
     lines = [f"{field}: {json.dumps(value)}" for field, value in fields.items()]
     lines += [f"{field}: !function {function}" for field, function in functions.items()]
     return "\n".join(lines) + "\n"
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Has the harness show bars on a terminal only, and neither overlays nor git's complaints."""
-    logger, module = logging.getLogger("lm_eval"), lm_eval.api.task
-    level, bar, commit = logger.level, module.tqdm, evaluator.get_git_commit_hash
-    logger.setLevel(logging.ERROR)
-    module.tqdm = functools.partial(tqdm, disable=None)
-    evaluator.get_git_commit_hash = _git_commit
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        module.tqdm = bar
-        evaluator.get_git_commit_hash = commit
-        if shown:
-            datasets.enable_progress_bars()
-
-
 def _git_commit() -> str | None:
-    """What the harness would write down, without git's `fatal:` where there is no repository."""
+    """Does what the harness does, but without git's `fatal:` outside of a repository."""
     if shutil.which("git") is None:
         return None
     described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
     return described.stdout.strip() or None
+
+
+# The only names of lm_eval that we replace. Version 0.4.13 has no setting for either of them:
+# - The bar of Task.build_all_requests also appears in files; it has no `disable`. See
+#   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/api/task.py#L332
+# - get_git_commit_hash lets git write to stderr. See
+#   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/loggers/utils.py#L93
+# Remove an entry when the harness can hide the bar or captures git's stderr.
+_REPLACED = (
+    (lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=None)),
+    (evaluator, "get_git_commit_hash", _git_commit),
+)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Makes the harness show bars on a terminal only and hides lines that a user cannot use."""
+    logger = logging.getLogger("lm_eval")
+    level, shown = logger.level, datasets.is_progress_bar_enabled()
+    originals = [getattr(module, name) for module, name, _ in _REPLACED]
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    for module, name, ours in _REPLACED:
+        setattr(module, name, ours)
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(_REPLACED, originals, strict=True):
+            setattr(module, name, original)
+        if shown:
+            datasets.enable_progress_bars()
+        logger.setLevel(level)

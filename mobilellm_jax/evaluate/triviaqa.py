@@ -1,9 +1,10 @@
-"""Scores of a TriviaQA answer: the paper's F1 beside lm-evaluation-harness' exact match.
+"""Scores a TriviaQA answer by the paper's F1 and by lm-evaluation-harness' exact match.
 
-F1 = 2 P R / (P + R), with P and R the shares of the answer's and of the alias' tokens that the two
-have in common, counted with repeats, after TriviaQA's own normalisation (Joshi et al. 2017,
-arXiv:1705.03551): lower case, punctuation to spaces, no articles. The best alias counts. The paper
-names the metric and nothing else (Liu et al. 2024, arXiv:2402.14905, Table 4).
+F1 = 2 P R / (P + R). P is the share of the answer's tokens that the alias also has, and R the share
+of the alias' tokens that the answer also has; repeated tokens count. Both texts are first
+normalised as in TriviaQA (Joshi et al. 2017, arXiv:1705.03551): lower case, spaces for punctuation,
+no articles. The alias with the highest score counts. The paper only names the metric (Liu et al.
+2024, arXiv:2402.14905, Table 4).
 """
 
 import collections
@@ -12,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _ARTICLES = frozenset(("a", "an", "the"))
-_PUNCTUATION = string.punctuation + "\u2018\u2019\u00b4`"  # and the quotes that people type
+_PUNCTUATION = string.punctuation + "\u2018\u2019\u00b4`"  # with the quotes that people type
 _TO_SPACES = str.maketrans(dict.fromkeys(_PUNCTUATION, " "))
 _DELETED = str.maketrans("", "", string.punctuation)
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Returns the metrics of one question, as lm-evaluation-harness asks for them.
+    """Returns the metrics of one question; lm-evaluation-harness calls this function.
 
     Args:
       doc: a row in the layout of `rc.nocontext`.
-      results: the model's answer, up to the first stop string and without outer blanks.
+      results: the model's answer up to the first stop string, without outer blanks.
     """
     [answer] = results
     aliases = doc["answer"]["aliases"]
@@ -33,7 +34,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
 
 def f1(answer: str, alias: str) -> float:
-    """Returns the F1 of the tokens of two texts; of two texts without tokens, 1."""
+    """Returns the F1 of the tokens of two texts; two texts without tokens score 1."""
     ours, theirs = _tokens(answer), _tokens(alias)
     if not ours or not theirs:
         return float(ours == theirs)
@@ -46,5 +47,5 @@ def _tokens(text: str) -> list[str]:
 
 
 def _harness_form(text: str) -> str:
-    """What the harness compares: articles and inner blanks stay, other quotes stay."""
+    """Normalises as the harness does: it keeps articles, inner blanks and typed quotes."""
     return text.lower().translate(_DELETED)

@@ -1,12 +1,11 @@
-"""The loss on held-out data while a model trains: of all of it, and of each component.
+"""The loss on held-out data during training: over all of it, and for each component.
 
-A component's loss is its mean over the targets that were looked at, all of them unless
-`train.eval_batches` says otherwise. The loss of a mixture weighs the components by their number of
-targets, so it is the loss over all held-out data put together, and an estimate of it where an
-evaluation is cut short.
+The loss of a component is the mean over its targets. If `train.eval_batches` is set, only the first
+batches count. The loss of a mixture weighs the components by their number of targets, so it is the
+loss over all held-out data, or an estimate of that loss if `train.eval_batches` is set.
 
-Bits per byte are loss * targets / (ln 2 * bytes of text), all over the whole split. Where a loss
-mask takes tokens out, the bytes that the others stand for are not known, and it is left out.
+Bits per byte are loss * targets / (ln 2 * bytes of text) over the whole split. They are left out if
+a loss mask removes tokens, because the bytes of the remaining tokens are not known.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ from mobilellm_jax.train.step import make_loss_sums
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A component's held-out data; `text_bytes` None where they are not those of the targets."""
+    """The held-out data of a component; `text_bytes` is None if a loss mask removes targets."""
 
     name: str
     data: Mixture
@@ -39,10 +38,10 @@ class _Part:
 def make_validator(
     config: Config, mixture: Mixture, mesh: Mesh, rules: Rules
 ) -> Callable[[Params], dict[str, float]]:
-    """Returns a function from parameters to "validation/loss" and what goes with it.
+    """Returns a function from parameters to the values of a validation.
 
-    That is "validation/bpb" where it has a meaning, and of a mixture "validation/loss/NAME" of
-    every component with held-out targets.
+    The values are "validation/loss", "validation/bpb" if it is known, and for a mixture
+    "validation/loss/NAME" for each component with held-out targets.
     """
     train = config.train
     rows = train.global_batch // train.accumulation_steps

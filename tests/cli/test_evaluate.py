@@ -18,7 +18,7 @@ TINY = dataclasses.replace(tiny.MODEL, num_repeats=2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds a run, its export `hf`, and text.txt."""
+    """Returns a folder with a run, its export `hf`, and text.txt."""
     folder = tmp_path_factory.mktemp("runs")
     params = tiny.random_params(TINY)
     tokenizer = tiny.save_run(folder / "run", TINY, params)
@@ -80,7 +80,7 @@ def test_run_step_and_export_give_the_same_result(
         out = capsys.readouterr().out
         assert output.read_text() == out
         record = json.loads(out)
-        # An export applies copies of a block; the order of float32 sums may differ.
+        # The export holds copies of the shared block, so float32 sums may have another order.
         assert record["loss"] == pytest.approx(expected.loss, abs=1e-6)
         assert record["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
         assert record["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
@@ -96,7 +96,7 @@ def test_run_step_and_export_give_the_same_result(
         (["--perplexity=gone.txt"], "--perplexity=gone.txt does not exist"),
         (["--perplexity=."], "--perplexity=. is a folder"),
         (["--perplexity=latin.txt"], "latin.txt must be UTF-8, but byte 3 is 0xe9"),
-        (["--perplexity=short.txt"], "tokens, BOS included, and must have at least the 64"),
+        (["--perplexity=short.txt"], "tokens with BOS and must have at least model.max_seq_len=64"),
         (["--perplexity=text.txt", "--output=no/such/x.json"], "the folder no/such does not exist"),
         (["--perplexity=text.txt", "--output=."], "--output=. is a folder"),
         (["--perplexity=text.txt", "--checkpoint=rum"], "'rum' does not exist. Did you mean run?"),

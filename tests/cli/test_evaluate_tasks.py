@@ -19,7 +19,7 @@ TINY = dataclasses.replace(tiny.MODEL, max_seq_len=128)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds a run, its export `hf`, and the rows of tasks, `evals`."""
+    """Returns a folder with a run, its export `hf`, and the rows of tasks, `evals`."""
     folder = tmp_path_factory.mktemp("runs")
     params = init_params(TINY, jax.random.key(0))
     tokenizer = tiny.save_run(folder / "run", TINY, params)
@@ -43,8 +43,10 @@ def test_a_run_and_its_export_score_alike(
         args = ["--tasks=piqa,triviaqa,wikitext", "--num_fewshot=1", f"--output={output}"]
         assert evaluate(folder, *args, checkpoint=checkpoint) == 0
         out, err = capsys.readouterr()
-        assert "MobileLLM-125M, the nearest in size" in out and "\npiqa " in out
-        assert "word_perplexity" in out  # the harness' own table, for what is not the paper's
+        assert "MobileLLM-125M, which is nearest in size" in out and "\npiqa " in out
+        assert (
+            "word_perplexity" in out
+        )  # the harness' table shows the tasks that the paper does not have
         assert "longer than model.max_seq_len=128" in err
         results = json.loads(output.read_text())
         assert results["n-shot"] == {"piqa": 1, "triviaqa": 1, "wikitext": 0}
@@ -52,12 +54,12 @@ def test_a_run_and_its_export_score_alike(
         assert sorted(tmp_path.iterdir()) == [output]  # no journal is left
     for task, values in found[0].items():
         for name, value in values.items():
-            # An export applies copies of a block; the order of float32 sums may differ.
+            # The order of float32 sums may differ.
             close = isinstance(value, float)
             assert found[1][task][name] == (pytest.approx(value, rel=1e-4) if close else value)
 
 
-def test_what_a_kill_left_is_gone_on_from(
+def test_a_killed_evaluation_continues_where_it_stopped(
     folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -97,10 +99,10 @@ def test_what_a_kill_left_is_gone_on_from(
     resumed = json.loads(output.read_text())["results"]
     again = sum(asked)
     assert evaluate(folder, *args) == 0
-    assert sum(asked) - again == again + first  # without a journal, everything
+    assert sum(asked) - again == again + first  # without a journal, everything is asked again
     for task, values in json.loads(output.read_text())["results"].items():
         for name, value in values.items():
-            # Packed otherwise, so that float32 sums have another order.
+            # The rows are packed differently, so float32 sums have another order.
             close = isinstance(value, float)
             assert resumed[task][name] == (pytest.approx(value, rel=1e-4) if close else value)
     assert not journal.exists()
@@ -112,9 +114,9 @@ def test_what_a_kill_left_is_gone_on_from(
         (["--tasks=pica"], "no task 'pica'. Did you mean piqa?"),
         (["--tasks=piqa", "--checkpoint=rum"], "'rum' does not exist. Did you mean run?"),
         (["--tasks=piqa", "--num_fewshot=5"], "fewshot.jsonl has 5 rows"),
-        (["--tasks=piqa", "--data_dir=gone"], "--data_dir=gone is no folder"),
+        (["--tasks=piqa", "--data_dir=gone"], "--data_dir=gone is not a folder"),
         (["--tasks=piqa", "--limit=0"], "--limit=0"),
-        (["--tasks=boolq", "--data_dir=damaged"], "validation.jsonl, line 1 has no 'passage'."),
+        (["--tasks=boolq", "--data_dir=damaged"], "validation.jsonl, line 1: passage is missing."),
         (["--tasks=boolq", "--output=."], "--output=. is a folder"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Rows for every task, in the layout of the published data sets, and the questions they become."""
+"""Rows for every task, in the layout of the published data sets, and the requests they lead to."""
 
 import json
 from pathlib import Path
@@ -112,7 +112,7 @@ ROWS = {
 
 
 def write_rows(data_dir: Path, count: int = 3) -> None:
-    """Writes `count` rows to score, and five others as examples, of every task."""
+    """Writes `count` rows to score and five examples for every task."""
     for name, row in ROWS.items():
         folder, scored = name.split("/")
         (data_dir / folder).mkdir(parents=True, exist_ok=True)
@@ -126,8 +126,8 @@ def _write(file: Path, rows: list[Row]) -> None:
     file.write_text("\n".join(lines) + "\n", "utf-8")
 
 
-# What lm-evaluation-harness makes of the first row of each, written out by hand from the recipes of
-# its tasks; of RACE, of an article with four questions.
+# The requests for the first row of each task, written by hand from the task files of
+# lm-evaluation-harness. The first article of RACE has four questions.
 ASKED: dict[str, list[Ask]] = {
     "arc_easy": [
         ("Question: Which colour is red?\nAnswer:", " red"),

@@ -1,4 +1,4 @@
-"""An artefact's answers are those of the checkpoint, asked for in another way."""
+"""An exported model gives the same answers as its checkpoint."""
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ CONFIG = ModelConfig(
     ffn_dim=48,
     max_seq_len=48,
     compute_dtype="float32",
-    init_std=0.3,  # far from uniform, so that a wrong row shows
+    init_std=0.3,  # likelihoods differ enough that a wrong row shows
 )
 TEXT = "It was the best of times, it was the worst of times. " * 8
 _SUMS = 1e-3  # float32 sums in another order, over up to 48 tokens

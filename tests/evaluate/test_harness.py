@@ -1,12 +1,12 @@
-"""Our model in the harness, beside the harness' own `hf` model on the same weights, exported."""
+"""Our model answers like the harness' `hf` model with the same weights."""
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Read once, when transformers and datasets are first imported.
+# transformers and datasets read this once, at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
@@ -24,10 +24,11 @@ from mobilellm_jax.config import MeshConfig, ModelConfig
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.evaluate.engine import JaxEngine
+from mobilellm_jax.evaluate.engine import Continuations, Engine, JaxEngine, Writer
 from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.journal import Journal
-from mobilellm_jax.evaluate.scoring import Scorer
+from mobilellm_jax.evaluate.prefix_trees import Query
+from mobilellm_jax.evaluate.scoring import Score, Scorer
 from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
@@ -52,11 +53,11 @@ TEXTS = [
     "Question: Which is it?\nAnswer: this one\n\nQuestion: What is red?\nAnswer: the wall.",
     "It was the best of times, it was the worst of times; stra\u00dfe, na\u00efve, \u65e5\u672c.",
 ] * 3
-CLOSE = 1e-3  # the float32 sums of up to 96 tokens; 2e-5 is what is seen
+CLOSE = 1e-3  # float32 sums over up to 96 tokens; the largest difference so far was 2e-5
 
 
 class Pair(NamedTuple):
-    """The same model twice."""
+    """The same model in both implementations."""
 
     ours: HarnessModel
     theirs: Any
@@ -67,7 +68,7 @@ def sentencepiece(folder: Path) -> Tokenizer:
 
 
 def byte_level(folder: Path) -> Tokenizer:
-    """As GPT-2 has it: nothing is put before a text."""
+    """Returns a tokenizer like GPT-2's, which puts no token before a text."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -85,8 +86,8 @@ def byte_level(folder: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def params() -> Params:
     params = init_params(CONFIG, jax.random.key(0))
-    # Tied to the head, strong embeddings say a token again: some of what is asked is greedy. Those
-    # of bytes are weak: no text is broken, where what `hf` shows depends on who shares its batch.
+    # The head is tied, so a strong embedding makes the model repeat its token, and some requests
+    # are greedy. Byte tokens have weak embeddings, because broken texts of `hf` vary by batch.
     scale_V = np.where(np.arange(VOCAB) < 260, 0.1, 6.0).astype(np.float32)
     table_VD = params["embedding"]["table"] * scale_V[:, None]
     return {**params, "embedding": {"table": table_VD}}
@@ -103,14 +104,12 @@ def pair(
     return Pair(make_model(params, tokenizer), theirs)
 
 
-def make_model(
-    params: Params, tokenizer: Tokenizer, config: ModelConfig = CONFIG, journal: Path | None = None
-) -> HarnessModel:
+def make_model(params: Params, tokenizer: Tokenizer, config: ModelConfig = CONFIG) -> HarnessModel:
     mesh = make_mesh(MeshConfig())
     scorer = Scorer(config, mesh, logical_rules(config, mesh.shape))
     placed = jax.device_put(params, replicated(mesh))
     return HarnessModel(
-        *(JaxEngine(config, scorer, placed), tokenizer, Journal(journal, {"weights": "these"})),
+        *(JaxEngine(config, scorer, placed), tokenizer, Journal(None, {})),
         origin="here",
         show=False,
     )
@@ -128,9 +127,9 @@ def likelihood_requests() -> list[tuple[str, str]]:
         ("the the the the", " the the"),
         ("", " the dog does not mind."),
         ("", "the dog"),
-        ("The dog  ", "does"),  # spaces that move over
+        ("The dog  ", "does"),  # the spaces move to the continuation
         ("It was the best of ", " times"),
-        ("T", "he quick brown fox"),  # a word across the border
+        ("T", "he quick brown fox"),  # the border cuts a word
         ("Is", " it the worst of times; or the best of times, or the lazy dog?"),  # a short context
         (long, " the dog."),  # longer than the model reads
         (long[:200], long[200:260]),
@@ -140,9 +139,7 @@ def likelihood_requests() -> list[tuple[str, str]]:
     ]
 
 
-def test_token_ids_and_likelihoods_are_those_of_hf(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_ids_and_likelihoods_equal_hf(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = likelihood_requests()
     ids: list[list[Any]] = []
     for model in pair:
@@ -156,28 +153,28 @@ def test_token_ids_and_likelihoods_are_those_of_hf(
     ours, theirs = (model.loglikelihood(instances("loglikelihood", asked)) for model in pair)
     assert ids[0] == ids[1]
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-    if pair.ours.tok_encode(""):  # with BOS; byte by byte, this model repeats nothing
+    if pair.ours.tok_encode(""):  # without BOS the model repeats nothing
         assert 0 < sum(greedy for _, greedy in ours) < len(asked)
     np.testing.assert_allclose([x for x, _ in ours], [x for x, _ in theirs], atol=CLOSE, rtol=0)
     assert pair.ours.cut >= 1
 
 
-def test_whole_texts_are_those_of_hf(pair: Pair) -> None:
+def test_likelihoods_of_whole_texts_equal_hf(pair: Pair) -> None:
     texts = ["the dog", "The quick brown fox jumps. " * 40, TEXTS[2]]
     ours, theirs = (
         model.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in texts]))
         for model in pair
     )
-    # A sum over 11 windows for the long one.
+    # The long text is a sum over 11 windows.
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_texts_are_those_of_hf(pair: Pair) -> None:
+def test_written_texts_equal_hf(pair: Pair) -> None:
     stop_at_line = {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": 24}
     to_the_end = {"until": [], "do_sample": False, "max_gen_toks": 40}
     prompts = ["Question: What is red?\nAnswer:", "The dog", "fox " * 60, "It was", "\u65e5"]
     asked = [(prompt, how) for how in (stop_at_line, to_the_end) for prompt in prompts]
-    # Stopping in the middle of what the model says.
+    # This stop string occurs in the middle of the model's text.
     [whole] = pair.ours.generate_until(instances("generate_until", [("The", to_the_end)]))
     asked.append(("The", {**to_the_end, "until": [whole[5:8]]}))
     ours, theirs = (model.generate_until(instances("generate_until", asked)) for model in pair)
@@ -194,12 +191,12 @@ def test_a_continuation_longer_than_the_model_is_refused_as_hf_does(pair: Pair) 
         pair.theirs.loglikelihood([request])
 
 
-def test_texts_longer_than_the_model(params: Params, tmp_path: Path) -> None:
+def test_texts_that_are_too_long_are_refused(params: Params, tmp_path: Path) -> None:
     model = make_model(params, sentencepiece(tmp_path))
     asked = instances("generate_until", [("The", {"max_gen_toks": 96})])
     with pytest.raises(ValueError, match="up to 96 tokens, which must be less than model.max_seq"):
         model.generate_until(asked)
-    # Where the task says nothing, the harness' 256, or what leaves half of it to the prompt.
+    # The default of 256 tokens does not fit here, so half of the length is used.
     [text] = model.generate_until(instances("generate_until", [("The", {})]))
     [longest] = model.generate_until(instances("generate_until", [("The", {"max_gen_toks": 48})]))
     assert text == longest
@@ -207,69 +204,72 @@ def test_texts_longer_than_the_model(params: Params, tmp_path: Path) -> None:
         model.generate_until(instances("generate_until", [("The", {"num_beams": 2})]))
 
 
-def test_what_was_answered_before_a_kill_is_not_asked_again(
-    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Interrupted:
+    """An engine that counts requests, and is interrupted after one batch if `until_killed`."""
+
+    def __init__(self, engine: JaxEngine, until_killed: bool) -> None:
+        self.config, self.precision = engine.config, engine.precision
+        self.prompts_at_once = 8
+        self.asked = self.answered = 0
+        self._engine, self._until_killed = engine, until_killed
+
+    def _answering(self, count: int) -> None:
+        if self._until_killed and self.answered:
+            raise KeyboardInterrupt
+        self.answered += count
+
+    def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
+        self.asked += len(queries)
+        for batch in self._engine.scores(queries):
+            self._answering(len(batch))
+            yield batch
+
+    def writer(self) -> Writer:
+        write = self._engine.writer()
+
+        def counted(prompts: Sequence[list[int]], **settings: Any) -> Continuations:
+            self._answering(len(prompts))
+            return write(prompts, **settings)
+
+        return counted
+
+
+def test_answers_from_before_a_kill_are_not_asked_again(params: Params, tmp_path: Path) -> None:
     tokenizer, path = sentencepiece(tmp_path), tmp_path / "journal"
-    # Rows of 256 places and one row per device at once: several batches.
+    mesh = make_mesh(MeshConfig())
+    scorer = Scorer(CONFIG, mesh, logical_rules(CONFIG, mesh.shape), batch_tokens=256)
+    engine = JaxEngine(CONFIG, scorer, jax.device_put(params, replicated(mesh)))
+
+    def model(engine: Engine) -> HarnessModel:
+        journal = Journal(path if isinstance(engine, Interrupted) else None, {"weights": "these"})
+        return HarnessModel(engine, tokenizer, journal, origin="here", show=False)
+
+    # One row of 256 places per device and batch makes several batches.
     contexts = [f"{i} was the {'best ' * (i % 20)} of times" for i in range(120)]
     asked = instances("loglikelihood", [(context, " and") for context in contexts])
     prompts = instances("generate_until", [(c, {"max_gen_toks": 4}) for c in contexts[:40]])
-    whole = make_model(params, tokenizer)
+    whole = model(engine)
     expected = whole.loglikelihood(asked), whole.generate_until(prompts)
 
-    killed = make_model(params, tokenizer, journal=path)
-    killed._engine.scorer._batch_tokens = 8 * 256
-    scored: list[int] = []
-
-    def scores_until_killed(params: Params, queries: Any) -> Any:
-        for batch in Scorer.scores(killed._engine.scorer, params, queries):
-            if scored:
-                raise KeyboardInterrupt
-            scored.append(len(batch))
-            yield batch
-
-    monkeypatch.setattr(killed._engine.scorer, "scores", scores_until_killed)
+    killed = Interrupted(engine, until_killed=True)
     with pytest.raises(KeyboardInterrupt):
-        killed.loglikelihood(asked)
-    assert 0 < scored[0] < len(asked)
+        model(killed).loglikelihood(asked)
+    assert 0 < killed.answered < len(asked)
+    again = Interrupted(engine, until_killed=False)
+    # The rows are packed differently, so float32 sums may have another order.
+    np.testing.assert_allclose(model(again).loglikelihood(asked), expected[0], atol=1e-4)
+    assert again.asked == len(asked) - killed.answered
 
-    again = make_model(params, tokenizer, journal=path)
-    asked_again: list[int] = []
-
-    def scores(params: Params, queries: Any) -> Any:
-        asked_again.append(len(queries))
-        return Scorer.scores(again._engine.scorer, params, queries)
-
-    monkeypatch.setattr(again._engine.scorer, "scores", scores)
-    # Packed otherwise; the order of float32 sums may differ.
-    np.testing.assert_allclose(again.loglikelihood(asked), expected[0], atol=1e-4)
-    assert asked_again == [len(asked) - scored[0]]
-
-    batches: list[int] = []
-
-    def texts_until_killed(weights: Any, prompts: Any, how: Any) -> Any:
-        if batches:
-            raise KeyboardInterrupt
-        batches.append(len(prompts))
-        return HarnessModel._continue(again, weights, prompts, how)
-
-    monkeypatch.setattr(again, "_continue", texts_until_killed)
+    killed = Interrupted(engine, until_killed=True)
     with pytest.raises(KeyboardInterrupt):
-        again.generate_until(prompts)
-    last = make_model(params, tokenizer, journal=path)
-    left: list[int] = []
-
-    def texts(weights: Any, prompts: Any, how: Any) -> Any:
-        left.append(len(prompts))
-        return HarnessModel._continue(last, weights, prompts, how)
-
-    monkeypatch.setattr(last, "_continue", texts)
-    assert last.generate_until(prompts) == expected[1]
-    assert sum(left) == len(prompts) - batches[0]
+        model(killed).generate_until(prompts)
+    assert 0 < killed.answered < len(prompts)
+    again = Interrupted(engine, until_killed=False)
+    assert model(again).generate_until(prompts) == expected[1]
+    assert again.answered == len(prompts) - killed.answered
 
 
-def test_the_record_says_what_ran(params: Params, tmp_path: Path) -> None:
+def test_the_record_names_model_and_precision(params: Params, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
     info = make_model(params, sentencepiece(tmp_path), config).get_model_info()
     assert info["model"] == "here" and info["model_dtype"] == "bfloat16"

@@ -1,4 +1,4 @@
-"""Scores of a model in training, sharded as it is, beside those of the whole model."""
+"""Scores of a sharded model in training equal the scores of the whole model."""
 
 import dataclasses
 import sys
@@ -10,7 +10,6 @@ import pytest
 
 from mobilellm_jax.config import (
     Config,
-    ConfigError,
     DataConfig,
     EvaluateConfig,
     MeshConfig,
@@ -18,6 +17,7 @@ from mobilellm_jax.config import (
 )
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.in_training import make_evaluator
 from mobilellm_jax.evaluate.journal import Journal
 from mobilellm_jax.evaluate.perplexity import perplexity
@@ -51,7 +51,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer([TEXT], 304, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
-def looking_at(**fields: Any) -> Config:
+def evaluating(**fields: Any) -> Config:
     return dataclasses.replace(CONFIG, evaluate=EvaluateConfig(every=1, **fields))
 
 
@@ -66,7 +66,7 @@ def test_tasks_and_text_on_sharded_parameters(tokenizer: Tokenizer, tmp_path: Pa
     file.write_text(TEXT)
     names = ["piqa", "triviaqa"]
     chosen = {"tasks": "piqa, triviaqa", "data_dir": str(tmp_path / "evals"), "limit": 2}
-    config = looking_at(text=str(file), **chosen)
+    config = evaluating(text=str(file), **chosen)
     mesh = make_mesh(config.mesh)
     rules = logical_rules(config.model, mesh.shape)
     evaluate = make_evaluator(config, tokenizer, mesh, rules)
@@ -98,7 +98,7 @@ def test_tasks_and_text_on_sharded_parameters(tokenizer: Tokenizer, tmp_path: Pa
         },
         rel=1e-5,  # float32 sums in another order
     )
-    # Other parameters, other answers: nothing is remembered.
+    # Other parameters give other answers, because no answer is kept.
     other = evaluate(jax.tree.map(lambda leaf: leaf * 0.5, params))
     assert other["evaluate/text/loss"] != found["evaluate/text/loss"]
 
@@ -112,7 +112,7 @@ def test_tasks_and_text_on_sharded_parameters(tokenizer: Tokenizer, tmp_path: Pa
         ({"tasks": "pica", "data_dir": "."}, "Did you mean piqa"),
     ],
 )
-def test_what_cannot_be_looked_at_is_said_before_the_run(
+def test_mistakes_are_reported_before_the_run(
     fields: dict[str, str],
     message: str,
     tokenizer: Tokenizer,
@@ -124,7 +124,7 @@ def test_what_cannot_be_looked_at_is_said_before_the_run(
     monkeypatch.chdir(tmp_path)
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("empty.txt").touch()
-    config = looking_at(**fields)
+    config = evaluating(**fields)
     mesh = make_mesh(config.mesh)
     with pytest.raises(ValueError, match=message):
         make_evaluator(config, tokenizer, mesh, logical_rules(config.model, mesh.shape))
@@ -134,5 +134,5 @@ def test_tasks_without_the_harness(tokenizer: Tokenizer, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     mesh = make_mesh(CONFIG.mesh)
     rules = logical_rules(CONFIG.model, mesh.shape)
-    with pytest.raises(ConfigError, match=r"pip install 'mobilellm-jax\[eval\]'"):
-        make_evaluator(looking_at(tasks="piqa"), tokenizer, mesh, rules)
+    with pytest.raises(UserError, match=r"pip install 'mobilellm-jax\[eval\]'"):
+        make_evaluator(evaluating(tasks="piqa"), tokenizer, mesh, rules)

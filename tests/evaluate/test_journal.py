@@ -36,11 +36,11 @@ def params() -> Params:
     return init_params(CONFIG, jax.random.key(0))
 
 
-def test_answers_are_there_after_a_kill(tmp_path: Path) -> None:
+def test_answers_survive_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     journal = Journal(path, WHOSE)
     journal.add([("a", [-1.25, True]), ("b", "text\u2028 with\nlines")])
-    # Nothing was closed: what add() has returned from is on disk. A kill leaves part of a line.
+    # The answers are on disk without closing the journal. A kill leaves part of a line.
     with path.open("a") as file:
         file.write('["c", [-0.5, tr')
     again = Journal(path, WHOSE)
@@ -70,7 +70,7 @@ def test_answers_of_another_model_are_not_used(tmp_path: Path) -> None:
     assert Journal(path, {"weights": "def"}).replaced is False
 
 
-def test_a_journal_is_removed_when_it_is_done(tmp_path: Path) -> None:
+def test_a_finished_journal_is_removed(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal", WHOSE)
     assert (tmp_path / "journal").is_file()
     journal.remove()
@@ -84,15 +84,13 @@ def test_without_a_file_answers_are_kept_in_memory() -> None:
     journal.remove()
 
 
-def test_keys_tell_requests_apart() -> None:
+def test_different_requests_have_different_keys() -> None:
     requests = [("likelihood", [1, 2], [3]), ("likelihood", [1], [2, 3]), ("text", [1, 2], [3])]
     assert len({key(*request) for request in requests}) == 3
     assert key("likelihood", [1, 2], [3]) == key("likelihood", [1, 2], [3])
 
 
-def test_identity_is_of_the_weights_not_of_where_they_are(
-    params: Params, tokenizer: Tokenizer
-) -> None:
+def test_identity_does_not_depend_on_the_mesh(params: Params, tokenizer: Tokenizer) -> None:
     here = identity(CONFIG, params, tokenizer)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     spread = jax.device_put(params, replicated(mesh))
@@ -122,11 +120,11 @@ def test_identity_changes_with_model_weights_type_and_tokenizer(
     identities = [
         identity(CONFIG, params, tokenizer),
         identity(CONFIG, params, other_tokenizer),
-        # Attention in 8 bits is in no weight.
+        # Attention in 8 bits changes no weight.
         identity(CONFIG, params, tokenizer, "w8a8: attention in 8 bits"),
         identity(dataclasses.replace(CONFIG, rope_theta=5.0), params, tokenizer),
         identity(dataclasses.replace(CONFIG, compute_dtype="bfloat16"), params, tokenizer),
-        # The last bit of one weight; two rows, and two neighbours, that changed places.
+        # One weight differs in its last bit; two rows or two neighbours are swapped.
         identity(CONFIG, with_table(table.at[7, 3].multiply(1 + 1e-7)), tokenizer),
         identity(CONFIG, with_table(table.at[0].set(table[1]).at[1].set(table[0])), tokenizer),
         identity(

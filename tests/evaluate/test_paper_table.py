@@ -19,7 +19,7 @@ ACC_NORM = {"arc_easy": 0.45, "arc_challenge": 0.3, "piqa": 0.71, "hellaswag": 0
 
 
 def results(*tasks: str, rows: int | None = None) -> dict[str, object]:
-    """As the harness writes them."""
+    """Returns results in the harness' layout."""
     found = {}
     for task in tasks:
         if task in ZERO_SHOT:
@@ -51,8 +51,8 @@ def table(
     return format_table(results(*tasks, rows=rows), config).splitlines()
 
 
-def test_the_whole_table_has_our_scores_the_papers_and_the_averages() -> None:
-    lines = table(*reversed([*ZERO_SHOT, *QUESTIONS]))  # whatever order they ran in
+def test_the_table_has_our_scores_the_papers_scores_and_the_averages() -> None:
+    lines = table(*reversed([*ZERO_SHOT, *QUESTIONS]))  # the table sorts the tasks
     cells = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert cells["arc_easy"] == "0 2376 of 2376 50.00 ± 1.00 45.00 ± 2.00 43.9".split()
     assert cells["social_iqa"] == "0 1954 of 1954 40.00 ± 1.00 42.4".split()
@@ -65,7 +65,9 @@ def test_the_whole_table_has_our_scores_the_papers_and_the_averages() -> None:
     tasks = [t for t in shown if t in TASK_DATA or t == "average"]
     assert tasks == [*ZERO_SHOT, "average", *QUESTIONS]
     assert "\n".join(lines[-3:]) == CAVEAT
-    assert lines[1] == "paper: what it prints for MobileLLM-125M, this model's shape."
+    assert (
+        lines[1] == "paper: the paper's figures for MobileLLM-125M, which has this model's shape."
+    )
     assert max(map(len, lines)) <= 100
 
 
@@ -84,7 +86,7 @@ def test_fewer_than_eight_tasks_have_no_average() -> None:
     assert not any(line.startswith("average") for line in table(*ZERO_SHOT[1:], "race_high"))
 
 
-def test_a_subset_is_called_one() -> None:
+def test_the_table_says_if_a_subset_was_scored() -> None:
     assert not any("subset" in line for line in table("boolq"))
     lines = table("boolq", rows=100)
     assert any("100 of 3270" in line for line in lines)
@@ -97,7 +99,7 @@ def test_other_tasks_have_no_table() -> None:
     assert format_table(other, ModelConfig()) == ""
 
 
-def test_a_figure_that_the_paper_lacks_is_left_open() -> None:
+def test_a_figure_that_the_paper_lacks_is_left_empty() -> None:
     lines = table("triviaqa_5shot", config=MOBILELLM["ls_125m"])
     [line] = [line for line in lines if line.startswith("triviaqa_5shot")]
     assert line.endswith(" 10.00")
@@ -105,7 +107,7 @@ def test_a_figure_that_the_paper_lacks_is_left_open() -> None:
 
 @pytest.mark.parametrize("size", MOBILELLM)
 def test_every_model_of_the_paper_finds_its_row(size: str) -> None:
-    # What does not change the scores' meaning may differ.
+    # Vocabulary and context length may differ, because they do not change the shape.
     config = dataclasses.replace(MOBILELLM[size], vocab_size=50_000, max_seq_len=4096)
     assert nearest_size(config) == (size, True)
     assert len(paper_lines(results(*ZERO_SHOT), size)) == len(TASKS) - 1
@@ -116,4 +118,4 @@ def test_another_model_gets_the_nearest_in_size() -> None:
     assert nearest_size(dataclasses.replace(config, num_blocks=3)) == ("125m", False)
     assert nearest_size(dataclasses.replace(config, num_blocks=100)) == ("350m", False)
     lines = table("boolq", config=dataclasses.replace(config, num_blocks=3))
-    assert lines[1] == "paper: what it prints for MobileLLM-125M, the nearest in size."
+    assert lines[1] == "paper: the paper's figures for MobileLLM-125M, which is nearest in size."

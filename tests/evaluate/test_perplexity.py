@@ -18,7 +18,7 @@ from mobilellm_jax.evaluate.perplexity import PerplexityResult, perplexity
 from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 
-torch.set_num_threads(1)  # two pools of threads on one machine wait for each other
+torch.set_num_threads(1)  # the threads of torch and jax would wait for each other
 TINY = ModelConfig(
     vocab_size=300,
     embed_dim=32,
@@ -32,9 +32,9 @@ TINY = ModelConfig(
     max_seq_len=32,
     compute_dtype="float32",
 )
-# Characters of one to four bytes, spaces in rows, a BOS that is plain text: 10 windows and a rest.
+# Characters of one to four bytes, repeated spaces, and "<s>" as plain text; 10 windows and a rest.
 TEXT = "the cat  sat on the mat, na\u00efve \u2581 \u65e5\u672c \U0001f600\n<s>\tthe dog\r\n" * 8
-# A float32 log-softmax over 300 tokens, two implementations; the mean over 300 is better still.
+# Two implementations of a float32 log-softmax over 300 tokens differ by this much.
 LOSS_TOLERANCE = 2e-6
 
 
@@ -63,7 +63,7 @@ def windows(tokenizer: Tokenizer, text: str, length: int = TINY.max_seq_len) -> 
 
 
 def piece_bytes(tokenizer: Tokenizer) -> list[int]:
-    """Bytes of each token from its piece, as SentencePiece lists it."""
+    """Returns the bytes of each token, from the pieces that SentencePiece lists."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.file))
     return [
         1
@@ -89,7 +89,7 @@ def test_loss_equals_the_papers_loop_over_huggingface_llama(
     assert result.windows == len(losses) >= 10
     assert result.loss == pytest.approx(np.mean(losses), abs=LOSS_TOLERANCE)
     assert result.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=LOSS_TOLERANCE)
-    assert result.loss > math.log(300)  # not the loss of a model that knows nothing
+    assert result.loss > math.log(300)  # a uniform model has log(300)
 
 
 def test_loss_equals_float64_log_softmax_of_the_logits(
@@ -109,7 +109,9 @@ def test_bits_per_byte_counts_the_bytes_of_the_scored_tokens(
 ) -> None:
     sizes = piece_bytes(tokenizer)
     ids = tokenizer.encode(TEXT)
-    assert sum(sizes[i] for i in ids) == len(TEXT.encode()) + 1  # the space before the first word
+    assert (
+        sum(sizes[i] for i in ids) == len(TEXT.encode()) + 1
+    )  # SentencePiece adds a space before the first word
     firsts = windows(tokenizer, TEXT)[1:, 0]
     assert any(sizes[i] > 1 for i in firsts) and any(sizes[i] == 1 and i < 259 for i in firsts)
     scored = sum(sizes[i] for i in windows(tokenizer, TEXT)[:, 1:].ravel()) - 1
@@ -152,7 +154,9 @@ def test_batch_size_changes_nothing(
     )
 
 
-def test_model_that_knows_nothing_has_the_vocabulary_as_perplexity(tokenizer: Tokenizer) -> None:
+def test_the_perplexity_of_a_uniform_model_is_the_size_of_the_vocabulary(
+    tokenizer: Tokenizer,
+) -> None:
     nothing = jax.tree.map(np.zeros_like, params_of(TINY))
     result = perplexity(TINY, nothing, tokenizer, TEXT)
     assert result.loss == pytest.approx(math.log(300), abs=1e-6)
@@ -162,10 +166,10 @@ def test_model_that_knows_nothing_has_the_vocabulary_as_perplexity(tokenizer: To
 def test_text_of_exactly_one_window_is_scored_and_a_shorter_one_refused(
     tokenizer: Tokenizer,
 ) -> None:
-    one, short = "z" * 30, "z" * 29  # a byte each, and the space before them
+    one, short = "z" * 30, "z" * 29  # each z is one token, and a space stands before them
     assert [len(tokenizer.encode(text)) for text in (one, short)] == [31, 30]
     assert perplexity(TINY, params_of(TINY), tokenizer, one).windows == 1
-    with pytest.raises(ValueError, match=r"31 tokens, BOS included.*32 of one window.*longer text"):
+    with pytest.raises(ValueError, match=r"31 tokens with BOS.*max_seq_len=32.*longer text"):
         perplexity(TINY, params_of(TINY), tokenizer, short)
     with pytest.raises(ValueError, match=r"The text has 1 tokens"):
         perplexity(TINY, params_of(TINY), tokenizer, "")
@@ -186,7 +190,7 @@ def test_with_a_stride_every_token_is_scored_once_by_huggingface_llama_too(
     text = TEXT[:150]
     ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text)])
     losses = []
-    # Token i is read after the tokens of the window that ends where its stride does.
+    # Token i is scored in the window that ends at the same token as its stride.
     for i in range(1, len(ids)):
         end = 32 if i <= 32 else min(32 + -(-(i - 32) // stride) * stride, len(ids) - 1)
         start = max(0, end - 32)
@@ -201,7 +205,7 @@ def test_with_a_stride_every_token_is_scored_once_by_huggingface_llama_too(
     assert found.bits_per_byte == pytest.approx(bits / len(text.encode()), rel=LOSS_TOLERANCE)
 
 
-def test_with_a_stride_a_short_text_will_do(tokenizer: Tokenizer) -> None:
+def test_a_stride_accepts_a_short_text(tokenizer: Tokenizer) -> None:
     found = perplexity(TINY, params_of(TINY), tokenizer, "zz", stride=8)
     assert (found.tokens, found.windows) == (len(tokenizer.encode("zz")), 1)
     with pytest.raises(ValueError, match=r"The text is empty"):
@@ -211,7 +215,7 @@ def test_with_a_stride_a_short_text_will_do(tokenizer: Tokenizer) -> None:
             perplexity(TINY, params_of(TINY), tokenizer, TEXT, stride=stride)
 
 
-def test_windows_without_a_scored_token_are_refused(tokenizer: Tokenizer) -> None:
+def test_windows_of_one_token_are_refused(tokenizer: Tokenizer) -> None:
     config = dataclasses.replace(TINY, max_seq_len=1)
     with pytest.raises(ValueError, match=r"max_seq_len=1 must be at least 2"):
         perplexity(config, params_of(config), tokenizer, TEXT)
@@ -237,7 +241,7 @@ def test_byte_level_tokenizer_counts_the_same_bytes(tmp_path: Path) -> None:
     built.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     result = perplexity(TINY, params_of(TINY), tokenizer, TEXT)
-    # One piece of two bytes, all others of one.
+    # One piece has two bytes, and all other pieces have one byte.
     pairs = int((windows(tokenizer, TEXT)[:, 1:] == tokenizer.vocab_size - 1).sum())
     assert pairs > 5
     bits = result.loss * result.tokens / math.log(2)

@@ -15,7 +15,7 @@ from mobilellm_jax.evaluate.prefix_trees import (
 
 
 def some_queries(seed: int, count: int = 300) -> list[Query]:
-    """Questions with endings, sentences that differ in the middle, repeats, and long loners."""
+    """Returns contexts with several endings, some equal and some that continue another one."""
     rng = np.random.default_rng(seed)
     queries = []
     while len(queries) < count:
@@ -24,14 +24,14 @@ def some_queries(seed: int, count: int = 300) -> list[Query]:
             ending = rng.integers(0, 6, rng.integers(1, 30)).tolist()
             queries.append(make_query(context, ending, 128))
         queries.append(queries[-1])
-        # An ending that goes on where another one stops, and one of a single token.
+        # The first ending continues the last one, and the second ending has a single token.
         queries.append(make_query(context, [*ending, 3], 128))
         queries.append(make_query(context, [int(rng.integers(0, 6))], 128))
     return queries
 
 
 def read_off(row: Row) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Every query of a row by what the mask lets its scored tokens see, and its targets."""
+    """Returns the tokens that each query's last token sees through the mask, and its targets."""
     [batch] = make_batches([row], 1, 1)
     tokens, ends, positions = (batch.arrays[name][0] for name in ("tokens", "ends", "positions"))
     sources, targets = batch.arrays["sources"][0], batch.arrays["targets"][0]
@@ -48,7 +48,7 @@ def read_off(row: Row) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_query_is_read_as_it_stands(seed: int) -> None:
+def test_the_mask_shows_each_query_its_own_tokens(seed: int) -> None:
     queries = some_queries(seed)
     rows = pack_rows(grow_trees(queries, 300))
     found = {}
@@ -59,11 +59,11 @@ def test_every_query_is_read_as_it_stands(seed: int) -> None:
     assert places < 0.7 * sum(len(query.tokens) for query in queries)
 
 
-def test_what_queries_share_stands_once() -> None:
+def test_a_common_beginning_is_stored_once() -> None:
     endings = [[9, 8], [9, 7, 7], [6]]
     queries = [make_query([1, 2, 3], ending, 128) for ending in endings]
     [tree] = grow_trees(queries, 128)
-    # The last token of an ending is a target only; two endings start alike.
+    # The last token of an ending is only a target. Two endings begin with the same token.
     assert tree.tokens == [1, 2, 3, 9, 7]
     assert tree.positions == [0, 1, 2, 3, 4]
     by_query = dict(zip(tree.queries, range(3), strict=True))
@@ -75,12 +75,11 @@ def test_what_queries_share_stands_once() -> None:
     assert scored == {0: [(2, 9), (3, 8)], 1: [(2, 9), (3, 7), (4, 7)], 2: [(2, 6)]}
 
 
-def test_a_beginning_too_short_to_pay_is_not_shared() -> None:
+def test_a_short_common_beginning_is_not_merged() -> None:
     tail = list(range(10, 60))
-    little, much = [[1] * shared + [n] + tail for n in (2, 3)] if (shared := 2) else ([], [])
-    assert len(grow_trees([make_query(little, [5], 128), make_query(much, [5], 128)], 512)) == 2
-    little, much = ([1] * 20 + [n] + tail for n in (2, 3))
-    assert len(grow_trees([make_query(little, [5], 128), make_query(much, [5], 128)], 512)) == 1
+    for shared, trees in ((2, 2), (20, 1)):
+        queries = [make_query([1] * shared + [n] + tail, [5], 128) for n in (2, 3)]
+        assert len(grow_trees(queries, 512)) == trees
 
 
 def test_trees_keep_to_their_size() -> None:
@@ -88,7 +87,7 @@ def test_trees_keep_to_their_size() -> None:
     trees = grow_trees(queries, 90)
     assert max(tree.size for tree in trees) <= 90
     assert len(trees) > 1
-    # Continuations of one token take no place of their own, but are scored.
+    # A continuation of one token takes no place of the tokens, but one place of the targets.
     trees = grow_trees([make_query([1], [n], 128) for n in range(100)], 30)
     assert [len(tree.targets) for tree in trees] == [30, 30, 30, 10]
 
@@ -105,7 +104,7 @@ def test_rows_are_powers_of_two_and_hold_every_tree_once() -> None:
     assert {row.length for row in pack_rows(trees, 24)} == {264, 528, 1032}
 
 
-def test_batches_are_of_few_shapes_and_leave_no_row_out() -> None:
+def test_batches_have_few_shapes_and_hold_all_rows() -> None:
     queries = some_queries(3, 2000)
     rows = pack_rows(grow_trees(queries, 256))
     batches = list(make_batches(rows, 2048, 2))
@@ -120,22 +119,22 @@ def test_batches_are_of_few_shapes_and_leave_no_row_out() -> None:
     assert batch.shape[0] == 1
 
 
-def test_rows_with_little_to_score_come_together() -> None:
+def test_rows_with_few_targets_are_batched_together() -> None:
     flat = [0] * 200
     rows = [Row(256, [Tree(flat, flat, flat, flat[:n], flat[:n])]) for n in [20, 120] * 8]
     shapes = [batch.shape for batch in make_batches(rows, 2048, 1)]
     assert shapes == [(8, 256, 128), (8, 256, 32)]
 
 
-def test_of_a_long_context_the_end_is_read() -> None:
+def test_a_long_context_loses_its_beginning() -> None:
     query = make_query(range(10), [20, 21, 22], 6)
     assert query == Query((6, 7, 8, 9, 20, 21), (20, 21, 22))
     assert make_query([1], range(6), 6) == Query((1, 0, 1, 2, 3, 4), tuple(range(6)))
-    # The model reads all but the last token, so one more than its length fits.
+    # The model does not read the last token, so a sequence may have one token more.
     assert make_query(range(4), [20, 21, 22], 6).tokens == (0, 1, 2, 3, 20, 21)
 
 
-def test_what_cannot_be_scored_is_refused() -> None:
+def test_a_continuation_that_is_too_long_is_refused() -> None:
     with pytest.raises(ValueError, match=r"7 tokens is longer than model.max_seq_len=6"):
         make_query([1], range(7), 6)
     with pytest.raises(ValueError, match="no tokens in its context"):

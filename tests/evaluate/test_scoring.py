@@ -1,4 +1,4 @@
-"""Scores out of packed trees, against a pass of its own for every query."""
+"""Scores from packed trees equal the scores of a separate pass for every query."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
     init_std=0.4,  # so that the likelihoods differ
     compute_dtype="float32",
 )
-# float32 log-probabilities of 40 tokens, about 3 nats each, of up to 30 tokens, summed in float64.
+# Up to 30 log-probabilities in float32, about 3 nats each, are summed in float64.
 CLOSE = 1e-4
 
 
@@ -66,7 +66,7 @@ def _logits(params: Params, tokens_BT: jax.Array) -> jax.Array:
 
 
 def with_greedy_ones(params: Params, queries: list[Query]) -> list[Query]:
-    """The same, every third one's targets replaced by what the model says there."""
+    """Replaces the targets of every third query by the model's likeliest tokens."""
     chosen = []
     for i, query in enumerate(queries):
         start = len(query.tokens) - len(query.targets)
@@ -89,7 +89,7 @@ def score_all(scorer: Scorer, params: Params, queries: list[Query]) -> list[Scor
 @pytest.mark.parametrize(
     "axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "sequence": 2}]
 )
-def test_scores_equal_those_of_a_pass_for_each(axes: dict[str, int], params: Params) -> None:
+def test_scores_equal_the_scores_of_separate_passes(axes: dict[str, int], params: Params) -> None:
     mesh = make_mesh(MeshConfig(**axes))
     queries = with_greedy_ones(params, queries_like_a_task(40))
     expected = [alone(params, query) for query in queries]
@@ -101,7 +101,7 @@ def test_scores_equal_those_of_a_pass_for_each(axes: dict[str, int], params: Par
         assert one.is_greedy == other.is_greedy
 
 
-def test_batches_and_logits_in_parts_change_nothing(
+def test_the_size_of_batches_and_of_logits_changes_nothing(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -127,7 +127,7 @@ def test_other_parameters_compile_nothing_new(params: Params) -> None:
     assert [s.log_likelihood for s in first] != [s.log_likelihood for s in second]
 
 
-def test_a_kernel_of_training_is_not_used(params: Params) -> None:
+def test_the_attention_kernel_of_training_is_not_used(params: Params) -> None:
     mesh = make_mesh(MeshConfig())
     rules = logical_rules(CONFIG, mesh.shape)
     kernel = dataclasses.replace(CONFIG, attention="splash")

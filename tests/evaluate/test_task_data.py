@@ -45,9 +45,9 @@ def problems(**changes: Any) -> str:
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_sound_rows_are_returned_as_they_are(task: str, tmp_path: Path) -> None:
+def test_correct_rows_are_returned_unchanged(task: str, tmp_path: Path) -> None:
     file = tmp_path / "test.jsonl"
-    # A character at which str.splitlines() would break the line, and no newline at the end.
+    # str.splitlines() would break a line at these characters. The last line has no line end.
     rows = [ROWS[task], {**ROWS[task], "extra": "two\u2028lines\x85"}]
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
     assert read_rows(file, TASK_DATA[task].check) == rows
@@ -56,53 +56,57 @@ def test_sound_rows_are_returned_as_they_are(task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "row", "message"),
     [
-        ("arc_easy", damaged("arc_easy", question=None), "has no 'question'."),
-        ("arc_easy", damaged("arc_easy", answerKey="4"), "answerKey='4', which must be one of '1'"),
-        ("arc_easy", damaged("arc_easy", choices={"text": ["u"]}), "has no 'label'."),
+        ("arc_easy", damaged("arc_easy", question=None), "question is missing."),
+        ("arc_easy", damaged("arc_easy", answerKey="4"), "answerKey='4' must be one of '1'"),
+        ("arc_easy", damaged("arc_easy", choices={"text": ["u"]}), "choices.label is missing."),
         ("arc_easy", damaged("arc_easy", choices={"text": [], "label": []}), "choices.text=\\[\\]"),
         ("arc_easy", damaged("arc_easy", choices={"text": ["u"], "label": ["1", "3"]}),
-         "has 2 choices.label, which must be 1"),
-        ("boolq", damaged("boolq", label=True), "label=True, of type bool; it must be of type int"),
-        ("boolq", damaged("boolq", label=2), "label=2, which must be one of 0, 1"),
-        ("boolq", damaged("boolq", passage=None), "has no 'passage'."),
-        ("piqa", damaged("piqa", sol2=7), "sol2=7, of type int; it must be of type str"),
-        ("piqa", damaged("piqa", label=-1), "label=-1, which must be one of 0, 1"),
-        ("social_iqa", damaged("social_iqa", label="0"), "label='0', which must be one of '1'"),
-        ("social_iqa", damaged("social_iqa", answerC=None), "has no 'answerC'."),
-        ("hellaswag", damaged("hellaswag", label="2"), "label='2', which must be one of '0', '1'"),
-        ("hellaswag", damaged("hellaswag", label=[1]), "it must be of type int or str"),
-        ("hellaswag", damaged("hellaswag", endings=["x", 1]), "endings=.* list of strings"),
+         "choices.label has 2 entries and choices.text has 1"),
+        ("arc_easy", damaged("arc_easy", choices=7), "choices=7 must be an object"),
+        ("boolq", damaged("boolq", label=True), "label=True must be a whole number"),
+        ("boolq", damaged("boolq", label=2), "label=2 must be one of 0, 1"),
+        ("boolq", damaged("boolq", passage=None), "passage is missing."),
+        ("piqa", damaged("piqa", sol2=7), "sol2=7 must be a text"),
+        ("piqa", damaged("piqa", sol2="\ud800"), "sol2=.* must be a text without half a surrogate"),
+        ("piqa", damaged("piqa", label=-1), "label=-1 must be one of 0, 1"),
+        ("social_iqa", damaged("social_iqa", label="0"), "label='0' must be one of '1'"),
+        ("social_iqa", damaged("social_iqa", answerC=None), "answerC is missing."),
+        ("hellaswag", damaged("hellaswag", label="2"), "label='2' must be one of '0', '1'"),
+        ("hellaswag", damaged("hellaswag", label=2), "label=2 must be one of 0, 1"),
+        ("hellaswag", damaged("hellaswag", label=[1]), "label=\\[1\\] must be a whole number"),
+        ("hellaswag", damaged("hellaswag", label=True), "label=True must be a whole number"),
+        ("hellaswag", damaged("hellaswag", endings=["x", 1]), r"endings\[1\]=1 must be a text"),
         ("openbookqa", damaged("openbookqa", answerKey="C"), "answerKey='C'"),
-        ("winogrande", damaged("winogrande", sentence="No."), "without the _ for an option"),
-        ("winogrande", damaged("winogrande", answer=2), "it must be of type str"),
+        ("winogrande", damaged("winogrande", sentence="No."), "must have a _ in place of"),
+        ("winogrande", damaged("winogrande", answer=2), "answer=2 must be a text"),
         ("triviaqa", damaged("triviaqa", answer={"aliases": []}), "answer.aliases=\\[\\]"),
-        ("triviaqa", damaged("triviaqa", answer={}), "has no 'aliases'."),
-        ("race_high", damaged("race_high", problems="[{"), "no Python literal"),
-        ("race_high", damaged("race_high", problems="[]"), "no list with at least one"),
-        ("race_high", damaged("race_high", problems="['x']"), "a problem that is not a dict: 'x'"),
+        ("triviaqa", damaged("triviaqa", answer={}), "answer.aliases is missing."),
+        ("race_high", damaged("race_high", problems="[{"), "problems must be a Python literal"),
+        ("race_high", damaged("race_high", problems="[]"), "a list with at least one problem"),
+        ("race_high", damaged("race_high", problems="['x']"), r"problems\[0\]='x' must be an"),
         ("race_high", damaged("race_high", problems=problems(answer="E")),
-         "a problem that has answer='E', which must be one of 'A'"),
+         r"problems\[1\].answer='E' must be one of 'A'"),
         ("race_high", damaged("race_high", problems=problems(options=["w"])),
-         "has 1 options, which must be 4"),
-        ("race_high", damaged("race_high", problems=[PROBLEM]), "it must be of type str"),
-        ("wikitext", damaged("wikitext", page=None), "has no 'page'."),
-        ("wikitext", [1], "is not a JSON object."),
+         "has 1 options; it must have 4"),
+        ("race_high", damaged("race_high", problems=[PROBLEM]), "must be a text"),
+        ("wikitext", damaged("wikitext", page=None), "page is missing."),
+        ("wikitext", [1], "the row=\\[1\\] must be an object."),
     ],
 )  # fmt: skip
-def test_a_damaged_row_is_told_by_file_and_line(
+def test_the_message_for_a_wrong_row_names_file_and_line(
     task: str, row: Any, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "test.jsonl"
     file.write_text(f"{json.dumps(ROWS[task])}\n\n{json.dumps(row)}\n")
-    with pytest.raises(ValueError, match=rf"test\.jsonl, line 3 .*{message}.* take it out"):
+    with pytest.raises(ValueError, match=rf"test\.jsonl, line 3: .*{message}.* take it out"):
         read_rows(file, TASK_DATA[task].check)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"page": "x"}\n{"page": \n', r"line 2 is not JSON .Expecting value"),
-        (b'{"page": "x"}\n{"page": "caf\xe9"}\n', r"line 2 is not UTF-8"),
+        (b'{"page": "x"}\n{"page": \n', r"line 2: is not JSON .Expecting value"),
+        (b'{"page": "x"}\n{"page": "caf\xe9"}\n', r"line 2: is not UTF-8"),
         (b"\n", r"test\.jsonl has no rows"),
     ],
 )
@@ -118,7 +122,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "test.jsonl", TASK_DATA["wikitext"].check)
 
 
-def test_examples_come_from_files_of_their_own_except_for_race(tmp_path: Path) -> None:
+def test_examples_come_from_a_separate_file_except_for_race(tmp_path: Path) -> None:
     arc, race = TASK_DATA["arc_easy"], TASK_DATA["race_middle"]
     assert list(arc.files(tmp_path, 0)) == ["test"]
     assert arc.files(tmp_path, 3)["fewshot"] == tmp_path / "arc_easy" / "fewshot.jsonl"

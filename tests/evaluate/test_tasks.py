@@ -1,4 +1,4 @@
-"""What the tasks ask, beside strings written by hand and beside the harness' own way to rows."""
+"""The requests of our tasks equal strings written by hand, and the requests of the harness."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="the eval extra")
 
 import datasets
+import lm_eval.api.task
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -31,7 +32,7 @@ from tests.evaluate.example_rows import ASKED, write_rows
 
 
 class Toy(LM):  # type: ignore[misc]
-    """Remembers what it is asked; a text's likelihood follows from its characters alone."""
+    """Records all requests; the likelihood of a text depends only on its characters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,43 +71,47 @@ def ask(
 
 
 @pytest.mark.golden
-def test_the_first_row_of_every_task_asks_what_stands_written(data_dir: Path) -> None:
-    for task, expected in ASKED.items():
-        assert ask([task], data_dir, limit=1).asked == expected, task
-    [(context, settings)] = ask(["triviaqa"], data_dir, limit=1).asked
+def test_the_first_row_of_every_task_asks_the_strings_written_by_hand(data_dir: Path) -> None:
+    asked = ask([*ASKED, "triviaqa", "wikitext"], data_dir, limit=1).asked
+    pairs = [request for request in asked if len(request) == 2 and isinstance(request[1], str)]
+    assert pairs == [pair for task in ASKED for pair in ASKED[task]]
+    [(context, settings)] = [request for request in asked if isinstance(request[-1], dict)]
     assert context == "Question: What is red?\nAnswer:"
     assert settings["until"] == ["\n", ".", ","] and not settings["do_sample"]
-    [(page,)] = ask(["wikitext"], data_dir, limit=1).asked
+    [(page,)] = [request for request in asked if len(request) == 1]
     assert page == " = red =\nIt is a 1,000-fold <unk> colour .\n"
 
 
-@pytest.mark.parametrize("task", sorted(ASKED.keys() - {"race_high", "race_middle"}))
-def test_examples_are_those_of_the_harness_own_local_files(
-    task: str, data_dir: Path, tmp_path: Path
-) -> None:
-    data = TASK_DATA[task]
-    files = data.files(data_dir, 3)
-    splits = {"train": str(files["fewshot"]), data.scored: str(files[data.scored])}
-    overlay = {
-        "include": str(_INSTALLED / _FILES[task]),
-        "task": "theirs",
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": splits, "cache_dir": str(tmp_path / "cache")},
-        **{"training_split": "train", "validation_split": None, "test_split": None},
-        f"{data.scored}_split": data.scored,
-        "num_fewshot": 3,
-    }
-    (tmp_path / "theirs.yaml").write_text(json.dumps(overlay))
+def test_examples_are_those_of_the_harness_own_local_files(data_dir: Path, tmp_path: Path) -> None:
+    tasks = sorted(ASKED.keys() - {"race_high", "race_middle"})
+    for task in tasks:
+        data = TASK_DATA[task]
+        files = data.files(data_dir, 3)
+        splits = {"train": str(files["fewshot"]), data.scored: str(files[data.scored])}
+        overlay = {
+            "include": str(_INSTALLED / _FILES[task]),
+            "task": f"theirs_{task}",
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": splits, "cache_dir": str(tmp_path / "cache" / task)},
+            **{"training_split": "train", "validation_split": None, "test_split": None},
+            f"{data.scored}_split": data.scored,
+            "num_fewshot": 3,
+        }
+        (tmp_path / f"{task}.yaml").write_text(json.dumps(overlay))
     theirs = Toy()
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    evaluator.simple_evaluate(theirs, tasks=["theirs"], task_manager=manager, bootstrap_iters=0)
-    ours = ask([task], data_dir, shots=3)
+    names = [f"theirs_{task}" for task in tasks]
+    evaluator.simple_evaluate(theirs, tasks=names, task_manager=manager, bootstrap_iters=0)
+    ours = ask(tasks, data_dir, shots=3)
     assert ours.asked == theirs.asked
-    context, continuation = ours.asked[0]
-    assert context.endswith(f"\n\n{ASKED[task][0][0]}") or task == "winogrande"
-    assert context.count("\n\n") == 3
-    assert continuation == ASKED[task][0][1]
+    first = 0
+    for task in tasks:
+        context, continuation = ours.asked[first]
+        assert context.endswith(f"\n\n{ASKED[task][0][0]}") or task == "winogrande"
+        assert context.count("\n\n") == 3
+        assert continuation == ASKED[task][0][1]
+        first += 3 * len(ASKED[task])  # each task has three rows
 
 
 def test_shots_of_a_name_and_of_the_flag(data_dir: Path) -> None:
@@ -116,8 +121,8 @@ def test_shots_of_a_name_and_of_the_flag(data_dir: Path) -> None:
     assert examples(["triviaqa"], None) == 0
     assert examples(["triviaqa"], 2) == 2
     assert examples(["triviaqa_1shot"], None) == 1
-    assert examples(["triviaqa_1shot"], 2) == 1  # the name says it
-    # RACE's examples are articles that are scored too, and never the one that is asked about.
+    assert examples(["triviaqa_1shot"], 2) == 1  # the name fixes the number
+    # RACE takes its examples from the scored articles, without the article in question.
     for context, _ in ask(["race_high"], data_dir, 2).asked:
         articles = [part for part in context.split("\n\n") if part.startswith("Article:")]
         assert len(set(articles)) == 3
@@ -127,20 +132,20 @@ def test_triviaqa_has_f1_and_exact_match(data_dir: Path) -> None:
     results = run_tasks(Toy(), load_tasks(["triviaqa"], data_dir=data_dir), None)["results"]
     found = {k.partition(",")[0]: v for k, v in results["triviaqa"].items() if "," in k}
     assert found["exact_match"] == 0
-    # "blue thing" beside "Blue", "blue": 2/3 in the row of blue; "a colour" shares nothing.
+    # The row of blue scores 2/3 for "blue thing"; the other rows share no word with the answer.
     assert found["f1"] == pytest.approx(2 / 3 / 3)
 
 
 def test_the_group_is_the_papers_table(data_dir: Path) -> None:
     names = [name for name in GROUPS["mobilellm"] if not name.endswith(("5shot", "64shot"))]
     tasks = load_tasks(["mobilellm_zero_shot", *names[8:]], data_dir=data_dir)
-    assert tasks.names == tuple(names)
+    assert list(tasks.loaded["tasks"]) == names
     results = run_tasks(Toy(), tasks, None)
     config = ModelConfig()
     table = format_results(results, config)
     for name in names:
         assert f"\n{name} " in table
-    assert "average" in table and "compare differences" in table
+    assert "average" in table and "Compare only models" in table
     assert json.loads(as_json(results))["results"].keys() == set(names)
     quick = quick_scores(Toy(), tasks)
     assert quick["piqa/acc"] == results["results"]["piqa"]["acc,none"]
@@ -152,12 +157,12 @@ def test_the_group_is_the_papers_table(data_dir: Path) -> None:
     [
         (["hellaswga"], None, "no task 'hellaswga'. Did you mean hellaswag?"),
         (["mobilelm"], None, "Did you mean mobilellm"),
-        (["mmlu"], None, "serves no task 'mmlu'"),
+        (["mmlu"], None, "has no task 'mmlu'"),
         ([], None, "--tasks is empty"),
         (["piqa"], 5, "fewshot.jsonl has 5 rows, and piqa with 5 examples needs at least 6"),
     ],
 )
-def test_tasks_that_cannot_be_asked(
+def test_wrong_tasks_are_refused(
     names: list[str], shots: int | None, message: str, data_dir: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -169,7 +174,7 @@ def test_a_name_that_the_harness_does_not_know() -> None:
         load_tasks(["hellaswagg"])
 
 
-def test_files_that_are_missing_are_named_together(data_dir: Path, tmp_path: Path) -> None:
+def test_the_message_names_all_missing_files(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / "validation.jsonl").write_bytes(
         (data_dir / "piqa" / "validation.jsonl").read_bytes()
@@ -181,16 +186,21 @@ def test_files_that_are_missing_are_named_together(data_dir: Path, tmp_path: Pat
     assert "boolq/validation.jsonl" in message and "hellaswag/validation.jsonl" in message
 
 
-def test_a_damaged_row_is_named_by_file_and_line(data_dir: Path, tmp_path: Path) -> None:
+def test_the_message_for_a_wrong_row_names_file_and_line(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "piqa").mkdir()
     lines = (data_dir / "piqa" / "validation.jsonl").read_text().splitlines()
     lines[1] = lines[1].replace('"label": 1', '"label": 2')
     (tmp_path / "piqa" / "validation.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"piqa.validation.jsonl, line 2 has label=2"):
+    with pytest.raises(ValueError, match=r"piqa.validation.jsonl, line 2: label=2"):
         load_tasks(["piqa"], data_dir=tmp_path)
 
 
-def test_the_harness_is_left_as_it_was(data_dir: Path) -> None:
-    before = logging.getLogger("lm_eval").level, datasets.is_progress_bar_enabled()
-    ask(["piqa"], data_dir)
-    assert (logging.getLogger("lm_eval").level, datasets.is_progress_bar_enabled()) == before
+def test_names_and_settings_of_the_harness_are_restored(data_dir: Path) -> None:
+    def state() -> tuple[Any, ...]:
+        replaced = lm_eval.api.task.tqdm, evaluator.get_git_commit_hash
+        level = logging.getLogger("lm_eval").level
+        return (*replaced, level, datasets.is_progress_bar_enabled())
+
+    before = state()
+    ask(["piqa"], data_dir, limit=1)
+    assert state() == before

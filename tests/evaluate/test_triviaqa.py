@@ -9,7 +9,7 @@ from mobilellm_jax.evaluate.triviaqa import f1, process_results
         ("Paris", "paris", 1.0),
         ("the city of Paris", "Paris", 0.5),  # P 1/3, R 1
         ("Sunset Boulevard", "Sunset Blvd", 0.5),
-        ("New York, New York", "New York", 2 / 3),  # repeats count: P 2/4, R 1
+        ("New York, New York", "New York", 2 / 3),  # repeated tokens count: P 2/4, R 1
         ("New York, New York", "New York New York", 1.0),
         ("The Jackson 5", "Jackson-5", 1.0),
         ("spider_man", "Spider-Man", 1.0),
@@ -29,10 +29,10 @@ def test_f1(answer: str, alias: str, expected: float) -> None:
 @pytest.mark.parametrize(
     ("answer", "exact", "best"),
     [
-        ("AB", 1.0, 0.0),  # the harness deletes punctuation,
+        ("AB", 1.0, 0.0),  # the harness deletes punctuation
         ("A-B", 1.0, 1.0),
-        ("a b", 0.0, 1.0),  # while TriviaQA turns it into a space, and "a" is an article
-        ("the Beatles", 0.0, 1.0),  # articles stay for the harness
+        ("a b", 0.0, 1.0),  # TriviaQA turns punctuation into a space and drops the article "a"
+        ("the Beatles", 0.0, 1.0),  # the harness keeps articles
         ("Beatles", 1.0, 1.0),
         ("John Beatles", 0.0, 2 / 3),
     ],

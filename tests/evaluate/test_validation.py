@@ -1,4 +1,4 @@
-"""Validation during training, against losses put together token by token."""
+"""Validation during training equals losses that are added up token by token."""
 
 import dataclasses
 import itertools
@@ -32,13 +32,13 @@ CONFIG = Config(
     optimizer=OptimizerConfig(warmup_steps=0),
     train=TrainConfig(steps=1, global_batch=16, accumulation_steps=2),
 )
-# float32 losses, summed by a jitted program in another order.
+# A jitted program sums float32 losses in another order.
 CLOSE = 1e-5
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`plain` and `other` hold text, `masked` tokens of which about half are no targets."""
+    """Returns token folders: `plain` and `other` of text; `masked`, where a mask hides half."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     words = ["thin", "deep", "block", "shared", "twice", "phone", "small", "model"]
@@ -74,9 +74,9 @@ def validate(config: Config, mixture: Mixture, params: Params) -> dict[str, floa
 
 
 def losses_of(params: Params, component: Component, boundaries: str) -> list[list[float]]:
-    """The losses of a component's targets, window by window, from plain logits.
+    """Returns the losses of a component's targets for each window, from plain logits.
 
-    Under `document_mask` every document's part of a window is a row of its own.
+    With `document_mask`, the part of each document in a window becomes a separate row.
     """
     stream = component.stream("validation")
     assert stream is not None
@@ -131,11 +131,11 @@ def test_loss_and_bits_of_a_folder(boundaries: Any, folder: Path, params: Params
 
 
 @pytest.mark.parametrize("boundaries", ["concat", "document_mask"])
-def test_a_mixture_is_all_held_out_data_put_together(
+def test_the_loss_of_a_mixture_is_the_loss_over_all_held_out_data(
     boundaries: Any, folder: Path, params: Params
 ) -> None:
     config = dataclasses.replace(CONFIG, data=DataConfig(seq_len=SEQ_LEN, boundaries=boundaries))
-    # The weights are those of training; validation sees everything once.
+    # The weights 9 and 1 apply to training; validation reads all data once.
     mixture = open_mixture(f"{folder}/plain:9,{folder}/other:1")
     plain, other = (flat(losses_of(params, c, boundaries)) for c in mixture.components)
     assert abs(np.mean(plain) - np.mean(other)) > 1e-3
@@ -149,7 +149,7 @@ def test_a_mixture_is_all_held_out_data_put_together(
 
 
 @pytest.mark.parametrize("boundaries", ["concat", "document_mask"])
-def test_masked_targets_count_nowhere_and_leave_no_bits_per_byte(
+def test_masked_targets_do_not_count_and_remove_bits_per_byte(
     boundaries: Any, folder: Path, params: Params
 ) -> None:
     config = dataclasses.replace(CONFIG, data=DataConfig(seq_len=SEQ_LEN, boundaries=boundaries))
@@ -166,7 +166,7 @@ def test_masked_targets_count_nowhere_and_leave_no_bits_per_byte(
 
 
 def test_a_short_evaluation_weighs_components_by_their_size(folder: Path, params: Params) -> None:
-    """One batch of 8 windows each, and the loss an estimate of that over all of them."""
+    """Each component gives one batch of 8 windows; their loss estimates the loss over all data."""
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, eval_batches=1))
     mixture = open_mixture(f"{folder}/plain:1,{folder}/other:1")
     windows = [losses_of(params, c, "concat") for c in mixture.components]
