@@ -15,7 +15,9 @@ import lm_eval.api.task
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.loggers.utils import get_git_commit_hash
 from lm_eval.tasks import TaskManager
+from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.task_data import GROUPS, TASK_DATA
@@ -196,11 +198,11 @@ def test_the_message_for_a_wrong_row_names_file_and_line(data_dir: Path, tmp_pat
 
 
 def test_names_and_settings_of_the_harness_are_restored(data_dir: Path) -> None:
-    def state() -> tuple[Any, ...]:
-        replaced = lm_eval.api.task.tqdm, evaluator.get_git_commit_hash
-        level = logging.getLogger("lm_eval").level
-        return (*replaced, level, datasets.is_progress_bar_enabled())
-
-    before = state()
+    level, shown = logging.getLogger("lm_eval").level, datasets.is_progress_bar_enabled()
     ask(["piqa"], data_dir, limit=1)
-    assert state() == before
+    assert lm_eval.api.task.tqdm is tqdm
+    assert evaluator.get_git_commit_hash is get_git_commit_hash
+    assert (logging.getLogger("lm_eval").level, datasets.is_progress_bar_enabled()) == (
+        level,
+        shown,
+    )
