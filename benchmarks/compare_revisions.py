@@ -2,8 +2,8 @@
 
     python benchmarks/compare_revisions.py --base=86b40cc --rounds=5
 
-Each round runs `prepare`, `train`, `generate` and `evaluate` once per revision, each in a process of
-its own, and the revisions take turns at being first. The figures are medians and minima:
+Each round runs `prepare`, `train`, `generate` and `evaluate` once per revision, each command in a
+new process. The revisions take turns at being first. The figures are medians and minima:
 
 | command | figure |
 |---|---|
