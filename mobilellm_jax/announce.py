@@ -3,6 +3,7 @@
 So that a log says what its numbers mean, and what to type next.
 """
 
+import logging
 import shlex
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from mobilellm_jax.processes import distributed
 from mobilellm_jax.quantize.schemes import trained_scheme
 from mobilellm_jax.sharding import bytes_per_device, count_slices
 from mobilellm_jax.storage import rundir
-from mobilellm_jax.train.metrics import read_metrics, stderr
+from mobilellm_jax.train.metrics import read_metrics
 from mobilellm_jax.train.report import BadSteps
 from mobilellm_jax.train.state import TrainState
+
+_log = logging.getLogger(__name__)
 
 
 def start(
@@ -51,7 +54,7 @@ def start(
         lines.append(f"quantize trained for {scheme}")
     if resume_step is not None:
         lines.append(f"resume  from step {resume_step:,}")
-    print("\n".join(lines), file=stderr(), flush=True)
+    _log.info("\n".join(lines))
 
 
 def _describe_data(config: Config, mixture: Mixture) -> list[str]:
@@ -89,12 +92,10 @@ def _describe_slices(config: Config, mesh: Mesh) -> str:
 def going_back(bad: BadSteps, good_step: int) -> None:
     """Prints that steps were bad and that the run goes on from an earlier checkpoint."""
     if distributed.is_first():
-        print(
+        _log.warning(
             f"GOING BACK to the checkpoint of step {good_step}: steps {bad.first} to {bad.last} "
             "were not finite. If the state was damaged, that heals it; if they are not finite "
-            "again, the run ends.",
-            file=stderr(),
-            flush=True,
+            "again, the run ends."
         )
 
 
@@ -147,4 +148,4 @@ def end(workdir: Path, finished: bool) -> None:
         ]
     else:
         lines.append("  next:   the same command again goes on")
-    print("\n".join(lines), file=stderr(), flush=True)
+    _log.info("\n".join(lines))

@@ -35,7 +35,7 @@ from mobilellm_jax.sharding import Rules, local_rows, place, put_batch
 from mobilellm_jax.startup.host_memory import keep_freed_memory
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.loop import Hooks, Outcome, train_loop
-from mobilellm_jax.train.metrics import MetricsWriter, SilentWriter, read_metrics, stderr
+from mobilellm_jax.train.metrics import MetricsWriter, SilentWriter, read_metrics
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.plots import plot_losses
 from mobilellm_jax.train.profiler import ProfiledSteps, Profiler
@@ -139,7 +139,7 @@ def _pretrain(
             )
             if distributed.is_first():
                 _cut_samples(workdir, first_step)
-                writer = MetricsWriter(workdir, first_step, config.train.steps, stderr())
+                writer = MetricsWriter(workdir, first_step, config.train.steps)
             else:
                 writer = SilentWriter()
             with writer, contextlib.ExitStack() as stack:

@@ -11,9 +11,10 @@ is part of jit's cache key, and without them every constraint vanishes without a
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -240,3 +241,23 @@ def bytes_per_device(tree: Any) -> int:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
     sizes = [int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves]
     return sum(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnderMesh(Generic[Result]):
+    """A jitted function that is always traced under its own mesh and rules.
+
+    `lower` returns the program without running it.
+    """
+
+    jitted: jax.stages.Wrapped
+    mesh: Mesh
+    rules: Rules
+
+    def __call__(self, *arguments: Any) -> Result:
+        with use(self.mesh, self.rules):
+            return cast(Result, self.jitted(*arguments))
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        with use(self.mesh, self.rules):
+            return self.jitted.lower(*arguments)

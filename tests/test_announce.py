@@ -25,6 +25,11 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     return open_mixture(str(tiny.prepared_words(tmp_path_factory.mktemp("words"))))
 
 
+@pytest.fixture(autouse=True)
+def _show_all(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+
 def started(config: Config, mixture: Mixture, resume_step: int | None) -> None:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     rules = logical_rules(config.model, dict(mesh.shape))
@@ -34,14 +39,14 @@ def started(config: Config, mixture: Mixture, resume_step: int | None) -> None:
 
 
 def test_the_start_says_what_the_numbers_of_the_log_mean(
-    mixture: Mixture, capsys: pytest.CaptureFixture[str]
+    mixture: Mixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = dataclasses.replace(tiny.RUN.model, num_repeats=2, sharing="reverse")
     config = dataclasses.replace(
         tiny.RUN, model=model, mesh=MeshConfig(data=1), quantize=QuantizeConfig(scheme="w4a8")
     )
     started(config, mixture, 8)
-    text = capsys.readouterr().err
+    text = caplog.text
     # By hand: a table of 300 x 16, tied; per block 16 x (2 + 1 + 1) x 8 + 16 x 16 of attention,
     # 3 x 16 x 24 of feed-forward and two norms; the last norm.
     parameters = 300 * 16 + 2 * (16 * 4 * 8 + 16 * 16 + 3 * 16 * 24 + 2 * 16) + 16
@@ -55,8 +60,9 @@ def test_the_start_says_what_the_numbers_of_the_log_mean(
     assert f"{4e-6 * parameters:.1f} MB of parameters and {8e-6 * parameters:.1f} MB of opt" in text
     assert "quantize trained for w4a8" in text
     assert "resume  from step 8" in text
+    caplog.clear()
     started(tiny.RUN, mixture, None)
-    text = capsys.readouterr().err
+    text = caplog.text
     assert "2 blocks, width" in text
     assert "quantize" not in text
     assert "resume" not in text
@@ -64,7 +70,7 @@ def test_the_start_says_what_the_numbers_of_the_log_mean(
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_the_end_says_what_came_of_it_and_what_to_type(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, finished: bool
 ) -> None:
     records = [
         {"step": 0, "validation/loss": 5.7, "validation/bpb": 4.1},
@@ -75,10 +81,10 @@ def test_the_end_says_what_came_of_it_and_what_to_type(
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / rundir.METRICS).write_text(lines)
     announce.end(tmp_path, finished)
-    text = capsys.readouterr().err
+    text = caplog.text
     assert re.search(r"validation bits per byte: +4.100 at step 0 -> 1.800 at step 8\n", text)
     assert re.search(r"validation loss: +5.700 at step 0 -> 2.500 at step 8 \(nats", text)
-    assert text.startswith(f"{'Finished' if finished else 'Stopped, saved'}: {tmp_path}\n")
+    assert f"{'Finished' if finished else 'Stopped, saved'}: {tmp_path}\n" in text
     assert (f"mobilellm export --checkpoint={tmp_path}" in text) is finished
     assert ("the same command again goes on" in text) is not finished
 
@@ -86,7 +92,7 @@ def test_the_end_says_what_came_of_it_and_what_to_type(
 def test_one_process_speaks_for_all(
     mixture: Mixture,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
 ) -> None:
     (tmp_path / rundir.METRICS).write_text("")
@@ -94,4 +100,4 @@ def test_one_process_speaks_for_all(
     started(tiny.RUN, mixture, None)
     announce.going_back(BadSteps(3, 5), 2)
     announce.end(tmp_path, finished=True)
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""

@@ -23,13 +23,13 @@ from mobilellm_jax.model.quantized import Kernel
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
 from mobilellm_jax.sharding import (
     Rules,
+    UnderMesh,
     batch_shards,
     local_rows,
     put_batch,
     replicated,
     with_rules,
 )
-from mobilellm_jax.train.step import UnderMesh
 
 _SMALLEST_TREE = 256  # a tree may have this size even if the model reads fewer tokens
 _BATCH_TOKENS = {"cpu": 2048}  # tokens per device and batch, by platform

@@ -1,1 +1,1 @@
-"""Training: a pure sharded step, and a host loop that is handed its batches, saving and eyes."""
+"""Training: a pure, sharded step, and a loop on the host that receives its data and its hooks."""

@@ -1,10 +1,11 @@
-"""The host's side of training: feed batches, read metrics one step late, save, look, stop.
+"""Runs the training loop on the host: feeds batches, reads metrics, saves, evaluates and stops.
 
-Batches are placed ahead of the step (`prefetch.py`). One that was placed and not used leaves no
-trace: where a run stands in its data follows from its step.
+The loop reads the metrics of a step while the next step runs, and places batches ahead of the step
+(`prefetch.py`). A batch that was placed but not used has no effect, because the position of a run
+in its data follows from its step.
 
-What a run reads and where it saves is handed in (`Hooks`), so this file knows neither data formats
-nor checkpoints.
+The caller gives the loop its batches and `Hooks`, so this file knows neither data formats nor
+checkpoints.
 """
 
 import contextlib
@@ -26,25 +27,26 @@ from mobilellm_jax.train.stopping import StopRequest, Walltime
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What the loop calls; steps are numbers of completed optimizer steps."""
+    """Functions that the loop calls; a step number counts completed optimizer steps."""
 
-    put: Callable[[Mapping[str, np.ndarray]], Batch]  # rows of this host -> global arrays
-    save: Callable[[int, TrainState], None]  # may return before all is written
-    finish_saving: Callable[[], None]  # waits until it is, and raises what went wrong
+    put: Callable[[Mapping[str, np.ndarray]], Batch]  # turns rows of this host into global arrays
+    save: Callable[[int, TrainState], None]  # may return before the checkpoint is complete
+    finish_saving: Callable[[], None]  # waits until the checkpoint is complete; raises its errors
     validate: Callable[[TrainState], Mapping[str, float]]
     sample: Callable[[int, TrainState], None]
-    # Whether a save that was under way failed and is to be tried again, in all processes alike.
+    # Returns True if a save failed and the loop has to try again; all processes get the same value.
     save_again: Callable[[], bool] = bool
-    agree: Callable[[bool], bool] = bool  # whether this process wants to stop -> whether all do
+    # Takes whether this process wants to stop; returns whether all processes stop.
+    agree: Callable[[bool], bool] = bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the loop ended; only a finished or stopped run is saved."""
+    """How the loop ended; a diverged run is not saved."""
 
     kind: Literal["finished", "stopped", "diverged"]
-    why: str = ""  # it stopped
-    bad: BadSteps | None = None  # that it diverged at
+    why: str = ""  # reason of a stop
+    bad: BadSteps | None = None  # last steps of a diverged run
 
 
 def train_loop(
@@ -56,72 +58,34 @@ def train_loop(
     writer: MetricsWriter,
     walltime: Walltime | None = None,
 ) -> tuple[TrainState, Outcome]:
-    """Trains from `state.step` to `train.steps`; returns the state and how it ended.
+    """Trains from `state.step` to `train.steps`; returns the final state and the outcome.
 
-    It stops early, saved, at the end of the step in which SIGTERM or SIGINT arrived or `walltime`
-    was up; where a run is several processes, all stop at the end of the next. Until the first step
-    is under way the signals are left to the caller. Where saving and
-    evaluation fall on the same step, saving comes first, so that nothing lost by an evaluation is
-    lost to the run.
-
-    A run whose last `train.max_bad_steps` steps were not finite ends as diverged. What is saved on
-    the way there would be no place to go back to, so nothing is while steps are bad, unless the run
-    ends there.
+    The loop saves and stops at the end of a step if SIGTERM or SIGINT arrived or `walltime` is up;
+    with several processes, all of them stop one step later. The caller handles signals that arrive
+    before the first step starts. A run diverges if its last `train.max_bad_steps` steps were not
+    finite. After a bad step the loop does not save, because the run could not heal from such a
+    state; only the last state of a run is always saved, unless the run diverged.
     """
-    train, steps = config.train, config.train.steps
-    first = int(state.step)
-    report = Reporter(config, writer)
-
-    def look_is_due(step: int) -> bool:
-        intervals = (train.eval_every, config.evaluate.every)
-        return any(every and (step % every == 0 or step == steps) for every in intervals)
-
-    def look(step: int) -> None:
-        if not look_is_due(step):
-            return
-        report.flush()
-        began = time.monotonic()
-        if train.eval_every and (step % train.eval_every == 0 or step == steps):
-            report.validation(step, hooks.validate(state))
-        every = config.evaluate.every
-        if step and every and (step % every == 0 or step == steps):
-            hooks.sample(step, state)
-            report.meter.reset()
-        if walltime is not None:
-            walltime.measured("look", time.monotonic() - began)
-
-    def save(step: int, wait: bool) -> None:
-        began = time.monotonic()
-        hooks.save(step, state)
-        # The first one is waited for where a time limit has to know how long it takes.
-        if wait or (walltime is not None and not walltime.knows_save):
-            hooks.finish_saving()
-            if walltime is not None:
-                walltime.measured("save", time.monotonic() - began)
-
-    # The run may have been stopped after saving this step and before looking at it.
-    look(first)
-    saved, why = first, ""
-    stop = StopRequest()
+    train, first, steps = config.train, int(state.step), config.train.steps
+    watch = _Watch(config, hooks, Reporter(config, writer), walltime)
+    report, stop = watch.report, StopRequest()
+    # A run may have been stopped after it saved this step and before it evaluated it. The loop
+    # saves before it evaluates, so that a failed evaluation loses nothing.
+    watch.look(first, state)
     with contextlib.ExitStack() as stack:
         placed = stack.enter_context(contextlib.closing(prefetch(batches, hooks.put)))
         report.meter.reset()
         for step in range(first + 1, steps + 1):
             began = time.monotonic()
-            waiting = time.perf_counter()
-            batch = next(placed)
-            report.meter.waited_sec += time.perf_counter() - waiting
+            batch = report.meter.wait_for(placed)
             state, metrics = step_fn(state, batch)
             if step == first + 1:
-                # Not before: it has compiled for minutes maybe, and there was nothing to save.
+                # Before this moment the step may compile for minutes, and there is nothing to save.
                 stack.enter_context(stop)
             report.step(step, metrics)
-            if walltime is not None and step > first + 1:  # the first compiles
-                walltime.measured("step", time.monotonic() - began)
-            if stop.signal is not None:
-                why = stop.signal.name
-            elif walltime is not None and walltime.is_up(look_is_due(step + 1)):
-                why = f"--max_walltime={walltime.limit_sec:.0f} s"
+            if step > first + 1:  # the first step compiles, so its time is no estimate
+                watch.measured("step", time.monotonic() - began)
+            why = watch.reason_to_stop(step, stop)
             stopping = hooks.agree(bool(why)) and step < steps
             last = stopping or step == steps
             due = last or step % train.checkpoint_every == 0 or hooks.save_again()
@@ -133,10 +97,60 @@ def train_loop(
                 if stopping:
                     why = why or "another process"
                     writer.message(f"step {step}: stopping ({why}); saving, then leaving")
-                save(step, wait=last)
-                saved = step
+                watch.save(step, state, wait=last)
             if stopping:
                 return state, Outcome("stopped", why)
-            look(step)
-    assert saved == int(state.step), "the last step is always saved"
+            watch.look(step, state)
     return state, Outcome("finished")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watch:
+    """Saves and evaluates the run, and measures the times for the time limit."""
+
+    config: Config
+    hooks: Hooks
+    report: Reporter
+    walltime: Walltime | None
+
+    def measured(self, kind: Literal["step", "save", "look"], seconds: float) -> None:
+        if self.walltime is not None:
+            self.walltime.measured(kind, seconds)
+
+    def reason_to_stop(self, step: int, stop: StopRequest) -> str:
+        """Returns the reason why this process wants to stop after the step, or ""."""
+        if stop.signal is not None:
+            return stop.signal.name
+        limit = self.walltime
+        if limit is not None and limit.is_up(look_is_near=self._look_is_due(step + 1)):
+            return f"--max_walltime={limit.limit_sec:.0f} s"
+        return ""
+
+    def look(self, step: int, state: TrainState) -> None:
+        """Validates the state and draws samples, if the step is due for it."""
+        if not self._look_is_due(step):
+            return
+        self.report.flush()
+        began = time.monotonic()
+        if self._is_due(step, self.config.train.eval_every):
+            self.report.validation(step, self.hooks.validate(state))
+        if step and self._is_due(step, self.config.evaluate.every):
+            self.hooks.sample(step, state)
+            self.report.meter.reset()
+        self.measured("look", time.monotonic() - began)
+
+    def save(self, step: int, state: TrainState, wait: bool) -> None:
+        """Saves the state, and waits for the checkpoint if `wait` or the time limit needs it."""
+        began = time.monotonic()
+        self.hooks.save(step, state)
+        # A time limit has to know how long a save takes, so the loop waits for the first save.
+        if wait or (self.walltime is not None and not self.walltime.knows_save):
+            self.hooks.finish_saving()
+            self.measured("save", time.monotonic() - began)
+
+    def _look_is_due(self, step: int) -> bool:
+        intervals = (self.config.train.eval_every, self.config.evaluate.every)
+        return any(self._is_due(step, every) for every in intervals)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return bool(every) and (step % every == 0 or step == self.config.train.steps)

@@ -1,9 +1,9 @@
-"""Cross-entropy over the vocabulary without ever holding all logits.
+"""Computes the cross-entropy over the vocabulary without holding all logits at once.
 
-The sequence is scored in chunks of positions. `weighted_loss` is one scalar, so its gradient with
-respect to the hidden states and the head is known up to a factor as soon as a chunk's logits are:
-it is computed in the forward pass, while they exist, and only scaled in the backward pass. That is
-three products per chunk, where recomputing the logits in the backward pass takes four.
+The sequence is scored in chunks of positions. `weighted_loss` is a scalar, so the logits of a chunk
+determine the gradients of hidden states and head up to a factor. The forward pass computes these
+gradients while the logits exist, and the backward pass only scales them. This takes three products
+per chunk; recomputing the logits in the backward pass would take four.
 """
 
 from functools import partial
@@ -27,8 +27,9 @@ def weighted_loss(
 ) -> Float[Array, ""]:
     """Returns sum(weights * cross-entropy) in nats, float32.
 
-    Differentiable in `x_BTD` and `head_VD`. `chunk` positions of every row have their logits in
-    memory at once; it need not divide T. Products take the type of x, sums are float32.
+    Gradients flow to `x_BTD` and `head_VD`. The logits of `chunk` positions of every row are in
+    memory at the same time; `chunk` does not have to divide T. Products have the type of x, and
+    sums are float32.
     """
     return jnp.sum(token_losses(x_BTD, head_VD, targets_BT, chunk) * weights_BT)
 
@@ -39,7 +40,7 @@ def token_losses(
     targets_BT: Int[Array, "B T"],
     chunk: int,
 ) -> Float[Array, "B T"]:
-    """Returns the cross-entropy of every target in nats, float32; not meant for gradients."""
+    """Returns the cross-entropy of every target in nats, float32; use it without gradients."""
     head_VD = gathered(narrowed(head_VD, x_BTD.dtype))
 
     def score(_: None, chunk_xs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
@@ -59,8 +60,8 @@ def _forward(
     chunk: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     dtype = x_BTD.dtype
-    # Gathered, and its gradient reduced, once per step: left to itself, the compiler does both for
-    # every chunk.
+    # `gathered` makes the compiler gather the head, and reduce its gradient, once per step instead
+    # of once per chunk.
     narrow_head_VD = gathered(head_VD.astype(dtype))
 
     def score(
@@ -71,7 +72,7 @@ def _forward(
         logits_BCV = scores("BCD,VD->BCV", x_BCD, narrow_head_VD)
         log_normalizer_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         total += jnp.sum(_losses(logits_BCV, log_normalizer_BC, targets_BC) * weights_BC)
-        # d loss / d logits = softmax - one-hot; the comparison fuses where a scatter would not.
+        # d loss / d logits = softmax - one-hot. The compiler fuses a comparison, but not a scatter.
         hit_BCV = jnp.arange(head_VD.shape[0])[None, None, :] == targets_BC[:, :, None]
         softmax_BCV = jnp.exp(logits_BCV - log_normalizer_BC[:, :, None])
         grad_BCV = ((softmax_BCV - hit_BCV) * weights_BC[:, :, None]).astype(dtype)
@@ -110,10 +111,10 @@ def _losses(
 
 
 def _chunks(x_BT: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [n, B, C, ...], zero-padded (zero weight) to whole chunks.
+    """Splits [B, T, ...] into [n, B, C, ...], with zeros (weight zero) after the last position.
 
-    Chunks run along the sequence, because flattening a batch that is split over devices and then
-    cutting it would gather it first.
+    The split is along the sequence. A split of the flattened batch would gather a batch that is
+    spread over devices.
     """
     batch, length = x_BT.shape[:2]
     chunk = min(chunk, length)

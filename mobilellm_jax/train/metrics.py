@@ -1,18 +1,16 @@
-"""Where the numbers of a run go: the terminal, `metrics.jsonl`, TensorBoard."""
+"""Writes the numbers of a run to the terminal, to `metrics.jsonl` and to TensorBoard."""
 
-import contextlib
-import io
+import importlib.util
 import json
+import logging
 import math
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import jax
-from tensorboard.summary import Writer
 from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig
@@ -20,7 +18,13 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.size import flops_per_token
 from mobilellm_jax.storage import rundir, strict_json
 
+_log = logging.getLogger(__name__)
 _ATTENTION = "train/attention"
+# Packages that a run can do without, the extras that install them, and the files that they write.
+_OPTIONAL = {
+    "matplotlib": ("report", rundir.LOSS_PLOT),
+    "tensorboard": ("tensorboard", f"{rundir.TENSORBOARD}/"),
+}
 
 PEAK_BF16_FLOPS = {
     "NVIDIA A100": 312e12,
@@ -34,11 +38,11 @@ PEAK_BF16_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
 }
-"""Dense bfloat16 peak per device in FLOP/s, by the start of its `device_kind` (makers' sheets)."""
+"""Dense bfloat16 peak per device in FLOP/s (makers' data sheets), by the start of `device_kind`."""
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Returns the device's dense bf16 peak in FLOP/s, or None where it is not known (CPUs)."""
+    """Returns the dense bfloat16 peak of the device in FLOP/s, or None if it is not listed."""
     kinds = [kind for kind in PEAK_BF16_FLOPS if device.device_kind.startswith(kind)]
     return PEAK_BF16_FLOPS[max(kinds, key=len)] if kinds else None
 
@@ -46,7 +50,10 @@ def peak_flops(device: jax.Device) -> float | None:
 def model_flops_utilization(
     config: ModelConfig, seq_len: int, tokens_per_sec: float
 ) -> float | None:
-    """Returns MFU over all devices (convention: `model/size.py`), or None on CPUs."""
+    """Returns model FLOPs utilization over all devices, or None if the peak is not listed.
+
+    `model/size.py` defines which FLOPs count.
+    """
     peak = peak_flops(jax.devices()[0])
     if peak is None:
         return None
@@ -54,9 +61,12 @@ def model_flops_utilization(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a `metrics.jsonl`; a last line cut short by a crash is left out.
+    """Returns the records of a `metrics.jsonl` without a last line that a crash cut short.
 
-    All values are numbers but `train/attention`, the implementation that the step ran with.
+    All values are numbers, except `train/attention`, which names the implementation of attention.
+
+    Raises:
+      UserError: if a line is not a record.
     """
     records = strict_json.read_lines(path, non_finite=True)
     for record in records:
@@ -72,12 +82,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and TensorBoard, and draws the progress bar.
 
-    Opening it cuts `metrics.jsonl` back to `first_step`, the step that the run (re)starts from, so
-    that a resumed run leaves the record of an uninterrupted one. Evaluations of that step itself go
-    too: the loop makes them again, since it cannot know that they were complete.
+    Opening the writer removes records from `metrics.jsonl` that are newer than `first_step`, the
+    step that the run starts from. So a resumed run leaves the same records as an uninterrupted run.
+    Evaluations of `first_step` are removed too, because they may be incomplete, and the loop makes
+    them again. A warning names optional packages that are absent.
     """
 
-    def __init__(self, run: Path, first_step: int, last_step: int, stream: io.TextIOBase) -> None:
+    def __init__(self, run: Path, first_step: int, last_step: int) -> None:
         path = run / rundir.METRICS
         kept = [
             r
@@ -86,16 +97,16 @@ class MetricsWriter:
             or (r["step"] == first_step and any(name.startswith("train/") for name in r))
         ]
         rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
+        _warn_of_absent_packages()
         self._file = path.open("a", encoding="utf-8")
-        self._board = Writer(str(run / rundir.TENSORBOARD))
-        self._stream = stream
+        self._board = _open_board(run / rundir.TENSORBOARD)
         self._last_step = last_step
         self._bar = tqdm(
             total=last_step,
             initial=first_step,
             unit="step",
-            file=stream,
-            disable=not stream.isatty(),
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
         self._printed = -math.inf
@@ -103,53 +114,44 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._bar.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
         self._file.close()
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Appends one record; it is on disk when this returns. TensorBoard gets its numbers."""
+        """Appends a record, which is on disk when this returns; TensorBoard gets its numbers."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            if not isinstance(value, str):
+            if self._board is not None and not isinstance(value, str):
                 self._board.add_scalar(name, value, step)
 
     def progress(self, step: int, text: str, eta_sec: float, *, force: bool = False) -> None:
-        """Shows where the run is: on the bar or, without a terminal, as a line every 10 s."""
+        """Shows the progress of the run: on a terminal as a bar, else as a line every 10 s."""
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
         if self._bar.disable and (force or now - self._printed >= 10):
             self._printed = now
             left = f"{int(eta_sec) // 60}:{int(eta_sec) % 60:02d} left"
-            print(f"step {step}/{self._last_step}  {text}  {left}", file=self._stream, flush=True)
+            self.message(f"step {step}/{self._last_step}  {text}  {left}")
 
     def message(self, text: str) -> None:
-        """Prints a line above the progress bar."""
-        with contextlib.ExitStack() as stack:
-            if not self._bar.disable:
-                stack.enter_context(tqdm.external_write_mode(file=self._stream))
-            print(text, file=self._stream, flush=True)
+        """Shows a line to the user."""
+        _log.info(text)
 
 
 class SilentWriter(MetricsWriter):
-    """What a process that is not the first writes and shows: nothing."""
+    """Writes and shows nothing; every process except the first has such a writer."""
 
     def __init__(self) -> None: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def close(self) -> None: ...
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None: ...
 
@@ -158,6 +160,20 @@ class SilentWriter(MetricsWriter):
     def message(self, text: str) -> None: ...
 
 
-def stderr() -> io.TextIOBase:
-    """Returns the stream that progress goes to (looked up late, so that tests can replace it)."""
-    return cast(io.TextIOBase, sys.stderr)
+def _open_board(folder: Path) -> Any:
+    """Returns TensorBoard's writer, or None if TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from tensorboard.summary import Writer
+
+    return Writer(str(folder))
+
+
+def _warn_of_absent_packages() -> None:
+    absent = [name for name in _OPTIONAL if importlib.util.find_spec(name) is None]
+    if absent:
+        extras, files = zip(*map(_OPTIONAL.__getitem__, absent), strict=True)
+        _log.warning(
+            f"{' and '.join(files)} will not be written, because {' and '.join(absent)} "
+            f"cannot be imported; pip install 'mobilellm-jax[{','.join(extras)}]'."
+        )

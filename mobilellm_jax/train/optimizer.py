@@ -1,9 +1,9 @@
-"""AdamW with warm-up and decay, as in the paper (Sec. 3.1), or Muon: Optax parts, put together.
+"""Builds AdamW with warm-up and decay, as in the paper (Sec. 3.1), or Muon, from parts of Optax.
 
-Decay is decoupled and applies to every matrix, the embedding table included, not to norms. The
-learning rate of step t (counted from 0) is peak * t / warm-up, then falls to `min_lr_ratio` of the
-peak after the last step; the first update is therefore zero, as in Hugging Face's schedules, which
-the paper's code uses.
+Weight decay is decoupled. It applies to every matrix and to the embedding table, but not to norms.
+Step t, counted from 0, has the learning rate peak * t / warm-up. After the warm-up the rate falls
+to `min_lr_ratio` of the peak. So the first update is zero, as in the schedules of Hugging Face,
+which the paper's code uses.
 """
 
 import math
@@ -15,14 +15,14 @@ import optax
 from mobilellm_jax.config import OptimizerConfig
 
 ParamsOrPlaceholder = Any
-"""A parameter tree, or the empty node with which Optax asks what depends on one."""
+"""A tree of parameters, or an empty node that Optax uses to find state of parameters."""
 
-_WSD_DECAY_SHARE = 0.2  # of all steps, at the end
-# Muon's updates get the root mean square that AdamW's have, so that one learning rate serves both
+_WSD_DECAY_SHARE = 0.2  # share of the steps, at the end of the run
+# Muon's updates are scaled to the root mean square of AdamW's updates, so that one rate fits both
 # (Liu et al. 2025, arXiv:2502.16982).
 _ADAMW_RMS = 0.2
 _FIRST_TO_SECOND = optax.contrib.MuonDimensionNumbers(1, 2)
-_MUON_AXES = {  # axis 0 counts the blocks
+_MUON_AXES = {  # axis 0 is the axis of blocks
     **dict.fromkeys(("gate", "up", "down"), _FIRST_TO_SECOND),
     **dict.fromkeys(("query", "key", "value"), optax.contrib.MuonDimensionNumbers(1, (2, 3))),
     "output": optax.contrib.MuonDimensionNumbers((1, 2), 3),
@@ -48,14 +48,15 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def is_matrix(params: ParamsOrPlaceholder) -> Any:
-    """Returns True at every leaf that weight decay applies to: all but the norms' scales."""
+    """Returns True for every leaf except the scales of norms; weight decay applies to these."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
 def muon_axes(params: ParamsOrPlaceholder) -> Any:
-    """Returns which axes of each leaf are a matrix's inputs and outputs; None for AdamW's leaves.
+    """Returns the axes of inputs and outputs for Muon's leaves, and None for AdamW's leaves.
 
-    Muon takes the blocks' matrices, one per unique block; embeddings, head and norms are AdamW's.
+    Muon updates the matrices of the blocks, one matrix per unique block. AdamW updates embeddings,
+    head and norms.
     """
 
     def axes(path: tuple[Any, ...], _: object) -> optax.contrib.MuonDimensionNumbers | None:
@@ -65,7 +66,7 @@ def muon_axes(params: ParamsOrPlaceholder) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns clipping by global norm (if any), then AdamW or Muon."""
+    """Returns AdamW or Muon, after clipping by global norm if `clip_norm` is not 0."""
     schedule = learning_rate(config, steps)
     update = optax.adamw(
         schedule,
@@ -76,7 +77,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         mask=is_matrix,
     )
     if config.name == "muon":
-        # Not `optax.contrib.muon`: its AdamW would take Nesterov steps and decay the norms.
+        # The AdamW inside `optax.contrib.muon` would take Nesterov steps and decay the norms.
         muon = optax.chain(
             optax.contrib.scale_by_muon(eps=config.eps, weight_dimension_numbers=muon_axes),
             optax.stateless(lambda updates, _: _with_rms_of_adamw(updates)),
@@ -90,7 +91,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _with_rms_of_adamw(updates: ParamsOrPlaceholder) -> Any:
-    """Scales orthogonal matrices, whose root mean square entry is 1 / sqrt(longer side)."""
+    """Scales orthogonal matrices; their root mean square is 1 / sqrt(longer side) before that."""
 
     def scale(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
         sides = [

@@ -1,23 +1,28 @@
-"""Pictures of a run."""
+"""Draws the losses of a run."""
 
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from mobilellm_jax.storage import rundir
 
 
 def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws training and validation loss (nats per token) against the step as a PNG.
+    """Draws training and validation loss (nats per token) over the steps as a PNG file.
+
+    Without matplotlib the function draws nothing; `MetricsWriter` warns of this once per run.
 
     Args:
       records: lines of `metrics.jsonl`.
-      path: of the PNG, which appears whole.
-      title: above the axes.
+      path: the PNG file; it appears complete or not at all.
+      title: title of the picture.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     series = (

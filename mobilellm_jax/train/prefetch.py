@@ -1,4 +1,4 @@
-"""Batches that are on the devices before the step asks for them."""
+"""Places batches on the devices before the step asks for them."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -9,16 +9,16 @@ Read = TypeVar("Read")
 Placed = TypeVar("Placed")
 
 AHEAD = 2
-"""Batches that wait on the devices. One would do if every batch took equally long to read."""
+"""Number of batches that wait on the devices; two, because some batches take longer to read."""
 
 
 def prefetch(
     batches: Iterator[Read], put: Callable[[Read], Placed], ahead: int = AHEAD
 ) -> Generator[Placed, None, None]:
-    """Yields `put(batch)` for every batch, in order, made by a thread while the caller computes.
+    """Yields `put(batch)` for every batch in order; a thread works while the caller computes.
 
-    No more than `ahead` are made before they are asked for. An error in reading or placing a batch
-    is raised when that batch is asked for. Close the generator to end the thread.
+    The thread is at most `ahead` batches ahead. If reading or placing a batch fails, the generator
+    raises the error when the caller asks for that batch. Close the generator to end the thread.
     """
 
     def place_next() -> tuple[Placed] | None:
@@ -26,7 +26,7 @@ def prefetch(
             return (put(batch),)
         return None
 
-    # One thread: batches are read and placed in order.
+    # A single thread keeps the batches in order.
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
         waiting: deque[Future[tuple[Placed] | None]] = deque()

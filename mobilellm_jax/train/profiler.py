@@ -1,13 +1,12 @@
-"""A profile of a few steps: what the devices did when, and what was in their memory.
+"""Records a profile of a few steps: the work of the devices over time, and their memory.
 
-`RUN/profile/` opens in TensorBoard (with the `xprof` plugin: `tensorboard --logdir=RUN`); the
-memory is a pprof file beside it (`pprof -top RUN/profile/memory-step-N.prof`).
+TensorBoard with the plugin `xprof` shows `RUN/profile/` (`tensorboard --logdir=RUN`). The memory is
+in a pprof file beside it (`pprof -top RUN/profile/memory-step-N.prof`).
 """
 
 import dataclasses
 import re
 from pathlib import Path
-from types import TracebackType
 
 import jax
 
@@ -18,17 +17,17 @@ from mobilellm_jax.train.step import Batch, StepMetrics, TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class ProfiledSteps:
-    """Steps of a run, both ends included; steps count from 1."""
+    """A range of steps with both ends; steps count from 1."""
 
     first: int
     last: int
 
     @classmethod
     def parse(cls, text: str) -> "ProfiledSteps":
-        """Reads "a:b", or "a" for one step.
+        """Reads "a:b", or "a" for a single step.
 
         Raises:
-          ConfigError: if that is no range of steps.
+          ConfigError: if the text is not a range of steps.
         """
         match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
         if match is None:
@@ -43,23 +42,23 @@ class ProfiledSteps:
         return steps
 
     def check(self, first_step: int, last_step: int) -> None:
-        """Checks that the run, which has taken `first_step` steps, will take these.
+        """Checks that a run from `first_step` to `last_step` takes all steps of the range.
 
         Raises:
-          ConfigError: if it will not.
+          ConfigError: if the run does not take all of them.
         """
         if self.first <= first_step or self.last > last_step:
             raise ConfigError(
-                f"--profile_steps={self.first}:{self.last} must lie in the steps that are still to "
-                f"be taken, {first_step + 1} to {last_step}."
+                f"--profile_steps={self.first}:{self.last} must lie within the steps that the run "
+                f"still takes, {first_step + 1} to {last_step}."
             )
 
 
 class Profiler:
-    """A training step that writes a profile of some of its calls.
+    """Wraps a training step and records a profile of some calls.
 
-    The devices are waited for before the first and after the last of these, so that the trace holds
-    these steps and no others. A run that ends in between keeps what was recorded.
+    The profiler waits for the devices before the first and after the last profiled step, so that
+    the trace holds exactly the profiled steps. If the run ends earlier, the profile is kept.
     """
 
     def __init__(
@@ -72,12 +71,7 @@ class Profiler:
     def __enter__(self) -> "Profiler":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

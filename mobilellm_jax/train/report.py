@@ -1,13 +1,14 @@
-"""What the loop says about its steps: device scalars become records and lines, one step late.
+"""Turns the metrics of steps, which are device scalars, into records and lines for the user.
 
-Reading a number makes the host wait for the step that it comes from, so those of a step are read
-when the next is under way.
+To read a metric, the host has to wait for its step. So the host reads the metrics of a step while
+the next step runs.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import jax
 
@@ -15,10 +16,12 @@ from mobilellm_jax.config import Config
 from mobilellm_jax.train.metrics import MetricsWriter, model_flops_utilization
 from mobilellm_jax.train.step import StepMetrics
 
+Item = TypeVar("Item")
+
 
 @dataclasses.dataclass(frozen=True)
 class BadSteps:
-    """Steps in a row whose numbers were not finite; both ends are included."""
+    """A range of consecutive steps with numbers that were not finite; both ends are included."""
 
     first: int
     last: int
@@ -26,13 +29,21 @@ class BadSteps:
 
 @dataclasses.dataclass
 class Meter:
-    """Targets per second and share of time spent waiting for data, since the last reading."""
+    """Measures targets per second, and the share of the time that the host waits for data."""
 
     targets: float = 0.0
     waited_sec: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
+    def wait_for(self, items: Iterator[Item]) -> Item:
+        """Returns the next item, and measures the wait for it."""
+        began = time.perf_counter()
+        item = next(items)
+        self.waited_sec += time.perf_counter() - began
+        return item
+
     def read(self) -> tuple[float, float]:
+        """Returns targets per second and the share of waiting since the last reading."""
         elapsed = time.perf_counter() - self.started
         rates = self.targets / elapsed, self.waited_sec / elapsed
         self.reset()
@@ -43,11 +54,11 @@ class Meter:
 
 
 class Reporter:
-    """Reads the metrics of every step; writes some of them, and everything that went wrong."""
+    """Reads the metrics of every step, writes some of them, and reports every skipped step."""
 
     def __init__(self, config: Config, writer: MetricsWriter) -> None:
         self.meter = Meter()
-        self.bad: BadSteps | None = None  # that the newest step read was part of
+        self.bad: BadSteps | None = None  # None if the newest step that was read was good
         self._config = config
         self._writer = writer
         self._pending: tuple[int, StepMetrics] | None = None
@@ -56,25 +67,25 @@ class Reporter:
 
     @property
     def diverged(self) -> bool:
-        """Whether `train.max_bad_steps` steps in a row were not finite."""
+        """Whether `train.max_bad_steps` consecutive steps were not finite."""
         return self.bad is not None and (
             self.bad.last - self.bad.first + 1 >= self._config.train.max_bad_steps
         )
 
     def step(self, step: int, metrics: StepMetrics) -> None:
-        """Takes a step's metrics; reads those of the step before."""
+        """Keeps the metrics of a step, and reads the metrics of the step before."""
         pending, self._pending = self._pending, (step, metrics)
         if pending is not None:
             self._record(*pending)
 
     def flush(self) -> None:
-        """Reads the metrics of the step that was just run."""
+        """Reads the metrics of the newest step."""
         if self._pending is not None:
             self._record(*self._pending)
             self._pending = None
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Records an evaluation; its time counts in no training rate."""
+        """Records an evaluation; training rates do not include its time."""
         self._writer.write(step, values)
         shown = "  ".join(
             f"{name.removeprefix('validation/')} {v:.4f}" for name, v in values.items()
@@ -91,7 +102,7 @@ class Reporter:
         due = step == 1 or step % train.log_every == 0 or step == train.steps
         rates: dict[str, float] = {}
         if self._first_step is None:
-            # The first step compiles; rates start after it.
+            # The first step compiles, so the rates start after it.
             self._first_step, self._began = step, time.perf_counter()
             self.meter.reset()
         elif due:
@@ -109,7 +120,7 @@ class Reporter:
             self._show(step, values["loss"], rates)
 
     def _record_of(self, step: int, values: Mapping[str, float]) -> dict[str, float | str]:
-        """Returns what is written of a step; JSON has no word for what is not finite."""
+        """Returns the record of a step, without numbers that JSON cannot hold."""
         names = ("loss", "grad_norm", "learning_rate")
         record: dict[str, float | str] = {
             f"train/{name}": values[name] for name in names if math.isfinite(values[name])
@@ -129,9 +140,11 @@ class Reporter:
         eta = (time.perf_counter() - self._began) / done * left if done else 0.0
         text = f"loss {loss:.4f}"
         if rates:
-            mfu_text = f"{rates['train/mfu']:.1%}" if "train/mfu" in rates else "n/a on CPU"
+            mfu = "MFU n/a (peak not listed)"
+            if "train/mfu" in rates:
+                mfu = f"MFU {rates['train/mfu']:.1%}"
             text += (
-                f"  {rates['train/tokens_per_sec']:,.0f} tokens/s  MFU {mfu_text}"
+                f"  {rates['train/tokens_per_sec']:,.0f} tokens/s  {mfu}"
                 f"  data wait {rates['train/data_wait']:.1%}"
             )
         self._writer.progress(step, text, eta, force=not left)

@@ -1,8 +1,8 @@
-"""A guard against spikes: is this step's loss or gradient norm far above those of late?
+"""Guards against spikes: compares the loss and gradient norm of a step with recent steps.
 
-What "of late" means is part of the training state, so that a run that was stopped judges as one
-that was not. It is kept whether or not the guard is on, so that a run which starts to spike can be
-resumed with it.
+The recent values are part of the training state, so a resumed run decides like an uninterrupted
+run. The state holds them even if the guard is off, so that a run which starts to spike can be
+resumed with the guard.
 """
 
 from typing import Any
@@ -12,21 +12,21 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 WINDOW_STEPS = 128
-"""Finite steps that are remembered; until half of them are there, nothing is called a spike."""
+"""Number of remembered finite steps; before half of them are known, no step counts as a spike."""
 
 
 @struct.dataclass
 class Recent:
-    """Loss and gradient norm of the last finite steps, in a ring; W counts its places."""
+    """Loss and gradient norm of the last finite steps in ring buffers with W places."""
 
-    # Arrays, or what describes them in an abstract state.
+    # Fields are arrays, or `jax.ShapeDtypeStruct` in an abstract state.
     loss_W: Any  # float32
     grad_norm_W: Any  # float32
-    seen: Any  # int32 scalar: finite steps so far
+    seen: Any  # number of finite steps so far, int32 scalar
 
 
 def nothing_yet() -> Recent:
-    """Returns the memory of a run that has not taken a step."""
+    """Returns empty buffers for a run that has not taken a step."""
     empty_W = jnp.zeros(WINDOW_STEPS, jnp.float32)
     return Recent(loss_W=empty_W, grad_norm_W=jnp.copy(empty_W), seen=jnp.zeros((), jnp.int32))
 
@@ -38,12 +38,12 @@ def judge(
     finite: Bool[Array, ""],
     factor: float,
 ) -> tuple[Bool[Array, ""], Recent]:
-    """Returns whether the step is a spike, and what is remembered after it.
+    """Returns whether the step is a spike, and the recent values after the step.
 
-    A spike lies more than `factor` standard deviations above the mean, in loss or gradient norm;
-    with `factor` 0 there are none. It is remembered as if it lay at that limit: one spike does not
-    hide the next, and a level that stays higher is one that the limit follows. A step that is not
-    finite is not remembered.
+    The loss or the gradient norm of a spike lies more than `factor` standard deviations above the
+    mean of the recent values. With `factor` 0, no step is a spike. The buffers store a spike at
+    this limit instead of its value, so that a spike does not hide the next spike, but the limit
+    follows a level that stays higher. The buffers ignore steps that are not finite.
     """
     place = recent.seen % WINDOW_STEPS
     there_W = jnp.arange(WINDOW_STEPS) < recent.seen

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and how it is spread over the mesh."""
+"""Holds the training state, and decides how the mesh splits it."""
 
 from typing import Any
 
@@ -15,31 +15,32 @@ from mobilellm_jax.sharding import Rules, replicated, use
 from mobilellm_jax.train.spikes import Recent, nothing_yet
 
 Leaf = Any
-"""An array or, in an abstract state, its `jax.ShapeDtypeStruct`."""
+"""An array, or `jax.ShapeDtypeStruct` in an abstract state."""
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that the next step depends on, besides its batch."""
+    """All inputs of a training step except its batch."""
 
-    step: Leaf  # int32 scalar: optimizer steps taken, skipped ones included
+    step: Leaf  # number of optimizer steps with skipped steps, int32 scalar
     params: Params  # float32
     optimizer: optax.OptState
-    key_data: Leaf  # uint32 words of the PRNG key that sampling during training folds
-    bad_steps: Leaf  # int32 scalar: non-finite steps in a row, up to now
-    skipped_steps: Leaf  # int32 scalar: steps so far that updated nothing, for whatever reason
-    recent: Recent  # what the spike guard compares with
+    key_data: Leaf  # uint32 words of the PRNG key for samples during training
+    bad_steps: Leaf  # number of latest consecutive steps that were not finite, int32 scalar
+    skipped_steps: Leaf  # number of steps that updated nothing, int32 scalar
+    recent: Recent  # recent values for the guard against spikes
 
 
 def abstract_state(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
 ) -> TrainState:
-    """Returns the state's shapes, types and shardings, without computing or allocating it.
+    """Returns shapes, types and shardings of the state without computing or allocating it.
 
-    What the optimizer keeps per parameter is spread like it, the rest is on every device.
+    The optimizer's arrays for a parameter are split like the parameter. Other arrays are copied to
+    every device.
     """
     with use(mesh, rules):
-        # Abstract, the seed too: the devices may be those of a topology that is not there.
+        # The seed is abstract too, because the devices may belong to an absent TPU topology.
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
         boxed = jax.eval_shape(lambda s: init_boxed(config.model, jax.random.key(s)), seed)
         specs = nn.get_partition_spec(boxed)
@@ -50,7 +51,7 @@ def abstract_state(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def spread_kept(leaf: Leaf, sharding: NamedSharding) -> Leaf:
-        # A parameter that this part of the optimizer has nothing to do with leaves an empty node.
+        # A part of the optimizer has an empty node for each parameter that it does not update.
         return leaf if isinstance(leaf, optax.MaskedNode) else spread(leaf, sharding)
 
     def copied(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -74,7 +75,7 @@ def abstract_state(
 def init_state(
     config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
 ) -> TrainState:
-    """Returns a fresh state from `train.seed`, each device computing its own part."""
+    """Returns a new state from `train.seed`; each device computes its own part."""
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, optimizer, mesh, rules))
     with use(mesh, rules):
         init = jax.jit(lambda seed: _init(config, optimizer, seed), out_shardings=shardings)
@@ -88,7 +89,7 @@ def _all_finite(arrays: list[jax.Array]) -> jax.Array:
 
 
 def is_finite(state: TrainState) -> bool:
-    """Returns whether every number of parameters and optimizer is finite."""
+    """Returns whether all parameters and all numbers of the optimizer are finite."""
     return bool(_all_finite(jax.tree.leaves((state.params, state.optimizer))))
 
 

@@ -1,8 +1,8 @@
-"""The training step: loss, gradient, update; pure, jitted, sharded, its state donated."""
+"""Builds the training step: loss, gradient and update, as a pure, jitted and sharded function."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypedDict, TypeVar, cast
+from typing import TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
 from mobilellm_jax.sharding import (
     BATCH_AXES,
     Rules,
+    UnderMesh,
     batch_sharding,
     batch_shards,
     replicated,
-    use,
     with_rules,
 )
 from mobilellm_jax.train.loss import token_losses, weighted_loss
@@ -28,51 +28,30 @@ from mobilellm_jax.train.spikes import judge
 from mobilellm_jax.train.state import TrainState
 
 Batch = Mapping[str, jax.Array]
-"""tokens, targets [B, T] int; weights [B, T] float, 0 where there is no target; and with document
-masking segments and positions [B, T] int."""
+"""Holds tokens and targets [B, T] int, and weights [B, T] float, which are 0 without a target. With
+document masking, it also holds segments and positions [B, T] int."""
 
 
 class StepMetrics(TypedDict):
-    """What a step reports, as device scalars that the host reads one step late."""
+    """Metrics of a step as device scalars; the host reads them one step late."""
 
     loss: Float[Array, ""]  # nats per target
     grad_norm: Float[Array, ""]  # before clipping
     learning_rate: Float[Array, ""]
-    targets: Float[Array, ""]  # tokens that counted
-    update_norm: Float[Array, ""]  # of what was to be added to the parameters
-    skipped: Bool[Array, ""]  # not finite, or a spike; nothing was updated
-    spike: Bool[Array, ""]  # finite, but far above the steps before
-    bad_steps: Array  # not finite, in a row
-    skipped_steps: Array  # in the whole run
+    targets: Float[Array, ""]  # number of targets
+    update_norm: Float[Array, ""]  # norm of the update of the parameters
+    skipped: Bool[Array, ""]  # the step is a spike or not finite, and updated nothing
+    spike: Bool[Array, ""]  # loss or gradient is finite, but far above the recent steps
+    bad_steps: Array  # number of latest consecutive steps that were not finite
+    skipped_steps: Array  # number of skipped steps in the whole run
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 Transform = Callable[[Params], Params]
-Result = TypeVar("Result")
-
-
-@dataclasses.dataclass(frozen=True)
-class UnderMesh(Generic[Result]):
-    """A jitted function that is traced under its own mesh and rules, whatever surrounds the call.
-
-    `lower` is for those who look at the program instead of running it.
-    """
-
-    jitted: jax.stages.Wrapped
-    mesh: Mesh
-    rules: Rules
-
-    def __call__(self, *arguments: Any) -> Result:
-        with use(self.mesh, self.rules):
-            return cast(Result, self.jitted(*arguments))
-
-    def lower(self, *arguments: Any) -> jax.stages.Lowered:
-        with use(self.mesh, self.rules):
-            return self.jitted.lower(*arguments)
 
 
 def chunk_positions(config: Config, rows: int, shards: int) -> int:
-    """Returns how many positions of each row are scored at once (see `train.loss_chunk`)."""
+    """Returns the number of positions of each row in a chunk of the loss (`train.loss_chunk`)."""
     rows_per_device = max(1, rows // shards)
     return max(1, min(config.data.seq_len, config.train.loss_chunk // rows_per_device))
 
@@ -85,43 +64,25 @@ def make_train_step(
     state: TrainState,
     transform: Transform = lambda params: params,
 ) -> UnderMesh[tuple[TrainState, StepMetrics]]:
-    """Returns the jitted step. `state` tells the shardings: concrete or abstract.
+    """Returns the jitted step, which donates its input state.
 
-    The model computes with `transform(params)`, through which gradients flow to the parameters.
+    The loss is the mean over all targets of the global batch, whatever the number of micro-batches
+    and devices: the loss of each part is divided by the number of targets of the whole batch.
 
-    The loss is the mean over all targets of the global batch, however it is split into
-    micro-batches and devices: each part is divided by the targets of the whole. A step whose loss,
-    gradient or update is not finite leaves parameters and optimizer as they were. The update has a
-    say of its own because a damaged optimizer state makes one that is not finite from a gradient
-    that is. With `train.spike_factor`, so does a step that is a spike (`spikes.py`).
+    A step changes neither parameters nor optimizer if its loss, gradient or update is not finite,
+    or if it is a spike (`train.spike_factor`, see `spikes.py`). The update is checked too, because
+    a damaged optimizer state turns a finite gradient into an update that is not finite.
+
+    Args:
+      config: the config of the run.
+      optimizer: the transformation of the gradients.
+      mesh: the devices.
+      rules: the sharding rules of the model.
+      state: a concrete or abstract state, which gives the shardings.
+      transform: the model computes with `transform(params)`, and gradients flow through it.
     """
-    model = Transformer(config.model)
     schedule = learning_rate(config.optimizer, config.train.steps)
-    accumulation = config.train.accumulation_steps
-    rows = config.train.global_batch // accumulation
-    chunk = chunk_positions(config, rows, batch_shards(mesh))
-
-    def loss_of(params: Params, batch: Batch, total: jax.Array) -> jax.Array:
-        params = transform(params)
-        x_BTD = _hidden(model, params, batch)
-        x_BTD, head_VD = operands("BTD,VD->BTV", x_BTD, head_matrix(params, config.model))
-        return weighted_loss(x_BTD, head_VD, batch["targets"], batch["weights"], chunk) / total
-
-    def loss_and_gradient(
-        params: Params, batch: Batch, total: jax.Array
-    ) -> tuple[jax.Array, Params]:
-        if accumulation == 1:
-            return jax.value_and_grad(loss_of)(params, batch, total)
-
-        def add(
-            carry: tuple[jax.Array, Params], micro_batch: Batch
-        ) -> tuple[tuple[jax.Array, Params], None]:
-            part = jax.value_and_grad(loss_of)(params, micro_batch, total)
-            return jax.tree.map(jnp.add, carry, part), None
-
-        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        sums, _ = jax.lax.scan(add, zeros, _micro_batches(batch, accumulation, mesh))
-        return sums
+    loss_and_gradient = _loss_and_gradient(config, mesh, transform)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         targets = jnp.sum(batch["weights"])
@@ -133,19 +94,8 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         spike, recent = judge(state.recent, loss, grad_norm, finite, config.train.spike_factor)
         good = finite & ~spike
-        keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
-        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-        skipped_steps = jnp.where(good, state.skipped_steps, state.skipped_steps + 1)
-        new_state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=jax.tree.map(keep, new_params, state.params),
-            optimizer=jax.tree.map(keep, new_optimizer, state.optimizer),
-            bad_steps=bad_steps,
-            skipped_steps=skipped_steps,
-            recent=recent,
-        )
-        return new_state, StepMetrics(
+        new_state = _updated(state, new_params, new_optimizer, finite, good)
+        return dataclasses.replace(new_state, recent=recent), StepMetrics(
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=schedule(_updates_made(state.optimizer)),
@@ -153,8 +103,8 @@ def make_train_step(
             update_norm=update_norm,
             skipped=~good,
             spike=spike,
-            bad_steps=bad_steps,
-            skipped_steps=skipped_steps,
+            bad_steps=new_state.bad_steps,
+            skipped_steps=new_state.skipped_steps,
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -164,14 +114,66 @@ def make_train_step(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-
     return UnderMesh(jitted, mesh, rules)
+
+
+def _loss_and_gradient(
+    config: Config, mesh: Mesh, transform: Transform
+) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Params]]:
+    """Returns a function of parameters, batch and number of targets to loss and gradient."""
+    model = Transformer(config.model)
+    accumulation = config.train.accumulation_steps
+    rows = config.train.global_batch // accumulation
+    chunk = chunk_positions(config, rows, batch_shards(mesh))
+
+    def loss_of(params: Params, batch: Batch, total: jax.Array) -> jax.Array:
+        params = transform(params)
+        x_BTD = _hidden(model, params, batch)
+        x_BTD, head_VD = operands("BTD,VD->BTV", x_BTD, head_matrix(params, config.model))
+        return weighted_loss(x_BTD, head_VD, batch["targets"], batch["weights"], chunk) / total
+
+    def accumulated(params: Params, batch: Batch, total: jax.Array) -> tuple[jax.Array, Params]:
+        def add(
+            carry: tuple[jax.Array, Params], micro_batch: Batch
+        ) -> tuple[tuple[jax.Array, Params], None]:
+            part = jax.value_and_grad(loss_of)(params, micro_batch, total)
+            return jax.tree.map(jnp.add, carry, part), None
+
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+        sums, _ = jax.lax.scan(add, zeros, _micro_batches(batch, accumulation, mesh))
+        return sums
+
+    return jax.value_and_grad(loss_of) if accumulation == 1 else accumulated
+
+
+def _updated(
+    state: TrainState,
+    params: Params,
+    optimizer: optax.OptState,
+    finite: jax.Array,
+    good: jax.Array,
+) -> TrainState:
+    """Returns the state after a step, with the new parameters and optimizer if the step is good."""
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(good, new, old)
+
+    bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+    skipped_steps = jnp.where(good, state.skipped_steps, state.skipped_steps + 1)
+    return dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=jax.tree.map(keep, params, state.params),
+        optimizer=jax.tree.map(keep, optimizer, state.optimizer),
+        bad_steps=bad_steps,
+        skipped_steps=skipped_steps,
+    )
 
 
 def make_loss_sums(
     config: Config, mesh: Mesh, rules: Rules, rows: int
 ) -> UnderMesh[tuple[jax.Array, jax.Array]]:
-    """Returns a jitted function to (sum of losses in nats, number of targets) of a batch."""
+    """Returns a jitted function of a batch to the sum of losses in nats and the targets."""
     model = Transformer(config.model)
     chunk = chunk_positions(config, rows, batch_shards(mesh))
 
@@ -184,7 +186,7 @@ def make_loss_sums(
 
 
 def _updates_made(optimizer: optax.OptState) -> jax.Array:
-    """Optax counts in several places, all alike; a skipped step counts in none."""
+    """Returns the number of updates; all counters of Optax agree, and skip skipped steps."""
     (_, count), *_ = optax.tree.get_all_with_path(optimizer, "count")
     return cast(jax.Array, count)
 
@@ -201,10 +203,10 @@ def _hidden(model: Transformer, params: Params, batch: Batch) -> jax.Array:
 
 
 def _micro_batches(batch: Batch, accumulation: int, mesh: Mesh) -> Batch:
-    """[B, T] -> [accumulation, B / accumulation, T].
+    """Splits [B, T] into [accumulation, B / accumulation, T].
 
-    Micro-batch a takes rows a, a + accumulation, ...: every device cuts the rows it already holds
-    and none moves.
+    Micro-batch number m has the rows m, m + accumulation, m + 2 * accumulation and so on. With this
+    order every device splits its own rows, and no row moves to another device.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, "sequence"))
 

@@ -1,6 +1,6 @@
-"""When to stop before the last step: a signal, or a time limit with room for saving.
+"""Decides when a run stops before its last step: after a signal, or in time before a time limit.
 
-Times are differences of `time.monotonic`: a clock that is set back or forward changes nothing.
+Times are differences of `time.monotonic`, so a change of the system clock has no effect.
 """
 
 import math
@@ -15,19 +15,19 @@ from typing import Literal
 
 from mobilellm_jax.config import ConfigError
 
-_LATEST = 16  # durations of each kind that are looked at
-_UNKNOWN_SAVE_SHARE = 0.1  # of the limit, for a save when none has been measured
+_LATEST = 16  # number of remembered durations of each kind
+_UNKNOWN_SAVE_SHARE = 0.1  # share of the limit for a save before a save was measured
 _UNKNOWN_SAVE_MAX_SEC = 300.0
-_EXIT_SHARE = 0.01  # of the limit, for closing files
+_EXIT_SHARE = 0.01  # share of the limit for closing files
 _UNITS_SEC = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or SIGINT; from then on SIGINT ends the process at once.
+    """Remembers the first SIGTERM or SIGINT; after that, SIGINT ends the process at once.
 
-    A further SIGTERM changes nothing, since schedulers repeat it. The second SIGINT is left to the
-    operating system, so that it ends a process that waits inside a library too; what was saved
-    completely by then is whole, and what was not is not there.
+    A second SIGTERM has no effect, because schedulers repeat the signal. The operating system
+    handles the second SIGINT, so it also ends a process that waits inside a library. Checkpoints
+    that are complete at that moment stay, and an incomplete checkpoint does not appear.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StopRequest:
         self._old: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def __enter__(self) -> "StopRequest":
-        # Python delivers signals to the main thread only, and refuses handlers set elsewhere.
+        # Python delivers signals to the main thread, and only the main thread may set handlers.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._handle)
@@ -52,9 +52,10 @@ class StopRequest:
 
 
 class Walltime:
-    """A limit on the run's time, kept with what steps, saves and looks were measured to take.
+    """A time limit of a run, with the measured times of steps, saves and looks (evaluations).
 
-    Processes of a run may differ in what they measure; the loop stops all when the first is up.
+    The processes of a run may measure different times. The loop stops all processes when the first
+    process reaches its limit.
     """
 
     def __init__(self, limit_sec: float, now: Callable[[], float] = time.monotonic) -> None:
@@ -69,14 +70,14 @@ class Walltime:
         return "save" in self._taken
 
     def measured(self, what: Literal["step", "save", "look"], seconds: float) -> None:
-        """Takes note of how long something took, from its start to its end."""
+        """Remembers the duration of a step, a save or a look."""
         self._taken.setdefault(what, deque(maxlen=_LATEST)).append(seconds)
 
     def is_up(self, look_is_near: bool) -> bool:
-        """Returns whether the run has to stop now in order to have been saved by the limit.
+        """Returns whether the run has to stop now, so that it is saved before the limit.
 
-        Processes agree one step late, so there is room for two steps; a save may have to wait for
-        one that is under way, so there is room for two of them.
+        The estimate includes two steps, because processes agree one step late. It includes two
+        saves, because a save may have to wait for an earlier save.
         """
         unknown_save = min(_UNKNOWN_SAVE_MAX_SEC, _UNKNOWN_SAVE_SHARE * self.limit_sec)
         ahead = 2 * self._longest("step") + 2 * self._longest("save", unknown_save)
@@ -93,13 +94,11 @@ def parse_duration(flag: str, text: str) -> float:
     """Reads "3h50m", "90m", "1d12h", "5400s", "5400" or Slurm's "3:50:00" as seconds.
 
     Raises:
-      ConfigError: naming `flag`, if it is none of these, or no time at all.
+      ConfigError: if the text has none of these forms, or is 0; the message names `flag`.
     """
     seconds: float | None = None
-    if match := re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text):
-        numbers = zip(match.groups(), _UNITS_SEC.values(), strict=True)
-        seconds = math.fsum(int(number) * unit for number, unit in numbers if number)
-    elif match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):
+    with_units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if match := with_units or re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):
         numbers = zip(match.groups(), _UNITS_SEC.values(), strict=True)
         seconds = math.fsum(int(number) * unit for number, unit in numbers if number)
     elif re.fullmatch(r"\d+(\.\d+)?", text):

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,9 +28,9 @@ CONFIG = Config(
         compute_dtype="float32",
     ),
     data=DataConfig(seq_len=16),
-    # Warm-up of one step: the first update is zero, the second has the full learning rate.
+    # With a warm-up of one step, the first update is zero and the second has the full rate.
     optimizer=OptimizerConfig(peak_lr=1e-2, warmup_steps=1),
-    # 20 positions of loss chunk over 8 rows: chunks of 2, so that chunking takes part.
+    # A loss chunk of 20 positions over 8 rows makes chunks of 2 positions.
     train=TrainConfig(steps=20, global_batch=8, loss_chunk=20, seed=3),
 )
 
@@ -48,7 +47,7 @@ class Run:
     step_fn: TrainStep
 
     def state(self) -> TrainState:
-        """Returns a fresh copy, because a step eats the state that it is given."""
+        """Returns a new copy, because a step donates its input state."""
         return jax.tree.map(lambda x: jax.device_put(x.copy(), x.sharding), self.initial)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -79,19 +78,19 @@ def _prepare(accumulation_steps: int, spike_factor: float = 0.0) -> Run:
 
 @pytest.fixture
 def config() -> Config:
-    """The run that `prepare` compiles."""
+    """Returns the config of the run that `prepare` compiles."""
     return CONFIG
 
 
 @pytest.fixture
 def prepare() -> Callable[..., Run]:
-    """A function of micro-batches and spike factor; what it compiles serves all tests."""
+    """Returns a function of micro-batches and spike factor; all tests share its programs."""
     return _prepare
 
 
 @pytest.fixture
 def make_batch() -> Callable[[int], dict[str, Any]]:
-    """A function from a seed to random rows of which about a third do not count."""
+    """Returns a function from a seed to random rows; about a third of the targets do not count."""
 
     def make(seed: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
@@ -103,22 +102,3 @@ def make_batch() -> Callable[[int], dict[str, Any]]:
         }
 
     return make
-
-
-class Terminal(io.StringIO):
-    """Text in memory that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def stream() -> io.StringIO:
-    """Where progress goes that no terminal shows."""
-    return io.StringIO()
-
-
-@pytest.fixture
-def terminal() -> Terminal:
-    """Where progress goes that a terminal shows."""
-    return Terminal()

@@ -1,4 +1,4 @@
-"""The host's loop, with steps that compute nothing."""
+"""The training loop on the host, with steps that compute nothing."""
 
 import dataclasses
 import functools
@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobilellm_jax.config import Config, DataConfig, EvaluateConfig, ModelConfig, TrainConfig
+from mobilellm_jax.config import (
+    Config,
+    EvaluateConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from mobilellm_jax.train.loop import Hooks, Outcome, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, read_metrics
 from mobilellm_jax.train.report import BadSteps
@@ -25,54 +31,50 @@ from mobilellm_jax.train.stopping import StopRequest, Walltime
 
 
 class Watched:
-    """A number on a device, which tells when the host reads it."""
+    """A loss on a device that records when the host reads it."""
 
-    def __init__(self, value: Any, on_read: Callable[[], None]) -> None:
-        self._value, self._on_read = value, on_read
+    def __init__(self, value: float, events: list[str], name: str) -> None:
+        self._value, self._events, self._name = value, events, name
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        self._on_read()
+        self._events.append(self._name)
         return np.asarray(self._value, dtype)
 
 
 @dataclasses.dataclass
 class Rig:
-    """A run of fakes that writes down, in order, what the loop did."""
+    """A run whose step computes nothing; it records the actions of the loop in order."""
 
     folder: Path
-    stream: Any
     train: dict[str, Any]
-    every: int = 0  # samples
+    every: int = 0  # interval of samples in steps
     first: int = 0
     on_step: Callable[[int], None] = lambda step: None
     agree: Callable[[bool], bool] = bool
-    bad: Callable[[int], int] = lambda step: 0  # bad steps in a row
+    bad: dict[int, int] = dataclasses.field(default_factory=dict)  # step -> bad steps in a row
     spikes: tuple[int, ...] = ()  # steps
     walltime: Walltime | None = None
     events: list[str] = dataclasses.field(default_factory=list)
 
     def __call__(self) -> tuple[TrainState, Outcome]:
-        rhythm = {"eval_every": 0, "checkpoint_every": 1000, "log_every": 1}
+        rhythm = {"eval_every": 0, "checkpoint_every": 1000, "log_every": 1, "global_batch": 4}
         config = Config(
             model=ModelConfig(attention="xla"),
-            data=DataConfig(),
-            train=TrainConfig(**({"global_batch": 4} | rhythm | self.train)),
-            optimizer=dataclasses.replace(Config().optimizer, warmup_steps=0),
+            train=TrainConfig(**(rhythm | self.train)),
+            optimizer=OptimizerConfig(warmup_steps=0),
             evaluate=EvaluateConfig(every=self.every),
         )
         hooks = Hooks(
             put=lambda batch: {"tokens": jnp.asarray(batch["tokens"])},
-            save=lambda step, state: self.note("save", step, state),
+            save=lambda step, state: self.events.append(f"save {step}"),
             finish_saving=self.finish_saving,
             validate=self.validate,
-            sample=lambda step, state: self.note("sample", step, state),
+            sample=lambda step, state: self.events.append(f"sample {step}"),
             agree=self.agree,
         )
-        with MetricsWriter(self.folder, self.first, config.train.steps, self.stream) as writer:
-            state = state_at(self.first)
-            return train_loop(
-                config, state, self.step, self.batches(), hooks, writer, self.walltime
-            )
+        with MetricsWriter(self.folder, self.first, config.train.steps) as writer:
+            state, batches = state_at(self.first), self.batches()
+            return train_loop(config, state, self.step, batches, hooks, writer, self.walltime)
 
     def batches(self) -> Iterator[Mapping[str, np.ndarray]]:
         for index in range(self.first, 1000):
@@ -80,14 +82,12 @@ class Rig:
 
     def step(self, state: TrainState, batch: Any) -> Any:
         step = int(state.step) + 1
-        assert int(batch["tokens"][0, 0]) == step - 1, "no batch is left out or used twice"
+        assert int(batch["tokens"][0, 0]) == step - 1, "every batch is used once, in order"
         self.events.append(f"step {step}")
         self.on_step(step)
-        bad = self.bad(step)
+        bad = self.bad.get(step, 0)
         metrics = {
-            "loss": Watched(
-                np.float32(np.nan if bad else 1 / step), lambda: self.events.append(f"read {step}")
-            ),
+            "loss": Watched(np.nan if bad else 1 / step, self.events, f"read {step}"),
             "grad_norm": np.float32(2.0),
             "learning_rate": np.float32(0.5),
             "update_norm": np.float32(np.nan if bad else 0.25),
@@ -102,10 +102,6 @@ class Rig:
     def finish_saving(self) -> None:
         self.events.append("saved")
 
-    def note(self, what: str, step: int, state: TrainState) -> None:
-        assert int(state.step) == step
-        self.events.append(f"{what} {step}")
-
     def validate(self, state: TrainState) -> Mapping[str, float]:
         self.events.append(f"validate {int(state.step)}")
         return {"validation/loss": 0.25}
@@ -118,8 +114,9 @@ class Rig:
 
 
 @pytest.fixture
-def make(tmp_path: Path, stream: Any) -> Callable[..., Rig]:
-    return functools.partial(Rig, tmp_path, stream)
+def make(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Callable[..., Rig]:
+    caplog.set_level("INFO")
+    return functools.partial(Rig, tmp_path)
 
 
 def state_at(step: int) -> TrainState:
@@ -142,7 +139,7 @@ def test_processes_decide_together_when_to_stop(
 
     def agree(wanted: bool) -> bool:
         asked.append(wanted)
-        return len(asked) == 4  # whatever this process wants
+        return len(asked) == 4  # ignores the wish of this process
 
     def on_step(step: int) -> None:
         if step == own_signal_at:
@@ -165,7 +162,7 @@ def test_rhythm_of_a_whole_run(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 7, "checkpoint_every": 3, "eval_every": 2}, every=5)
     state, outcome = rig()
     assert (int(state.step), outcome) == (7, Outcome("finished"))
-    # Saved before anything looks at the same step; the last step is saved, validated and sampled.
+    # A step is saved before it is evaluated. The last step is saved, validated and sampled.
     assert rig.done("step", "save", "validate", "sample") == [
         *("validate 0", "step 1", "step 2", "validate 2", "step 3", "save 3", "step 4"),
         *("validate 4", "step 5", "sample 5", "step 6", "save 6", "validate 6"),
@@ -192,7 +189,7 @@ def test_finished_run_takes_no_step_and_looks_once_more(make: Callable[..., Rig]
 def test_metrics_are_read_one_step_late_and_all_are(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 5, "checkpoint_every": 3})
     rig()
-    # Step n + 1 is under way when step n is read, but for what must be on disk with a checkpoint.
+    # Step n is read after step n + 1 has started, or before a checkpoint is saved.
     assert rig.done("step", "read", "save") == [
         *("step 1", "step 2", "read 1", "step 3", "read 2", "read 3", "save 3"),
         *("step 4", "step 5", "read 4", "read 5", "save 5"),
@@ -206,11 +203,11 @@ def test_metrics_are_read_one_step_late_and_all_are(make: Callable[..., Rig]) ->
     for record in records[1:]:
         assert record["train/tokens_per_sec"] > 0
         assert 0 <= record["train/data_wait"] <= 1
-        assert "train/mfu" not in record  # a CPU's peak is not known
+        assert "train/mfu" not in record  # the peak of a CPU is not listed
 
 
 def test_the_next_batch_is_made_while_a_step_runs(make: Callable[..., Rig]) -> None:
-    """Were it made when it is needed, the first step would wait for ever."""
+    """If the loop made a batch only when it needs the batch, the first step would never end."""
     read = [threading.Event() for _ in range(8)]
     rig = make({"steps": 6}, on_step=lambda step: None)
 
@@ -229,9 +226,9 @@ def test_the_next_batch_is_made_while_a_step_runs(make: Callable[..., Rig]) -> N
 
 
 def test_progress_tells_the_wait_for_data(
-    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a clock that only the source of batches and the step move: 3 s a wait, 1 s a step."""
+    """Only the source of batches (3 s per batch) and the step (1 s) move the clock."""
     now = [0.0]
     monkeypatch.setattr("mobilellm_jax.train.loop.time.perf_counter", lambda: now[0])
 
@@ -246,24 +243,26 @@ def test_progress_tells_the_wait_for_data(
     monkeypatch.setattr("mobilellm_jax.train.loop.prefetch", unread)
     rig = make({"steps": 6, "log_every": 2}, on_step=on_step)
     rig()
-    # Numbers are read one step late: the reading for step 4 is between steps 3 and 5.
+    # Metrics are read one step late: the record of step 4 is written between steps 5 and 6.
     steady = next(record for record in rig.records() if record["step"] == 4)
     assert steady["train/data_wait"] == 0.75
-    assert "data wait 75.0%" in rig.stream.getvalue()
-    # 3 targets in 4 seconds; the batch has 4 x 2,048 positions.
+    assert "MFU n/a (peak not listed)  data wait 75.0%" in caplog.text
+    # Only the 3 targets of a step count, not the 4 x 2,048 positions of its batch.
     assert steady["train/tokens_per_sec"] == 0.75
 
 
-def test_log_every_thins_the_record(make: Callable[..., Rig]) -> None:
+def test_log_every_thins_the_record(
+    make: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
     rig = make({"steps": 8, "log_every": 3})
     rig()
     assert [r["step"] for r in rig.records()] == [1, 3, 6, 8]
-    assert rig.stream.getvalue().splitlines()[-1].startswith("step 8/8  loss 0.1250")
+    assert caplog.messages[-1].startswith("step 8/8  loss 0.1250")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_the_run_saved_after_the_step(
-    number: signal.Signals, make: Callable[..., Rig]
+    number: signal.Signals, make: Callable[..., Rig], caplog: pytest.LogCaptureFixture
 ) -> None:
     before = signal.getsignal(number)
     rig = make(
@@ -275,13 +274,13 @@ def test_signal_ends_the_run_saved_after_the_step(
     assert rig.done("step", "save", "saved") == ["step 1", "step 2", "save 2", "saved"]
     assert [r["step"] for r in rig.records()] == [1, 2]
     assert signal.getsignal(number) is before
-    assert f"step 2: stopping ({number.name}); saving" in rig.stream.getvalue()
+    assert f"step 2: stopping ({number.name}); saving" in caplog.text
 
 
 def test_signal_before_the_first_step_is_done_is_left_to_the_caller(
     make: Callable[..., Rig],
 ) -> None:
-    """It may compile for minutes, and nothing is lost if the caller ends it."""
+    """The first step may compile for minutes, and the caller can end it without a loss."""
     came: list[int] = []
     old = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:
@@ -307,7 +306,7 @@ from mobilellm_jax.train.stopping import StopRequest
 with StopRequest() as stop:
     os.kill(os.getpid(), int(sys.argv[1]))
     print("still here", flush=True)
-    # As a library does that waits in a call which Python's handlers cannot interrupt.
+    # A library may wait in a call that Python's handlers cannot interrupt.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.kill(os.getpid(), int(sys.argv[2]))
     print("not reached" if int(sys.argv[2]) == signal.SIGINT else "waits", flush=True)
@@ -328,7 +327,7 @@ def test_second_terminate_still_waits(first: signal.Signals) -> None:
     assert (result.returncode, result.stdout) == (0, "still here\nwaits\n"), result.stderr
 
 
-def test_the_first_signal_is_the_one_that_is_told() -> None:
+def test_the_first_signal_is_reported() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         assert stop.signal is None
@@ -338,22 +337,24 @@ def test_the_first_signal_is_the_one_that_is_told() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_skipped_steps_are_told_with_their_samples(make: Callable[..., Rig]) -> None:
+def test_skipped_steps_are_reported_with_their_samples(
+    make: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
     rig = make(
         {"steps": 9, "max_bad_steps": 3, "log_every": 100, "spike_factor": 6.0},
-        bad=lambda step: {2: 1, 3: 2}.get(step, 0),
+        bad={2: 1, 3: 2},
         spikes=(5,),
     )
     _, outcome = rig()
     assert outcome.kind == "finished"
-    told = [line for line in rig.stream.getvalue().splitlines() if "SKIPPED" in line]
+    told = [line for line in caplog.messages if "SKIPPED" in line]
     assert len(told) == 3
     assert told[0].startswith("SKIPPED step 2, not finite (1 of train.max_bad_steps=3 in a row)")
     assert "loss nan, gradient norm 2, update norm nan; samples 4 to 7" in told[0]
     assert "(2 of train.max_bad_steps=3 in a row)" in told[1]
     assert "samples 8 to 11" in told[1]
     assert told[2].startswith("SKIPPED step 5, a spike (train.spike_factor=6.0): loss 0.2")
-    # They are recorded between the steps that are due; JSON has no NaN.
+    # Skipped steps are recorded although log_every=100, without NaN, which JSON does not have.
     skipped = [r for r in rig.records() if "train/skipped_steps" in r]
     assert [r["step"] for r in skipped] == [2, 3, 5]
     assert [r["train/bad_steps"] for r in skipped] == [1, 2, 0]
@@ -364,10 +365,10 @@ def test_skipped_steps_are_told_with_their_samples(make: Callable[..., Rig]) -> 
 
 
 def test_diverged_run_ends_unsaved(make: Callable[..., Rig]) -> None:
-    # Steps 4, 5 and 6 are bad; step 6 is also due to be saved.
+    # Steps 4, 5 and 6 are bad, and step 6 is due for a checkpoint.
     rig = make(
         {"steps": 20, "checkpoint_every": 3, "max_bad_steps": 3},
-        bad=lambda step: max(0, step - 3),
+        bad={4: 1, 5: 2, 6: 3},
     )
     _, outcome = rig()
     assert outcome == Outcome("diverged", bad=BadSteps(4, 6))
@@ -376,18 +377,17 @@ def test_diverged_run_ends_unsaved(make: Callable[..., Rig]) -> None:
 
 
 def test_diverged_run_is_noticed_one_step_late(make: Callable[..., Rig]) -> None:
-    rig = make({"steps": 20, "max_bad_steps": 2}, bad=lambda step: step)
+    rig = make({"steps": 20, "max_bad_steps": 2}, bad={1: 1, 2: 2, 3: 3})
     _, outcome = rig()
     assert outcome == Outcome("diverged", bad=BadSteps(1, 2))
     assert rig.done("step") == ["step 1", "step 2", "step 3"]
     assert rig.done("save") == []
 
 
-def test_nothing_is_saved_between_bad_steps_but_where_the_run_ends(
+def test_nothing_is_saved_after_a_bad_step_except_at_the_end_of_the_run(
     make: Callable[..., Rig],
 ) -> None:
-    bad = {3: 1, 4: 2, 8: 1, 9: 2}
-    rig = make({"steps": 9, "checkpoint_every": 2}, bad=lambda step: bad.get(step, 0))
+    rig = make({"steps": 9, "checkpoint_every": 2}, bad={3: 1, 4: 2, 8: 1, 9: 2})
     _, outcome = rig()
     assert outcome.kind == "finished"
     assert rig.done("save") == ["save 2", "save 6", "save 9"]
@@ -396,12 +396,12 @@ def test_nothing_is_saved_between_bad_steps_but_where_the_run_ends(
 def test_walltime_ends_the_run_saved_in_time(
     make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a clock that only steps and saves move: 10 s a step, 25 s a save, 100 s a look."""
+    """Only steps (10 s), saves (25 s) and evaluations (100 s) move the clock."""
     now = [0.0]
     monkeypatch.setattr("mobilellm_jax.train.loop.time.monotonic", lambda: now[0])
 
     def on_step(step: int) -> None:
-        now[0] += 60 if step == 1 else 10  # the first one compiles
+        now[0] += 60 if step == 1 else 10  # the first step compiles
 
     class Slow(Rig):
         def finish_saving(self) -> None:
@@ -414,21 +414,21 @@ def test_walltime_ends_the_run_saved_in_time(
 
     rig = make({"steps": 1000, "checkpoint_every": 3})
     limit = Walltime(400.0, now=lambda: now[0])
-    slow = Slow(rig.folder, rig.stream, rig.train, on_step=on_step, walltime=limit)
+    slow = Slow(rig.folder, rig.train, on_step=on_step, walltime=limit)
     state, outcome = slow()
     assert outcome == Outcome("stopped", "--max_walltime=400 s")
-    # Known by then: two steps (20 s), two saves (50 s), a hundredth of the limit (4 s).
+    # The loop reserves two steps (20 s), two saves (50 s) and a hundredth of the limit (4 s).
     assert slow.done("save", "saved")[:3] == ["save 3", "saved", "save 6"]
     assert slow.done("save", "saved")[-2:] == [f"save {int(state.step)}", "saved"]
     ended = now[0]
     assert 400 - 74 <= ended - 25 < 400 - 74 + 10
     assert ended <= 400
 
-    # A look that is due next would not fit.
+    # The next step is due for an evaluation, which would not fit.
     now[0] = 0.0
     limit = Walltime(400.0, now=lambda: now[0])
     train = {"steps": 1000, "checkpoint_every": 3, "eval_every": 15}
-    slow = Slow(rig.folder, rig.stream, train, on_step=on_step, walltime=limit)
+    slow = Slow(rig.folder, train, on_step=on_step, walltime=limit)
     state, outcome = slow()
     assert (int(state.step), outcome.kind) == (14, "stopped")
     assert slow.done("validate") == ["validate 0"]

@@ -1,19 +1,28 @@
+import io
 import json
+import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import pytest
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.startup.messages import show_messages
 from mobilellm_jax.train.metrics import (
     MetricsWriter,
     model_flops_utilization,
     peak_flops,
     read_metrics,
-    stderr,
 )
+from mobilellm_jax.train.plots import plot_losses
+
+
+class Terminal(io.StringIO):
+    """Text in memory that claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 class Device:
@@ -28,7 +37,7 @@ class Device:
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
         ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),  # not the v5 whose name it begins with
+        ("TPU v5 lite", 197e12),  # its name begins with "TPU v5"
         ("TPU v5e", 197e12),
         ("TPU v5p", 459e12),
         ("TPU v5", 459e12),
@@ -39,7 +48,7 @@ class Device:
     ],
 )
 def test_peak_goes_by_the_start_of_the_devices_name(kind: str, peak: float | None) -> None:
-    # `peak_flops` is called below its type check: a jax.Device cannot be made up.
+    # The test calls `peak_flops` without its type check, because it cannot make a jax.Device.
     assert peak_flops.__wrapped__(Device(kind)) == peak
 
 
@@ -54,10 +63,10 @@ def test_mfu_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         head_dim=4,
         ffn_dim=20,
     )
-    # A block: 2 * 10 * 4 * (2 + 1) in attention, 3 * 10 * 20 in the feed-forward = 840 weights.
-    # Six are applied, and the head of 1,000: 6 * 6,040. Attention: 6 * 6 * 8 * 50.
+    # A block has 840 weights: 2 * 10 * 4 * (2 + 1) in attention, 3 * 10 * 20 in the feed-forward.
+    # Six blocks and the head of 1,000 weights take 6 * 6,040. Attention takes 6 * 6 * 8 * 50.
     flops = 36_240 + 14_400
-    assert model_flops_utilization(config, 50, 1e6) is None  # a CPU
+    assert model_flops_utilization(config, 50, 1e6) is None  # the device is a CPU
     eight = [Device("TPU v4")] * 8
     monkeypatch.setattr(jax, "devices", lambda: eight)
     monkeypatch.setattr(jax, "device_count", lambda: 8)
@@ -67,8 +76,8 @@ def test_mfu_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == pytest.approx(0.4603636, rel=1e-6)
 
 
-def test_records_are_on_disk_at_once_and_in_tensorboard(tmp_path: Path, stream: Any) -> None:
-    with MetricsWriter(tmp_path, 0, 10, stream) as writer:
+def test_records_are_on_disk_at_once_and_in_tensorboard(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, 0, 10) as writer:
         writer.write(1, {"train/loss": 2.5})
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 2.5}\n'
         writer.write(2, {"train/loss": 2.25, "train/attention": "xla", "train/grad_norm": 1.0})
@@ -80,15 +89,15 @@ def test_records_are_on_disk_at_once_and_in_tensorboard(tmp_path: Path, stream: 
     content = events.read_bytes()
     assert content.count(b"train/loss") == 2
     assert content.count(b"train/grad_norm") == 1
-    assert b"train/attention" not in content  # its scalars are numbers
+    assert b"train/attention" not in content  # TensorBoard gets only numbers
 
 
-def test_opening_cuts_the_record_back_to_the_first_step(tmp_path: Path, stream: Any) -> None:
+def test_opening_cuts_the_record_back_to_the_first_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": s, "train/loss": 1 / s}) + "\n" for s in (10, 20, 30)]
-    # Killed while it wrote the record of step 40, after the checkpoint of step 20.
+    # The run was killed while it wrote the record of step 40; its last checkpoint is step 20.
     path.write_text("".join(lines) + '{"step": 40, "tra')
-    with MetricsWriter(tmp_path, 20, 100, stream) as writer:
+    with MetricsWriter(tmp_path, 20, 100) as writer:
         assert path.read_text() == lines[0] + lines[1]
         writer.write(30, {"train/loss": 0.5})
     assert [r["step"] for r in read_metrics(path)] == [10, 20, 30]
@@ -116,17 +125,18 @@ def test_a_record_that_is_none(tmp_path: Path, line: str) -> None:
 
 
 def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
-    tmp_path: Path, stream: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     passed = {"sec": 0.0}
     started = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: started + passed["sec"])
-    with MetricsWriter(tmp_path, 0, 100, stream) as writer:
+    with MetricsWriter(tmp_path, 0, 100) as writer:
         for step, passed["sec"] in ((1, 0.0), (2, 5.0), (3, 9.9), (4, 10.1), (5, 12.0), (6, 20.2)):
             writer.progress(step, f"loss {step}", 3725.9)
         writer.progress(100, "loss 0", 0.0, force=True)
         writer.message("by the way")
-    assert stream.getvalue().splitlines() == [
+    assert caplog.messages == [
         "step 1/100  loss 1  62:05 left",
         "step 4/100  loss 4  62:05 left",
         "step 6/100  loss 6  62:05 left",
@@ -135,20 +145,36 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     ]
 
 
-def test_on_a_terminal_progress_is_a_bar(tmp_path: Path, terminal: Any) -> None:
-    with MetricsWriter(tmp_path, 40, 100, terminal) as writer:
-        assert "40/100" in terminal.getvalue()  # a resumed run starts where it was
+def test_on_a_terminal_progress_is_a_bar_below_the_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    show_messages()
+    with MetricsWriter(tmp_path, 40, 100) as writer:
+        assert "40/100" in terminal.getvalue()  # a resumed run starts at its first step
+        drawn = len(terminal.getvalue())
         writer.message("by the way")
+        # The bar is cleared before the message, and drawn again after it.
+        cleared, _, after = terminal.getvalue()[drawn:].partition("by the way\n")
+        assert set(cleared) == {"\r", " "}
+        assert "40/100" in after
         writer.progress(100, "loss 0.5", 0.0)
     shown = terminal.getvalue()
-    assert "100/100" in shown
-    assert "loss 0.5" in shown
-    assert "by the way\n" in shown
+    assert "100/100" in shown and "loss 0.5" in shown
     assert "left" not in shown
 
 
-def test_progress_goes_to_the_standard_error_of_the_moment(
-    capsys: pytest.CaptureFixture[str],
+def test_absent_packages_do_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    print("here", file=stderr())
-    assert capsys.readouterr().err == "here\n"
+    for name in ("matplotlib", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with MetricsWriter(tmp_path, 0, 10) as writer:
+        writer.write(1, {"train/loss": 2.5})
+    plot_losses(read_metrics(tmp_path / "metrics.jsonl"), tmp_path / "loss.png", "a run")
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert caplog.messages == [
+        "loss.png and tensorboard/ will not be written, because matplotlib and tensorboard cannot "
+        "be imported; pip install 'mobilellm-jax[report,tensorboard]'."
+    ]
