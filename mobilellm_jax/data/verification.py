@@ -5,7 +5,6 @@ the vocabulary or documents overlap, and from which training would learn nonsens
 """
 
 import functools
-import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,8 +27,7 @@ from mobilellm_jax.data.shards import (
 )
 from mobilellm_jax.data.token_stream import LOSS_MASK_DTYPE, OFFSET_DTYPE
 from mobilellm_jax.errors import UserError
-
-_CHUNK_BYTES = 1 << 24
+from mobilellm_jax.storage.sealing import sha256_of
 
 _Check = Callable[[NDArray[Any]], str]
 """Says what is wrong with the next chunk of an array, "" if nothing is."""
@@ -71,14 +69,16 @@ def _rule(suffix: str, shard: Shard, manifest: Manifest) -> tuple[np.dtype[Any],
 
 
 def _problem(file: Path, record: FileRecord, dtype: np.dtype[Any], check: _Check) -> str:
-    digest, problem = hashlib.sha256(), ""
-    with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            problem = problem or check(np.frombuffer(chunk, dtype))
-    if digest.hexdigest() != record.sha256:
-        return f"has SHA-256 {digest.hexdigest()}, but the manifest says {record.sha256}"
-    return problem
+    problems: list[str] = []
+
+    def look(block: bytes) -> None:
+        if not problems and (problem := check(np.frombuffer(block, dtype))):
+            problems.append(problem)
+
+    digest = sha256_of(file, look=look)
+    if digest != record.sha256:
+        return f"has SHA-256 {digest}, but the manifest says {record.sha256}"
+    return "".join(problems)
 
 
 def _beyond(what: str, limit: int, values: NDArray[Any]) -> str:

@@ -1,15 +1,13 @@
 """Which number type activations and matrix products use; parameters are float32 throughout."""
 
 import dataclasses
-import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from mobilellm_jax.config import ComputeDtype, ModelConfig
+from mobilellm_jax.startup.cpu import cpu_features
 
-_CPU_INFO = Path("/proc/cpuinfo")  # Linux
 _CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 # Below, a step is made of passes over activations, which bfloat16 does not speed up on a CPU.
 _CPU_LEAST_WIDTH = 512
@@ -43,14 +41,9 @@ def compute_dtype(config: ModelConfig) -> jax.typing.DTypeLike:
     return jnp.dtype(_NAMES[_multiplies_bfloat16(jax.devices()[0])])
 
 
-@functools.cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Returns whether this machine's CPU says that it has instructions for bfloat16 products."""
-    if not _CPU_INFO.is_file():
-        return False
-    lines = _CPU_INFO.read_text("utf-8", errors="replace").splitlines()
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return bool(_CPU_BFLOAT16 & set(flags.split()))
+    """Returns whether the CPU of this machine has instructions for bfloat16 products."""
+    return bool(_CPU_BFLOAT16 & cpu_features())
 
 
 _NAMES: dict[bool, ComputeDtype] = {False: "float32", True: "bfloat16"}

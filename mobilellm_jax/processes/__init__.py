@@ -1,1 +1,1 @@
-"""Several processes as one run: start-up, watching each other, the run's lock, exit codes."""
+"""Several processes as one run: start, watch each other, lock the folder, stop early."""

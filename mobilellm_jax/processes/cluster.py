@@ -1,4 +1,4 @@
-"""Whether this process is one of several, as Slurm, Kubernetes, a TPU or Open MPI says."""
+"""Finds out whether Slurm, Kubernetes, a TPU or Open MPI started this process with others."""
 
 import dataclasses
 import importlib.util
@@ -11,35 +11,35 @@ from mobilellm_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """What the environment says about the run's processes."""
+    """A launcher of processes, and what it says about this run."""
 
     name: str
     several: bool
-    devices: list[int] | None = None  # GPUs of this process; None = what jax finds
+    devices: list[int] | None = None  # GPUs of this process; None leaves the choice to jax
 
 
 def find_cluster(env: Mapping[str, str]) -> Cluster:
-    """Returns where this process runs, in the order in which jax looks.
+    """Returns the launcher of this process; the order of the checks is jax's own.
 
-    jax knows how to ask each of these places for the address of process 0 and the rest. Left alone
-    it would ask any that looks present, and fail in a notebook's pod or in a shell that Slurm gave;
-    here a place counts only where it started several processes.
+    jax can ask each launcher for the address of process 0 and the number of processes. jax asks
+    every launcher that seems present, and therefore fails in the pod of a notebook or in a shell
+    under Slurm. Here a launcher counts only if it started several processes.
 
     Raises:
-      ConfigError: for several processes that jax cannot bring together.
+      ConfigError: if there are several processes that jax cannot connect.
     """
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         if "OMPI_MCA_orte_hnp_uri" not in env:
             raise ConfigError(
-                f"this is one of {env['OMPI_COMM_WORLD_SIZE']} processes of an Open MPI whose "
-                "variables jax cannot read; give --coordinator_address=HOST:PORT "
+                f"this is one of {env['OMPI_COMM_WORLD_SIZE']} processes that Open MPI started, "
+                "and jax cannot read the variables of this version of Open MPI; give --coordinator_address=HOST:PORT "
                 "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK, or "
-                "--num_processes=1 if each is a run of its own."
+                "--num_processes=1 if every process is a separate run."
             )
         return Cluster("Open MPI", several=True)
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in env:
         return Cluster(f"Slurm (job {env.get('SLURM_JOB_ID')})", True, _slurm_gpus(env))
-    # jax puts "tpu" there when it is imported on a machine with TPU chips and libtpu.
+    # On a machine with TPU chips and libtpu, importing jax adds "tpu" to this setting.
     platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]  # added late
     if "tpu" in (platforms or "").split(","):
         hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES"))
@@ -47,13 +47,13 @@ def find_cluster(env: Mapping[str, str]) -> Cluster:
             return Cluster("TPU metadata", several=True)
         slices = int(env.get("MEGASCALE_NUM_SLICES") or 1)
         if slices == 1 and "," not in hosts:
-            return Cluster("a TPU host of its own", several=False)
+            return Cluster("a single TPU host", several=False)
         return Cluster("TPU variables", several=True)
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         if importlib.util.find_spec("kubernetes") is None:
             raise ConfigError(
-                "this is a pod of an Indexed Job, and asking Kubernetes for the other pods takes "
-                "the package `kubernetes` (pip install 'jax[k8s]'); or give --coordinator_address, "
+                "this is a pod of an Indexed Job, and finding the other pods needs the package "
+                "`kubernetes` (pip install 'jax[k8s]'); or give --coordinator_address, "
                 "--num_processes and --process_id, or --num_processes=1 if there are no others."
             )
         return Cluster("Kubernetes", several=True)
@@ -61,10 +61,10 @@ def find_cluster(env: Mapping[str, str]) -> Cluster:
 
 
 def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
-    """Returns the GPUs of this task, as numbers among those that it sees.
+    """Returns the GPUs of this task, as indices into `CUDA_VISIBLE_DEVICES`.
 
-    jax takes one GPU per task, the one with the task's number on its node. That leaves seven of
-    eight idle with one task per node, and fails where Slurm shows every task its own GPUs only.
+    jax takes one GPU per task: the GPU with the task's number on its node. With one task per node
+    that leaves seven of eight GPUs idle, and it fails where Slurm shows each task only its GPUs.
     """
     visible = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if not visible:
@@ -78,7 +78,7 @@ def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
 
 
 def _slurm_tasks_here(env: Mapping[str, str]) -> int:
-    """Reads "2(x3),1": three nodes with two tasks, one with one."""
+    """Returns the number of tasks on this node; "2(x3),1" means 2 tasks on 3 nodes, then 1."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         tasks, _, times = part.partition("(x")

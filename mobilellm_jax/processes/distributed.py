@@ -1,12 +1,10 @@
-"""Several processes as one run: how they find each other, and the little that they tell each other.
+"""Connects the processes of one run, and passes their short messages.
 
-Training itself needs none of this: every process runs the same program on its part of the same
-global arrays. What is here happens on the hosts. Processes meet through `jax.distributed` (Slurm,
-Kubernetes JobSet, TPU metadata, Open MPI, or flags). Process 0 alone writes files and tells the
-others what came of it. A check that fails in one process ends all of them, with its message. Every
-wait has an end.
-
-A run of one process passes through all of it without a coordinator.
+Every process runs the same training program on its part of the same global arrays, without this
+file. This file serves the code on the hosts. Processes meet through `jax.distributed` (Slurm,
+Kubernetes JobSet, TPU metadata, Open MPI or flags). Process 0 alone writes files and tells the
+others the results. A check that fails in one process ends all processes with the same message.
+Every wait has a time limit. A run of one process needs no coordinator.
 """
 
 import atexit
@@ -34,24 +32,37 @@ from mobilellm_jax.config import ConfigError
 from mobilellm_jax.errors import FAILED
 from mobilellm_jax.processes.cluster import find_cluster
 from mobilellm_jax.processes.early_stop import FAREWELLS
-from mobilellm_jax.processes.peers import Parting, Peers, delay_aborts
+from mobilellm_jax.processes.jax_private import delay_aborts, process_state
+from mobilellm_jax.processes.peers import Parting, Peers
 from mobilellm_jax.processes.source_digest import source_digest
 
-_START_SEC = 300  # for all processes to be there
-PEER_TIMEOUT_SEC = 60.0  # without a sign of life, a process counts as gone and ends the run
-_JAX_HEARTBEAT_SEC = 100  # the same, as jax has it, which aborts without saying who is gone
-_SHUTDOWN_SEC = 120  # that a process waits for the others at its end
-_AGREE_SEC = 600  # for all processes to come through a check
-_POLL_SEC = 5  # signals are heard only between two polls
+_START_SEC = 300  # for all processes to connect
+PEER_TIMEOUT_SEC = 60.0  # a process that is silent for so long counts as gone and ends the run
+_JAX_HEARTBEAT_SEC = 100  # the same limit in jax, which aborts without a name
+_SHUTDOWN_SEC = 120  # a process waits so long for the others at its end
+_AGREE_SEC = 600  # for all processes to pass a check
+_POLL_SEC = 5  # Python handles signals only between two polls
 
-_PROGRAMS_FOLLOW_FROM = ("jax", "jaxlib", "flax", "optax")
-
-_numbers = itertools.count()
-_peers: Peers | None = None
+_PROGRAMS_DEPEND_ON = ("jax", "jaxlib", "flax", "optax")
 
 
 class DistributedError(RuntimeError):
-    """Processes lost or never found each other."""
+    """A process could not find another process of the run, or lost it."""
+
+
+class _Membership:
+    """The part of this process in its run; a process has one, like the state of jax itself."""
+
+    def __init__(self) -> None:
+        self.peers: Peers | None = None  # watches the other processes
+        self._numbers = itertools.count()
+
+    def key(self, what: str) -> str:
+        """Returns a new key of the coordinator's store; the processes make equal calls."""
+        return f"mobilellm/{next(self._numbers)}/{what}"
+
+
+_membership = _Membership()
 
 
 def start(
@@ -60,25 +71,25 @@ def start(
     process_id: int | None = None,
     peer_timeout_sec: float = PEER_TIMEOUT_SEC,
 ) -> str:
-    """Joins the processes of the run; call it before anything starts a backend.
+    """Connects this process with the others of the run; call it before a backend starts.
 
-    From then on this process ends, with its name, if another one is gone.
+    Afterwards this process ends with a message when another process is gone. The first three
+    arguments come together or not at all. Without them the environment tells the same facts.
 
     Args:
-      coordinator_address: HOST:PORT of process 0. All three, or none: then the environment is
-        asked.
-      num_processes: of the run; 1 alone says that there are no others whatever the environment
-        looks like.
-      process_id: of this one, from 0.
-      peer_timeout_sec: silence after which another process counts as gone; 0 leaves that to jax.
+      coordinator_address: HOST:PORT of process 0.
+      num_processes: number of processes; 1 alone means that the environment is not asked.
+      process_id: number of this process, from 0.
+      peer_timeout_sec: a process that is silent for so long counts as gone; with 0, only jax
+        watches the processes.
 
     Returns:
-      One line that says what was found.
+      One line that describes the result.
 
     Raises:
-      ConfigError: for some of the arguments without the others, or impossible ones; if this process
-        runs other code than process 0.
-      DistributedError: if process 0 cannot be reached.
+      ConfigError: if some of the arguments are missing or impossible, or if this process runs other
+        code than process 0.
+      DistributedError: if this process cannot reach process 0.
     """
     coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if (coordinator_address, num_processes, process_id) != (None, None, None):
@@ -88,33 +99,33 @@ def start(
         if own:
             _wait_for(address)
         _initialize(*(address, count, own, peer_timeout_sec), cluster_detection_method="deactivate")
-        _same_code()
+        _check_code()
         return f"process {own} of {count}, from flags, process 0 at {address}"
     cluster = find_cluster(os.environ)
     if not cluster.several:
         return f"one process ({cluster.name})"
     _initialize(None, None, None, peer_timeout_sec, local_device_ids=cluster.devices)
-    _same_code()
-    state = _state()
+    _check_code()
+    state = process_state()
     return f"process {state.process_id} of {state.num_processes}, found by {cluster.name}"
 
 
 def is_first() -> bool:
-    """Returns whether this is the process that writes files; starts no backend."""
-    return int(_state().process_id) == 0
+    """Returns whether this is process 0, which writes the files; the call starts no backend."""
+    return int(process_state().process_id) == 0
 
 
 def from_first(what: str, compute: Callable[[], Any], timeout_sec: float = _AGREE_SEC) -> Any:
-    """Returns what process 0 computes (JSON); the others wait for it.
+    """Returns what `compute` returns in process 0, as JSON; the other processes wait for it.
 
     Raises:
-      ConfigError: in all processes, if it was bad input in process 0.
+      ConfigError: in all processes, if process 0 found a mistake of the user.
       DistributedError: in the others, if process 0 failed otherwise or took too long.
     """
     client = _client()
     if client is None:
         return compute()
-    key = f"mobilellm/{next(_numbers)}/{what}"
+    key = _membership.key(what)
     if not is_first():
         answer = json.loads(_read(client, key, what, timeout_sec))
         _raise_if_failed(answer, 0, what)
@@ -130,18 +141,18 @@ def from_first(what: str, compute: Callable[[], Any], timeout_sec: float = _AGRE
 
 @contextlib.contextmanager
 def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
-    """Leaves the block in all processes or in none: what one raises, all raise.
+    """Completes the block in all processes or in none: an error in one is raised in all.
 
     Raises:
-      ConfigError: in all processes, for the first one whose block met bad input.
-      DistributedError: for one that failed otherwise, or did not get there in time.
+      ConfigError: in all processes, if a process found a mistake of the user.
+      DistributedError: if a process failed otherwise, or did not arrive in time.
     """
     client = _client()
     if client is None:
         yield
         return
-    own, count = _state().process_id, _state().num_processes
-    key = f"mobilellm/{next(_numbers)}/{what}"
+    own, count = process_state().process_id, process_state().num_processes
+    key = _membership.key(what)
     try:
         yield
     except BaseException as error:
@@ -151,7 +162,7 @@ def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
         raise
     client.key_value_set(f"{key}/{own}", "{}")
     if own == 0:
-        # Only process 0 reads them all: n reads for n processes, not n^2.
+        # Only process 0 reads the answers of all. That makes n reads for n processes, not n^2.
         answers = [json.loads(_read(client, f"{key}/{p}", what, timeout_sec)) for p in range(count)]
         failed = [{"process": p, **answer} for p, answer in enumerate(answers) if answer]
         client.key_value_set(f"{key}/all", json.dumps(failed[0] if failed else {}))
@@ -161,36 +172,39 @@ def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
 
 
 class Agreement:
-    """Whether any process has asked for something, known to all of them in the same step.
+    """Tells all processes in the same step whether one of them asks for something.
 
-    A signal or a clock reaches each process in a moment of its own, and a process that left the
-    loop alone would leave the others waiting in a collective. So each step a flag per device is
-    reduced over all of them, and the answer is read one step late, when it costs no wait.
+    A signal or a clock reaches each process at a different time. A process that leaves the loop
+    alone makes the others wait in a collective. So every step reduces one flag per device over all
+    devices. The answer is read one step later, when reading it takes no wait.
 
-    A preemption notice that reached jax's coordination service in any process counts as asked. The
-    service settles on a step by the steps that it is told, so these are the run's, as in Orbax,
-    which tells it too.
+    Args:
+      step: the step of the run, from which this object also watches for preemption notices. jax's
+        coordination service passes a notice to all processes and chooses the step from the numbers
+        that the processes report. Only one object of a process may report them. None reports none.
     """
 
-    def __init__(self, step: int = 0) -> None:
+    def __init__(self, step: int | None = None) -> None:
         self._pending: jax.Array | None = None
         self._step = step
-        self._preemption = _state().preemption_sync_manager  # None: off by jax's own setting
+        # None if a setting of jax turns it off.
+        self._preemption = None if step is None else process_state().preemption_sync_manager
         self._several = jax.process_count() > 1
-        if _peers is not None:
-            delay_aborts()  # again: with the devices, libtpu for one has set a handler of its own
+        if _membership.peers is not None:
+            delay_aborts()  # again, because libtpu sets a handler when the devices start
         if self._several:
             mesh = Mesh(np.array(jax.devices()), ("device",))
             self._split = NamedSharding(mesh, PartitionSpec("device"))
             self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, asked: bool) -> bool:
-        """Returns whether any process had asked by its last call; alone, whether it asks now."""
+        """Returns whether a process asked in the last call; one process alone hears at once."""
         if not self._several:
             return asked
-        self._step += 1
-        if self._preemption is not None and self._preemption.reached_sync_point(self._step):
-            asked = True
+        if self._step is not None:
+            self._step += 1
+            if self._preemption is not None and self._preemption.reached_sync_point(self._step):
+                asked = True
         flags = jax.make_array_from_callback(
             (jax.device_count(),), self._split, lambda index: np.full((1,), asked)
         )
@@ -199,28 +213,29 @@ class Agreement:
 
 
 def leave(how: Parting, why: str = "") -> None:
-    """Tells the others that this process ends now; one that does not say so is gone to them.
+    """Tells the other processes that this process ends now.
 
     Args:
-      how: done; stopped, so that all shall and the run goes on later; failed.
-      why: for their message.
+      how: "done", "stopped" (all processes stop, and the run resumes later) or "failed".
+      why: the reason, for the message of the other processes.
     """
-    if _peers is not None:
-        _peers.leave(how, why)
+    if _membership.peers is not None:
+        _membership.peers.leave(how, why)
 
 
 @contextlib.contextmanager
 def telling_failures() -> Iterator[None]:
-    """Tells the other processes of the run what ends the block in this one, SIGTERM included.
+    """Tells the other processes why the block ended in this process, also after SIGTERM.
 
     Raises:
-      DistributedError: for an error of the devices that comes from another process being gone.
+      DistributedError: if an error of the devices came from another process that is gone.
     """
     try:
         with FAREWELLS.during(lambda: leave("stopped", signal.SIGTERM.name)):
             yield
     except jax.errors.JaxRuntimeError as error:
-        why = None if _peers is None else _peers.explain()
+        peers = _membership.peers
+        why = None if peers is None else peers.explain()
         leave("failed", f"{type(error).__name__}: {error}")
         if why is not None:
             raise DistributedError(why) from error
@@ -233,8 +248,8 @@ def telling_failures() -> Iterator[None]:
 def _at_exit() -> None:
     leave("done")
     if getattr(sys, "last_value", None) is not None:
-        # The traceback has been printed. jax would wait for the others now, which wait for this
-        # process somewhere else, and abort.
+        # Python has printed the traceback. jax would now wait for the other processes, which wait
+        # for this process at another place, and then abort.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(FAILED)
@@ -253,7 +268,7 @@ def _checked(
         given = ", ".join(f"{flag}={value}" for flag, value in values.items() if value is not None)
         raise ConfigError(
             f"{given} without {' and '.join(missing)}; give all three, or none to let Slurm, "
-            "Kubernetes or the TPU's metadata tell them."
+            "Kubernetes or the metadata of the TPU tell them."
         )
     if not re.fullmatch(r"[^\s/]+:\d+", coordinator_address):
         raise ConfigError(
@@ -269,7 +284,7 @@ def _checked(
 
 
 def _wait_for(address: str) -> None:
-    """Waits until process 0 listens; jax would wait too, but end in an abort without a reason."""
+    """Waits until process 0 listens; jax would wait as well, but abort without a reason."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + _START_SEC
     while True:
@@ -297,13 +312,13 @@ def _initialize(
     jax.distributed.initialize(
         *(address, count, own),
         initialization_timeout=_START_SEC,
-        # Later than ours, which knows names.
+        # Longer than our own limit, because our message has the name of the process.
         heartbeat_timeout_seconds=max(_JAX_HEARTBEAT_SEC, math.ceil(2 * peer_timeout_sec)),
         shutdown_timeout_seconds=_SHUTDOWN_SEC,
         **more,
     )
-    # jax has set a handler that takes note of SIGTERM and goes on. The training loop has its own;
-    # elsewhere, in a long compilation say, the signal shall end the process as it ends any other.
+    # jax has installed a handler that only records SIGTERM. The training loop has its own handler.
+    # Outside the loop, for example during a long compilation, SIGTERM has to end the process.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
     if peer_timeout_sec and _client() is not None:
@@ -311,8 +326,7 @@ def _initialize(
 
 
 def _watch_peers(timeout_sec: float) -> None:
-    global _peers
-    state, client = _state(), _client()
+    state, client = process_state(), _client()
     peers = Peers(state.process_id, state.num_processes, timeout_sec)
     if is_first():
         client.key_value_set("mobilellm/peers", json.dumps(peers.listen()))
@@ -324,21 +338,21 @@ def _watch_peers(timeout_sec: float) -> None:
             peers.connect(host, port, token)
         except OSError as error:
             raise DistributedError(
-                f"process 0 cannot be reached at {host}:{port} ({error}); let the processes of the "
-                "run connect to each other at any port, or give --peer_timeout=0: then jax alone "
-                "looks for one that is gone, which takes longer and tells no name."
+                f"process 0 cannot be reached at {host}:{port} ({error}); allow connections between "
+                "the processes at any port, or give --peer_timeout=0. Then only jax watches the "
+                "processes, which takes longer and gives no name."
             ) from error
     delay_aborts()
     peers.start()
-    _peers = peers
+    _membership.peers = peers
     atexit.register(_at_exit)
 
 
-def _same_code() -> None:
-    """Refuses processes that run different code: their programs would wait for each other for ever.
+def _check_code() -> None:
+    """Checks that all processes run the same code; different programs would wait for ever.
 
     Raises:
-      ConfigError: naming what differs from process 0.
+      ConfigError: if the code differs from process 0; the message lists the differences.
     """
     with together("comparing versions"):
         own = _code()
@@ -351,29 +365,19 @@ def _same_code() -> None:
         if different:
             lines = "\n".join(different)
             raise ConfigError(
-                f"other code than that of process 0:\n{lines}\nInstall the same on every machine."
+                f"other code than process 0:\n{lines}\nInstall the same packages on every machine."
             )
 
 
 def _code() -> dict[str, str]:
-    """Returns what the programs of a run follow from: versions, and a digest of this package."""
-    versions = {name: metadata.version(name) for name in _PROGRAMS_FOLLOW_FROM}
+    """Returns the versions that decide a run's programs, and a digest of this package."""
+    versions = {name: metadata.version(name) for name in _PROGRAMS_DEPEND_ON}
     return {**versions, "mobilellm_jax (its source)": source_digest()[:12]}
-
-
-def _state() -> Any:
-    """Returns what jax knows of the processes; unlike `jax.process_index`, it starts no backend.
-
-    jax has no public name for it; Orbax and Flax use this one.
-    """
-    from jax._src import distributed
-
-    return distributed.global_state
 
 
 def _client() -> Any:
     """Returns the connection to the coordinator, or None in a run of one process."""
-    return _state().client
+    return process_state().client
 
 
 def _read(client: Any, key: str, what: str, timeout_sec: float) -> str:
@@ -388,8 +392,8 @@ def _read(client: Any, key: str, what: str, timeout_sec: float) -> str:
                 raise
             if time.monotonic() + 0.01 > deadline:
                 raise DistributedError(
-                    f"{what}: no word from the other processes within {timeout_sec:.0f} s; their "
-                    "logs say why."
+                    f"{what}: no message from the other processes within {timeout_sec:.0f} s; look "
+                    "into their logs."
                 ) from error
 
 

@@ -20,7 +20,11 @@ _log = logging.getLogger(__name__)
 
 
 class Farewells:
-    """The calls that a process makes, the newest first, when SIGTERM ends it."""
+    """The calls that a process makes, the oldest first, when SIGTERM ends it.
+
+    The run registers its message to the other processes before it takes its lock. So the others
+    hear that this process was stopped, and only then another run can take the folder.
+    """
 
     def __init__(self) -> None:
         self._calls: list[Callable[[], None]] = []
@@ -36,7 +40,7 @@ class Farewells:
 
     def say(self) -> None:
         """Makes the calls; the log shows what a call raises, and the next call follows."""
-        for call in self._calls[::-1]:
+        for call in list(self._calls):
             try:
                 call()
             except BaseException as error:
@@ -54,26 +58,34 @@ class EarlyStop:
     """
 
     def __enter__(self) -> Self:
+        self._asked = False  # the handler of this class has run
+        self._ending = threading.Event()
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._old_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, name="early stop", daemon=True).start()
-        self._old = signal.signal(signal.SIGTERM, self._leave_it_to_the_thread)
+        self._thread = threading.Thread(target=self._watch, name="early stop", daemon=True)
+        self._thread.start()
+        self._old = signal.signal(signal.SIGTERM, self._take_note)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._ending.is_set():
+            self._thread.join()  # the thread ends the process, with its exit code
         signal.signal(signal.SIGTERM, self._old)
         signal.set_wakeup_fd(self._old_wakeup)
         os.close(self._write_end)
 
-    def _leave_it_to_the_thread(self, _: int, __: FrameType | None) -> None:
-        pass
+    def _take_note(self, _: int, __: FrameType | None) -> None:
+        self._asked = True
 
     def _watch(self) -> None:
         while number := os.read(self._read_end, 1):
-            # The training loop installs a handler of its own while it runs steps.
-            ours = signal.getsignal(signal.SIGTERM) == self._leave_it_to_the_thread
+            # The training loop installs a handler of its own while it runs steps. If SIGTERM comes
+            # just before, this thread may look only after the change. `signal.signal` runs pending
+            # handlers before it changes one, so `_asked` is set then.
+            ours = self._asked or signal.getsignal(signal.SIGTERM) == self._take_note
             if number[0] == signal.SIGTERM and ours:
+                self._ending.set()
                 try:
                     _log.warning(
                         "SIGTERM: no step is running; stopping. Start the same command to resume."

@@ -1,14 +1,12 @@
-"""Signs of life between the processes of a run, so that one that is gone is named and not awaited.
+"""Watches the processes of a run, and names a process that is gone.
 
-A process that dies or hangs leaves the others waiting in a collective, or has them aborted by jax
-without a name. So every process holds a connection to process 0, over which both count up, and
-process 0 tells all others who is gone: one whose connection closes without a good-bye, at once, and
-one that is silent for the time that the run allows. Nobody's wall clock is asked.
-
-Here are sockets and one thread only; `distributed.py` says who listens where.
+When a process dies or hangs, the others wait in a collective, or jax aborts them without a name. So
+every process keeps a connection to process 0, and both ends send a short message (a beat) in equal
+intervals. Process 0 tells the others which process is gone. A process whose connection closes
+without a parting message is gone at once. A process that sends nothing for `timeout_sec` is gone as
+well. No wall clock is used. `distributed.py` decides where process 0 listens.
 """
 
-import ctypes
 import dataclasses
 import hmac
 import json
@@ -25,10 +23,10 @@ from typing import Any, Literal, NamedTuple
 from mobilellm_jax.errors import FAILED, SAVED_REQUEUE_ME
 from mobilellm_jax.storage import strict_json
 
-_BEATS = 12  # in the time after which a process that gives none counts as gone
+_BEATS = 12  # in `timeout_sec`
 _LONGEST_BEAT_SEC = 5.0
-_LOOK_SEC = 0.5  # at the latest after which the thread sees that it is over
-_PARTING_SEC = 2.0  # that a process which leaves waits for the others to have read so
+_LOOK_SEC = 0.5  # longest time until the thread sees that `leave` was called
+_PARTING_SEC = 2.0  # a leaving process waits so long for the others to read its message
 _MAX_BYTES = 1 << 14  # of a message
 _MAX_WHY = 2000  # characters
 
@@ -47,32 +45,32 @@ class Member(NamedTuple):
 
 
 def end_at_once(code: int, text: str) -> None:
-    """Ends this process from any thread; what it was writing is as after a kill: not there."""
+    """Ends this process from any thread; a file that is being written keeps no final name."""
     os.write(2, f"\n{text}\n".encode())
     os._exit(code)
 
 
 @dataclasses.dataclass
 class _Link:
-    """A connection, with what has not been read and written yet."""
+    """A connection, with the bytes that are not parsed or not sent yet."""
 
     connection: socket.socket
-    process: int | None = None  # not known before the other side has said so
+    process: int | None = None  # number of the other process, once its greeting has come
     incoming: bytes = b""
     outgoing: bytes = b""
 
     def send(self, message: dict[str, Any]) -> None:
-        """Sends as much as the other side takes now, and the rest with the next message."""
-        if len(self.outgoing) < _MAX_BYTES:  # else it has not read for long
+        """Sends the bytes that fit now; the rest goes with the next message."""
+        if len(self.outgoing) < _MAX_BYTES:  # otherwise the other process reads too slowly
             self.outgoing += json.dumps(message).encode() + b"\n"
         try:
             sent = self.connection.send(self.outgoing)
-        except OSError:  # full, or closed, which the reader of the same socket hears of
+        except OSError:  # the buffer is full, or `receive` will see that the socket is closed
             return
         self.outgoing = self.outgoing[sent:]
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """Returns the messages that are there; None if the other side has closed, or talks rot."""
+        """Returns the received messages, or None if the socket closed or a message is invalid."""
         try:
             received = self.connection.recv(_MAX_BYTES)
         except BlockingIOError:
@@ -90,13 +88,13 @@ class _Link:
 
 
 class Peers:
-    """The other processes, watched by a thread from `start` to `leave`.
+    """Watches the other processes in a thread, from `start` until `leave`.
 
     Args:
       own: number of this process.
-      count: of the run's processes.
-      timeout_sec: silence after which a process counts as gone.
-      end: how this process ends when another is gone: exit code, and what to say before.
+      count: number of processes of the run.
+      timeout_sec: a process that is silent for so long counts as gone.
+      end: ends this process with an exit code and a message, when another process is gone.
     """
 
     def __init__(
@@ -115,15 +113,15 @@ class Peers:
         self._token = secrets.token_hex(16)
         self._links: list[_Link] = []
         self._members: dict[int, Member] = {}
-        self._heard: dict[int, float] = {}  # process -> when, of those that have not left
-        self._all_heard = 0.0  # when the last of them was heard, as far as is known here
+        self._heard: dict[int, float] = {}  # process -> time of its last message; no parted ones
+        self._all_heard = 0.0  # a time after which every process was heard, as process 0 says
         self._ends_at: float | None = None
         self._ending = (FAILED, "")
         self._left = False
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def listen(self) -> tuple[int, str]:
-        """Takes connections, as process 0 does; returns the port, and what to say there first."""
+        """Accepts connections in process 0; returns the port and the token of a greeting."""
         if socket.has_dualstack_ipv6():
             self._listener = socket.create_server(
                 ("", 0), family=socket.AF_INET6, dualstack_ipv6=True
@@ -139,7 +137,7 @@ class Peers:
         """Connects to process 0.
 
         Raises:
-          OSError: if that cannot be reached.
+          OSError: if this process cannot reach process 0.
         """
         connection = socket.create_connection((host, port), self._timeout_sec)
         connection.setblocking(False)
@@ -149,19 +147,19 @@ class Peers:
         link.send({"hello": self._me, "token": token})
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Starts the thread."""
         self._thread.start()
 
     def leave(self, how: Parting, why: str = "") -> None:
-        """Says good-bye: done, stopped (the run goes on when started again) or failed."""
+        """Sends the parting message: done, stopped (the run resumes later) or failed."""
         with self._lock:
             if self._left:
                 return
             self._left = True
             self._send_all(_parting(self._me, how, why))
             waiting = [link.connection for link in self._links if link.process is not None]
-        # The other side closes when it has read that. If this side went first, with something
-        # unread, the kernel might throw it away.
+        # The other side closes the connection when it has read the message. The kernel may discard
+        # the message if this side closes first.
         deadline = time.monotonic() + _PARTING_SEC
         for connection in waiting:
             try:
@@ -176,10 +174,10 @@ class Peers:
             self._listener.close()
 
     def explain(self) -> str | None:
-        """Returns what is wrong with another process, after an error that may have come from there.
+        """Returns what happened to another process, or None if all of them are alive.
 
-        It waits until every one has given a sign of life. One that gives none is gone, and ends
-        this process too.
+        The call waits for a new message of every process. A process that sends none is gone, and
+        then this process ends as well.
         """
         began = time.monotonic()
         while time.monotonic() < began + 2 * self._timeout_sec:
@@ -205,7 +203,7 @@ class Peers:
                     return
                 now = time.monotonic()
                 if now - woke > self._timeout_sec / 2:
-                    # This process was stopped itself: the others' signs lie here unread.
+                    # This process itself was paused, and has not read the messages of the others.
                     self._heard = dict.fromkeys(self._heard, now)
                 woke = now
                 for key, _ in ready:
@@ -225,10 +223,10 @@ class Peers:
                 link.send(message)
 
     def _accept(self) -> None:
-        assert self._listener is not None, "only who listens accepts"
+        assert self._listener is not None, "only process 0 listens"
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it has gone again
+        except OSError:  # the other side has closed the connection already
             return
         connection.setblocking(False)
         self._add(connection)
@@ -248,9 +246,9 @@ class Peers:
         messages = link.receive()
         for message in messages or ():
             if link.process is None and not self._is_greeting(link, message):
-                self._drop(link)  # somebody else's
+                self._drop(link)  # the sender is not a process of the run
                 return
-            assert link.process is not None, "it has just said who it is"
+            assert link.process is not None, "the greeting has set the number"
             now = time.monotonic()
             self._heard[link.process] = now
             if "hello" in message:
@@ -268,7 +266,7 @@ class Peers:
         if messages is None:
             self._drop(link)
             if link.process in self._heard:
-                self._lose(link.process, "it ended without a word, or was killed")
+                self._lose(link.process, "it ended without a message, or was killed")
 
     def _is_greeting(self, link: _Link, message: dict[str, Any]) -> bool:
         match message:
@@ -282,7 +280,7 @@ class Peers:
         return False
 
     def _part(self, link: _Link, who: Member, how: Parting, why: str) -> None:
-        """Takes note that a process leaves; process 0 passes it on."""
+        """Records that a process leaves; process 0 tells the others."""
         self._heard.pop(who.process, None)
         if link.process == who.process:
             self._drop(link)
@@ -291,52 +289,39 @@ class Peers:
         self._send_all(_parting(who, how, why))
         if self._ends_at is not None:
             return
-        # It, or what it waits for, may end by itself; a collective without the other never does.
+        # This process may finish its work alone. A collective without the other process never ends.
         self._ends_at = time.monotonic() + self._timeout_sec
         if how == "stopped":
             self._ending = SAVED_REQUEUE_ME, f"PEERS: {who} stopped: {why}."
-            os.kill(os.getpid(), signal.SIGTERM)  # as if this process had been asked
+            os.kill(os.getpid(), signal.SIGTERM)  # stop this process as well
         else:
-            self._ending = FAILED, f"PEERS: {who} failed, see its log: {why}"
+            self._ending = FAILED, f"PEERS: {who} failed; see its log: {why}"
 
     def _judge(self, now: float) -> None:
         for process, heard in list(self._heard.items()):
             if now - heard > self._timeout_sec:
-                silence = f"no sign of life for {self._timeout_sec:g} s (--peer_timeout)"
+                silence = f"it sent nothing for {self._timeout_sec:g} s (--peer_timeout)"
                 self._lose(process, silence)
         if self._ends_at is not None and now >= self._ends_at:
             self._finish(*self._ending)
 
     def _lose(self, process: int, why: str) -> None:
-        who = self._members.get(process, f"process {process}, whose host is not known yet,")
+        who = self._members.get(process, f"process {process} on an unknown host")
         text = f"{who} is gone: {why}."
         self._send_all({"gone": process, "why": text})
         self._finish(SAVED_REQUEUE_ME, f"PEERS: {text}")
 
     def _be_told(self, process: int, text: str) -> None:
         if process == self._me.process:
-            text = f"the others went without this process, which seemed dead to them: {text}"
+            text = f"the other processes gave up this process, because it seemed dead: {text}"
         self._finish(SAVED_REQUEUE_ME, f"PEERS: {text}")
 
     def _finish(self, code: int, text: str) -> None:
         self._ends_at, self._ending = time.monotonic(), (code, text)
-        then = "Its log may say why."
+        then = "The log of that process may give the reason."
         if code == SAVED_REQUEUE_ME:
-            then = "Start all processes again: the run goes on from its last complete checkpoint."
-        self._end(code, f"{text}\nThis is {self._me}, and ends with exit code {code}. {then}")
-
-
-def delay_aborts() -> None:
-    """Gives `Peers` a few seconds to name who is gone before jax aborts this process.
-
-    jax's client aborts as soon as process 0 does not answer, from a thread in C that no Python code
-    gets in the way of (its `missed_heartbeat_callback` ends in `std::bad_cast`, jax 0.10.2). So
-    SIGABRT is handled by libc's own `sleep`, which POSIX allows there: the thread that aborts waits
-    for as many seconds as the signal's number is, 6, and then goes on to end the process.
-    """
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+            then = "Start all processes again: the run resumes from its last complete checkpoint."
+        self._end(code, f"{text}\nThis is {self._me}. It ends now with exit code {code}. {then}")
 
 
 def _parting(who: Member, how: Parting, why: str) -> dict[str, Any]:

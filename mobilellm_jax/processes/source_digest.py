@@ -1,4 +1,4 @@
-"""A digest of this package's source: equal digests, equal programs."""
+"""Computes a digest of the source of this package."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def source_digest(rooms: Sequence[str] = (".",)) -> str:
-    """Returns the SHA-256 of the Python files in these rooms (files or folders); default: all."""
+    """Returns the SHA-256 of the Python files in `rooms`, files or folders of the package."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for room in rooms:

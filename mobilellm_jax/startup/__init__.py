@@ -1,1 +1,1 @@
-"""The steps before jax starts: XLA's flags, the allocator, the cache of compiled programs."""
+"""Settings that come before jax starts: XLA's flags, the allocator, the compilation cache."""

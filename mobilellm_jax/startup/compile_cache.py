@@ -1,10 +1,10 @@
-"""Compiled programs kept on disk, so that the second start of a run finds what the first compiled.
+"""Keeps compiled programs on disk, so that the next start of a run need not compile them again.
 
-jax does the work; here is only where, and what is worth it. The folder is the user's own
-(`~/.cache/mobilellm/compiled`, `XDG_CACHE_HOME` respected): whoever can write there can run code in
-this process. jax's own settings win: `JAX_COMPILATION_CACHE_DIR` names another folder, such as one
-that the hosts of a pod share, and `JAX_ENABLE_COMPILATION_CACHE=false` turns it off. It can be
-deleted at any time.
+jax writes and reads the files. This file only chooses the folder and the programs that are kept.
+The folder belongs to the user (`~/.cache/mobilellm/compiled`, or below `XDG_CACHE_HOME`), because
+anyone who can write there can run code in this process. jax's own settings take precedence:
+`JAX_COMPILATION_CACHE_DIR` names another folder, for example one that several hosts share, and
+`JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off. The folder can be deleted at any time.
 """
 
 import hashlib
@@ -14,15 +14,17 @@ from pathlib import Path
 
 import jax
 
-# A step takes seconds to minutes to compile. What takes less than this is compiled anew sooner than
-# it is found, and would fill the folder with a file per scalar operation.
+from mobilellm_jax.startup.cpu import cpu_features
+
+# A training step takes seconds or minutes to compile. Compiling a shorter program takes less time
+# than finding its file, and each scalar operation would add a file to the folder.
 _WORTH_SEC = 0.1
 
 
 def use_compile_cache() -> str:
-    """Turns the cache on, unless the user has decided; returns a line that says where it is.
+    """Turns the cache on, unless the user has decided otherwise; returns where the cache is.
 
-    Call it before anything compiles: jax looks at these settings once.
+    Call this function before anything compiles, because jax reads these settings once.
     """
     if not _setting("jax_enable_compilation_cache"):
         return "off (JAX_ENABLE_COMPILATION_CACHE)"
@@ -44,11 +46,8 @@ def use_compile_cache() -> str:
 
 
 def _processor() -> str:
-    """Names what the host can execute: a home folder may be shared, and jax's key ignores it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    features = hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:8]
+    """Returns a name of the CPU: hosts may share a home folder, and jax's key omits the CPU."""
+    features = hashlib.sha256(" ".join(sorted(cpu_features())).encode()).hexdigest()[:8]
     return f"{platform.machine()}-{features}"
 
 

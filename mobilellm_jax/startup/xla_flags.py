@@ -1,18 +1,18 @@
-"""Flags for XLA's compilers: the one place where this package sets any.
+"""Sets the flags of XLA's compilers; no other file of this package sets any.
 
-XLA reads `XLA_FLAGS` once, when the first backend starts, and ends the process for a flag that it
-does not know. So `set_xla_flags` runs first of all, sets only what stands below, and only with a
-jaxlib that it was tried with. What the user wrote in `XLA_FLAGS` wins.
+XLA reads `XLA_FLAGS` once, when the first backend starts, and ends the process if it does not know
+a flag. So `set_xla_flags` runs first, sets only the flags below, and only with a tested version of
+jaxlib. The flags of the user take precedence.
 
-| device | flag | why |
+| device | flag | reason |
 |---|---|---|
-| GPU | `xla_gpu_enable_latency_hiding_scheduler=true` | moves collectives behind products; the one
-  flag that NVIDIA bakes into its JAX images; nothing to do on a single GPU |
-| GPU | `xla_gpu_deterministic_ops=true` | under `train.deterministic`: no atomics, cuDNN's
-  deterministic attention, no choice of products by timing them |
+| GPU | `xla_gpu_enable_latency_hiding_scheduler=true` | overlaps collectives with matrix products;
+  NVIDIA sets this flag in its JAX images; it has no effect on a single GPU |
+| GPU | `xla_gpu_deterministic_ops=true` | only with `train.deterministic`: no atomics, cuDNN's
+  deterministic attention, no choice of kernels by timing |
 
-None for TPU (`LIBTPU_INIT_ARGS`): no gain was measured. None for CPU. Neither needs one to be
-deterministic.
+TPU gets no flag (`LIBTPU_INIT_ARGS`), because no gain was measured, and CPU gets no flag. Both are
+deterministic without flags.
 """
 
 import importlib.util
@@ -23,18 +23,18 @@ from mobilellm_jax.config import ConfigError
 
 _GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
 _GPU_DETERMINISTIC = {"xla_gpu_deterministic_ops": "true"}
-_TRIED_JAXLIB = ("0.10.", "0.11.")  # tests/test_xla_flags.py runs them with the one installed
+_TESTED_JAXLIB = ("0.10.", "0.11.")  # tests/startup/test_xla_flags.py uses the installed version
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 
 
 def set_xla_flags(*, deterministic: bool) -> str:
-    """Adds to `XLA_FLAGS` what this machine's accelerator profits from; returns what was added.
+    """Adds the flags for the accelerator of this machine to `XLA_FLAGS`; returns what it added.
 
-    Call it before anything starts a backend.
+    Call this function before a backend starts.
 
     Raises:
-      ConfigError: if the user's `XLA_FLAGS` contradict `train.deterministic`, or determinism
-        is asked of a jaxlib that was not tried.
+      ConfigError: if the user's `XLA_FLAGS` contradict `train.deterministic`, or if
+        `train.deterministic` needs a version of jaxlib that was not tested.
     """
     if not any(map(importlib.util.find_spec, _GPU_PLUGINS)):
         return "none"
@@ -45,13 +45,13 @@ def set_xla_flags(*, deterministic: bool) -> str:
             f"{given['xla_gpu_deterministic_ops']}; remove one of them."
         )
     version = metadata.version("jaxlib")
-    if not version.startswith(_TRIED_JAXLIB):
+    if not version.startswith(_TESTED_JAXLIB):
         if deterministic and not is_deterministic():
             raise ConfigError(
-                f"train.deterministic=True takes a flag that was not tried with jaxlib {version}; "
+                f"train.deterministic=True needs a flag that was not tested with jaxlib {version}; "
                 "set XLA_FLAGS=--xla_gpu_deterministic_ops=true yourself."
             )
-        return f"none (jaxlib {version} was not tried)"
+        return f"none (jaxlib {version} was not tested)"
     wanted = _GPU | (_GPU_DETERMINISTIC if deterministic else {})
     added = [f"--{name}={value}" for name, value in wanted.items() if name not in given]
     os.environ["XLA_FLAGS"] = " ".join([*added, os.environ.get("XLA_FLAGS", "")]).strip()
@@ -59,11 +59,11 @@ def set_xla_flags(*, deterministic: bool) -> str:
 
 
 def is_deterministic() -> bool:
-    """Returns whether XLA was told to compile for GPUs only what computes the same bits twice."""
+    """Returns whether `XLA_FLAGS` asks for programs that give the same bits in every run."""
     return _given().get("xla_gpu_deterministic_ops") in ("true", "True", "1", "")
 
 
 def _given() -> dict[str, str]:
     words = os.environ.get("XLA_FLAGS", "").split()
     pairs = (word.removeprefix("--").partition("=") for word in words)
-    return {name: value for name, _, value in pairs}  # of one given twice the last, as in XLA
+    return {name: value for name, _, value in pairs}  # like XLA, the last of two equal flags wins

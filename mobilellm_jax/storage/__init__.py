@@ -1,1 +1,1 @@
-"""Files: JSON read within limits, folders sealed by checksums, names of a run's files."""
+"""Files: strict JSON, folders with checksums, whole files, locks, and the names in a run folder."""

@@ -1,9 +1,8 @@
-"""The names of the files in a run folder, and writes that are whole or absent.
+"""The names of the files in a run folder, and writers that leave a whole file or none.
 
 A run folder holds `config.json`, the tokenizer, `checkpoints/STEP/`, `metrics.jsonl`,
-`tensorboard/`, `loss.png`, `samples.txt` and, when asked for, `profile/`. A file that a reader may
-meet half-written is written under a temporary name in the same folder and renamed, so that it is
-complete or not there.
+`tensorboard/`, `loss.png`, `samples.txt` and sometimes `profile/`. A writer here gives a file a
+temporary name in the same folder first. The final name follows when the content is complete.
 """
 
 import contextlib
@@ -12,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -20,34 +20,58 @@ TENSORBOARD = "tensorboard"
 LOSS_PLOT = "loss.png"
 PROFILE = "profile"
 SAMPLES = "samples.txt"
-OUTCOME = "outcome.json"  # of a run that `sweep` started: finished or failed, and what it took
+OUTCOME = "outcome.json"  # only in runs of `sweep`: finished or failed, and the resources
 SENTENCEPIECE_MODEL = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_FILES = (SENTENCEPIECE_MODEL, TOKENIZER_JSON)
 
 
+class WholeFile:
+    """A file that gets its name in `complete`, with all that was written, also after a crash.
+
+    A file without a `complete` in the `with` block is deleted. An earlier file of the same name
+    stays until `complete` replaces it. The temporary name begins with a dot and the final name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        handle, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        self._file = os.fdopen(handle, "wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._file.close()
+        finally:
+            Path(self._temporary).unlink(missing_ok=True)
+
+    def write(self, content: bytes) -> None:
+        """Appends bytes."""
+        self._file.write(content)
+
+    def complete(self) -> None:
+        """Puts the content on disk and gives the file its name."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        Path(self._temporary).chmod(0o644)
+        os.replace(self._temporary, self._path)
+
+
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Writes `content` so that `path` holds all of it or is unchanged, also after a crash."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Writes `content`, so that `path` holds all of it or is unchanged, also after a crash."""
+    with WholeFile(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.complete()
 
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling of `path` that takes its name if the block succeeds.
+    """Yields a temporary folder beside `path`, which gets the name `path` after the block.
 
-    Its files can then be read by everyone, whatever their writers thought (safetensors: the owner).
-    An existing `path` is replaced only then; after an error it is as it was.
+    An error in the block deletes the temporary folder, and an existing `path` stays as it was.
+    All users may read the files, although some libraries (safetensors) forbid it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -70,5 +94,5 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """Returns the tokenizer file in `folder` (SentencePiece before tokenizer.json), or None."""
+    """Returns the tokenizer file in `folder`, or None; a SentencePiece file comes first."""
     return next((folder / n for n in TOKENIZER_FILES if (folder / n).is_file()), None)

@@ -1,19 +1,21 @@
-"""Folders that are complete or do not count: a manifest, written last, seals what is in them.
+"""Seals folders: a manifest, which is written last, makes a folder complete.
 
-`manifest.json` names every file of the folder with its size and SHA-256, and carries whatever its
-writer wants to say about them. A folder without one was never finished, wherever it lies: object
-stores have no rename that a reader could rely on. One whose files are not those of its manifest is
-damaged. The manifest holds a checksum of itself too, so that no byte under the folder can change
-unnoticed.
+`manifest.json` lists every file of the folder with its size and SHA-256, and holds other facts that
+the writer adds. A folder without a manifest is incomplete. This rule also works on object stores,
+which cannot rename a folder. A folder is damaged if a file differs from the manifest. The manifest
+also has a checksum of itself, so every changed byte in the folder is found.
+
+The token folders of `data/shards.py` have a manifest of an older format. They share the functions
+of this file that compute and compare checksums.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from etils import epath
@@ -22,31 +24,31 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import strict_json
 
 MANIFEST = "manifest.json"
-_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20  # sha256_of reads so many bytes at once
 
 
 class DamagedError(UserError):
-    """A folder is not what was sealed; the message names it and what is wrong with it."""
+    """A sealed folder has changed; the message names the folder and the differences."""
 
 
 class UnsealedError(DamagedError):
-    """A folder has no manifest: whoever wrote it did not finish."""
+    """A folder has no manifest, because its writer did not finish."""
 
 
 def seal(folder: epath.Path, content: Mapping[str, Any]) -> None:
     """Writes the manifest over all files in `folder`; they are on disk when this returns.
 
     Args:
-      folder: what is to be sealed; nothing may write to it any more.
-      content: what the manifest says besides, in JSON's types.
+      folder: a folder that nothing writes to any more.
+      content: other entries of the manifest, in JSON's types.
     """
     files = sorted(_files(folder))
     with _threads(len(files)) as pool:
         found = pool.map(lambda name: _record(folder / name), files)
         records = dict(zip(files, found, strict=True))
     text = _text({**content, "files": records})
-    # Without a rename: the store that has none makes a file whole at its close, and on a disk a
-    # manifest that is not whole is no manifest, because its checksum is missing.
+    # This write needs no rename. An object store shows a file only when it is closed. On a disk, a
+    # manifest that was cut off has no valid checksum, so no reader accepts it.
     with (folder / MANIFEST).open("wb") as file:
         file.write(text.encode())
         file.flush()
@@ -57,11 +59,11 @@ def seal(folder: epath.Path, content: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """Returns the manifest of a sealed folder, having checked it and nothing else.
+    """Returns the manifest of a sealed folder, after a check of the manifest alone.
 
     Raises:
-      UnsealedError: if there is none.
-      DamagedError: if it is not as it was written.
+      UnsealedError: if the folder has no manifest.
+      DamagedError: if the manifest has changed.
     """
     path = folder / MANIFEST
     try:
@@ -72,30 +74,30 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
         content = strict_json.parse(raw)
         if isinstance(content, dict) and _is_manifest(content, raw):
             return content
-    raise DamagedError(f"{folder} is damaged: its {MANIFEST} is not as it was written.")
+    raise DamagedError(f"{folder} is damaged: its {MANIFEST} has changed since it was written.")
 
 
 def check_sizes(folder: epath.Path) -> None:
-    """Checks that all files are there, in their size; their contents are not read.
+    """Checks that every file exists and has its size, without reading the contents.
 
     Raises:
       UnsealedError: if the folder has no manifest.
-      DamagedError: naming what is missing or of another size.
+      DamagedError: if a file is missing or has another size; the message names all of them.
     """
     files = read_manifest(folder)["files"]
     _raise_damage(folder, [_wrong_size(folder / name, record) for name, record in files.items()])
 
 
 def verify(folder: epath.Path, parts: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads all files, on all cores, and returns the manifest that they agree with.
+    """Reads all files on all cores, compares them with the manifest, and returns the manifest.
 
     Args:
       folder: a sealed folder.
-      parts: the folders in it that matter; none given, all of it.
+      parts: names of the subfolders to read; an empty sequence means the whole folder.
 
     Raises:
       UnsealedError: if the folder has no manifest.
-      DamagedError: naming every file that is missing or not what was sealed.
+      DamagedError: if a file is missing or has changed; the message names all of them.
     """
     content = read_manifest(folder)
     wanted = {
@@ -109,7 +111,7 @@ def verify(folder: epath.Path, parts: Sequence[str] = ()) -> dict[str, Any]:
         problem = _wrong_size(path, record)
         if problem is None:
             try:
-                found = _sha256(path)
+                found = sha256_of(path)
             except OSError as error:
                 return f"{path} cannot be read: {error.strerror}"
             if found != record["sha256"]:
@@ -122,7 +124,7 @@ def verify(folder: epath.Path, parts: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def sync_names(folder: epath.Path) -> None:
-    """Makes the names in a local folder survive a power cut; object stores do by themselves."""
+    """Makes the file names in a local folder survive a power cut; object stores need no call."""
     if is_local(folder):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -132,7 +134,7 @@ def sync_names(folder: epath.Path) -> None:
 
 
 def is_local(path: epath.Path) -> bool:
-    """Returns whether `path` is on a file system, which has renames, and not an object store."""
+    """Returns whether `path` is on a file system, which can rename, or in an object store."""
     return "://" not in str(path)
 
 
@@ -147,14 +149,29 @@ def _files(folder: epath.Path) -> Iterator[str]:
 
 
 def _record(path: epath.Path) -> dict[str, Any]:
-    return {"bytes": path.stat().length, "sha256": _sha256(path, to_disk=is_local(path))}
+    return {"bytes": path.stat().length, "sha256": sha256_of(path, to_disk=is_local(path))}
 
 
-def _sha256(path: epath.Path, *, to_disk: bool = False) -> str:
-    digest = hashlib.sha256()  # lets other threads run while it computes
+def sha256_of(
+    path: epath.Path | Path,
+    *,
+    to_disk: bool = False,
+    look: Callable[[bytes], None] = lambda block: None,
+) -> str:
+    """Returns the SHA-256 of a file as hexadecimal digits.
+
+    Other threads can run meanwhile, because hashlib releases Python's lock.
+
+    Args:
+      path: the file.
+      to_disk: also write the file from the system's memory to the disk.
+      look: called with each block of the file, in order.
+    """
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
+        while block := file.read(BLOCK_BYTES):
             digest.update(block)
+            look(block)
         if to_disk:
             os.fsync(file.fileno())
     return digest.hexdigest()
@@ -165,7 +182,7 @@ def _wrong_size(path: epath.Path, record: Mapping[str, Any]) -> str | None:
         size = path.stat().length
     except FileNotFoundError:
         return f"{path} is missing"
-    except (OSError, ValueError) as error:  # of a name that no file can have, for example
+    except (OSError, ValueError) as error:  # for example, a name that no file can have
         return f"{strict_json.plain(str(path))} cannot be read: {error}"
     if size != record["bytes"]:
         return f"{path} has {size:,} bytes, but its manifest says {record['bytes']:,}"
@@ -178,13 +195,16 @@ def _raise_damage(folder: epath.Path, problems: Sequence[str | None]) -> None:
 
 
 def _text(content: Mapping[str, Any]) -> str:
-    """Returns the manifest's only spelling; the checksum is over the same text without it."""
+    """Returns the text of a manifest; its checksum covers the same text without the checksum."""
     checksum = hashlib.sha256(json.dumps(content, indent=1, sort_keys=True).encode()).hexdigest()
     return json.dumps({**content, "sha256": checksum}, indent=1, sort_keys=True) + "\n"
 
 
 def _is_manifest(content: dict[str, Any], raw: bytes) -> bool:
-    """Takes the checksum out of `content` and returns whether it is right, and no name escapes."""
+    """Removes the checksum from `content`; returns whether it is right and all names are valid.
+
+    A valid name cannot point outside the folder.
+    """
     if not content.pop("sha256", None) or raw != _text(content).encode():
         return False
     files = content.get("files")

@@ -7,18 +7,17 @@ started meanwhile waits for them, by a lock that they hold too.
 
 import contextlib
 import dataclasses
-import fcntl
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.processes.run_lock import RunLock
 from mobilellm_jax.storage import rundir
+from mobilellm_jax.storage.file_lock import FileLock, HeldError
 from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.estimate import Say, child_environment
 from mobilellm_jax.sweep.runs import Run
@@ -41,20 +40,22 @@ class Child:
 
 
 @contextlib.contextmanager
-def alone(sweep: Path, say: Say) -> Iterator[IO[str]]:
+def alone(sweep: Path, say: Say) -> Iterator[FileLock]:
     """Makes this process the only one that runs the sweep; yields the lock its children inherit.
 
     Raises:
       ConfigError: if another one does.
     """
     sweep.mkdir(parents=True, exist_ok=True)
-    with RunLock(sweep), (sweep / _CHILDREN_LOCK).open("a") as lock:
+    children = sweep / _CHILDREN_LOCK
+    with RunLock(sweep):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock = FileLock(children)
+        except HeldError:
             say("waiting for the runs of a sweep that was killed to save and end ...")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock
+            lock = FileLock(children, wait=True)
+        with lock:
+            yield lock
 
 
 def run_all(
@@ -62,7 +63,7 @@ def run_all(
     runs: Sequence[Run],
     slots: Sequence[Slot],
     expected_sec: Mapping[str, float],
-    lock: IO[str],
+    lock: FileLock,
     say: Say,
 ) -> bool:
     """Runs what is not finished; returns False if a signal stopped that.
@@ -114,7 +115,7 @@ def _ready(waiting: Sequence[Run], children: Sequence[Child]) -> Run | None:
     return next((run for run in waiting if under_way.isdisjoint(run.tune_from)), None)
 
 
-def _start(sweep: Path, run: Run, slot: Slot, lock: IO[str]) -> Child:
+def _start(sweep: Path, run: Run, slot: Slot, lock: FileLock) -> Child:
     log = files.log_file(sweep, run.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     folder = files.run_folder(sweep, run.name)
@@ -131,7 +132,7 @@ def _start(sweep: Path, run: Run, slot: Slot, lock: IO[str]) -> Child:
             stdout=output,
             stderr=output,
             start_new_session=True,  # a terminal's Ctrl-C reaches it through this process alone
-            pass_fds=(lock.fileno(),),
+            pass_fds=(lock.descriptor,),
         )
     return Child(run, slot, process)
 

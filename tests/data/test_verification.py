@@ -4,8 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mobilellm_jax.data import shards, verification
+from mobilellm_jax.data import shards
 from mobilellm_jax.data.verification import verify_files
+from mobilellm_jax.storage import sealing
 
 # Shards of 8 tokens in two documents, and of 4 in one.
 DOCUMENTS = [[1, 5, 6, 2], [1, 7, 8, 2], [1, 9, 9, 2]]
@@ -37,7 +38,7 @@ def test_a_whole_folder_is_right_in_chunks_of_any_size(
     dataset: shards.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify_files(dataset)
-    monkeypatch.setattr(verification, "_CHUNK_BYTES", 8)
+    monkeypatch.setattr(sealing, "BLOCK_BYTES", 8)
     verify_files(dataset)
     # The last chunk counts as well.
     file = dataset.path / f"{FIRST}.tokens"
@@ -78,7 +79,7 @@ def test_right_checksums_of_nonsense(
     chunk_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(verification, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(sealing, "BLOCK_BYTES", chunk_bytes)
     misleading = replaced(dataset, suffix, values)
     with pytest.raises(ValueError, match=rf"{FIRST}\.{suffix} {message}"):
         verify_files(misleading)

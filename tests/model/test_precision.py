@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model import precision
 from mobilellm_jax.model.precision import compute_dtype, resolve_compute_dtype
+from mobilellm_jax.startup import cpu
 
 ZEN4 = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16 sha_ni\nbugs\t\t: none\n"
 SKYLAKE = "processor\t: 0\nflags\t\t: fpu avx2 avx512f\nbugs\t\t: avx512_bf16\n"
@@ -32,13 +32,13 @@ def cpu_info(
 
     def say(text: str | None) -> None:
         file = tmp_path / "cpuinfo"
-        monkeypatch.setattr(precision, "_CPU_INFO", file)
+        monkeypatch.setattr(cpu, "INFORMATION", file)
         if text is not None:
             file.write_text(text)
 
-    precision.cpu_multiplies_bfloat16.cache_clear()
+    cpu.cpu_features.cache_clear()
     yield say
-    precision.cpu_multiplies_bfloat16.cache_clear()
+    cpu.cpu_features.cache_clear()
 
 
 def resolved(on: jax.Device, **fields: Any) -> str:

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,7 +154,7 @@ def assemble(parts: Path, shards: Path, plan: ShardPlan, dtype: np.dtype[Any]) -
                 else:
                     writers[LOSS_MASK].write(np.ones(len(tokens), LOSS_MASK_DTYPE).tobytes())
             base += len(tokens)
-        files = {suffix: writer.complete() for suffix, writer in writers.items()}
+        files = {suffix: writer.record() for suffix, writer in writers.items()}
     documents = sum(stretch.stop - stretch.first for stretch in plan.stretches)
     shard = Shard(name=name, documents=documents, tokens=base, files=files)
     record = dataclasses.asdict(_Assembled(shard, plan.end))
@@ -228,32 +228,22 @@ class Joiner:
             self._made[split].append(assemble(self._parts, self._shards, plan, self._dtype))
 
 
-class _HashedFile:
-    """A file that is written once, hashed on the way; it takes its name in `complete`."""
+class _HashedFile(rundir.WholeFile):
+    """A whole file that also counts and hashes its bytes."""
 
-    def __init__(self, final: Path) -> None:
-        self._final = final
-        self._temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self._hash = hashlib.sha256()
         self._bytes = 0
-        self._file: BinaryIO = self._temporary.open("wb")
-
-    def __enter__(self) -> "_HashedFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
 
     def write(self, content: bytes) -> None:
-        self._file.write(content)
+        super().write(content)
         self._hash.update(content)
         self._bytes += len(content)
 
-    def complete(self) -> FileRecord:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        os.replace(self._temporary, self._final)
+    def record(self) -> FileRecord:
+        """Completes the file and returns its size and checksum."""
+        self.complete()
         return FileRecord(bytes=self._bytes, sha256=self._hash.hexdigest())
 
 

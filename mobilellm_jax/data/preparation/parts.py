@@ -10,10 +10,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -301,15 +300,14 @@ class _PartWriter:
         self.counts = Counts()
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._final = functools.partial(part_file, parts, number, split)
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, rundir.WholeFile] = {}
+        self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> "_PartWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for suffix, file in self._files.items():
-            file.close()
-            self._temporary(suffix).unlink(missing_ok=True)
+        self._exits.close()
 
     @property
     def masked(self) -> bool:
@@ -333,20 +331,15 @@ class _PartWriter:
         )
 
     def complete(self) -> None:
-        for suffix, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(self._temporary(suffix), self._final(suffix))
+        for file in self._files.values():
+            file.complete()
 
-    def _file(self, suffix: str) -> BinaryIO:
+    def _file(self, suffix: str) -> rundir.WholeFile:
         if suffix not in self._files:
-            self._files[suffix] = self._temporary(suffix).open("wb")
+            # A worker of a killed start may still write the same part, under a name of its own.
+            file = rundir.WholeFile(self._final(suffix))
+            self._files[suffix] = self._exits.enter_context(file)
         return self._files[suffix]
-
-    def _temporary(self, suffix: str) -> Path:
-        # Two processes may write the same part: one of a killed start that has not noticed yet.
-        final = self._final(suffix)
-        return final.with_name(f".{final.name}.{os.getpid()}")
 
 
 def _batches(

@@ -1,7 +1,6 @@
 """Encodes pieces in parallel processes and hands the parts back in order."""
 
 import collections
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -12,12 +11,13 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task
 from mobilellm_jax.data.shards import Counts
+from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
 _POLL_SEC = 0.5
 _LOG_EVERY_SEC = 30.0
@@ -26,7 +26,7 @@ _AHEAD = 3
 _LEFTOVER_WAIT_SEC = 30.0
 
 # Of a worker process, set when it starts.
-_alive: IO[str]
+_alive: FileLock
 _encoder: PieceEncoder
 _shared_counts: Any
 
@@ -47,19 +47,18 @@ def wait_for_workers(lock: Path) -> None:
       RuntimeError: if one does not.
     """
     deadline = time.monotonic() + _LEFTOVER_WAIT_SEC
-    with lock.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(
-                        f"A worker process of an earlier prepare still holds {lock} after "
-                        f"{_LEFTOVER_WAIT_SEC:.0f} s; end it, then start again."
-                    ) from error
-                time.sleep(0.05)
-            else:
-                return
+    while True:
+        try:
+            FileLock(lock).release()
+        except HeldError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"A worker process of an earlier prepare still holds {lock} after "
+                    f"{_LEFTOVER_WAIT_SEC:.0f} s; end it, then start again."
+                ) from error
+            time.sleep(0.05)
+        else:
+            return
 
 
 def encode_pieces(
@@ -154,8 +153,7 @@ def _start_worker(job: Job, counts: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Held as long as this process lives: the next start waits for it (`wait_for_workers`).
-    _alive = job.workers_lock.open("a")
-    fcntl.flock(_alive, fcntl.LOCK_SH)
+    _alive = FileLock(job.workers_lock, shared=True, wait=True)
     _shared_counts = counts
     _encoder = PieceEncoder(job)
 

@@ -1,7 +1,6 @@
 """The folder beside the output where `prepare` works: whose it is, and what it goes on from."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from mobilellm_jax.data.preparation.parts import read_record
 from mobilellm_jax.data.preparation.workers import wait_for_workers
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
+from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
 WORKERS_LOCK = "workers.lock"
 _JOB = "job.json"
@@ -34,18 +34,15 @@ def working_folder(
     """
     work.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
-    with (work / _LOCK).open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise UserError(
-                f"{work} is being written by another prepare ({lock.read().strip()}); wait for it, "
-                "or end it."
-            ) from error
-        lock.truncate(0)
+    try:
+        lock = FileLock(work / _LOCK)
+    except HeldError as error:
+        raise UserError(
+            f"{work} is being written by another prepare ({error.text.strip()}); wait for it, or "
+            "end it."
+        ) from error
+    with lock:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
         wait_for_workers(work / WORKERS_LOCK)
         for name in ("parts", "shards", "output"):
             (work / name).mkdir(exist_ok=True)

@@ -21,11 +21,11 @@ from mobilellm_jax.data.preparation.workers import available_cores
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.gguf.header import check_header
 from mobilellm_jax.export.runtime import ArtifactInfo, check_room
+from mobilellm_jax.startup.cpu import cpu_features
 
 _c: Any = llama_cpp.llama_cpp
 _CHUNK = 512  # tokens read at a time; their logits are held twice
 _ERROR = 4  # of ggml_log_level
-_CPU_INFO = Path("/proc/cpuinfo")
 
 _messages: collections.deque[str] = collections.deque(maxlen=20)
 
@@ -178,15 +178,11 @@ def load_model(file: Path, *, vocab_only: bool) -> Any:
     settings.n_gpu_layers = 0
     # llama.cpp's AMX products end the process with a fault of the processor (0.3.36, Q8_0, on a
     # virtual machine); they are one of the extra ways of storing weights.
-    settings.use_extra_bufts = not _has_amx()
+    settings.use_extra_bufts = "amx_tile" not in cpu_features()
     model = _c.llama_model_load_from_file(os.fsencode(file), settings)
     if not model:
         raise UserError(f"llama.cpp cannot load {file}: {_said()}.")
     return model
-
-
-def _has_amx() -> bool:
-    return _CPU_INFO.is_file() and " amx_tile" in _CPU_INFO.read_text()
 
 
 def _said() -> str:

@@ -1,7 +1,6 @@
 """What the runtime adds to llama.cpp: the cache's rules, its threads, and its errors as ours."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -126,11 +125,9 @@ def test_what_llama_cpp_says_is_passed_on(source, tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(("flags", "extra"), [("avx2 amx_tile amx_int8", False), ("avx2", True)])
-def test_amx_is_avoided_and_only_that(tmp_path, monkeypatch, artifact, flags, extra):
+def test_amx_is_avoided_and_only_that(monkeypatch, artifact, flags, extra):
     """A file of weights for the kernels of this machine is repacked where that is safe."""
-    info = tmp_path / "cpuinfo"
-    info.write_text(f"processor: 0\nflags\t\t: fpu {flags}\n")
-    monkeypatch.setattr(llama_cpp, "_CPU_INFO", info)
+    monkeypatch.setattr(llama_cpp, "cpu_features", lambda: frozenset(flags.split()))
     given = []
     monkeypatch.setattr(
         llama_cpp._c, "llama_model_load_from_file", lambda _, settings: given.append(settings)
@@ -138,8 +135,3 @@ def test_amx_is_avoided_and_only_that(tmp_path, monkeypatch, artifact, flags, ex
     with pytest.raises(ValueError, match="it does not say why"):
         llama_cpp.load(artifact.file, artifact.info)
     assert [settings.use_extra_bufts for settings in given] == [extra]
-
-
-def test_elsewhere_there_is_no_such_file(monkeypatch):
-    monkeypatch.setattr(llama_cpp, "_CPU_INFO", Path("nowhere"))
-    assert not llama_cpp._has_amx()
