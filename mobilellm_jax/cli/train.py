@@ -74,9 +74,7 @@ def _train(config: Config) -> bool:
     from mobilellm_jax import preflight
     from mobilellm_jax.pretrain import pretrain
     from mobilellm_jax.processes import distributed
-    from mobilellm_jax.startup.compile_cache import use_compile_cache
-    from mobilellm_jax.startup.host_memory import share_one_heap
-    from mobilellm_jax.startup.xla_flags import set_xla_flags
+    from mobilellm_jax.startup.before_jax import before_jax
     from mobilellm_jax.train.profiler import ProfiledSteps
     from mobilellm_jax.train.stopping import Walltime, parse_duration
 
@@ -87,11 +85,9 @@ def _train(config: Config) -> bool:
     profile = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
     # These calls come before a backend starts, and in this order: the processes meet only after
     # XLA's flags are set.
-    share_one_heap()
-    xla_flags = set_xla_flags(deterministic=config.train.deterministic)
-    cache = use_compile_cache()
+    settings = before_jax(deterministic=config.train.deterministic)
     found = distributed.start(
         _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _PEER_TIMEOUT.value
     )
-    _log.info(f"start   {found}\nxla     flags added: {xla_flags}; compiled programs: {cache}")
+    _log.info(f"start   {found}\n{settings}")
     return pretrain(config, workdir, profile, walltime)

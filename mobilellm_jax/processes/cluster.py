@@ -32,7 +32,8 @@ def find_cluster(env: Mapping[str, str]) -> Cluster:
         if "OMPI_MCA_orte_hnp_uri" not in env:
             raise ConfigError(
                 f"this is one of {env['OMPI_COMM_WORLD_SIZE']} processes that Open MPI started, "
-                "and jax cannot read the variables of this version of Open MPI; give --coordinator_address=HOST:PORT "
+                "and jax cannot read the variables of this version of Open MPI; give "
+                "--coordinator_address=HOST:PORT "
                 "--num_processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK, or "
                 "--num_processes=1 if every process is a separate run."
             )

@@ -50,9 +50,7 @@ def _run(sweep: Path, name: str) -> int:
 def _train(sweep: Path, name: str) -> int:
     from mobilellm_jax.pretrain import pretrain
     from mobilellm_jax.processes import distributed
-    from mobilellm_jax.startup.compile_cache import use_compile_cache
-    from mobilellm_jax.startup.host_memory import share_one_heap
-    from mobilellm_jax.startup.xla_flags import set_xla_flags
+    from mobilellm_jax.startup.before_jax import before_jax
     from mobilellm_jax.sweep import folder as files
 
     began = time.monotonic()
@@ -60,9 +58,7 @@ def _train(sweep: Path, name: str) -> int:
     run = files.find_run(sweep, name)
     try:
         config = files.settled(sweep, run)
-        share_one_heap()
-        set_xla_flags(deterministic=config.train.deterministic)
-        use_compile_cache()
+        before_jax(deterministic=config.train.deterministic)
         distributed.start(num_processes=1)
         finished = pretrain(config, folder)
     except BaseException as error:
@@ -80,16 +76,13 @@ def _train(sweep: Path, name: str) -> int:
 
 def _trial(sweep: Path, name: str) -> int:
     """Prints seconds per step on random tokens, and those until the first is done."""
-    from mobilellm_jax.startup.compile_cache import use_compile_cache
-    from mobilellm_jax.startup.host_memory import keep_freed_memory, share_one_heap
-    from mobilellm_jax.startup.xla_flags import set_xla_flags
+    from mobilellm_jax.startup.before_jax import before_jax
+    from mobilellm_jax.startup.host_memory import keep_freed_memory
     from mobilellm_jax.sweep import folder as files
 
     config = files.find_run(sweep, name).config
     began = time.perf_counter()
-    share_one_heap()
-    set_xla_flags(deterministic=config.train.deterministic)
-    use_compile_cache()
+    before_jax(deterministic=config.train.deterministic)
 
     import jax
     import numpy as np

@@ -103,12 +103,12 @@ class Pair(Harness):
         assert other.exitcode == SAVED_REQUEUE_ME, f"{other.exitcode}\n{all_said(workdir)}"
         who = f"PEERS: process {victim} on host {HOST} (pid {hurt.pid})"
         if how == signal.SIGKILL:
-            assert f"{who} is gone: it ended without a word, or was killed." in said, said
+            assert f"{who} is gone: it ended without a message, or was killed." in said, said
         elif how == signal.SIGSTOP:
-            assert f"{who} is gone: no sign of life for {PEER_TIMEOUT_SEC} s" in said, said
+            assert f"{who} is gone: it sent nothing for {PEER_TIMEOUT_SEC} s" in said, said
         elif "saving, then leaving" in all_said(workdir):
             assert checkpoint.latest_step(workdir) is not None
-        assert "goes on from its last complete checkpoint" in said or how == signal.SIGTERM, said
+        assert "resumes from its last complete checkpoint" in said or how == signal.SIGTERM, said
 
 
 def log_of(workdir: Path, own: int) -> Path:
@@ -189,7 +189,7 @@ def test_process_that_fails_tells_the_other_one_why(config_file: Path, tmp_path:
     assert (other.returncode, failed.returncode) == (1, 1), other.stderr + failed.stderr
     assert "TypeError: a mistake of process 1" in failed.stderr
     assert f"PEERS: process 1 on host {HOST} (pid " in other.stderr
-    assert "failed, see its log: TypeError: a mistake of process 1" in other.stderr
+    assert "failed; see its log: TypeError: a mistake of process 1" in other.stderr
 
 
 WAYS = [(v, how) for how in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM) for v in (0, 1)]

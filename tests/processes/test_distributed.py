@@ -1,20 +1,16 @@
-"""Processes find each other, and share one fate; what a run is on several is in test_meshes.py."""
+"""Tests that processes connect and fail together; tests/test_meshes.py trains on several."""
 
 import json
 import os
 import socket
-import sys
 from importlib import metadata
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
-from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, cluster, k8s_cluster
 
 from mobilellm_jax.config import ConfigError
 from mobilellm_jax.processes import distributed
-from mobilellm_jax.processes.cluster import find_cluster
 from mobilellm_jax.processes.source_digest import source_digest
 from tests.together import free_port, run_together
 
@@ -38,7 +34,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 
 @pytest.fixture
 def initialized(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What jax was told, instead of doing it."""
+    """Records the calls of `jax.distributed.initialize` instead of making them."""
     calls: list[dict[str, Any]] = []
 
     def initialize(*positional: Any, **keywords: Any) -> None:
@@ -51,7 +47,7 @@ def initialized(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """An environment without any cluster, to fill."""
+    """Replaces the environment by an empty one, which the test fills."""
     found: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", found)
     return found
@@ -63,7 +59,7 @@ def test_flags_tell_jax_everything(initialized: list[dict[str, Any]]) -> None:
     (call,) = initialized
     assert call["coordinator_address"] == "node1:8476"
     assert (call["num_processes"], call["process_id"]) == (4, 0)
-    assert call["cluster_detection_method"] == "deactivate"  # not even for the GPUs of this process
+    assert call["cluster_detection_method"] == "deactivate"  # also for the GPUs of this process
     for bound in ("initialization_timeout", "heartbeat_timeout_seconds"):
         assert 0 < call[bound] <= 300
 
@@ -109,7 +105,7 @@ def test_address_may_come_from_jaxs_variable(
 def test_one_process_needs_nobody(
     flags: dict[str, Any], environment: dict[str, str], initialized: list[dict[str, Any]]
 ) -> None:
-    environment.update(SLURM if flags else {})  # the flag overrules what looks like a cluster
+    environment.update(SLURM if flags else {})  # the flag has priority over the variables
     assert distributed.start(**flags).startswith("one process")
     assert not initialized
 
@@ -121,18 +117,18 @@ def test_one_process_needs_nobody(
         (OPEN_MPI, "cuda", "found by Open MPI"),
         ({}, "tpu,cpu", "found by TPU metadata"),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu,cpu", "found by TPU variables"),
-        # Several slices of one host each, as JobSet starts them on GKE.
+        # JobSet on GKE starts several slices of one host each.
         (
             {**POD, "TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
             "tpu,cpu",
             "found by TPU variables",
         ),
         ({**POD, "JOB_COMPLETION_INDEX": "1"}, None, "found by Kubernetes"),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "tpu,cpu", "one process (a TPU host"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, "tpu,cpu", "one process (a single TPU host"),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "cpu", "one process (no cluster"),
-        (POD, None, "one process (no cluster"),  # a notebook
+        (POD, None, "one process (no cluster"),  # the pod of a notebook
         ({**SLURM, "SLURM_NTASKS": "1"}, "cuda", "one process (no cluster"),
-        # A shell or a batch script that srun has not started.
+        # A shell or a batch script that was not started by srun.
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, "cuda", "one process (no cluster"),
     ],
 )
@@ -155,104 +151,10 @@ def test_environment_is_recognised(
     if "one process" in line:
         assert not initialized
     else:
-        # The rest is left to jax, which finds what was found here.
+        # jax finds the address and the numbers by itself.
         names = ("coordinator_address", "num_processes", "process_id")
         assert [initialized[0][name] for name in names] == [None] * 3
         assert initialized[0].get("cluster_detection_method") is None
-
-
-@pytest.mark.parametrize(
-    ("variables", "found"),
-    [
-        (SLURM, ("node1", 4, 3)),
-        (OPEN_MPI, ("10.96.0.1", 2, 1)),
-    ],
-)
-def test_jax_finds_the_same(
-    variables: dict[str, str], found: tuple[str, int, int], environment: dict[str, str]
-) -> None:
-    environment.update(variables)
-    assert found_by_jax() == found
-
-
-def found_by_jax() -> tuple[str, int, int]:
-    """The host of process 0, the number of processes and the number of this one."""
-    address, *numbers, _ = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 1)
-    return (address.rpartition(":")[0], *numbers)
-
-
-@pytest.fixture
-def tpu_host(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> dict[str, str]:
-    """The environment of a machine with TPU chips."""
-    for module in (cloud_tpu_cluster, cluster):
-        monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
-    return environment
-
-
-def recognised_on_a_tpu(environment: dict[str, str]) -> str:
-    before = jax.config.jax_platforms
-    jax.config.update("jax_platforms", "tpu,cpu")
-    try:
-        return find_cluster(environment).name
-    finally:
-        jax.config.update("jax_platforms", before)
-
-
-def test_jax_finds_the_second_slice_of_a_job_set(tpu_host: dict[str, str]) -> None:
-    tpu_host.update(
-        TPU_SKIP_MDS_QUERY="true",  # set on GKE, whose pods reach no metadata server
-        TPU_WORKER_HOSTNAMES="host2,host3",
-        TPU_WORKER_ID="1",
-        MEGASCALE_COORDINATOR_ADDRESS="localhost:8080",
-        MEGASCALE_NUM_SLICES="2",
-        MEGASCALE_SLICE_ID="1",
-    )
-    assert recognised_on_a_tpu(tpu_host) == "TPU variables"
-    assert found_by_jax() == ("localhost", 4, 3)
-
-
-def test_jax_finds_what_the_metadata_of_a_tpu_say(
-    tpu_host: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attributes = {
-        "agent-worker-number": "2",
-        "worker-network-endpoints": "a:1:127.0.0.1,b:2:10.0.0.2,c:3:10.0.0.3,d:4:10.0.0.4",
-        "tpu-env": "ACCELERATOR_TYPE: 'v5litepod-16'",
-    }
-    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (attributes[key], 200))
-    assert recognised_on_a_tpu(tpu_host) == "TPU metadata"
-    assert found_by_jax() == ("127.0.0.1", 4, 2)
-
-
-def test_jax_finds_the_job_set_of_a_pod(
-    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With an API server that knows one pod and its job."""
-    labels = {"jobset.sigs.k8s.io/jobset-name": "pretrain"}
-    job = SimpleNamespace(
-        metadata=SimpleNamespace(name="pretrain-workers-0", labels=labels),
-        spec=SimpleNamespace(parallelism=4),
-    )
-    owner = SimpleNamespace(controller=True, kind="Job")
-    pod = SimpleNamespace(
-        metadata=SimpleNamespace(labels={"job-name": job.metadata.name}, owner_references=[owner])
-    )
-    pods = SimpleNamespace(list_namespaced_pod=lambda **_: SimpleNamespace(items=[pod]))
-    client = SimpleNamespace(
-        CoreV1Api=lambda: pods,
-        BatchV1Api=lambda: SimpleNamespace(read_namespaced_job=lambda **_: job),
-        exceptions=SimpleNamespace(ApiException=OSError),
-    )
-    package = SimpleNamespace(
-        client=client, config=SimpleNamespace(load_incluster_config=lambda: None)
-    )
-    monkeypatch.setitem(sys.modules, "kubernetes", package)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr(k8s_cluster.K8sCluster, "_namespace", lambda: "default")
-    monkeypatch.setattr(socket, "gethostbyname", lambda host: "10.0.0.7")
-    environment.update({**POD, "JOB_COMPLETION_INDEX": "2", "HOSTNAME": "pretrain-workers-0-2"})
-    assert find_cluster(environment).name == "Kubernetes"
-    assert found_by_jax() == ("pretrain-workers-0-0.pretrain", 4, 2)
 
 
 def test_processes_that_jax_cannot_bring_together_are_refused(
@@ -283,9 +185,9 @@ def test_pod_of_a_job_needs_the_kubernetes_package(
         ({}, None),  # no GPUs
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, [1]),  # two tasks share two
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [2, 3]),
-        ({"CUDA_VISIBLE_DEVICES": "0"}, [0]),  # each task is shown its own
+        ({"CUDA_VISIBLE_DEVICES": "0"}, [0]),  # Slurm shows each task only its GPU
         ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "4"}, [0, 1]),
-        # One task per node with all of its GPUs.
+        # One task per node with all GPUs of the node.
         (
             {
                 "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
@@ -339,7 +241,7 @@ TALK = """
 import json, os, signal, sys, time
 import numpy as np
 import jax
-from mobilellm_jax import distributed
+from mobilellm_jax.processes import distributed
 from mobilellm_jax.config import ConfigError, MeshConfig
 from mobilellm_jax.sharding import local_rows, make_mesh, put_batch, replicated
 
@@ -373,7 +275,7 @@ found["late"] = outcome(lambda: distributed.from_first("x", lambda: time.sleep(1
 agreed = distributed.Agreement()
 found["stop"] = [agreed(own == 1 and step == 3) for step in range(6)]
 
-# As the service does when a scheduler announces the end, here for now.
+# The service sets this key when a scheduler announces the end of the job.
 agreed = distributed.Agreement(step=100)
 notice = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 found["notice"] = 0
@@ -403,7 +305,7 @@ print(json.dumps(found))
 """
 OTHER_CODE = """
 import sys
-from mobilellm_jax import distributed
+from mobilellm_jax.processes import distributed
 from mobilellm_jax.config import ConfigError
 
 own = int(sys.argv[2])
@@ -422,9 +324,9 @@ def test_processes_that_run_other_code_are_refused() -> None:
     results = run_together([["-c", OTHER_CODE, address, str(own)] for own in (0, 1)], devices=1)
     for result in results:
         assert result.returncode == 0, result.stderr
-        assert "other code than that of process 0:" in result.stdout
+        assert "other code than process 0:" in result.stdout
         assert f"  jaxlib: {metadata.version('jaxlib')} there, 0.1.2 here\nInstall" in result.stdout
-        assert "its source" not in result.stdout  # which is the same
+        assert "its source" not in result.stdout  # the source is the same
     assert "process 1: other code" in results[0].stdout
 
 
@@ -435,7 +337,7 @@ def test_code_is_known_by_its_source() -> None:
 MESHES: dict[str, tuple[dict[str, int], list[list[int]]]] = {
     "data": ({}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
     "data2_tensor4": ({"tensor": 4}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    # Both processes hold parts of every row, or all of it.
+    # Both processes hold a part of every row, or the whole row.
     "tensor8": ({"data": 1, "tensor": 8}, [list(range(8))] * 2),
     "sequence8": ({"data": 1, "sequence": 8}, [list(range(8))] * 2),
 }
@@ -447,7 +349,7 @@ def test_two_processes_share_one_fate() -> None:
     results = run_together([["-c", TALK, address, str(own), meshes] for own in (0, 1)], devices=4)
     for result in results:
         assert result.returncode == 0, result.stderr
-    # Gloo prints who is connected before that.
+    # Gloo prints lines about connections before.
     first, second = (json.loads(result.stdout.splitlines()[-1]) for result in results)
     assert first["line"] == f"process 0 of 2, from flags, process 0 at {address}"
     assert second["line"] == f"process 1 of 2, from flags, process 0 at {address}"
@@ -465,14 +367,14 @@ def test_two_processes_share_one_fate() -> None:
     assert first["bug in 0"] == "KeyError: 'k'"
     assert second["bug in 0"] == "DistributedError: a check: process 0 failed with KeyError: 'k'"
     assert first["late"] is None
-    assert second["late"].startswith("DistributedError: x: no word")
+    assert second["late"].startswith("DistributedError: x: no message")
 
-    # Process 1 asks in step 3; both hear of it in step 4.
+    # Process 1 asks in step 3, and both hear it in step 4.
     assert first["stop"] == second["stop"] == [False] * 4 + [True, False]
-    # A notice to the coordination service stops both in one step, whatever it was.
+    # A notice to the coordination service stops both in the same step.
     assert 5 <= first["notice"] == second["notice"] < 1000
     expected = {name: rows for name, (_, rows) in MESHES.items()}
     assert {name: [first["rows"][name], second["rows"][name]] for name in MESHES} == expected
-    # Before and after the loop it ends a process, as it does one that is alone.
+    # Outside the training loop SIGTERM ends the process.
     assert not first["catches SIGTERM"] and not second["catches SIGTERM"]
     assert first["processes of the slices"] == [[0], [1]]

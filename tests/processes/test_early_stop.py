@@ -1,4 +1,4 @@
-"""SIGTERM where no step is under way, in a process of its own; in real runs: faults/."""
+"""Tests SIGTERM while no step runs, in a separate process; tests/faults does it in real runs."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 CHILD = """
-import ctypes, os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
 from mobilellm_jax.processes.early_stop import FAREWELLS, EarlyStop
 from mobilellm_jax.startup.messages import show_messages
 
@@ -15,7 +15,7 @@ show_messages()
 farewell = FAREWELLS.during
 
 def say(text):
-    os.write(1, f"{text}\\n".encode())  # at once, because threads say something
+    os.write(1, f"{text}\\n".encode())  # without a buffer, because several threads write
 
 def refuse():
     raise OSError("no such file")
@@ -28,7 +28,7 @@ def in_python():
 def in_c():
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     say("ready")
-    for _ in range(2):  # taken twice it waits for ever, whatever signals come
+    for _ in range(2):  # the second call waits for ever, in spite of signals
         libc.pthread_mutex_lock(mutex)
 
 def in_the_loop():
@@ -38,6 +38,20 @@ def in_the_loop():
     time.sleep(0.2)
     signal.signal(signal.SIGTERM, old)
 
+def just_before_the_loop():
+    sys.setswitchinterval(1000)  # no other thread runs before this one sleeps
+    say("ready")
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: say("the loop's own handler"))
+    time.sleep(60)
+
+def the_main_thread_fails():
+    say("ready")
+    with farewell(stopping.set), farewell(lambda: time.sleep(0.5)):
+        stopping.wait()
+        raise SystemExit(2)
+
+stopping = threading.Event()
 before = signal.getsignal(signal.SIGTERM)
 with EarlyStop():
     with farewell(lambda: say("not said, it was over")):
@@ -66,14 +80,19 @@ def life(kind: str, *, kill: bool = True) -> tuple[int, list[str], str]:
     return process.returncode, said.splitlines(), errors
 
 
-@pytest.mark.parametrize("kind", ["in_python", "in_c"])
+@pytest.mark.parametrize("kind", ["in_python", "in_c", "the_main_thread_fails"])
 def test_the_process_ends_whatever_it_does(kind: str) -> None:
     code, said, errors = life(kind)
-    assert (code, said) == (75, ["last", "first"])
+    assert (code, said) == (75, ["first", "last"])
     assert errors.splitlines() == [
         "SIGTERM: no step is running; stopping. Start the same command to resume.",
         "While stopping: OSError: no such file",
     ]
+
+
+def test_a_signal_just_before_the_loop_takes_over_is_not_lost() -> None:
+    code, said, _ = life("just_before_the_loop", kill=False)
+    assert (code, said) == (75, ["first", "last"])
 
 
 def test_in_the_loop_the_signal_is_the_loops() -> None:

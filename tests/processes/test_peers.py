@@ -1,4 +1,4 @@
-"""Processes that are threads here, over real sockets; real ones are in faults/test_peers.py."""
+"""Tests peers that are threads with real sockets; tests/faults/test_peers.py has processes."""
 
 import contextlib
 import json
@@ -17,11 +17,11 @@ import pytest
 from mobilellm_jax.processes.peers import Peers
 
 HOST, PID = socket.gethostname(), os.getpid()
-_WAIT_SEC = 60  # for a machine that does other things
+_WAIT_SEC = 60  # the machine may be busy
 
 
 class Run:
-    """Processes of a run that watch each other, and how each of them ended."""
+    """The processes of a run, and how each of them ended."""
 
     def __init__(self) -> None:
         self.all: list[Peers] = []
@@ -36,7 +36,7 @@ class Run:
         return self.all[-1]
 
     def together(self, count: int, timeout_sec: float, missing: int = 0) -> list[Peers]:
-        """Starts so many processes, but the last few, which the others wait for."""
+        """Starts `count` processes without the last `missing`."""
         hub = self.make(0, count, timeout_sec)
         self.port, self.token = hub.listen()
         for own in range(1, count - missing):
@@ -72,16 +72,15 @@ def until(reached: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_who_lives_is_left_alone(run: Run) -> None:
-    # Each answer takes a sign of life of every process that came after the question.
+def test_living_processes_are_left_alone(run: Run) -> None:
     for _ in range(3):
         for peers in run.all or run.together(3, timeout_sec=6):
             assert peers.explain() is None
     assert not run.ends
 
 
-def test_who_is_killed_is_named_to_all_at_once(run: Run) -> None:
-    # Longer than the test may take, so that it is not the silence that is noticed.
+def test_all_hear_at_once_which_process_was_killed(run: Run) -> None:
+    # The limit is longer than the test, so that silence is not the reason.
     run.together(3, timeout_sec=100 * _WAIT_SEC)
     hub, _, victim = run.all
     until(lambda: len(hub._members) == 2)
@@ -92,14 +91,15 @@ def test_who_is_killed_is_named_to_all_at_once(run: Run) -> None:
         code, text = run.ends[own]
         assert code == 75
         assert text.startswith(
-            f"PEERS: process 2 on host {HOST} (pid {PID}) is gone: it ended without a word, or was "
+            f"PEERS: process 2 on host {HOST} (pid {PID}) is gone: it ended without a message, or "
+            "was "
             "killed.\n"
-            f"This is process {own} on host {HOST} (pid {PID}), and ends with exit code 75. "
+            f"This is process {own} on host {HOST} (pid {PID}). It ends now with exit code 75. "
             "Start all processes again"
         )
 
 
-def test_who_is_silent_is_named_to_all(run: Run) -> None:
+def test_all_hear_which_process_is_silent(run: Run) -> None:
     run.together(3, timeout_sec=2, missing=1)
     run.connect(run.hello(2))
     until(lambda: len(run.ends) == 2)
@@ -107,14 +107,14 @@ def test_who_is_silent_is_named_to_all(run: Run) -> None:
         code, text = run.ends[own]
         assert code == 75
         assert text.startswith(
-            "PEERS: process 2 on host far (pid 7) is gone: no sign of life for 2 s (--peer_timeout)"
+            "PEERS: process 2 on host far (pid 7) is gone: it sent nothing for 2 s (--peer_timeout)"
         )
 
 
-def test_who_never_comes_is_named(run: Run) -> None:
+def test_a_process_that_never_connects_is_named(run: Run) -> None:
     run.together(2, timeout_sec=1, missing=1)
     until(lambda: bool(run.ends))
-    assert run.ends[0][1].startswith("PEERS: process 1, whose host is not known yet, is gone: no")
+    assert run.ends[0][1].startswith("PEERS: process 1 on an unknown host is gone: it sent")
 
 
 def test_silent_process_0_is_named(run: Run) -> None:
@@ -126,20 +126,20 @@ def test_silent_process_0_is_named(run: Run) -> None:
         answer = json.dumps({"hello": [0, "far", 7]}) + "\n"
         run.raw[0].sendall(answer.encode())
         until(lambda: bool(run.ends))
-        assert run.ends[1][1].startswith("PEERS: process 0 on host far (pid 7) is gone: no sign of")
+        assert run.ends[1][1].startswith("PEERS: process 0 on host far (pid 7) is gone: it sent")
 
 
-def test_process_that_was_stopped_itself_accuses_nobody(run: Run) -> None:
+def test_a_process_that_was_paused_blames_no_other(run: Run) -> None:
     hub, *_ = run.together(3, timeout_sec=12)
-    hub._timeout_sec = 3  # the others would have a right to give it up
+    hub._timeout_sec = 3  # the other processes could give it up
     assert hub.explain() is None
-    with hub._lock:  # its thread does nothing, as under SIGSTOP
+    with hub._lock:  # its thread is blocked, as under SIGSTOP
         time.sleep(4)
     assert hub.explain() is None
     assert not run.ends
 
 
-def test_given_up_process_is_told_so(run: Run) -> None:
+def test_a_process_that_was_given_up_hears_it(run: Run) -> None:
     run.together(2, timeout_sec=1, missing=1)
     silent = run.connect(run.hello(1))
     until(lambda: bool(run.ends))
@@ -148,10 +148,10 @@ def test_given_up_process_is_told_so(run: Run) -> None:
     assert gone["gone"] == 1
     member = run.make(1, 2, 30)
     member._be_told(gone["gone"], gone["why"])
-    assert "the others went without this process, which seemed dead" in run.ends[1][1]
+    assert "the other processes gave up this process, because it seemed dead" in run.ends[1][1]
 
 
-def test_good_bye_ends_nobody(run: Run) -> None:
+def test_a_parting_message_ends_no_other_process(run: Run) -> None:
     hub, first, second = run.together(3, timeout_sec=6)
     first.leave("done")
     assert hub.explain() is None and second.explain() is None
@@ -161,25 +161,25 @@ def test_good_bye_ends_nobody(run: Run) -> None:
     assert not run.ends
 
 
-def test_failure_is_told_to_those_who_wait(run: Run) -> None:
+def test_waiting_processes_hear_of_a_failure(run: Run) -> None:
     hub, first, second = run.together(3, timeout_sec=2)
     assert hub.explain() is None
     first.leave("failed", "TypeError: of process 1")
     until(lambda: {0, 2} <= set(run.ends))
-    text = f"process 1 on host {HOST} (pid {PID}) failed, see its log: TypeError: of process 1"
+    text = f"process 1 on host {HOST} (pid {PID}) failed; see its log: TypeError: of process 1"
     for own, peers in ((0, hub), (2, second)):
         assert run.ends[own] == (1, run.ends[own][1])
         assert run.ends[own][1].startswith(f"PEERS: {text}")
         assert peers.explain() == f"PEERS: {text}"
 
 
-def test_one_that_is_asked_to_stop_stops_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_stops_makes_all_stop(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "kill", lambda *call: sent.append(call))
     hub, first, _ = run.together(3, timeout_sec=2)
     assert hub.explain() is None
     first.leave("stopped", "SIGTERM")
-    until(lambda: {0, 2} <= set(run.ends))  # whoever does not go by itself
+    until(lambda: {0, 2} <= set(run.ends))  # after the time limit
     assert sent == [(PID, signal.SIGTERM)] * 2
     for own in (0, 2):
         code, text = run.ends[own]
@@ -200,10 +200,10 @@ def test_one_that_is_asked_to_stop_stops_all(run: Run, monkeypatch: pytest.Monke
         b"",
     ],
 )
-def test_strangers_are_not_listened_to(first: bytes, run: Run) -> None:
+def test_a_stranger_is_ignored(first: bytes, run: Run) -> None:
     hub, *_ = run.together(2, timeout_sec=6, missing=1)
     stranger, said = run.connect(b""), b""
-    with contextlib.suppress(OSError):  # process 0 may hang up at any moment
+    with contextlib.suppress(OSError):  # process 0 may close the connection at any moment
         stranger.sendall(first)
         stranger.shutdown(socket.SHUT_WR)
         said = stranger.recv(1)
@@ -212,7 +212,7 @@ def test_strangers_are_not_listened_to(first: bytes, run: Run) -> None:
     member.connect("localhost", run.port, run.token)
     member.start()
     assert hub.explain() is None and member.explain() is None
-    # Nobody takes the place of one that is there.
+    # A second connection cannot take the number of a connected process.
     assert not run.connect(run.hello(1)).recv(1)
     assert hub.explain() is None and not run.ends
 
@@ -226,7 +226,8 @@ def test_process_0_that_cannot_be_reached(run: Run) -> None:
 
 ABORTED = """
 import ctypes, threading, time
-from mobilellm_jax.processes.peers import delay_aborts, end_at_once
+from mobilellm_jax.processes.jax_private import delay_aborts
+from mobilellm_jax.processes.peers import end_at_once
 
 delay_aborts()
 threading.Thread(target=ctypes.CDLL(None).abort).start()
@@ -235,7 +236,7 @@ end_at_once(75, "named")
 """
 
 
-def test_abort_from_c_leaves_time_to_say_why() -> None:
+def test_an_abort_in_c_leaves_time_for_a_message() -> None:
     process = subprocess.run([sys.executable, "-c", ABORTED], capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (75, "\nnamed\n")
 

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and that a second process finds them."""
+"""Tests where compiled programs are kept, and that a second process finds them."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ print(counts.get("/jax/compilation_cache/cache_hits", 0))
 
 
 def start(home: Path, *, warnings: str = "error", **variables: str) -> list[str]:
-    """What a process with this home prints: where the cache is, and how much it found there."""
+    """Starts a process with this home folder; returns the place of its cache and its cache hits."""
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))},
         "JAX_PLATFORMS": "cpu",
@@ -42,7 +42,7 @@ def test_second_start_finds_what_the_first_compiled(tmp_path: Path) -> None:
     place, hits = start(tmp_path)
     folder = Path(place)
     assert folder.parent == tmp_path / ".cache" / "mobilellm" / "compiled"
-    assert folder.stat().st_mode & 0o077 == 0  # who can write here can run code as the user
+    assert folder.stat().st_mode & 0o077 == 0  # anyone who can write here can run code as the user
     assert hits == "0"
     assert list(folder.glob("*-cache"))
     place, hits = start(tmp_path)
@@ -50,7 +50,7 @@ def test_second_start_finds_what_the_first_compiled(tmp_path: Path) -> None:
     assert int(hits) >= 1
 
 
-def test_caches_may_have_a_place_of_their_own(tmp_path: Path) -> None:
+def test_the_user_may_choose_the_folder_of_caches(tmp_path: Path) -> None:
     place, _ = start(tmp_path, XDG_CACHE_HOME=str(tmp_path / "caches"))
     assert Path(place).parent == tmp_path / "caches" / "mobilellm" / "compiled"
 
@@ -69,7 +69,7 @@ def test_small_programs_are_not_kept(tmp_path: Path) -> None:
     assert not list(Path(place).glob("*-cache"))
 
 
-def test_home_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+def test_a_home_folder_without_write_access_turns_the_cache_off(tmp_path: Path) -> None:
     (tmp_path / ".cache").write_text("a file where the folder should be")
     place, hits = start(tmp_path)
     assert place.startswith(f"off ({tmp_path}/.cache/mobilellm")
@@ -78,13 +78,13 @@ def test_home_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [None, "7"])
-def test_threshold_is_ours_unless_given(given: str | None, tmp_path: Path) -> None:
+def test_the_user_may_set_the_threshold(given: str | None, tmp_path: Path) -> None:
     script = "import jax; from mobilellm_jax.startup.compile_cache import use_compile_cache;"
     script += "use_compile_cache();"
     script += "print(jax.config.jax_persistent_cache_min_compile_time_secs)"
     name = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "HOME": str(tmp_path)}
-    environment.pop(name)  # the tests' own
+    environment.pop(name)  # the tests set it
     environment |= {} if given is None else {name: given}
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -1,3 +1,5 @@
+"""Tests that freed memory stays in the process, and that other C libraries are left alone."""
+
 import ctypes
 import subprocess
 import sys
@@ -7,9 +9,9 @@ import pytest
 
 from mobilellm_jax.startup.host_memory import keep_freed_memory
 
-# The resident pages of the process before, with and after 64 blocks of which 1 MiB is used; mmap
-# and trimming would give them back. In a thread, as in XLA; in a process of its own, because there
-# is no way back.
+# The program prints how much resident memory 64 blocks add while they live, and after they are
+# freed. It uses 1 MiB of each block. It allocates in a thread, as XLA does. It is a separate
+# process, because these settings cannot be undone.
 PROGRAM = """
 import ctypes, resource, sys, threading
 from mobilellm_jax.startup.host_memory import keep_freed_memory, share_one_heap
@@ -60,7 +62,7 @@ def test_freed_memory_stays_with_the_process() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 @pytest.mark.parametrize(("mode", "least"), [("keep", 60), ("own heaps", 0)])
-def test_blocks_too_large_for_a_threads_own_heap_stay_too(mode: str, least: int) -> None:
+def test_blocks_larger_than_the_heap_of_a_thread_stay_too(mode: str, least: int) -> None:
     held, left = megabytes_held_and_left(mode, 100 << 20)
     assert held >= 60
     assert least <= left < least + 30
@@ -68,14 +70,14 @@ def test_blocks_too_large_for_a_threads_own_heap_stay_too(mode: str, least: int)
 
 def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: object) -> None:
-        raise AssertionError("no C library is asked")
+        raise AssertionError("the code called the C library")
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert keep_freed_memory() is False
 
 
-def test_c_library_without_the_call_or_unwilling(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_c_library_may_lack_or_refuse_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace())  # musl
     assert keep_freed_memory() is False
@@ -87,4 +89,4 @@ def test_c_library_without_the_call_or_unwilling(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=mallopt))
     assert keep_freed_memory() is False
-    assert asked == {-4: 0, -1: -1}  # M_MMAP_MAX, M_TRIM_THRESHOLD; refused, it asks no more
+    assert asked == {-4: 0, -1: -1}  # M_MMAP_MAX, M_TRIM_THRESHOLD; no call follows a refusal

@@ -1,4 +1,4 @@
-"""XLA's flags: which are set, whose wins, and that the installed XLA knows every one."""
+"""Tests which flags of XLA are set, that the user's flags win, and that XLA knows them all."""
 
 import os
 import subprocess
@@ -16,13 +16,13 @@ DETERMINISTIC = "--xla_gpu_deterministic_ops"
 
 @pytest.fixture(autouse=True)
 def _gpu_and_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with a GPU's plugin and a user who has set nothing."""
+    """Pretends that a GPU plugin is installed and that the user has set no flags."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "jax_cuda13_plugin")
     monkeypatch.delenv("XLA_FLAGS")
 
 
 def test_xla_knows_every_flag() -> None:
-    # It ends the process for one that it does not know, the plugin's XLA like the CPU's.
+    # XLA ends the process for an unknown flag, on CPU as on GPU.
     set_xla_flags(deterministic=True)
     script = "import jax; jax.jit(lambda x: x + 1)(1.0)"
     flags = os.environ["XLA_FLAGS"]
@@ -42,7 +42,7 @@ def test_deterministic_is_asked_for() -> None:
     assert not is_deterministic()
     assert f"{DETERMINISTIC}=true" in set_xla_flags(deterministic=True)
     assert is_deterministic()
-    assert set_xla_flags(deterministic=True) == "none"  # all there
+    assert set_xla_flags(deterministic=True) == "none"  # every flag is there already
 
 
 def test_flags_of_the_user_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,13 +62,13 @@ def test_contradiction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_jaxlib_gets_no_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert metadata.version("jaxlib").startswith(xla_flags._TRIED_JAXLIB)
+    assert metadata.version("jaxlib").startswith(xla_flags._TESTED_JAXLIB)
     monkeypatch.setattr(metadata, "version", lambda name: "0.99.0")
-    assert "0.99.0 was not tried" in set_xla_flags(deterministic=False)
+    assert "0.99.0 was not tested" in set_xla_flags(deterministic=False)
     assert "XLA_FLAGS" not in os.environ
     with pytest.raises(ConfigError, match=r"jaxlib 0\.99\.0"):
         set_xla_flags(deterministic=True)
-    monkeypatch.setenv("XLA_FLAGS", f"{DETERMINISTIC}=true")  # the user knows
+    monkeypatch.setenv("XLA_FLAGS", f"{DETERMINISTIC}=true")  # the user has set the flag
     set_xla_flags(deterministic=True)
 
 
