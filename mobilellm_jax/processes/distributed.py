@@ -339,8 +339,8 @@ def _watch_peers(timeout_sec: float) -> None:
         except OSError as error:
             raise DistributedError(
                 f"process 0 cannot be reached at {host}:{port} ({error}); allow "
-                "connections between the processes at any port, or give --peer_timeout=0. Then only "
-                "jax watches the processes, which takes longer and gives no name."
+                "connections between the processes at any port, or give --peer_timeout=0. Then "
+                "only jax watches the processes, which takes longer and gives no name."
             ) from error
     delay_aborts()
     peers.start()

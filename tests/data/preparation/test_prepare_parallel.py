@@ -67,7 +67,7 @@ _PREPARE = """
 import json, sys
 from pathlib import Path
 from mobilellm_jax.data import sources
-from mobilellm_jax.data.prepare import prepare
+from mobilellm_jax.data.preparation.prepare import prepare
 
 if __name__ == "__main__":
     sources.PIECE_BYTES = 8_000
