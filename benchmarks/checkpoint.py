@@ -1,10 +1,10 @@
-"""What a checkpoint costs: holding up the step, reaching the disk, being verified, being restored.
+"""Measures how long a checkpoint delays training, and how long writing and restoring take.
 
   python benchmarks/checkpoint.py
   python benchmarks/checkpoint.py --model=mobilellm_350m --rounds=5 --folder=/scratch
 
-The state is that of AdamW in float32, of random numbers, on one device. `plain` is one thread that
-writes the same number of bytes to one file and syncs it, for comparison.
+The state is a training state of AdamW in float32 with random numbers, on one device. For
+comparison, `plain` writes the same number of bytes to one file with one thread and syncs it.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def write_plain(file: Path, size: int) -> None:
-    """Writes so many bytes that no file system could leave out, and syncs them."""
+    """Writes `size` random bytes, which a file system cannot compress, and syncs them."""
     block = np.random.default_rng(0).bytes(1 << 24)
     with file.open("wb") as opened:
         for _ in range(size // len(block)):
@@ -52,11 +52,11 @@ def write_plain(file: Path, size: int) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="mobilellm_125m")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure")
+    parser.add_argument("--folder", type=Path, default=None, help="folder on the disk to measure")
     arguments = parser.parse_args()
     config = load_config(str(ROOT / "configs" / f"{arguments.model}.py"), [])
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])

@@ -1,13 +1,13 @@
-"""`evaluate --tasks` beside lm-evaluation-harness' own `hf` model: are all answers the same?
+"""Checks that `evaluate --tasks` gives the same answers as lm-evaluation-harness' `hf` model.
 
     pip install 'mobilellm-jax[eval]' torch transformers accelerate
     python benchmarks/compare_harness.py --model=exported/hf --data_dir=EVALS --limit=100 --shots=3
 
-Both get the same Hugging Face directory and compute in float32 on the CPU. Printed per task: how
-many requests there were, the largest difference of a log-likelihood, how many `is_greedy` and how
-many texts differ, and whether all metrics are equal. A text of several windows (wikitext) has a
-log-likelihood of thousands of nats, of which float32 sums keep seven digits in either program; it
-is compared with float64 besides, to tell whose digits are wrong.
+Both read the same Hugging Face directory and compute in float32 on the CPU. For each task, the
+script prints the number of requests, the largest difference between log-likelihoods, how many
+`is_greedy` and how many texts differ, and whether all metrics are equal. A text of several windows
+(wikitext) has a log-likelihood of thousands of nats, and a float32 sum keeps only seven digits of
+it. Such texts are also compared with float64, to show which of the two is more exact.
 """
 
 import argparse
@@ -38,12 +38,14 @@ _KINDS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 def main() -> None:
-    """Compares and prints; the exit code is 1 if anything differs."""
+    """Compares and prints the results; the exit code is 1 if anything differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
-    parser.add_argument("--data_dir", type=Path, required=True, help="as for `evaluate`")
+    parser.add_argument(
+        "--data_dir", type=Path, required=True, help="folder of rows, as for `evaluate`"
+    )
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--shots", type=int, default=0)
     parser.add_argument("--tasks", default=",".join(_TASKS))
@@ -55,7 +57,7 @@ def main() -> None:
         (our_metrics, mine), (their_metrics, hf) = (
             _asked(model, tasks, given.limit) for model in (ours, theirs)
         )
-        assert list(mine) == list(hf), "other requests"
+        assert list(mine) == list(hf), "both models must get the same requests"
         far, greedy, texts = 0.0, 0, 0
         for request, answer in mine.items():
             if isinstance(answer, str):
@@ -86,7 +88,7 @@ def _pair(answer: Any) -> tuple[float, bool]:
 
 
 def _asked(model: Any, tasks: Any, limit: int) -> tuple[dict[str, float], dict[Any, Any]]:
-    """Returns the metrics of a task, and the answer to each of its requests."""
+    """Returns the metrics of a task and the answers to all its requests."""
     answers: dict[Any, Any] = {}
     for kind in _KINDS:
         answer = getattr(type(model), kind)

@@ -1,16 +1,17 @@
-"""`evaluate --tasks` beside lm-evaluation-harness' own `hf` model: seconds for the same requests.
+"""Times `evaluate --tasks` and lm-evaluation-harness' `hf` model on the same requests.
 
     pip install 'mobilellm-jax[eval]' torch transformers accelerate
     python benchmarks/evaluate.py --data_dir=EVALS --rows=200 --rounds=3
 
-Both have the same weights (random, of --model's shape), compute in float32 on this machine's CPU
-with all its cores, and score the requests of the same rows of --task. All contenders (every size of
-a batch, of ours in tokens and of theirs in sequences) take turns, round by round; medians, and the
-ratio of the best of each. A first round, which compiles, is not counted and printed apart. A long
-measurement can be done in pieces (--first=0 --rows=50, --first=50 --rows=50, ...).
+Both models have the same random weights in the shape of --model, compute in float32 on all cores of
+this machine's CPU, and score the requests of the same rows of --task. Each batch size is one
+contender; our batch sizes count tokens, and the harness' batch sizes count sequences. All
+contenders take turns in each round. The script prints medians and the ratio between the two best.
+The first round compiles and is printed separately. A long measurement can be split
+(--first=0 --rows=50, --first=50 --rows=50, ...).
 
-The vocabulary of the model is the real one; the tokenizer is trained on the task and has fewer
-pieces, so that a text has somewhat more tokens than it would have.
+The model has the full vocabulary. The tokenizer is trained on the task and has fewer pieces, so
+texts have slightly more tokens than usual.
 """
 
 import argparse
@@ -52,7 +53,7 @@ Score = Callable[[Sequence[Instance]], list[tuple[float, bool]]]
 
 
 class _Recorder(LM):
-    """Remembers what it is asked."""
+    """Records all requests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,24 +64,28 @@ class _Recorder(LM):
         return [(-1.0, False) for _ in requests]
 
     def loglikelihood_rolling(self, requests: list[Instance], **_: Any) -> list[float]:
-        raise NotImplementedError("choose a task of continuations")
+        raise NotImplementedError("choose a task that only scores continuations")
 
     generate_until = loglikelihood_rolling
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--data_dir", type=Path, required=True, help="as for `evaluate`")
+    parser.add_argument(
+        "--data_dir", type=Path, required=True, help="folder of rows, as for `evaluate`"
+    )
     parser.add_argument("--task", default="hellaswag")
     parser.add_argument("--model", default="125m", choices=sorted(MOBILELLM))
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch_tokens", default="2048", help="ours, separated by commas")
-    parser.add_argument("--batch_sizes", default="8,16", help="theirs")
+    parser.add_argument("--batch_tokens", default="2048", help="our batch sizes, with commas")
+    parser.add_argument(
+        "--batch_sizes", default="8,16", help="batch sizes of the harness, with commas"
+    )
     arguments = parser.parse_args()
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "torch", "lm_eval"))
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {versions}")
@@ -114,7 +119,7 @@ def main() -> None:
     for turn in range(-1, arguments.rounds):
         for name, score in contenders.items():
             if turn < 0 and name.startswith("hf"):
-                score(requests[:4])  # nothing to compile; its memory is touched
+                score(requests[:4])  # the harness compiles nothing; this only touches its memory
                 continue
             started = time.perf_counter()
             scores[name] = score(requests)
@@ -141,7 +146,7 @@ def _ours(config: ModelConfig, params: Params, tokenizer: Tokenizer, batch_token
     placed = jax.device_put(params, replicated(mesh))
 
     def score(requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        # A journal of its own each time: nothing is remembered.
+        # Each call has a new journal, so no answer is reused.
         model = HarnessModel(
             *(JaxEngine(config, scorer, placed), tokenizer, Journal(None, {})),
             origin="",
@@ -170,7 +175,7 @@ def _report(seconds: dict[str, list[float]], scores: dict[str, list[tuple[float,
     worst = max(abs(ours - theirs) for (ours, _), (theirs, _) in pairs)
     greedy = sum(ours != theirs for (_, ours), (_, theirs) in pairs)
     print(f"largest difference of a log-likelihood {worst:.1e}, of `is_greedy` {greedy}")
-    assert worst < _CLOSE and not greedy, "the two models do not say the same"
+    assert worst < _CLOSE and not greedy, "the two models give different answers"
 
 
 if __name__ == "__main__":

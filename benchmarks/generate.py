@@ -1,21 +1,22 @@
-"""Generating text beside transformers.generate and llama.cpp: tokens/s on this machine's CPU.
+"""Compares our generation with transformers.generate and llama.cpp, in tokens/s on this CPU.
 
     pip install torch transformers 'mobilellm-jax[export]'
     python benchmarks/generate.py --rounds=5
     python benchmarks/generate.py --dtype=bfloat16 --batch=8
 
-All have the shape of --model, the same random weights, and continue prompts of --prompt tokens by
---new tokens, greedily; all take turns, round by round. Rates count new tokens over the whole time,
-the prompt's included; medians, the spread, and our ratios at the end.
+All contenders have the shape of --model and the same random weights. They continue prompts of
+--prompt tokens by --new tokens, greedily, and take turns in each round. A rate is the number of new
+tokens divided by the whole time, including the prompt. The script prints medians, the spread, and
+our ratios to the other contenders.
 
-    ours       generate, parameters prepared once
+    ours       generate with parameters that are prepared once
     eager      transformers.generate with its static cache
-    compiled   the same, its forward pass compiled by torch (needs a C++ compiler)
-    llama.cpp  our GGUF export in --dtype, with llama.cpp's own settings (a float16 cache, fused
-               attention where it likes); the likeliest token is found by NumPy
+    compiled   the same with a forward pass compiled by torch (needs a C++ compiler)
+    llama.cpp  our GGUF export in --dtype with the default settings of llama.cpp (a float16 cache,
+               fused attention at its choice); NumPy finds the likeliest token
 
-The greedy tokens of ours and of the others are compared in float32, up to the first at which the
-two likeliest logits are closer than rounding.
+In float32, the script also compares our greedy tokens with the greedy tokens of the others. They
+may differ from the first place on where the two likeliest logits are closer than rounding errors.
 """
 
 import argparse
@@ -47,7 +48,7 @@ Contender = Callable[[], list[list[int]]]
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip", default="", help="contenders to leave out, with commas between")
+    parser.add_argument("--skip", default="", help="contenders to leave out, with commas")
     arguments = parser.parse_args()
     config = dataclasses.replace(
         MOBILELLM[arguments.model], compute_dtype=arguments.dtype, attention="xla"
@@ -77,12 +78,12 @@ def main() -> None:
             if name not in skipped:
                 contenders[name] = _transformers(config, params, prompts, arguments, name)
     else:
-        print("WARNING: no figure for transformers: pip install torch transformers")
+        print("WARNING: transformers is left out; pip install torch transformers")
     if importlib.util.find_spec("gguf") and importlib.util.find_spec("llama_cpp"):
         if "llama.cpp" not in skipped:
             contenders["llama.cpp"] = _llama_cpp(config, params, prompts, arguments.new)
     else:
-        print("WARNING: no figure for llama.cpp: pip install 'mobilellm-jax[export]'")
+        print("WARNING: llama.cpp is left out; pip install 'mobilellm-jax[export]'")
     _compare(contenders, arguments)
 
 
@@ -160,7 +161,7 @@ def _llama_of(config: ModelConfig, params: Params) -> Any:
 
 
 def _matrices(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
-    """Returns the matrices of the unshared model, outputs first, by transformers' names."""
+    """Returns the matrices of the unshared model by transformers' names, with outputs first."""
     blocks = jax.tree.map(np.asarray, params["blocks"])
     width = config.embed_dim
     found = {
@@ -189,7 +190,7 @@ def _matrices(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
 def _llama_cpp(
     config: ModelConfig, params: Params, prompts: list[list[int]], new: int
 ) -> Contender:
-    """Exports the model and loads it with room for all prompts at once."""
+    """Exports the model and loads it with a context for all prompts."""
     import llama_cpp
 
     from mobilellm_jax.export.gguf.runtime import load_model
@@ -197,7 +198,7 @@ def _llama_cpp(
 
     library: Any = llama_cpp.llama_cpp
     with tempfile.TemporaryDirectory() as name:
-        # A few tokens with texts, the rest padding: ids are all that is given.
+        # Few tokens have a text and the rest are padding, because only ids are used.
         tokenizer = train_tokenizer(["a b c"] * 9, 264, Path(name) / "tokenizer.model")
         source = Source(config, params, tokenizer, "random weights")
         write(source, Path(name), config.compute_dtype)

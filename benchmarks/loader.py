@@ -1,17 +1,17 @@
-"""The loader beside a torch DataLoader over a memory map and beside Hugging Face `datasets`.
+"""Compares our loader with a torch DataLoader over a memory map and with Hugging Face `datasets`.
 
     pip install torch datasets
     python benchmarks/loader.py --rounds=7
 
-Everybody reads windows of --seq_len tokens in random order, from files that are in the page cache,
-in batches of --batch; all take turns in one process, round by round. Medians in million tokens/s,
-the spread, and our ratios at the end.
+All contenders read windows of --seq_len tokens in random order, in batches of --batch, from files
+in the page cache. They take turns in one process. The script prints medians in million tokens/s,
+the spread, and our ratios to the others.
 
     ours      two folders mixed 0.7 to 0.3, one with a loss mask; tokens, targets, weights, segments
               and positions, documents of --document_tokens on average (document_mask)
     plain     one folder; tokens, targets and weights (concat)
-    torch     DataLoader(shuffle=True) over windows of an np.memmap, as nanoGPT cuts them: tokens
-              and targets as int64 and no other channel; in this process
+    torch     DataLoader(shuffle=True) over windows of an np.memmap as in nanoGPT: tokens and
+              targets as int64 and no other channel; in this process
     torch+N   the same with N worker processes (--torch_workers)
     datasets  rows of --seq_len tokens from an Arrow file, shuffled, with_format("numpy"): tokens
               only
@@ -42,7 +42,7 @@ _PEERS = {"torch": "torch", "datasets": "datasets"}
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     missing = [module for module in _PEERS.values() if not importlib.util.find_spec(module)]
     for module in missing:
-        print(f"WARNING: {module} is not installed, so there is no figure for it: pip install it")
+        print(f"WARNING: {module} is not installed and is left out; pip install it")
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, NumPy {np.__version__}"
@@ -74,7 +74,7 @@ def main() -> None:
             "plain": _ours(str(folder / "one"), arguments, boundaries="concat"),
         }
         if "torch" not in missing:
-            # A single file, as nanoGPT has it: that saves it the search for the shard.
+            # A single file as in nanoGPT, which saves the search for the shard.
             whole = folder / "whole.bin"
             np.concatenate(
                 [np.fromfile(file, "<u2") for file in sorted((folder / "one").glob("*.tokens"))]
@@ -98,7 +98,7 @@ def _ours(path: str, arguments: argparse.Namespace, boundaries: Any) -> Iterator
 def _torch(file: Path, arguments: argparse.Namespace, workers: int) -> Iterator[int]:
     import torch
 
-    # torch takes all cores for copies of a few kilobytes otherwise, and is slower for it.
+    # By default torch uses all cores for copies of a few kilobytes, which is slower.
     torch.set_num_threads(1)
     loader = torch.utils.data.DataLoader(
         _MemmapWindows(file, arguments.seq_len),
@@ -115,7 +115,7 @@ def _torch(file: Path, arguments: argparse.Namespace, workers: int) -> Iterator[
 
 
 class _MemmapWindows:
-    """Windows as nanoGPT cuts them: int64 copies of the inputs and of the targets."""
+    """Windows as in nanoGPT: int64 copies of the inputs and of the targets."""
 
     def __init__(self, file: Path, seq_len: int) -> None:
         self._data = np.memmap(file, np.uint16, mode="r")
@@ -145,7 +145,7 @@ def _datasets(folder: Path, arguments: argparse.Namespace) -> Iterator[int]:
             tokens = np.fromfile(shard, "<u2").astype(np.int32)
             whole = tokens[: len(tokens) // seq_len * seq_len]
             rows = pa.FixedSizeListArray.from_arrays(pa.array(whole), seq_len)
-            # Chunks of the size that the library itself writes.
+            # The library itself writes chunks of this size.
             writer.write_table(pa.table([rows], schema=table), max_chunksize=1000)
     saved = datasets.Dataset.from_file(str(file))
     for epoch in range(1 << 30):
@@ -176,7 +176,7 @@ def _compare(contenders: dict[str, Iterator[int]], arguments: argparse.Namespace
 
 
 def _rate(batches: Iterator[int], count: int) -> float:
-    """Tokens/s of the next `count` batches; what was read ahead before is used up first."""
+    """Returns tokens/s of the next `count` batches, after the batches that were read ahead."""
     for _ in range(_READ_AHEAD):
         next(batches)
     began = time.perf_counter()
@@ -184,14 +184,14 @@ def _rate(batches: Iterator[int], count: int) -> float:
     return tokens / (time.perf_counter() - began)
 
 
-# The loader's Grain buffer and the 2 batches per worker of a DataLoader fill while others run.
+# While others run, Grain's buffer fills, and a DataLoader reads 2 batches per worker ahead.
 _READ_AHEAD = 16
 
 
 def _write_tokens(
     folder: Path, tokens: int, document_tokens: int, *, seed: int, masked: bool = False
 ) -> None:
-    """Writes a token folder of random ids; document lengths are exponential."""
+    """Writes a token folder of random ids with exponential document lengths."""
     rng = np.random.default_rng(seed)
     folder.mkdir()
     found = []

@@ -1,16 +1,16 @@
-"""`prepare` beside Hugging Face `datasets.map` and beside SentencePiece alone, in tokens/s.
+"""Compares `prepare` with Hugging Face `datasets.map` and with SentencePiece alone, in tokens/s.
 
     pip install datasets
     python benchmarks/prepare.py --workers=2 --megabytes=200 --rounds=5
 
-The same jsonl file, SentencePiece model and number of processes for all three, one after the other
-in each round; the medians and our ratios at the end.
+All three use the same jsonl file, SentencePiece model and number of processes, one after the other
+in each round. The script prints the medians and our ratios.
 
-    raw     every process encodes its share of the strings, which it holds in memory already
+    raw     every process encodes its share of the strings, which are already in memory
     map     datasets.map(batched=True, num_proc=N) over the loaded dataset, written to its cache
-    ours    prepare: from the jsonl file to the finished folder, start of the processes included
+    ours    prepare, from the jsonl file to the finished folder, with the start of the processes
 
-Without --corpus the text is the documentation that ships with Python, over and over.
+Without --corpus, the text is the documentation that ships with Python, repeated.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _MAP_BATCH = 1_000  # the default of datasets.map
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -48,7 +48,7 @@ def main() -> None:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise SystemExit("The peer is missing: pip install datasets") from None
+        raise SystemExit("datasets is not installed; pip install datasets") from None
     datasets.disable_progress_bars()
 
     with tempfile.TemporaryDirectory() as name:
@@ -63,7 +63,7 @@ def main() -> None:
         loaded = datasets.load_dataset(
             "json", data_files=str(jsonl), split="train", cache_dir=str(folder / "cache")
         )
-        # No process that measures is forked from one with threads or a tokenizer loaded.
+        # Processes that measure are not forked from a process with threads or a tokenizer.
         context = multiprocessing.get_context("spawn")
         with context.Pool(
             arguments.workers, _hold, (model, texts, arguments.workers, context.Value("i", 0))
@@ -122,7 +122,7 @@ def _compare(runs: dict[str, Callable[[], int]], rounds: int) -> None:
 
 
 def _texts(spec: str, size: int, folder: Path) -> list[str]:
-    """Returns documents of about `size` bytes: the source's in random order, again and again."""
+    """Returns documents of about `size` bytes: the source's documents, shuffled and repeated."""
     source = open_source(spec, folder / "source")
     own = [
         document.text
@@ -143,7 +143,7 @@ def _texts(spec: str, size: int, folder: Path) -> list[str]:
 
 
 class _MapEncoder:
-    """What datasets.map calls in each of its processes; the model is opened once in each."""
+    """Encodes a batch; datasets.map calls it in its processes, which open the model once."""
 
     def __init__(self, model: Path) -> None:
         self._file = str(model)

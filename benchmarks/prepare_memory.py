@@ -1,9 +1,9 @@
-"""Peak memory of `prepare` on a small and on a ten times larger synthetic corpus.
+"""Compares the peak memory of `prepare` on a small and on a ten times larger synthetic corpus.
 
     python benchmarks/prepare_memory.py --megabytes=100 --factor=10 --workers=2
 
 Memory is the proportional set size of the process and its workers, summed and sampled ten times a
-second: shared pages count once, and files that the kernel caches do not count.
+second. Shared pages count once, and files in the kernel's cache do not count.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _WORDS = "river stone light water cloud mountain under over between slowly and t
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _write_corpus(file: Path, size: int) -> None:
-    """Documents of up to 10 kB of words and numbers, so that no two are alike."""
+    """Writes a corpus of different documents of up to 10 kB of words and numbers."""
     rng = random.Random(0)
     with file.open("w", encoding="utf-8") as opened:
         while opened.tell() < size:
@@ -78,7 +78,7 @@ def _family(pid: int) -> list[int]:
             for children in Path(f"/proc/{parent}/task").glob("*/children"):
                 found += [int(child) for child in children.read_text().split()]
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended
+            continue  # the process has ended
     return found
 
 
@@ -86,7 +86,7 @@ def _proportional_bytes(pid: int) -> int:
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return 0  # it has ended
+        return 0  # the process has ended
     line = next((line for line in text.splitlines() if line.startswith("Pss:")), "Pss: 0 kB")
     return int(line.split()[1]) * 1024
 

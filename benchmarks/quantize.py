@@ -1,20 +1,22 @@
-"""Quantized models beside float ones: bytes, speed, loss, and whether products really are int8.
+"""Compares quantized models with float models: bytes, speed, loss, and the types of products.
 
     python benchmarks/quantize.py
     python benchmarks/quantize.py --topology=v5e:1x1
     python benchmarks/quantize.py --checkpoint=runs/mine --text=README.md
 
-The first measures on this machine, the second compiles for a TPU that is not there, the third
-compares losses.
+The first command measures on this machine. The second command compiles for a TPU that need not be
+present. The third command compares losses.
 
-Speed is of a model of --model's shape with random weights: a pass over --tokens tokens up to their
-losses (what `evaluate` does), and --new greedy tokens for --batch prompts (what `generate` does).
-All forms take turns, round by round; medians, the spread, and the ratio to float32. The programs
-are then asked what they multiply: products of int8 summed in int32, all products, and conversions
-of int8 to int32, which a backend without int8 products would need.
+Speed is measured with a model of --model's shape and random weights, in two ways: one pass over
+--tokens tokens up to their losses (as `evaluate` does), and --new greedy tokens for --batch prompts
+(as `generate` does). All forms take turns in each round. The script prints medians, the spread, and
+the ratio to float32. It then counts three things in the compiled programs: products of int8 with
+sums in int32, all products, and conversions of int8 to int32. A backend without int8 products needs
+these conversions.
 
-For a TPU (pip install "mobilellm-jax[tpu]") it is the same pass, and the compiler's estimate of its
-cycles. With --checkpoint: a row for each scheme with its bits, bytes and loss on --text.
+For a TPU (pip install "mobilellm-jax[tpu]") the script compiles the same pass and prints the
+compiler's estimate of cycles. With --checkpoint it prints a row for each scheme with bits, bytes
+and the loss on --text.
 """
 
 import argparse
@@ -55,7 +57,7 @@ _CONVERSION = re.compile(r" convert\(%?([\w.\-]+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A model in one of the forms that are compared."""
+    """A model in float or quantized form."""
 
     name: str
     config: ModelConfig
@@ -63,17 +65,19 @@ class Form:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default="125m", choices=sorted(MOBILELLM))
-    parser.add_argument("--schemes", default="w8a8,w8a8+,w8,w4,w4a8", help="+ takes in every part")
+    parser.add_argument(
+        "--schemes", default="w8a8,w8a8+,w8,w4,w4a8", help="a + quantizes every part"
+    )
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--topology", help="such as v5e:1x1")
+    parser.add_argument("--topology", help="TPU topology such as v5e:1x1")
     parser.add_argument("--checkpoint")
     parser.add_argument("--text", type=Path, default=Path("README.md"))
     arguments = parser.parse_args()
@@ -104,7 +108,7 @@ def main() -> None:
 
 def _quantized(name: str, config: ModelConfig, params: Params) -> Form:
     scheme = find_scheme(name.removesuffix("+"), *([_EVERYTHING] if name.endswith("+") else []))
-    # Between integer products, what a CPU computes with.
+    # A CPU computes in float32 between the integer products.
     config = dataclasses.replace(config, compute_dtype="float32")
     return Form(name, config, jax.jit(functools.partial(quantized, scheme=scheme))(params))
 
@@ -180,12 +184,12 @@ def _spread(values: list[float]) -> str:
 
 
 def _products(text: str) -> tuple[int, int, int]:
-    """Returns how often the program's text has integer products, products, and int8 made int32."""
+    """Counts integer products, all products, and conversions of int8 to int32 in a program."""
     integers = products = conversions = 0
     types: dict[str, str] = {}
     for line in text.splitlines():
         if line and not line.startswith(" "):
-            types = {}  # names are those of one computation
+            types = {}  # names are unique only inside one computation
         if not (result := _RESULT.match(line)):
             continue
         types[result[1]] = result[2]
@@ -210,12 +214,12 @@ def _compile_for_tpu(forms: list[Form], arguments: argparse.Namespace) -> None:
         is_float = form.name in _FLOATS
         types = jax.tree.map(lambda x: form.name if is_float else x.dtype, form.params)  # noqa: B023
         params = jax.tree.map(lambda x, dtype: abstract(x.shape, dtype), form.params, types)
-        # Between integer products, what a TPU computes with.
+        # A TPU computes in bfloat16 between the integer products.
         dtype: ComputeDtype = "float32" if form.name == "float32" else "bfloat16"
         config = dataclasses.replace(form.config, compute_dtype=dtype)
         compiled = _pass.lower(params, tokens_BT, config).compile()
         text, memory = compiled.as_text(), compiled.memory_analysis()
-        assert text is not None and memory is not None, "libtpu tells both"
+        assert text is not None and memory is not None, "libtpu provides both"
         integers, products, _ = _products(text)
         cycles = read_program(text).estimated_cycles or 0
         print(

@@ -1,4 +1,4 @@
-r"""Curves of quantization-aware training: validation losses of several runs in one picture.
+r"""Draws validation losses of several runs of quantization-aware training in one picture.
 
     for scheme in none w4a8g32 w4a8g128; do
       mobilellm train --config=configs/quantize/quickstart_w4a8.py \
@@ -7,8 +7,8 @@ r"""Curves of quantization-aware training: validation losses of several runs in 
     python benchmarks/quantize_training.py --float=qat_none --output=docs/quantize_training.png \
       runs/qat_none runs/qat_w4a8g32 runs/qat_w4a8g128
 
-A run's first point is the model that it starts from, quantized: the loss without training. What
-training recovers is printed as a share of that loss' distance from the float model's.
+The first point of a run is the quantized model before training. The script prints how much of the
+gap to the float model's loss the training closes.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from mobilellm_jax.train.metrics import read_metrics
 
 
 def main() -> None:
-    """Draws and prints."""
+    """Draws the picture and prints the losses."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

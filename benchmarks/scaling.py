@@ -1,15 +1,15 @@
-"""Cost of a training step over tokens, depth, width and meshes, beside what the FLOP count says.
+"""Compares the cost of a training step with its FLOP count, over tokens, depth, width and meshes.
 
   python benchmarks/scaling.py                      # 8 simulated CPU devices
   python benchmarks/scaling.py --devices=4 --steps=20
 
-`model` is the FLOP count by the convention of `model/size.py`. `XLA` is what the compiler counts in
-the step's program, over all devices; it also counts attention to what the causal mask hides, and
-everything that is no matrix product. The program has no loops here, because XLA counts the body of
-one once. Times are medians, and mean something on a quiet machine only; small shapes are overhead.
+`model` is the FLOP count of `model/size.py`. `XLA` is the compiler's count for the step's program
+over all devices. XLA also counts attention scores that the causal mask hides, and operations other
+than matrix products. The program has no loops, because XLA counts the body of a loop once. Times
+are medians, and they are only meaningful on a quiet machine; small shapes mostly measure overhead.
 
-Exit code 1 if XLA's count does not grow as the model's (exponent outside 1 +- 0.1), if a mesh does
-more than 10% more work than one device, or if time grows faster than work (exponent over 1.2).
+The exit code is 1 if XLA's count grows with an exponent outside 1 +- 0.1 of the model's count, if a
+mesh does more than 10% more work than one device, or if time grows with an exponent over 1.2.
 """
 
 import argparse
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One shape on one mesh."""
+    """The result for one shape on one mesh."""
 
     name: str
     model_flops: float
@@ -37,14 +37,14 @@ class Measured:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures, prints and returns the exit code."""
+    """Measures, prints the results and returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--devices", type=int, default=8, help="simulated CPU devices")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each shape")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps for each shape")
     options = parser.parse_args(arguments)
-    # Before jax starts.
+    # jax reads these variables when it starts.
     os.environ["JAX_PLATFORMS"] = "cpu"
     simulated = f"--xla_force_host_platform_device_count={options.devices}"
     os.environ["XLA_FLAGS"] = f"{simulated} {os.environ.get('XLA_FLAGS', '')}"
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         rows = [measure(describe(c), c, MeshConfig(), devices, options.steps) for c in configs]
         show(group, rows)
         work, seconds = exponent(rows, "xla_flops"), exponent(rows, "seconds")
-        print(f"  grows as work to the power of: XLA's count {work:.3f}, time {seconds:.2f}")
+        print(f"  exponents of growth over work: XLA's count {work:.3f}, time {seconds:.2f}")
         if abs(work - 1) > 0.1:
             wrong.append(f"{group}: XLA's count grows with exponent {work:.3f}")
         if seconds > 1.2:
@@ -82,12 +82,12 @@ def main(arguments: Sequence[str]) -> int:
         for row in rows
         if row.xla_flops > 1.1 * one.xla_flops
     ]
-    print("\n".join(wrong) if wrong else "cost grows with work, and no mesh does work twice")
+    print("\n".join(wrong) if wrong else "cost grows like work, and no mesh repeats work")
     return int(bool(wrong))
 
 
 def base_config(*, rows: int, blocks: int = 2, width: int = 128) -> "Config":
-    """Returns a run whose step has no loops."""
+    """Returns the config of a run with a step that has no loops."""
     from mobilellm_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
     return Config(
@@ -111,13 +111,13 @@ def base_config(*, rows: int, blocks: int = 2, width: int = 128) -> "Config":
 
 
 def describe(config: "Config") -> str:
-    """Returns the shape in words."""
+    """Returns the name of the shape."""
     model = config.model
     return f"{config.train.global_batch} rows, {model.num_blocks} x {model.embed_dim}"
 
 
 def measure(name: str, config: "Config", mesh: "MeshConfig", devices: int, steps: int) -> Measured:
-    """Compiles the step, asks XLA for its work and times it."""
+    """Compiles the step, reads XLA's count and times the step."""
     import jax
     import numpy as np
 
@@ -152,14 +152,14 @@ def measure(name: str, config: "Config", mesh: "MeshConfig", devices: int, steps
 
 
 def exponent(rows: Sequence[Measured], field: str) -> float:
-    """Returns the power of the model's FLOPs with which a field grows, first to last."""
+    """Returns the exponent of a field's growth over the model's FLOPs, from first to last row."""
     first, last = rows[0], rows[-1]
     growth = math.log(getattr(last, field) / getattr(first, field))
     return growth / math.log(last.model_flops / first.model_flops)
 
 
 def show(title: str, rows: Sequence[Measured]) -> None:
-    """Prints one part of the table."""
+    """Prints some rows of the table under a title."""
     print(title)
     for row in rows:
         print(

@@ -1,13 +1,15 @@
-"""What the compile cache saves: tracing, lowering and compiling in a run's first and second start.
+"""Measures how much the compile cache saves when a run is started a second time.
 
   python benchmarks/startup.py
   python benchmarks/startup.py --config=configs/mobilellm_125m.py --config.data.path=DIR ...
 
-Each start is a process of its own that takes one step and stops as after SIGTERM. The first has an
-empty cache, the second goes on with the same run, the third starts another run of the same config.
-Executing is not counted. `backend_compile` of jax includes reading the cache.
+Each start is a separate process that takes one step and then stops as after SIGTERM. The first
+start has an empty cache, the second start continues the run, and the third start begins another run
+of the same config. The times are tracing, lowering and compiling, without execution. The event
+`backend_compile` of jax includes reading the cache.
 
-Exit code 1 if the second start lowers and compiles for more than 30% of the first one's time.
+The exit code is 1 if the second start lowers and compiles for more than 30% of the first start's
+time.
 """
 
 import collections
@@ -31,7 +33,7 @@ EVENTS = {
 
 
 def start(flags: list[str], workdir: Path, cache: Path) -> dict[str, float]:
-    """Runs one start in a process of its own; returns seconds by kind, and cache hits."""
+    """Runs one start in a separate process; returns seconds by kind, and cache hits."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     command = [sys.executable, __file__, "--one_start", *flags, f"--workdir={workdir}"]
     result = subprocess.run(
@@ -44,7 +46,7 @@ def start(flags: list[str], workdir: Path, cache: Path) -> dict[str, float]:
 
 
 def one_start(flags: list[str]) -> int:
-    """Trains one step in this process and prints what that took."""
+    """Trains one step in this process and prints the times as JSON."""
     began = time.perf_counter()
     import jax
 
@@ -86,7 +88,7 @@ def one_start(flags: list[str]) -> int:
 
 
 def benchmark(flags: list[str]) -> int:
-    """Prints the table; returns the exit code."""
+    """Prints the table and returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         cache, run, other = (Path(folder, name) for name in ("cache", "run", "other"))
         starts = {

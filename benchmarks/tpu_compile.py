@@ -1,13 +1,14 @@
-"""The training step compiled for a TPU that is not there: cycles and memory per policy of remat.
+"""Compiles the training step for a TPU that need not be present; prints cycles and memory.
 
     pip install "mobilellm-jax[tpu]"
     python benchmarks/tpu_compile.py
     python benchmarks/tpu_compile.py --model=350m --topology=v6e:1x1 --remat=dots,full
 
-The step is the one that `train` runs. Cycles are libtpu's own estimates of every instruction, each
-as often as the loops around it run, without the attention kernels, of which libtpu estimates
-nothing: good for comparing programs, not for absolute time. "ms" adds the kernels' products at the
-share of the peak that heads of this width can reach; it is a prediction.
+The script compiles the step of `train` once for each policy of remat. Cycles are libtpu's estimates
+of all instructions, multiplied by the repetitions of the loops around them. They leave out the
+attention kernels, which libtpu does not estimate. They can compare programs, but they do not give
+absolute times. "ms" is a prediction that adds the products of the kernels, at the share of the peak
+that heads of this width can reach.
 """
 
 import argparse
@@ -26,13 +27,13 @@ from mobilellm_jax.plan.topology import parse_topology, topology_devices
 from mobilellm_jax.train.metrics import peak_flops
 
 _GIB = 2**30
-# What a step of the 125M must stay under with 8 rows on a v5e, under at least one policy; before
-# kernels, layouts and chunks it took 482 M cycles and 10.9 GiB.
+# Limits for a step of the 125M model with 8 rows on a v5e, which one policy must keep. Without
+# kernels, layouts and chunks the step took 482 M cycles and 10.9 GiB.
 _MOST_CYCLES, _MOST_TEMPORARIES = 320e6, 7 * _GIB
 
 
 def main() -> None:
-    """Compiles one step per policy and prints a line for each."""
+    """Compiles one step per policy and prints a line for it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="125m", choices=MOBILELLM)
     parser.add_argument("--topology", default="v5e:1x1")
@@ -69,7 +70,9 @@ def main() -> None:
             continue
         cycles = step.program.estimated_cycles
         peak = peak_flops(devices[0])
-        assert cycles is not None and peak is not None, "libtpu estimates, and its chips are known"
+        assert cycles is not None and peak is not None, (
+            "libtpu estimates cycles, and we know the peaks of its chips"
+        )
         account = account_of(config, mesh, rules)
         prediction = predict(config, account, step, topology.chip, peak)
         calls = sum(step.program.kernels.values())

@@ -1,19 +1,19 @@
-"""A training step of ours beside PyTorch's, same shape and device, in one run.
+"""Compares our training step with PyTorch's, with the same shape and device, in one run.
 
-    pip install torch transformers                    # the peer
+    pip install torch transformers                    # for PyTorch
     python benchmarks/train_step.py                   # 125M: CPU 2 x 512 tokens, GPU 16 x 2,048
     python benchmarks/train_step.py --model=mobilellm_350m --rows=8
 
-PyTorch is Hugging Face's Llama of the same shape, with SDPA attention, `clip_grad_norm_` and fused
-AdamW: eager, and through `torch.compile`. Types: float32, and bfloat16 with float32 masters (for
-PyTorch autocast). Both write weights, read random tokens and bring the loss to the host once per
-round. `products` is the floor: every matrix product of our step alone, each shape at its fastest
-form on this device, attention and head included, timed by ourselves in jax.
+PyTorch runs Hugging Face's Llama of the same shape with SDPA attention, `clip_grad_norm_` and fused
+AdamW, both eager and through `torch.compile`. The types are float32, and bfloat16 with float32
+master weights (autocast in PyTorch). Both sides update weights, read random tokens and copy the
+loss to the host once per round.
 
-Every contender is a process of its own that stays alive; in each round they run their steps one
-after the other, the others idle. Medians over rounds; peak memory is the process's resident memory
-on a CPU, the allocator's peak on a GPU. FLOPs: 6 x matmul weights per token (head included) +
-causal attention (`model/size.py`); MFU is against the dense bf16 peak of the maker's sheet.
+Every contender is a process that stays alive. In each round the contenders run their steps one
+after the other, while the others wait. The results are medians over rounds. Peak memory is the
+process's resident memory on a CPU and the allocator's peak on a GPU. FLOPs are 6 x matmul weights
+per token (with the head) + causal attention (`model/size.py`). MFU refers to the dense bf16 peak in
+the maker's data sheet.
 """
 
 import argparse
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from mobilellm_jax.config import Config
 
 Run = Callable[[int], float]
-"""Takes a number of steps, and returns the last one's loss once all of them are done."""
+"""Runs a number of steps and returns the loss of the last step."""
 
 _BETAS, _EPS, _DECAY, _CLIP, _RATE = (0.9, 0.95), 1e-8, 0.1, 1.0, 1e-4
 
 
 @dataclasses.dataclass
 class Contender:
-    """A process that holds one model and runs steps when told."""
+    """A process that holds one model and runs steps on request."""
 
     name: str
     dtype: str
@@ -62,7 +62,7 @@ class Contender:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measures and prints."""
+    """Measures and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -110,13 +110,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def start(options: argparse.Namespace, name: str, dtype: str) -> Contender:
-    """Starts a contender, and has it compile and warm up alone."""
+    """Starts a contender and lets it compile and warm up alone."""
     command = [
         *(sys.executable, __file__, f"--worker={name}", f"--dtypes={dtype}"),
         *(f"--model={options.model}", f"--rows={options.rows}", f"--seq_len={options.seq_len}"),
         *(f"--set={text}" for text in options.set),
     ]
-    # Several processes share the GPU, each with what it needs.
+    # Several processes share the GPU, so none of them may reserve all its memory.
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -130,7 +130,7 @@ def start(options: argparse.Namespace, name: str, dtype: str) -> Contender:
 def report(
     options: argparse.Namespace, contenders: Sequence[Contender], peak: float | None
 ) -> None:
-    """Prints medians, rates, memory, and our ratios."""
+    """Prints medians, rates, memory and our ratios."""
     from mobilellm_jax.model.size import flops_per_token
 
     tokens = options.rows * options.seq_len
@@ -153,14 +153,12 @@ def report(
         ours = medians.get(("ours", dtype))
         peers = [medians[n, dtype] for n in ("eager", "compiled") if (n, dtype) in medians]
         if ours and peers:
-            print(f"{dtype}: PyTorch's better / ours {min(peers) / ours:.2f}")
-        if ours and ("products", dtype) in medians:
-            print(f"{dtype}: products / ours {medians['products', dtype] / ours:.2f}")
+            print(f"{dtype}: faster PyTorch / ours {min(peers) / ours:.2f}")
 
 
 def work(options: argparse.Namespace) -> int:
-    """Is a contender: reads numbers of steps, answers with seconds."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    """Runs a contender, which reads numbers of steps and answers with seconds."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries may print to stdout
     name, dtype = options.worker, options.dtypes
     make = ours if name == "ours" else torch_model
     run, memory = make(options, dtype)
@@ -174,7 +172,7 @@ def work(options: argparse.Namespace) -> int:
 
 
 def our_config(options: argparse.Namespace, dtype: str) -> "Config":
-    """Returns the run that `train` would start on one device, for a fixed batch."""
+    """Returns the config of `train` on one device with a fixed batch."""
     from mobilellm_jax.cli.config_flags import load_config
 
     fixed = [
@@ -187,7 +185,7 @@ def our_config(options: argparse.Namespace, dtype: str) -> "Config":
 
 
 def ours(options: argparse.Namespace, dtype: str) -> tuple[Run, Callable[[], int]]:
-    """Our step, set up as `train` does."""
+    """Returns our step, set up as in `train`, and a function for its peak memory."""
     config = our_config(options, dtype)
     from mobilellm_jax.startup.host_memory import keep_freed_memory, share_one_heap
     from mobilellm_jax.startup.xla_flags import set_xla_flags
@@ -232,7 +230,7 @@ def ours(options: argparse.Namespace, dtype: str) -> tuple[Run, Callable[[], int
 
 
 def torch_model(options: argparse.Namespace, dtype: str) -> tuple[Run, Callable[[], int]]:
-    """Hugging Face's Llama under PyTorch."""
+    """Returns the step of Hugging Face's Llama, and a function for its peak memory."""
     model_config = our_config(options, dtype).model
     import numpy as np
     import torch
@@ -240,7 +238,7 @@ def torch_model(options: argparse.Namespace, dtype: str) -> tuple[Run, Callable[
 
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("highest")  # as ours: no TF32
+    torch.set_float32_matmul_precision("highest")  # no TF32, as in our step
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model_config.vocab_size,
@@ -273,7 +271,7 @@ def torch_model(options: argparse.Namespace, dtype: str) -> tuple[Run, Callable[
                 for ids in random_batch(random, options, model_config.vocab_size)
             )
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                # `shift_labels`: the targets are those of the tokens at the same places.
+                # With `shift_labels`, the targets stand at the same places as their tokens.
                 loss = forward(input_ids=tokens, shift_labels=targets, labels=targets).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
@@ -288,19 +286,19 @@ def torch_model(options: argparse.Namespace, dtype: str) -> tuple[Run, Callable[
 
 
 def random_batch(random: Any, options: argparse.Namespace, vocab_size: int) -> tuple[Any, Any]:
-    """Returns (tokens, targets), the same sequence of batches for everybody."""
+    """Returns (tokens, targets); all contenders get the same sequence of batches."""
     ids = random.integers(0, vocab_size, (options.rows, options.seq_len + 1), dtype="int32")
     return ids[:, :-1].copy(), ids[:, 1:].copy()
 
 
 def resident_peak() -> int:
-    """Returns the bytes that this process has had in memory at most."""
+    """Returns the peak of this process's resident memory in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def find_device() -> tuple[str, float | None]:
-    """Returns (platform, dense bf16 peak in FLOP/s if known) of the device."""
-    # In a process of its own: this one must not hold the GPU.
+    """Returns the device's platform and, if known, its dense bf16 peak in FLOP/s."""
+    # A separate process asks, because this process must not hold the GPU.
     code = (
         "import jax; from mobilellm_jax.train.metrics import peak_flops; "
         "device = jax.devices()[0]; print(device.platform, peak_flops(device) or 0)"

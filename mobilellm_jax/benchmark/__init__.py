@@ -1,5 +1,5 @@
-"""What an export costs on this machine: bytes, time and memory, in the runtime of its format.
+"""Measures bytes, time and memory of models on this machine, in the runtime of their format.
 
-Every model is measured in processes of its own (`measure.py`), in turn with the others, and what
-they found becomes a table and a picture (`table.py`).
+`run` starts a process for each measurement and lets the models take turns. `measure` measures one
+model in such a process, and `table` turns the measurements into a table and a picture.
 """

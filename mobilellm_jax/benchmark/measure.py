@@ -1,17 +1,16 @@
-"""Measures one model in this process, which does nothing else: `python -m ... PATH TEXT`.
+"""Measures one model in a process that does nothing else.
 
-The last line on the standard output is a JSON object, a `Measurement`. Times are those of the
-whole machine: every runtime uses all cores.
+`python -m mobilellm_jax.benchmark.measure` reads a `Request` as JSON from the standard input. The
+last line on the standard output is a `Measurement` as JSON. All runtimes use all cores.
 
-- load: from the file to a model that can be asked.
-- init: the first prompt and the token after it (in JAX, twice), with whatever is compiled, packed
-  or allocated at first use.
-- prefill: a prompt read at once, with the logits of every position.
-- decode: a token by the cache, after such a prompt; for a checkpoint in JAX, in its compiled loop.
-- memory: what the process' resident memory grows by at its peak, libraries not counted.
+- load: seconds from the file to a model that can answer.
+- init: seconds for the first prompt and the token after it (two such passes in JAX), with
+  everything that is compiled, packed or allocated at first use.
+- prefill: seconds for a prompt that is read at once, with logits at every position.
+- decode: seconds per token with the cache, after such a prompt. JAX decodes in a compiled loop.
+- memory: growth of the process's resident memory at its peak, without the libraries.
 """
 
-import argparse
 import dataclasses
 import json
 import resource
@@ -32,14 +31,14 @@ from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.open_model import OpenedModel, open_model
 from mobilellm_jax.quantize.parameters import quantize_model, stored_bytes
 from mobilellm_jax.quantize.schemes import Scheme, find_scheme
-from mobilellm_jax.storage import sealing
+from mobilellm_jax.storage import sealing, strict_json
 
 _STATUS = Path("/proc/self/status")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a process found; times are seconds, one per round where there are several."""
+    """The result of one process; times are in seconds, and lists have one value per round."""
 
     path: str
     runtime: str
@@ -55,7 +54,7 @@ class Measurement:
 
 
 class _Loaded(Protocol):
-    """A model that has been loaded."""
+    """A loaded model."""
 
     @property
     def name(self) -> str: ...
@@ -68,7 +67,7 @@ class _Loaded(Protocol):
 
 
 class _InRuntime:
-    """An artefact."""
+    """An exported model in its runtime."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -92,7 +91,7 @@ class _InRuntime:
 
 
 class _InJax:
-    """A checkpoint."""
+    """A checkpoint in JAX."""
 
     def __init__(self, model: OpenedModel) -> None:
         import jax
@@ -106,7 +105,7 @@ class _InJax:
         self._generate(prompt, 1)
 
     def decode(self, prompt: Sequence[int], count: int) -> float:
-        """Returns the seconds per token: what more tokens take beyond a single one."""
+        """Returns the seconds per token, from the difference between one and more tokens."""
         one = _seconds(lambda: self._generate(prompt, 1))
         return (_seconds(lambda: self._generate(prompt, 1 + count)) - one) / count
 
@@ -119,27 +118,41 @@ class _InJax:
 
 
 def is_artifact(path: Path) -> bool:
-    """Returns whether `path` is meant as an export for a device, and not as a checkpoint."""
+    """Returns whether `path` names an export for a device instead of a checkpoint."""
     folder = path if path.is_dir() else path.parent
-    inside_run = path.is_dir() and path.resolve().name.isdecimal()  # a step is sealed as well
+    inside_run = (
+        path.is_dir() and path.resolve().name.isdecimal()
+    )  # a step folder also has a manifest
     return path.is_file() or ((folder / sealing.MANIFEST).is_file() and not inside_run)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is to be measured: an artefact, or a checkpoint in JAX."""
+    """A model to measure: an export, or a checkpoint in JAX."""
 
     path: Path
-    scheme: Scheme | None = None  # that the checkpoint is quantized by
+    scheme: Scheme | None = None  # quantization of the checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a process measures."""
+
+    path: str
+    scheme: str | None  # name of the quantization of a checkpoint
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    text: str
 
 
 def check(subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
-    """Refuses what cannot be measured, before anything is.
+    """Checks a model before anything is measured.
 
     Raises:
-      FileNotFoundError, ValueError: if there is no model at `path`, its runtime is not installed,
-        or the tokens are more than it takes.
-      ConfigError: if the scheme cannot be had of the checkpoint.
+      UserError: if the tokens do not fit the model, or its runtime is not installed.
+      MissingFileError: if there is no model at `path`.
+      ConfigError: if the scheme does not apply to the checkpoint.
     """
     path = subject.path
     if path.exists() and is_artifact(path):
@@ -149,7 +162,7 @@ def check(subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
     else:
         opened = _open(subject)
         room = opened.config.max_seq_len
-    # The one token more is that of the prompt, which decoding starts from.
+    # Decoding in JAX starts from one more token after the prompt.
     if prompt_tokens + new_tokens + 1 > room:
         raise UserError(
             f"--prompt_tokens={prompt_tokens} and --new_tokens={new_tokens} and one more must fit "
@@ -157,10 +170,11 @@ def check(subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
         )
 
 
-def measure(
-    subject: Subject, *, prompt_tokens: int, new_tokens: int, rounds: int, text: str
-) -> Measurement:
-    """Loads a model, which `check` did not refuse, and measures it."""
+def measure(request: Request) -> Measurement:
+    """Loads a model that `check` has accepted, and measures it."""
+    subject = Subject(
+        path=Path(request.path), scheme=find_scheme(request.scheme) if request.scheme else None
+    )
     path = subject.path
     if is_artifact(path):
         artifact = open_artifact(path)
@@ -168,7 +182,7 @@ def measure(
         precision, size = artifact.info.precision, artifact.model_bytes
         load = _loader(artifact)
     else:
-        # Once to know it and once for the time: an artefact has been read before as well.
+        # The checkpoint is read before it is timed, because an export has also been read before.
         opened = _open(subject)
         config, tokenizer = opened.config, opened.tokenizer
         precision = subject.scheme.name if subject.scheme else "float32"
@@ -178,17 +192,17 @@ def measure(
         def load() -> _Loaded:
             return _InJax(_open(subject))
 
-    prompt = _prompt(tokenizer, text, prompt_tokens)
+    prompt = _prompt(tokenizer, request.text, request.prompt_tokens)
     before = _reset_peak()
     began = time.perf_counter()
     loaded = load()
     load_sec = time.perf_counter() - began
     init_sec = _seconds(lambda: loaded.decode(prompt, 1))
-    loaded.decode(prompt, new_tokens)  # programs for these lengths
+    loaded.decode(prompt, request.new_tokens)  # compiles the programs for these lengths
     prefill_sec, decode_sec = [], []
-    for _ in range(rounds):
+    for _ in range(request.rounds):
         prefill_sec.append(_seconds(lambda: loaded.read(prompt)))
-        decode_sec.append(loaded.decode(prompt, new_tokens))
+        decode_sec.append(loaded.decode(prompt, request.new_tokens))
     memory = _peak() - before
     return Measurement(
         path=str(path),
@@ -201,7 +215,7 @@ def measure(
         prefill_sec=prefill_sec,
         decode_sec=decode_sec,
         memory_bytes=memory,
-        loss=loaded.loss(tokenizer, text),
+        loss=loaded.loss(tokenizer, request.text),
     )
 
 
@@ -230,11 +244,11 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _reset_peak() -> int:
-    """Returns the resident memory in bytes, from which on the peak counts."""
+    """Resets the peak of the resident memory and returns the present value in bytes."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return _peak()  # no such thing here: the peak so far counts as used before
+        return _peak()  # this system cannot reset the peak
     return _status("VmRSS")
 
 
@@ -250,24 +264,6 @@ def _status(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("path", type=Path)
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--prompt_tokens", type=int, required=True)
-    parser.add_argument("--new_tokens", type=int, required=True)
-    parser.add_argument("--rounds", type=int, required=True)
-    parser.add_argument("--scheme")
-    given = parser.parse_args()
-    found = measure(
-        Subject(path=given.path, scheme=find_scheme(given.scheme) if given.scheme else None),
-        prompt_tokens=given.prompt_tokens,
-        new_tokens=given.new_tokens,
-        rounds=given.rounds,
-        text=given.text.read_text(encoding="utf-8"),
-    )
-    print(json.dumps(dataclasses.asdict(found)))
-
-
 if __name__ == "__main__":
-    _main()
+    asked = strict_json.as_type(strict_json.parse(sys.stdin.read()), Request)
+    print(json.dumps(dataclasses.asdict(measure(asked))))

@@ -1,23 +1,23 @@
-"""Measures models in turn, each in processes of its own, and writes what they found."""
+"""Measures models in turn, each in new processes, and writes the results."""
 
 import dataclasses
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from mobilellm_jax.benchmark.measure import Measurement, Subject
+from mobilellm_jax.benchmark.measure import Measurement, Request, Subject
 from mobilellm_jax.benchmark.table import Row, as_csv, markdown, plot, summarize
+from mobilellm_jax.errors import require
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.rundir import write_whole
 
 
 class MeasuringError(RuntimeError):
-    """A process that measured a model did not end well."""
+    """A process that measured a model failed."""
 
 
 def benchmark(
@@ -29,20 +29,27 @@ def benchmark(
     rounds: int,
     text: str,
 ) -> tuple[list[Row], list[list[Measurement]]]:
-    """Returns a row per model, and what its processes measured.
+    """Returns a row for each model, and the measurements of its processes.
 
-    Models take turns, `runs` times, so that what the machine does besides meets all alike.
+    The models take turns `runs` times, so that other work on the machine affects all alike.
 
     Raises:
-      MeasuringError: with the words of the process that failed.
+      UserError: if the `report` extra, which draws the picture, is not installed.
+      MeasuringError: if a process fails; the message holds the last lines that it wrote.
     """
+    require("matplotlib", "report", "the picture of mobilellm benchmark")
     found: list[list[Measurement]] = [[] for _ in subjects]
-    with tempfile.TemporaryDirectory(prefix="mobilellm_benchmark.") as folder:
-        file = Path(folder) / "text.txt"
-        file.write_text(text, encoding="utf-8")
-        turns = [(i, subject) for _ in range(runs) for i, subject in enumerate(subjects)]
-        for i, subject in tqdm(turns, unit="process", disable=None):
-            found[i].append(_measured(subject, file, prompt_tokens, new_tokens, rounds))
+    turns = [(i, subject) for _ in range(runs) for i, subject in enumerate(subjects)]
+    for i, subject in tqdm(turns, unit="process", disable=None):
+        request = Request(
+            path=str(subject.path),
+            scheme=subject.scheme.name if subject.scheme else None,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            text=text,
+        )
+        found[i].append(_measured(request))
     return [summarize(each, prompt_tokens) for each in found], found
 
 
@@ -55,32 +62,21 @@ def write_results(
     write_whole(folder / "benchmark.json", json.dumps(values, indent=1) + "\n")
     write_whole(folder / "benchmark.csv", as_csv(rows))
     write_whole(folder / "benchmark.md", markdown(rows))
-    plot(rows, folder / "benchmark.png")
+    write_whole(folder / "benchmark.png", plot(rows))
 
 
-def _measured(
-    subject: Subject, text: Path, prompt_tokens: int, new_tokens: int, rounds: int
-) -> Measurement:
-    flags = [
-        f"--prompt_tokens={prompt_tokens}",
-        f"--new_tokens={new_tokens}",
-        f"--rounds={rounds}",
-    ]
-    if subject.scheme is not None:
-        flags.append(f"--scheme={subject.scheme.name}")
-    path = subject.path
-    module = "mobilellm_jax.benchmark.measure"
+def _measured(request: Request) -> Measurement:
     process = subprocess.run(
-        [sys.executable, "-m", module, str(path), str(text), *flags],
+        [sys.executable, "-m", "mobilellm_jax.benchmark.measure"],
+        input=json.dumps(dataclasses.asdict(request)),
         capture_output=True,
         text=True,
     )
     if process.returncode:
-        # A signal has no words of its own: a runtime in C++ that crashed.
+        # A runtime in C++ that crashed by a signal wrote no message of its own.
         end = f"signal {-process.returncode}" if process.returncode < 0 else process.returncode
-        words = process.stderr.strip().splitlines()[-12:]
-        raise MeasuringError(f"Measuring {path} ended with {end}:\n" + "\n".join(words))
-    found: Measurement = strict_json.as_type(
-        strict_json.parse(process.stdout.splitlines()[-1]), Measurement, str(path)
-    )
+        last = process.stderr.strip().splitlines()[-12:]
+        raise MeasuringError(f"Measuring {request.path} ended with {end}:\n" + "\n".join(last))
+    answer = strict_json.parse(process.stdout.splitlines()[-1])
+    found: Measurement = strict_json.as_type(answer, Measurement, request.path)
     return found

@@ -1,8 +1,8 @@
-"""Measurements as a table and a picture.
+"""Turns measurements into a table and a picture.
 
-Energy is not measured but estimated, by the figure that the paper cites (Sec. 1): 0.1 J per token
-and billion parameters. Parameters are counted as often as a token meets them, so that a block that
-is applied twice costs twice. The battery is the paper's phone of about 50 kJ, at 10 tokens/s.
+Energy is an estimate by the paper's figure (Sec. 1): 0.1 J per token and billion parameters. A
+parameter counts once for each time that a token passes it, so a block that is applied twice counts
+twice. Battery hours assume the paper's phone: a battery of about 50 kJ, and 10 tokens/s.
 """
 
 import csv
@@ -11,16 +11,14 @@ import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from typing import TYPE_CHECKING
 
 from mobilellm_jax.benchmark.measure import Measurement
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.size import block_matrix_parameters, parameter_count
-from mobilellm_jax.storage.rundir import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _JOULES_PER_TOKEN_AND_BILLION = 0.1
 _BATTERY_JOULES = 50e3
@@ -29,13 +27,13 @@ _TOKENS_PER_SEC = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model's medians."""
+    """The medians of one model."""
 
     name: str
     runtime: str
     precision: str
     megabytes: float
-    bits_per_parameter: float  # of the model, whose shared blocks count once
+    bits_per_parameter: float  # a shared block counts once
     load_sec: float
     init_sec: float
     prefill_tokens_per_sec: float
@@ -47,7 +45,7 @@ class Row:
 
 
 def summarize(measurements: Sequence[Measurement], prompt_tokens: int) -> Row:
-    """Returns the medians over the processes, and over their rounds, of one model."""
+    """Returns the medians of one model over its processes and their rounds."""
     first = measurements[0]
     joules = joules_per_token(first.model)
     prefill = statistics.median(sec for m in measurements for sec in m.prefill_sec)
@@ -70,10 +68,10 @@ def summarize(measurements: Sequence[Measurement], prompt_tokens: int) -> Row:
 
 
 def joules_per_token(config: ModelConfig) -> float:
-    """Returns the estimate of the module's docstring."""
-    met = config.applied_depth * block_matrix_parameters(config)
-    met += config.vocab_size * config.embed_dim
-    return _JOULES_PER_TOKEN_AND_BILLION * met / 1e9
+    """Returns the estimated energy for one token."""
+    used = config.applied_depth * block_matrix_parameters(config)
+    used += config.vocab_size * config.embed_dim
+    return _JOULES_PER_TOKEN_AND_BILLION * used / 1e9
 
 
 _COLUMNS = (
@@ -94,7 +92,7 @@ _COLUMNS = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Returns the table in Markdown."""
+    """Returns the table as Markdown."""
     lines = [
         "| " + " | ".join(title for title, _, _ in _COLUMNS) + " |",
         "|" + "---|" * len(_COLUMNS),
@@ -106,7 +104,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Returns the rows with all digits."""
+    """Returns the rows as CSV with all digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)])
     writer.writeheader()
@@ -114,15 +112,18 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draws loss and decoding speed against size, as a PNG."""
+def plot(rows: Sequence[Row]) -> bytes:
+    """Returns a PNG with loss and decoding speed against size."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _scatter(left, rows, [row.loss for row in rows], "loss (nats per token)")
     _scatter(right, rows, [row.decode_tokens_per_sec for row in rows], "decoding (tokens/s)")
     right.set(yscale="log")
-    for formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-        formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    right.yaxis.set_major_formatter("{x:,.4g}")
+    right.yaxis.set_minor_formatter("{x:,.4g}")
     names = [f"{number}  {row.name}, {row.precision}" for number, row in enumerate(rows, start=1)]
     figure.legend(
         [Line2D([], [], linestyle="") for _ in rows],
@@ -133,11 +134,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _scatter(axes: Axes, rows: Sequence[Row], heights: Sequence[float], label: str) -> None:
-    """Marks rows by numbers: many have one size and height, where names would cover each other."""
+def _scatter(axes: "Axes", rows: Sequence[Row], heights: Sequence[float], label: str) -> None:
+    """Marks rows by numbers, because names of models with similar sizes would overlap."""
     axes.scatter([row.megabytes for row in rows], heights, s=40, zorder=3)
     for number, (row, height) in enumerate(zip(rows, heights, strict=True), start=1):
         step = (6, 4) if number % 2 else (-12, -10)
@@ -149,8 +150,8 @@ def _scatter(axes: Axes, rows: Sequence[Row], heights: Sequence[float], label: s
             fontsize=9,
         )
     axes.set(xlabel="model file (MB)", ylabel=label, xscale="log")
-    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.xaxis.set_major_formatter("{x:,.4g}")
+    axes.xaxis.set_minor_formatter("{x:,.4g}")
     axes.tick_params(which="both", labelsize=7)
     axes.margins(0.15)
     axes.grid(alpha=0.3, which="both")

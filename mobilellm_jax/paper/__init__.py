@@ -1,1 +1,1 @@
-"""The paper's tables as data, and its ablation grids at three scales."""
+"""The paper's models, scores and ablation tables as data, and smaller versions of its grids."""

@@ -1,11 +1,11 @@
-"""The paper's architectures as data: the published models and every row of its ablation tables.
+"""The paper's published models and the rows of its ablation tables.
 
-Source: Liu et al. 2024, arXiv:2402.14905v2, Tables 1, 2 and 9 to 14. All have a vocabulary of
-32,000 and a context of 2048 tokens. Table 16 (distillation) names no shapes and is not here.
+Source: Liu et al. 2024, arXiv:2402.14905v2, Tables 1, 2 and 9 to 14. All models have a vocabulary
+of 32,000 and a context of 2048 tokens. Table 16 (distillation) gives no shapes, so it is left out.
 
-Two widths are not printed in the paper. The feed-forward's is `ffn_width(embed_dim)`, which
-reproduces every printed parameter count to 0.11M (0.5M where whole millions are printed); the
-head's is embed_dim / heads.
+The paper does not print two widths. `ffn_width(embed_dim)` gives the width of the feed-forward
+layer, and embed_dim / heads the width of a head. With these rules the parameter counts equal the
+printed counts to 0.11M, or to 0.5M where the paper prints whole millions.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 from mobilellm_jax.config import Activation, ModelConfig, Sharing
 
-# The columns of the scores: zero-shot accuracy in percent of eight tasks and their plain mean;
-# Table 12 adds the F1 of TriviaQA by number of shots and the accuracy on RACE.
+# Columns of the scores: zero-shot accuracy on eight tasks in percent, and the mean of the eight.
+# Table 12 adds the F1 on TriviaQA by number of shots, and the accuracy on RACE.
 TASKS = (
     *("arc_easy", "arc_challenge", "boolq", "piqa", "siqa", "hellaswag", "openbookqa"),
     *("winogrande", "average"),
@@ -28,22 +28,23 @@ QA_TASKS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a table: a trained model and its scores."""
+    """One row of a table: a trained model and its scores."""
 
-    tables: tuple[str, ...]  # where it is printed
-    topic: str  # what the table varies
+    tables: tuple[str, ...]  # tables that print the row
+    topic: str  # subject of the table
     group: str  # 125M or 350M
-    step: str = ""  # of the design roadmap
+    step: str = ""  # step of the design roadmap
     model: ModelConfig
-    params_millions: float  # as printed
-    tokens: int  # trained on
+    params_millions: float  # printed number of parameters
+    tokens: int  # tokens of training
     scores: dict[str, float]  # by names in TASKS and QA_TASKS
 
 
 def ffn_width(embed_dim: int, activation: Activation = "swiglu") -> int:
-    """Returns the hidden width that the paper's feed-forwards have.
+    """Returns the hidden width of the paper's feed-forward layers.
 
-    SwiGLU: 8/3 of the embedding rounded up to a multiple of 256, as in LLaMA. ReLU: 4 times it.
+    With SwiGLU it is 8/3 of the embedding, rounded up to a multiple of 256 as in LLaMA. With ReLU
+    it is 4 times the embedding.
     """
     if activation != "swiglu":
         return 4 * embed_dim
@@ -81,7 +82,7 @@ _relu = functools.partial(_model, activation="relu")
 _tied = functools.partial(_model, tied=True)
 _shared = functools.partial(_model, tied=True, num_repeats=2)
 
-# Table 9. The LS models have the weights of the plain ones and apply each block twice.
+# Table 9. The LS models have the shapes of the plain models and apply each block twice.
 MOBILELLM = {
     "125m": _tied(30, 9, 3, 576),
     "350m": _tied(32, 15, 5, 960),
@@ -92,7 +93,7 @@ MOBILELLM = {
     "ls_350m": _shared(32, 15, 5, 960),
 }
 
-# Exact totals, norms included; the paper prints 124.6M, 345.3M, 603.1M, 1.0B and 1.5B.
+# Exact totals with norms; the paper prints 124.6M, 345.3M, 603.1M, 1.0B and 1.5B.
 MOBILELLM_PARAMETERS = {
     "125m": 124_635_456,
     "350m": 345_355_200,
@@ -103,8 +104,8 @@ MOBILELLM_PARAMETERS = {
     "ls_350m": 345_355_200,
 }
 
-# The published models' scores (Tables 3, 4 and 8), in the order of TASKS and QA_TASKS; "-" where
-# the figure was not found.
+# Scores of the published models (Tables 3, 4 and 8), in the order of TASKS and QA_TASKS; a "-"
+# marks a figure that is not known.
 _MOBILELLM_SCORES = {
     "125m": "43.9 27.1 60.2 65.3 42.4 38.9 39.5 53.1 46.3 13.9 14.3 12.5 39.7 28.9",
     "350m": "53.8 33.5 62.4 68.6 44.7 49.6 40.0 57.6 51.3 22.0 23.9 24.2 45.6 33.8",
@@ -124,13 +125,13 @@ MOBILELLM_SCORES: dict[str, dict[str, float]] = {
 }
 
 ABLATION_TOKENS = 250_000_000_000
-"""Tokens that the ablations are trained on; 120,000 of the paper's steps."""
-_TRILLION = 1_000_000_000_000  # tokens of the published models
+"""Tokens of training in the ablations; they are 120,000 of the paper's steps."""
+_TRILLION = 1_000_000_000_000  # tokens of training of the published models
 _BLOCKS_AND_WIDTH = {"125M": (8, 896), "350M": (15, 1280)}  # of Tables 2, 13 and 14
 
-# In the tables below the last string holds the scores, in the order of TASKS and QA_TASKS.
+# In the tables below, the last string holds the scores in the order of TASKS and QA_TASKS.
 
-_DEPTH_VERSUS_WIDTH = {  # blocks, width, parameters; every head has 64 channels
+_DEPTH_VERSUS_WIDTH = {  # blocks, width, parameters; each head has 64 channels
     "125M": (
         (4, 1280, 163.2, "42.0 26.1 61.0 61.5 41.3 32.9 31.4 49.8 43.3 2.0 3.9 3.9 33.2 26.0"),
         (6, 1024, 142.6, "42.2 25.5 51.0 62.6 41.6 33.5 32.1 50.0 42.3 3.5 4.9 4.6 29.2 25.5"),
@@ -311,7 +312,7 @@ TABLE_ROWS: tuple[Row, ...] = (
 
 
 def rows(table: str = "", group: str = "") -> tuple[Row, ...]:
-    """Returns the rows printed in `table` ("11") for `group` ("125M"); "" stands for all."""
+    """Returns the rows of a table ("11") and a group ("125M"); "" means all."""
     return tuple(
         row
         for row in TABLE_ROWS

@@ -1,9 +1,10 @@
-"""The paper's ablations as grids of models: at its own sizes, and in proportion at smaller ones.
+"""The paper's ablations as grids of models, at the paper's sizes and at smaller sizes.
 
-At the scale `paper` the rows are those of its tables (`architectures.py`). At `small` and `tiny`
-they are the same comparisons of smaller models: blocks and heads of the 125M rows divided by one
-number, widths solved so that depth and width trade at one number of parameters, which in the
-paper's Table 11 varies by a fifth. Every row knows the paper's row that it stands for.
+At the scale `paper`, the rows are the rows of the paper's tables (`architectures.py`). The scales
+`small` and `tiny` make the same comparisons with smaller models: blocks and heads of the 125M rows
+are divided by one number. Widths are solved for, so that depth and width are compared at an equal
+number of parameters; in the paper's Table 11 that number varies by a fifth. Every row refers to the
+row of the paper that it stands for.
 """
 
 import dataclasses
@@ -22,38 +23,38 @@ SCALES: tuple[ScaleName, ...] = get_args(ScaleName)
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A comparison that the paper makes."""
+    """A comparison in the paper."""
 
     title: str
-    table: str  # of the paper
-    question: str  # that it answers
-    equal_parameters: bool  # whether its rows have the same number of them at the small scales
+    table: str  # number of the paper's table
+    question: str
+    equal_parameters: bool  # whether rows have equally many parameters at the small scales
 
 
 ABOUT: dict[GridName, Grid] = {
     "depth_width": Grid(
         "Depth against width",
         "11",
-        "Of two models with as many parameters, is the deeper and thinner one better?",
+        "Is a deeper and thinner model better than a wider model with equally many parameters?",
         equal_parameters=True,
     ),
     "roadmap": Grid(
         "Design roadmap",
         "10",
-        "What does each step from a plain baseline to MobileLLM-LS add?",
+        "How much does each step from a plain baseline to MobileLLM-LS gain?",
         equal_parameters=False,
     ),
     "embedding": Grid(
         "Embedding sharing",
         "1",
-        "What does it cost to use the input embeddings as output weights, and what do the saved "
-        "parameters buy as blocks?",
+        "How much does it cost to use the input embeddings as output weights, and how much do more "
+        "blocks gain with the saved parameters?",
         equal_parameters=False,
     ),
     "heads": Grid(
         "Heads and key-value heads",
         "13",
-        "How many heads, and how many queries for each key and value?",
+        "How many heads and how many key-value heads are best?",
         equal_parameters=False,
     ),
     "sharing": Grid(
@@ -77,11 +78,11 @@ class GridRow:
 
     grid: GridName
     scale: ScaleName
-    group: str  # 125M or 350M, of the paper's row
-    label: str  # within grid and group
-    compared_with: str  # label of the row that its difference is taken from; "" = none
+    group: str  # 125M or 350M, the group of the paper's row
+    label: str  # unique within grid and group
+    compared_with: str  # label of the reference row; "" for the reference row itself
     model: ModelConfig
-    length: int  # times the recipe's steps: 4 for the rows with 1T tokens
+    length: int  # multiple of the recipe's steps: 4 for the rows with 1T tokens
     paper: Row
 
 
@@ -93,8 +94,9 @@ def grid_rows(
     Args:
       grid: one of `GRIDS`.
       scale: one of `SCALES`.
-      group: 125M or 350M at the scale `paper`; "" = both. The small scales have one.
-      vocab_size: of the models at the small scales; None = the scale's own. The paper's is 32,000.
+      group: 125M or 350M at the scale `paper`; "" = both. The small scales have one group.
+      vocab_size: vocabulary at the small scales. None: the default of the scale. The scale
+        `paper` always has 32,000.
     """
     rows = []
     for row in _paper_rows(grid, group if scale == "paper" else "125M"):
@@ -102,7 +104,7 @@ def grid_rows(
         if scale != "paper":
             model = small_model(grid, row, SMALL_SCALES[scale], vocab_size)
         if model is None:
-            continue  # left out at this scale
+            continue  # this scale leaves the row out
         rows.append(
             GridRow(
                 grid=grid,
@@ -119,7 +121,7 @@ def grid_rows(
 
 
 def label(grid: GridName, step: str, model: ModelConfig) -> str:
-    """Returns what the row is called in its table."""
+    """Returns the name of a row in its table."""
     tied = "tied" if model.tie_embeddings else "untied"
     repeats = f"{model.sharing.replace('_', '-')}, x{model.num_repeats}"
     return {
@@ -133,7 +135,7 @@ def label(grid: GridName, step: str, model: ModelConfig) -> str:
 
 
 def shape_name(model: ModelConfig) -> str:
-    """Returns a name that says everything that a grid varies, for folders and curves."""
+    """Returns a name for folders and curves with all values that a grid varies."""
     parts = [
         f"{model.num_blocks}x{model.embed_dim}",
         f"h{model.num_heads}kv{model.num_kv_heads}",
@@ -146,9 +148,9 @@ def shape_name(model: ModelConfig) -> str:
 
 
 def architecture(model: ModelConfig) -> tuple[object, ...]:
-    """Returns what two models share that have the same weights and apply them in the same order.
+    """Returns the fields that decide shapes of weights and the order in which they are applied.
 
-    How they are computed and initialised may differ.
+    Two models with equal fields may still be computed and initialised differently.
     """
     order = model.sharing if model.num_repeats > 1 else ""
     return (
@@ -163,10 +165,12 @@ def _paper_rows(grid: GridName, group: str) -> tuple[Row, ...]:
 
 
 def _compared_with(row: GridRow, rows: list[GridRow]) -> str:
-    """Each step of the roadmap with the one before; elsewhere every row with the grid's baseline.
+    """Returns the label of the row's reference row.
 
-    That is the usual shape among the paper's 125M (12 blocks) and 350M (15), 16 heads with as many
-    keys, no sharing, and 30 untied blocks. Layer sharing and longer training both follow GQA.
+    Each step of the roadmap is compared with the step before it; layer sharing and longer training
+    both follow grouped-query attention. In the other grids, one row is the reference: the usual
+    depth (12 blocks for 125M, 15 for 350M), 16 heads with 16 key-value heads, no sharing, or 30
+    untied blocks.
     """
     group = [r for r in rows if r.group == row.group]
     if row.grid == "roadmap":

@@ -1,4 +1,4 @@
-"""Models of 1 to 30M parameters that compare what the paper's rows of 125M compare."""
+"""Models of 1 to 30M parameters for the comparisons of the paper's 125M rows."""
 
 import dataclasses
 
@@ -10,15 +10,15 @@ from mobilellm_jax.paper.width import solve_width
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SmallScale:
-    """In what proportion to the paper's 125M models."""
+    """The proportions of a small scale to the paper's 125M models."""
 
-    parameters: int  # of the rows that trade depth for width
-    divisor: int  # of the paper's blocks and heads; those of its repeats stay
+    parameters: int  # parameters of the rows that compare depth with width
+    divisor: int  # divisor of the paper's blocks and heads; repeats stay the same
     head_dim: int  # the paper has 64
-    width: int  # where heads and sharing are compared; the paper has 896
+    width: int  # width in the grids of heads and sharing; the paper has 896
     vocab_size: int
     max_seq_len: int
-    left_out: frozenset[tuple[str, int]]  # (grid, blocks or heads of the paper's row)
+    left_out: frozenset[tuple[str, int]]  # (grid, blocks of the paper's row)
 
 
 SMALL_SCALES = {
@@ -29,8 +29,9 @@ SMALL_SCALES = {
         width=128,
         vocab_size=2048,
         max_seq_len=256,
-        # Uneven halves come to the same as their neighbours, and the deepest costs four times the
-        # usual; what is left makes 20 models, which two CPU cores train in some hours.
+        # 6 and 24 blocks are left out because half of them gives almost the same depth as their
+        # neighbours, and 62 blocks because they cost four times the usual time. The remaining 20
+        # models train within some hours on two CPU cores.
         left_out=frozenset({("depth_width", 6), ("depth_width", 24), ("depth_width", 62)}),
     ),
     "small": SmallScale(
@@ -44,17 +45,18 @@ SMALL_SCALES = {
     ),
 }
 
-_GQA_GROWTH = 124.6 / 118.6  # parameters after grouped-query attention over those before, Table 10
-# Of Table 13 the rows that answer most: (heads, kv heads).
+_GQA_GROWTH = 124.6 / 118.6  # growth of the parameters by grouped-query attention, Table 10
+# These rows of Table 13 answer most of its question: (heads, kv heads).
 _HEADS_KEPT = frozenset({(32, 32), (16, 16), (16, 4), (16, 2), (8, 8)})
 
 
 def small_model(
     grid: str, row: Row, scale: SmallScale, vocab_size: int | None
 ) -> ModelConfig | None:
-    """Returns the model that stands for a row of the paper; None where the scale leaves it out.
+    """Returns the model that stands for a row of the paper, or None if the scale leaves it out.
 
-    1T tokens are left out at every scale: four times the cost, to compare nothing but length.
+    The rows with 1T tokens are always left out, because they cost four times as much and only
+    compare the length of training.
     """
     paper = row.model
     if "1T" in row.step or (grid, paper.num_blocks) in scale.left_out:
@@ -73,7 +75,7 @@ def small_model(
 
 
 def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
-    """Heads divide one width, as in Tables 2, 13 and 14; keys and values change the count."""
+    """Returns a model of the scale's width, which its heads divide as in Tables 2, 13 and 14."""
     heads = base.num_heads // scale.divisor
     model = dataclasses.replace(
         base,
@@ -82,7 +84,7 @@ def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
         num_kv_heads=max(1, base.num_kv_heads // scale.divisor),
         head_dim=scale.width // heads,
     )
-    # The baseline of the table, with a key for each query, has the budget's size.
+    # The reference row, which has one key for each query, has the scale's number of parameters.
     full = dataclasses.replace(model, num_kv_heads=heads, tie_embeddings=False)
     narrow, wide = (dataclasses.replace(full, ffn_dim=width) for width in (8, 16))
     step = parameter_count(wide) - parameter_count(narrow)
@@ -91,7 +93,7 @@ def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
 
 
 def _of_solved_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
-    """Heads have one width, as in Tables 1, 10 and 11; their number follows from the budget."""
+    """Returns a model of the scale's parameters, with the head width of the scale."""
     untied = dataclasses.replace(
         base, num_kv_heads=base.num_heads, head_dim=scale.head_dim, tie_embeddings=False
     )
@@ -101,7 +103,7 @@ def _of_solved_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
         embed_dim=base.num_heads * scale.head_dim,
         ffn_dim=round(base.ffn_dim / base.embed_dim * base.num_heads * scale.head_dim),
     )
-    # Table 1's extra blocks have the width of the untied model without them.
+    # In Table 1, the model with more blocks has the width of the untied model with 30 blocks.
     of_30 = 30 // scale.divisor
     blocks = of_30 if base.tie_embeddings else base.num_blocks
     model = solve_width(dataclasses.replace(untied, num_blocks=blocks), scale.parameters)

@@ -1,4 +1,4 @@
-"""The width that gives a model a wanted number of parameters."""
+"""Finds the width that gives a model a wanted number of parameters."""
 
 import dataclasses
 import math
@@ -6,23 +6,23 @@ import math
 from mobilellm_jax.config import ConfigError, ModelConfig
 from mobilellm_jax.model.size import parameter_count
 
-TOLERANCE = 0.03  # of the budget: what counts as the same number of parameters
+TOLERANCE = 0.03  # largest relative difference between equal numbers of parameters
 SOLVED = ("model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.ffn_dim")
 """The fields that `solve_width` sets."""
 
-_FFN_STEP = 8  # widths of the feed-forward: what vector units like, and fine enough
+_FFN_STEP = 8  # feed-forward widths are multiples of this, for the sake of vector units
 
 
 def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
-    """Returns the model as wide as `parameters` allow; its depth and the rest stay.
+    """Returns the model with the width that gives it `parameters`; its depth stays the same.
 
-    As in the paper's Table 11 a head keeps its channels, so the width comes in steps of a head (of
-    a group of query heads and their key and value head). The feed-forward takes up the rest. Of all
-    widths that come within 3% it is the one whose feed-forward is nearest to the proportion that
-    `model` has.
+    As in the paper's Table 11, the channels of a head stay the same, so the width grows in steps of
+    one group of query heads. The feed-forward layer takes the remaining parameters. All widths
+    within 3% of `parameters` are candidates. The result has the ratio of feed-forward to embedding
+    that is closest to the ratio in `model`.
 
     Raises:
-      ConfigError: if there is none.
+      ConfigError: if no width gives this number of parameters.
     """
     group = model.num_heads // model.num_kv_heads
     proportion = model.ffn_dim / model.embed_dim
@@ -46,7 +46,7 @@ def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
         raise ConfigError(
             f"no width gives model.num_blocks={model.num_blocks} with "
             f"model.head_dim={model.head_dim} and model.vocab_size={model.vocab_size} "
-            f"{parameters:,} parameters within {TOLERANCE:.0%}; choose another budget, fewer "
+            f"{parameters:,} parameters within {TOLERANCE:.0%}; choose another number, fewer "
             "blocks, narrower heads or a smaller vocabulary."
         )
     return min(found, key=lambda pair: pair[0])[1]

@@ -1,11 +1,16 @@
-"""`mobilellm benchmark` on checkpoints; exports are measured where their runtimes are installed."""
+"""`mobilellm benchmark` on checkpoints; tests/export measures exports with their runtimes."""
 
+import dataclasses
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
+from mobilellm_jax.benchmark.measure import Subject
+from mobilellm_jax.benchmark.run import MeasuringError, benchmark
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
@@ -40,18 +45,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_measured_in_processes_of_its_own(
+def test_a_checkpoint_is_measured_in_separate_processes(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     flags = [f"--artifact={checkpoint}", f"--output={tmp_path / 'out'}", f"--text={text}"]
-    lengths = ["--prompt_tokens=16", "--new_tokens=8", "--runs=2", "--rounds=2"]
+    lengths = ["--prompt_tokens=16", "--new_tokens=40", "--runs=1", "--rounds=3"]
     assert cli.main(["benchmark", *flags, *lengths, "--quantize=w4a8"]) == 0
     assert "| model | JAX" in capsys.readouterr().out
     measured = json.loads((tmp_path / "out" / "benchmark.json").read_text())
-    assert [len(each["decode_sec"]) for each in measured] == [2, 2, 2, 2]
-    assert [each["precision"] for each in measured] == ["float32"] * 2 + ["w4a8g32"] * 2
+    assert [len(each["decode_sec"]) for each in measured] == [3, 3]
+    assert [each["precision"] for each in measured] == ["float32", "w4a8g32"]
     assert all(each["load_sec"] > 0 and each["memory_bytes"] > 0 for each in measured)
     opened = open_model(checkpoint)
     expected = perplexity(opened.config, opened.params, opened.tokenizer, TEXT, stride=64)
@@ -59,10 +64,37 @@ def test_a_checkpoint_is_measured_in_processes_of_its_own(
     assert measured[0]["model_bytes"] == 4 * parameter_count(CONFIG)
     params = quantize_model(opened.config, opened.params, find_scheme("w4a8"))
     expected = perplexity(opened.config, params, opened.tokenizer, TEXT, stride=64)
-    assert measured[2]["loss"] == pytest.approx(expected.loss, rel=1e-6)
-    assert measured[2]["model_bytes"] == stored_bytes(params)
+    assert measured[1]["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert measured[1]["model_bytes"] == stored_bytes(params)
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {f"benchmark.{kind}" for kind in ("md", "csv", "json", "png")}
+
+
+def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+        request = json.loads(settings["input"])
+        asked.append(request["path"])
+        times = {"prefill_sec": [1.0], "decode_sec": [1.0], "load_sec": 1.0, "init_sec": 1.0}
+        sizes = {"model_bytes": 8, "memory_bytes": len(asked), "loss": 1.0}
+        names = {"path": request["path"], "runtime": "none", "precision": "float32"}
+        found = {**names, **times, **sizes, "model": dataclasses.asdict(CONFIG)}
+        return subprocess.CompletedProcess(command, 0, f"a line\n{json.dumps(found)}\n", "")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    subjects = [Subject(path=Path(name)) for name in ("one", "two")]
+    lengths = {"prompt_tokens": 8, "new_tokens": 8, "runs": 3, "rounds": 1}
+    rows, measured = benchmark(subjects, **lengths, text=TEXT)
+    assert asked == ["one", "two"] * 3
+    assert [[each.memory_bytes for each in model] for model in measured] == [[1, 3, 5], [2, 4, 6]]
+    assert [row.memory_megabytes for row in rows] == [3e-6, 4e-6]
+
+
+def test_the_message_of_a_failed_process_is_shown(tmp_path: Path) -> None:
+    subject = Subject(path=tmp_path / "gone")
+    with pytest.raises(MeasuringError, match=r"gone ended with 1:\n(.|\n)*does not exist"):
+        benchmark([subject], prompt_tokens=8, new_tokens=8, runs=1, rounds=1, text=TEXT)
 
 
 def test_bad_input_is_refused_before_anything_is_measured(

@@ -17,7 +17,7 @@ from mobilellm_jax.paper.architectures import (
 
 
 def count(model: ModelConfig) -> int:
-    """Parameters added up matrix by matrix, from the shapes that the paper describes."""
+    """Counts parameters matrix by matrix, from the shapes in the paper."""
     dim, heads, kv_heads = model.embed_dim, model.num_heads, model.num_kv_heads
     attention = [
         dim * heads * model.head_dim,  # queries
@@ -56,7 +56,7 @@ def test_the_default_model_is_125m() -> None:
 
 @pytest.mark.parametrize("row", TABLE_ROWS, ids=label)
 def test_row_has_the_printed_size(row: Row) -> None:
-    # Table 1 prints whole millions, the others a tenth; the widths are a rule that fits to 0.11M.
+    # Table 1 prints whole millions. The other tables print tenths, and our rule fits to 0.11M.
     tolerance = 0.5 if row.tables == ("1",) else 0.11
     assert abs(count(row.model) / 1e6 - row.params_millions) <= tolerance
 
@@ -64,7 +64,7 @@ def test_row_has_the_printed_size(row: Row) -> None:
 @pytest.mark.parametrize("row", TABLE_ROWS, ids=label)
 def test_row_has_the_printed_average(row: Row) -> None:
     tasks = [row.scores[task] for task in TASKS if task != "average"]
-    # One decimal each, and one of the paper's averages is off by 0.06.
+    # The paper prints one decimal, and one of its averages is wrong by 0.06.
     assert sum(tasks) / len(tasks) == pytest.approx(row.scores["average"], abs=0.065)
 
 
@@ -116,13 +116,13 @@ def test_published_scores_have_their_average(size: str) -> None:
     assert sum(tasks) / len(tasks) == pytest.approx(scores["average"], abs=0.065)
 
 
-def test_published_scores_are_those_that_the_roadmap_ends_at() -> None:
+def test_published_scores_equal_the_last_steps_of_the_roadmap() -> None:
     for group, size in (("125M", "125m"), ("350M", "350m")):
         steps = {row.step: row.scores for row in rows("10", group)}
         for step, name in (("+ 1T tokens", size), ("+ layer sharing, 1T tokens", f"ls_{size}")):
             published = {task: MOBILELLM_SCORES[name][task] for task in TASKS}
             assert published == steps[step]
-    # Table 4, as far as it is known.
+    # We know only some figures of Table 4.
     assert MOBILELLM_SCORES["125m"]["triviaqa_f1_64shot"] == 12.5
     assert MOBILELLM_SCORES["ls_125m"].keys() - set(TASKS) == {
         "triviaqa_f1_1shot", "race_middle", "race_high"
@@ -131,6 +131,6 @@ def test_published_scores_are_those_that_the_roadmap_ends_at() -> None:
 
 
 def test_ffn_width() -> None:
-    # LLaMA-7B: 4096 wide, 11008 hidden; its small relatives as in the paper's config files.
+    # LLaMA-7B has 4096 and 11008; the other widths come from the paper's config files.
     assert [ffn_width(dim) for dim in (4096, 576, 1280, 1600)] == [11008, 1536, 3584, 4352]
     assert ffn_width(768, "relu") == 3072

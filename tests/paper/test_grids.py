@@ -1,4 +1,4 @@
-"""The grids hold what the paper's tables compare, at every scale."""
+"""The grids make the comparisons of the paper's tables at every scale."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from mobilellm_jax.paper.grids import (
     grid_rows,
 )
 from mobilellm_jax.paper.width import solve_width
-from tests.paper.test_architectures import count  # matrix by matrix, not the formula that is tested
+from tests.paper.test_architectures import count  # counts without the formula of model/size.py
 
 SMALL: tuple[ScaleName, ...] = ("tiny", "small")
 BUDGETS = {"tiny": (1_400_000, 0.03), "small": (20_000_000, 0.03)}
@@ -25,14 +25,14 @@ BUDGETS = {"tiny": (1_400_000, 0.03), "small": (20_000_000, 0.03)}
 
 def by_label(rows: tuple[GridRow, ...]) -> dict[tuple[str, str], GridRow]:
     found = {(row.group, row.label): row for row in rows}
-    assert len(found) == len(rows), "labels tell the rows of a group apart"
+    assert len(found) == len(rows), "each label in a group is unique"
     return found
 
 
-def test_the_papers_grids_are_its_tables() -> None:
+def test_the_grids_of_the_paper_hold_all_its_rows() -> None:
     rows = [row for grid in GRIDS for row in grid_rows(grid, "paper")]
     assert all(row.model == row.paper.model for row in rows)
-    # Table 14 repeats rows of Table 2 and of itself; all else is printed once.
+    # Table 14 repeats rows of Table 2. All other rows appear once.
     assert {id(row.paper) for row in rows} == {id(row) for row in TABLE_ROWS}
     assert [len(grid_rows(grid, "paper", "125M")) for grid in GRIDS] == [9, 8, 3, 15, 4, 4]
     long = [row for row in rows if row.length == 4]
@@ -41,7 +41,7 @@ def test_the_papers_grids_are_its_tables() -> None:
 
 @pytest.mark.parametrize("scale", SMALL)
 @pytest.mark.parametrize("grid", [grid for grid in GRIDS if ABOUT[grid].equal_parameters])
-def test_small_rows_have_equal_budgets(grid: GridName, scale: ScaleName) -> None:
+def test_small_rows_have_equally_many_parameters(grid: GridName, scale: ScaleName) -> None:
     budget, tolerance = BUDGETS[scale]
     rows = grid_rows(grid, scale)
     assert len(rows) >= 4
@@ -52,7 +52,7 @@ def test_small_rows_have_equal_budgets(grid: GridName, scale: ScaleName) -> None
 
 @pytest.mark.parametrize("scale", SMALL)
 @pytest.mark.parametrize("grid", ["roadmap", "embedding", "heads"])
-def test_small_counts_change_as_the_papers(grid: GridName, scale: ScaleName) -> None:
+def test_small_counts_change_like_the_papers_counts(grid: GridName, scale: ScaleName) -> None:
     rows = by_label(grid_rows(grid, scale))
     compared = 0
     for row in rows.values():
@@ -61,7 +61,7 @@ def test_small_counts_change_as_the_papers(grid: GridName, scale: ScaleName) -> 
         reference = rows[row.group, row.compared_with]
         ours = count(row.model) / count(reference.model) - 1
         paper = count(row.paper.model) / count(reference.paper.model) - 1
-        # Of the whole model: an embedding or the keys are other shares of a small one.
+        # Embedding and keys have another share of a small model, so the tolerance is wide.
         assert ours == pytest.approx(paper, abs=0.05), row.label
         assert abs(ours) < 0.01 or (ours > 0) == (paper > 0), row.label
         compared += 1
@@ -69,7 +69,7 @@ def test_small_counts_change_as_the_papers(grid: GridName, scale: ScaleName) -> 
 
 
 @pytest.mark.parametrize("scale", SMALL)
-def test_small_rows_differ_in_what_the_papers_do(scale: ScaleName) -> None:
+def test_small_rows_differ_in_the_same_fields_as_the_papers_rows(scale: ScaleName) -> None:
     for grid in GRIDS:
         for row in grid_rows(grid, scale):
             model, paper = row.model, row.paper.model
@@ -92,7 +92,7 @@ def test_all_tiny_grids_are_twenty_models() -> None:
 
 @pytest.mark.parametrize("scale", ["paper", *SMALL])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_every_row_has_one_to_be_compared_with_but_the_baselines(
+def test_every_row_except_the_reference_has_a_reference_row(
     grid: GridName, scale: ScaleName
 ) -> None:
     rows = by_label(grid_rows(grid, scale))
@@ -130,7 +130,7 @@ def test_solved_width_meets_the_budget(blocks: int) -> None:
     assert model.num_blocks == blocks and model.head_dim == 16
     assert model.num_heads == 3 * model.num_kv_heads
     assert model.embed_dim == 16 * model.num_heads
-    # The proportions of the feed-forward stay near those that were given, 8/3.
+    # The feed-forward width stays close to 8/3 of the embedding.
     assert 1.5 < model.ffn_dim / model.embed_dim < 4.5
 
 
@@ -148,6 +148,6 @@ def test_the_solution_is_the_nearest_in_proportion() -> None:
 
 
 @pytest.mark.parametrize("parameters", [2_000, 50_000])
-def test_a_budget_that_no_width_meets(parameters: int) -> None:
+def test_a_number_that_no_width_gives_is_refused(parameters: int) -> None:
     with pytest.raises(ConfigError, match=f"{parameters:,} parameters within 3%"):
         solve_width(dataclasses.replace(MODEL, num_blocks=30), parameters)
