@@ -30,7 +30,7 @@ from mobilellm_jax.generation.generate import Prepared, generate, prepare
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.open_model import OpenedModel, open_model
 from mobilellm_jax.quantize.parameters import quantize_model, stored_bytes
-from mobilellm_jax.quantize.schemes import Scheme, find_scheme
+from mobilellm_jax.quantize.schemes import find_scheme
 from mobilellm_jax.storage import sealing, strict_json
 
 _STATUS = Path("/proc/self/status")
@@ -127,26 +127,18 @@ def is_artifact(path: Path) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model to measure: an export, or a checkpoint in JAX."""
-
-    path: Path
-    scheme: Scheme | None = None  # quantization of the checkpoint
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a process measures."""
+    """A model and how it is measured."""
 
-    path: str
-    scheme: str | None  # name of the quantization of a checkpoint
+    path: str  # an export or a checkpoint
+    scheme: str | None = None  # quantization of a checkpoint in JAX
     prompt_tokens: int
     new_tokens: int
     rounds: int
     text: str
 
 
-def check(subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
+def check(request: Request) -> None:
     """Checks a model before anything is measured.
 
     Raises:
@@ -154,28 +146,24 @@ def check(subject: Subject, prompt_tokens: int, new_tokens: int) -> None:
       MissingFileError: if there is no model at `path`.
       ConfigError: if the scheme does not apply to the checkpoint.
     """
-    path = subject.path
+    path = Path(request.path)
     if path.exists() and is_artifact(path):
         artifact = open_artifact(path)
         artifact.loader()
         room = artifact.info.max_seq_len
     else:
-        opened = _open(subject)
-        room = opened.config.max_seq_len
+        room = _open(request).config.max_seq_len
     # Decoding in JAX starts from one more token after the prompt.
-    if prompt_tokens + new_tokens + 1 > room:
+    if request.prompt_tokens + request.new_tokens + 1 > room:
         raise UserError(
-            f"--prompt_tokens={prompt_tokens} and --new_tokens={new_tokens} and one more must fit "
-            f"max_seq_len={room} of {path}; lower one of them."
+            f"--prompt_tokens={request.prompt_tokens} and --new_tokens={request.new_tokens} and "
+            f"one more must fit max_seq_len={room} of {path}; lower one of them."
         )
 
 
 def measure(request: Request) -> Measurement:
     """Loads a model that `check` has accepted, and measures it."""
-    subject = Subject(
-        path=Path(request.path), scheme=find_scheme(request.scheme) if request.scheme else None
-    )
-    path = subject.path
+    path = Path(request.path)
     if is_artifact(path):
         artifact = open_artifact(path)
         config, tokenizer = artifact.info.model, artifact.tokenizer()
@@ -183,14 +171,14 @@ def measure(request: Request) -> Measurement:
         load = _loader(artifact)
     else:
         # The checkpoint is read before it is timed, because an export has also been read before.
-        opened = _open(subject)
+        opened = _open(request)
         config, tokenizer = opened.config, opened.tokenizer
-        precision = subject.scheme.name if subject.scheme else "float32"
+        precision = request.scheme or "float32"
         size = stored_bytes(opened.params)
         del opened
 
         def load() -> _Loaded:
-            return _InJax(_open(subject))
+            return _InJax(_open(request))
 
     prompt = _prompt(tokenizer, request.text, request.prompt_tokens)
     before = _reset_peak()
@@ -205,7 +193,7 @@ def measure(request: Request) -> Measurement:
         decode_sec.append(loaded.decode(prompt, request.new_tokens))
     memory = _peak() - before
     return Measurement(
-        path=str(path),
+        path=request.path,
         runtime=loaded.name,
         precision=precision,
         model=config,
@@ -219,11 +207,11 @@ def measure(request: Request) -> Measurement:
     )
 
 
-def _open(checkpoint: Subject) -> OpenedModel:
-    opened = open_model(checkpoint.path)
-    if checkpoint.scheme is None:
+def _open(request: Request) -> OpenedModel:
+    opened = open_model(request.path)
+    if request.scheme is None:
         return opened
-    params = quantize_model(opened.config, opened.params, checkpoint.scheme)
+    params = quantize_model(opened.config, opened.params, find_scheme(request.scheme))
     return dataclasses.replace(opened, params=params)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mobilellm_jax.benchmark.measure import Measurement, Request, Subject
+from mobilellm_jax.benchmark.measure import Measurement, Request
 from mobilellm_jax.benchmark.table import Row, as_csv, markdown, plot, summarize
 from mobilellm_jax.errors import require
 from mobilellm_jax.storage import strict_json
@@ -20,16 +20,8 @@ class MeasuringError(RuntimeError):
     """A process that measured a model failed."""
 
 
-def benchmark(
-    subjects: Sequence[Subject],
-    *,
-    prompt_tokens: int,
-    new_tokens: int,
-    runs: int,
-    rounds: int,
-    text: str,
-) -> tuple[list[Row], list[list[Measurement]]]:
-    """Returns a row for each model, and the measurements of its processes.
+def benchmark(requests: Sequence[Request], runs: int) -> tuple[list[Row], list[list[Measurement]]]:
+    """Returns a row for each request, and the measurements of its processes.
 
     The models take turns `runs` times, so that other work on the machine affects all alike.
 
@@ -38,19 +30,12 @@ def benchmark(
       MeasuringError: if a process fails; the message holds the last lines that it wrote.
     """
     require("matplotlib", "report", "the picture of mobilellm benchmark")
-    found: list[list[Measurement]] = [[] for _ in subjects]
-    turns = [(i, subject) for _ in range(runs) for i, subject in enumerate(subjects)]
-    for i, subject in tqdm(turns, unit="process", disable=None):
-        request = Request(
-            path=str(subject.path),
-            scheme=subject.scheme.name if subject.scheme else None,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            rounds=rounds,
-            text=text,
-        )
+    found: list[list[Measurement]] = [[] for _ in requests]
+    turns = [(i, request) for _ in range(runs) for i, request in enumerate(requests)]
+    for i, request in tqdm(turns, unit="process", disable=None):
         found[i].append(_measured(request))
-    return [summarize(each, prompt_tokens) for each in found], found
+    pairs = zip(found, requests, strict=True)
+    return [summarize(each, request.prompt_tokens) for each, request in pairs], found
 
 
 def write_results(

@@ -62,38 +62,38 @@ _TEXT = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Measures the models, prints the table and writes the results."""
     del argv  # the command has no config, so it has no overrides
-    from mobilellm_jax.benchmark.measure import Subject, check, is_artifact
+    from mobilellm_jax.benchmark.measure import Request, check, is_artifact
     from mobilellm_jax.benchmark.run import benchmark, write_results
     from mobilellm_jax.benchmark.table import markdown
     from mobilellm_jax.export.verify import TEXT
 
-    schemes = [find_scheme(name) for name in _QUANTIZE.value]
-    subjects = []
-    for path in map(Path, _ARTIFACT.value):
-        subjects.append(Subject(path=path))
-        if not is_artifact(path):
-            subjects += [Subject(path=path, scheme=scheme) for scheme in schemes]
-    if schemes and not any(subject.scheme for subject in subjects):
-        raise UsageError(
-            f"--quantize={schemes[0].name} needs a checkpoint among --artifact; an export is "
-            "quantized by `mobilellm export --quantize`."
-        )
-    for subject in subjects:
-        check(subject, _PROMPT_TOKENS.value, _NEW_TOKENS.value)
     text = read_text("--text", Path(_TEXT.value)) if _TEXT.value else TEXT
     if not text.strip():
         raise UserError(f"--text={_TEXT.value} is empty; name a file with text.")
+    schemes = [find_scheme(name).name for name in _QUANTIZE.value]
+    requests = [
+        Request(
+            path=path,
+            scheme=scheme,
+            prompt_tokens=_PROMPT_TOKENS.value,
+            new_tokens=_NEW_TOKENS.value,
+            rounds=_ROUNDS.value,
+            text=text,
+        )
+        for path in _ARTIFACT.value
+        for scheme in [None, *([] if is_artifact(Path(path)) else schemes)]
+    ]
+    if schemes and not any(request.scheme for request in requests):
+        raise UsageError(
+            f"--quantize={schemes[0]} needs a checkpoint among --artifact; an export is "
+            "quantized by `mobilellm export --quantize`."
+        )
+    for request in requests:
+        check(request)
     output = Path(_OUTPUT.value)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file; name a folder.")
-    rows, measured = benchmark(
-        subjects,
-        prompt_tokens=_PROMPT_TOKENS.value,
-        new_tokens=_NEW_TOKENS.value,
-        runs=_RUNS.value,
-        rounds=_ROUNDS.value,
-        text=text,
-    )
+    rows, measured = benchmark(requests, _RUNS.value)
     write_results(output, rows, measured)
     print(markdown(rows), end="")
     print(f"\n{output}/benchmark.md, .csv, .json, .png; energy and battery are estimates.")

@@ -1,6 +1,7 @@
 """The interface between an evaluation and a model: a checkpoint in JAX or an exported file."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -68,19 +69,7 @@ class JaxEngine:
         return self.scorer.scores(self.params, queries)
 
     def writer(self) -> Writer:
-        prepared = prepare(self.config, self.params)
-
-        def write(
-            prompts: Sequence[list[int]], *, max_new_tokens: int, sampling: Sampling, eos_id: int
-        ) -> Continuations:
-            return stream_batch(
-                *(self.config, prepared, prompts),
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                eos_id=eos_id,
-            )
-
-        return write
+        return functools.partial(stream_batch, self.config, prepare(self.config, self.params))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ _NOT_THE_MODEL = ("attention", "init_std", "remat", "scan_unroll", "compute_dtyp
 def identity(
     config: ModelConfig, params: Params, tokenizer: Tokenizer, quantized: str | None = None
 ) -> dict[str, Any]:
-    """Returns what distinguishes the answers of this model from the answers of other models.
+    """Returns the fields that identify a model, so that models do not share a journal.
 
     The quantization is part of the identity, because activations in 8 bits change no weight.
     """

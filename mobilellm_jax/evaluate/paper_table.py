@@ -8,7 +8,7 @@ from typing import Any
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.task_data import QUESTIONS, TASK_DATA, ZERO_SHOT
 from mobilellm_jax.model.size import parameter_count
-from mobilellm_jax.paper.architectures import MOBILELLM, MOBILELLM_PARAMETERS, MOBILELLM_SCORES
+from mobilellm_jax.paper.architectures import MOBILELLM, MOBILELLM_SCORES
 
 CAVEAT = """\
 The paper does not say which harness, prompts or kind of accuracy it used, and the ARC-c of its
@@ -91,7 +91,7 @@ def nearest_size(config: ModelConfig) -> tuple[str, bool]:
             return size, True
     ours = parameter_count(config)
     plain = [size for size in MOBILELLM if not size.startswith("ls_")]
-    return min(plain, key=lambda size: abs(MOBILELLM_PARAMETERS[size] - ours)), False
+    return min(plain, key=lambda size: abs(parameter_count(MOBILELLM[size]) - ours)), False
 
 
 def paper_name(size: str) -> str:

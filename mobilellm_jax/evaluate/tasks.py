@@ -247,7 +247,7 @@ def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
 
 
 def _git_commit() -> str | None:
-    """Does what the harness does, but without git's `fatal:` outside of a repository."""
+    """Returns the commit as the harness does, but hides git's error outside of a repository."""
     if shutil.which("git") is None:
         return None
     described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)

@@ -31,7 +31,6 @@ class Row:
     """One row of a table: a trained model and its scores."""
 
     tables: tuple[str, ...]  # tables that print the row
-    topic: str  # subject of the table
     group: str  # 125M or 350M
     step: str = ""  # step of the design roadmap
     model: ModelConfig
@@ -93,35 +92,22 @@ MOBILELLM = {
     "ls_350m": _shared(32, 15, 5, 960),
 }
 
-# Exact totals with norms; the paper prints 124.6M, 345.3M, 603.1M, 1.0B and 1.5B.
-MOBILELLM_PARAMETERS = {
-    "125m": 124_635_456,
-    "350m": 345_355_200,
-    "600m": 603_188_352,
-    "1b": 1_005_461_760,
-    "1_5b": 1_511_188_800,
-    "ls_125m": 124_635_456,
-    "ls_350m": 345_355_200,
-}
 
-# Scores of the published models (Tables 3, 4 and 8), in the order of TASKS and QA_TASKS; a "-"
-# marks a figure that is not known.
-_MOBILELLM_SCORES = {
-    "125m": "43.9 27.1 60.2 65.3 42.4 38.9 39.5 53.1 46.3 13.9 14.3 12.5 39.7 28.9",
-    "350m": "53.8 33.5 62.4 68.6 44.7 49.6 40.0 57.6 51.3 22.0 23.9 24.2 45.6 33.8",
-    "600m": "58.1 35.8 61.0 72.3 44.9 55.9 47.9 58.6 54.3",
-    "1b": "63.0 39.0 66.7 74.4 45.0 61.4 46.8 62.3 57.3",
-    "1_5b": "67.5 40.9 65.7 74.8 46.4 64.5 50.5 64.7 59.4",
-    "ls_125m": "45.8 28.7 60.4 65.7 42.9 39.5 41.1 52.1 47.0 14.2 - - 40.7 29.6",
-    "ls_350m": "54.4 32.5 62.8 69.8 44.1 50.6 45.8 57.2 52.1 - - - 47.3 33.7",
-}
-MOBILELLM_SCORES: dict[str, dict[str, float]] = {
-    size: {
-        task: float(score)
-        for task, score in zip((*TASKS, *QA_TASKS), scores.split(), strict=False)
-        if score != "-"
-    }
-    for size, scores in _MOBILELLM_SCORES.items()
+def _scores(text: str) -> dict[str, float]:
+    """Returns scores in the order of TASKS and QA_TASKS; a "-" marks a figure that is not known."""
+    names = (*TASKS, *QA_TASKS)
+    return {n: float(score) for n, score in zip(names, text.split(), strict=False) if score != "-"}
+
+
+# Scores of the published models, Tables 3, 4 and 8.
+MOBILELLM_SCORES = {
+    "125m": _scores("43.9 27.1 60.2 65.3 42.4 38.9 39.5 53.1 46.3 13.9 14.3 12.5 39.7 28.9"),
+    "350m": _scores("53.8 33.5 62.4 68.6 44.7 49.6 40.0 57.6 51.3 22.0 23.9 24.2 45.6 33.8"),
+    "600m": _scores("58.1 35.8 61.0 72.3 44.9 55.9 47.9 58.6 54.3"),
+    "1b": _scores("63.0 39.0 66.7 74.4 45.0 61.4 46.8 62.3 57.3"),
+    "1_5b": _scores("67.5 40.9 65.7 74.8 46.4 64.5 50.5 64.7 59.4"),
+    "ls_125m": _scores("45.8 28.7 60.4 65.7 42.9 39.5 41.1 52.1 47.0 14.2 - - 40.7 29.6"),
+    "ls_350m": _scores("54.4 32.5 62.8 69.8 44.1 50.6 45.8 57.2 52.1 - - - 47.3 33.7"),
 }
 
 ABLATION_TOKENS = 250_000_000_000
@@ -248,7 +234,6 @@ _EMBEDDING_SHARING = (  # blocks, tied, parameters; all 125M with 8 heads and wi
 
 def _row(
     tables: str,
-    topic: str,
     group: str,
     model: ModelConfig,
     params_millions: float,
@@ -259,34 +244,29 @@ def _row(
 ) -> Row:
     return Row(
         tables=tuple(tables.split()),
-        topic=topic,
         group=group,
         step=step,
         model=model,
         params_millions=params_millions,
         tokens=tokens,
-        scores=dict(zip((*TASKS, *QA_TASKS), map(float, scores.split()), strict=False)),
+        scores=_scores(scores),
     )
 
 
 TABLE_ROWS: tuple[Row, ...] = (
     *(
-        _row(
-            "11 12", "depth versus width", group, _model(blocks, heads, heads, dim), params, scores
-        )
+        _row("11 12", group, _model(blocks, heads, heads, dim), params, scores)
         for group, lines in _DEPTH_VERSUS_WIDTH.items()
         for blocks, dim, params, scores in lines
         for heads in [dim // 64]
     ),
     *(
-        _row(
-            "13", "heads and kv heads", group, _model(blocks, heads, kv_heads, dim), params, scores
-        )
+        _row("13", group, _model(blocks, heads, kv_heads, dim), params, scores)
         for group, heads, kv_heads, params, scores in _HEADS
         for blocks, dim in [_BLOCKS_AND_WIDTH[group]]
     ),
     *(
-        _row("10", "design roadmap", group, model(*shape), params, scores, step=step, tokens=tokens)
+        _row("10", group, model(*shape), params, scores, step=step, tokens=tokens)
         for group, lines in _ROADMAP.items()
         for (step, model, tokens), (*shape, params, scores) in zip(
             _ROADMAP_STEPS, lines, strict=True
@@ -294,18 +274,15 @@ TABLE_ROWS: tuple[Row, ...] = (
     ),
     *(
         _row(
-            tables,
-            "layer sharing",
-            group,
+            *(tables, group),
             _model(blocks, 16, 16, dim, sharing=sharing, num_repeats=repeats),
-            params,
-            scores,
+            *(params, scores),
         )
         for tables, group, sharing, repeats, params, scores in _SHARING
         for blocks, dim in [_BLOCKS_AND_WIDTH[group]]
     ),
     *(
-        _row("1", "embedding sharing", "125M", _model(blocks, 8, 8, 512, tied=tied), params, scores)
+        _row("1", "125M", _model(blocks, 8, 8, 512, tied=tied), params, scores)
         for blocks, tied, params, scores in _EMBEDDING_SHARING
     ),
 )

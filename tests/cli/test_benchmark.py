@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 
-from mobilellm_jax.benchmark.measure import Subject
+from mobilellm_jax.benchmark.measure import Request
 from mobilellm_jax.benchmark.run import MeasuringError, benchmark
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.config import ModelConfig
@@ -70,6 +70,10 @@ def test_a_checkpoint_is_measured_in_separate_processes(
     assert names == {f"benchmark.{kind}" for kind in ("md", "csv", "json", "png")}
 
 
+def request_of(path: Path | str) -> Request:
+    return Request(path=str(path), prompt_tokens=8, new_tokens=8, rounds=1, text=TEXT)
+
+
 def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -83,18 +87,15 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, 0, f"a line\n{json.dumps(found)}\n", "")
 
     monkeypatch.setattr(subprocess, "run", answer)
-    subjects = [Subject(path=Path(name)) for name in ("one", "two")]
-    lengths = {"prompt_tokens": 8, "new_tokens": 8, "runs": 3, "rounds": 1}
-    rows, measured = benchmark(subjects, **lengths, text=TEXT)
+    rows, measured = benchmark([request_of("one"), request_of("two")], runs=3)
     assert asked == ["one", "two"] * 3
     assert [[each.memory_bytes for each in model] for model in measured] == [[1, 3, 5], [2, 4, 6]]
     assert [row.memory_megabytes for row in rows] == [3e-6, 4e-6]
 
 
 def test_the_message_of_a_failed_process_is_shown(tmp_path: Path) -> None:
-    subject = Subject(path=tmp_path / "gone")
     with pytest.raises(MeasuringError, match=r"gone ended with 1:\n(.|\n)*does not exist"):
-        benchmark([subject], prompt_tokens=8, new_tokens=8, runs=1, rounds=1, text=TEXT)
+        benchmark([request_of(tmp_path / "gone")], runs=1)
 
 
 def test_bad_input_is_refused_before_anything_is_measured(
