@@ -59,7 +59,7 @@ class Collective:
     shape: str  # without layouts
     payload_bytes: int  # size on one device of the array before it is split, or after it is joined
     group: int  # devices that exchange data with each other
-    times: int  # per execution of the program
+    times: int  # number of transfers per execution of the program
     origin: str  # name of the operation in the source program
 
     @property
@@ -171,7 +171,7 @@ def _collective_kind(opcode: str) -> str | None:
 def _collective(kind: str, instruction: Instruction, times: int) -> Collective:
     arrays = _ARRAY.findall(instruction.shape)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # Operands first, then results, then what the transfer needs for itself.
+        # The operands come first, then the results. Counters of the transfer (u32) come last.
         arrays = [a for a in arrays if a != ("u32", "")]
         arrays = arrays[len(arrays) // 2 :]
     group = _group_size(instruction.text)

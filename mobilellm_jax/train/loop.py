@@ -64,7 +64,7 @@ def train_loop(
     with several processes, all of them stop one step later. The caller handles signals that arrive
     before the first step starts. A run diverges if its last `train.max_bad_steps` steps were not
     finite. After a bad step the loop does not save, because the run could not heal from such a
-    state; only the last state of a run is always saved, unless the run diverged.
+    state. The last state of a run is always saved, unless the run diverged.
     """
     train, first, steps = config.train, int(state.step), config.train.steps
     watch = _Watch(config, hooks, Reporter(config, writer), walltime)

@@ -48,7 +48,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def is_matrix(params: ParamsOrPlaceholder) -> Any:
-    """Returns True for every leaf except the scales of norms; weight decay applies to these."""
+    """Returns True where weight decay applies: for every leaf except the scales of norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 

@@ -1,4 +1,4 @@
-"""`mobilellm import` and `mobilellm export`, there and back."""
+"""Tests that `mobilellm export` gives back the files that `mobilellm import` read."""
 
 import json
 import shutil
@@ -109,7 +109,7 @@ def test_import_refuses_a_tokenizer_larger_than_the_model(
 ) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
-    # 290 are possible with the fixture's text, 310 with this one.
+    # The text of the fixture supports 290 tokens, and this text supports 310.
     texts = ["sphinx of black quartz, judge my vow; pack my box with five dozen liquor jugs"] * 9
     (source / "tokenizer.model").unlink()
     train_tokenizer(texts, 310, source / "tokenizer.model")

@@ -9,7 +9,7 @@ from mobilellm_jax.cli.main import main
 from mobilellm_jax.data.preparation.prepare import prepare
 
 ROOT = Path(__file__).parent.parent.parent
-# What would clear a terminal, ring it, and turn the writing around.
+# These characters clear a terminal, ring its bell and reverse the direction of writing.
 HOSTILE = "\x1b[2J\x07\u202e \u2581 日本 \\n"
 
 

@@ -16,6 +16,7 @@ import pytest
 from mobilellm_jax import checkpoint, pretrain
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Config
+from mobilellm_jax.startup.messages import show_messages
 from mobilellm_jax.train.state import TrainState
 from mobilellm_jax.train.step import StepMetrics
 from tests.faults.records import assert_same_run, log
@@ -85,6 +86,11 @@ def wrong_in_optimizer(moment: str, wrong: float) -> Callable[[TrainState], Trai
         return dataclasses.replace(state, optimizer=optimizer)
 
     return damage
+
+
+@pytest.fixture(autouse=True)
+def _messages() -> None:
+    show_messages()
 
 
 def wrong_in_parameters(state: TrainState) -> TrainState:

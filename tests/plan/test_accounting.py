@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from mobilellm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from mobilellm_jax.plan.accounting import Account, account_of
 from mobilellm_jax.plan.compiled import mesh_of
 
-# Per block 32 x 8 x (2 + 1 + 1) + 2 x 8 x 32 of attention, 3 x 32 x 48 of feed-forward, two norms.
+# Attention has 32 x 8 x (2 + 1 + 1) + 2 x 8 x 32 weights, the feed-forward 3 x 32 x 48, norms 64.
 BLOCK = 1024 + 512 + 4608 + 64
 CONFIG = Config(
     model=ModelConfig(
@@ -43,12 +44,12 @@ def test_one_device_holds_everything() -> None:
     parameters = 128 * 32 + 3 * BLOCK + 32
     assert found.parameters == parameters
     assert found.weight_bytes == found.gradient_bytes == 4 * parameters
-    # Two moments, and Optax's counts of steps.
+    # The optimizer holds two moments and Optax's counters of steps.
     assert 0 < found.optimizer_bytes - 8 * parameters <= 16
     assert found.rows == 16
-    # The input of each of three blocks, per token, and what the last norm keeps.
+    # Every token keeps the inputs of three blocks and the values of the last norm.
     assert 16 * 64 * 3 * 32 * 4 < found.activation_bytes < 16 * 64 * (3 + 4) * 32 * 4
-    # Two positions of 16 rows at once, and the head's gradient.
+    # The loss holds logits of two positions of 16 rows, and the gradient of the head.
     assert found.loss_bytes == 4 * 128 * (32 + 32)
     assert found.total_bytes == sum(
         getattr(found, f"{part}_bytes")
@@ -69,7 +70,7 @@ def test_data_parallelism_splits_the_batch_only() -> None:
 
 def test_fsdp_splits_the_state_too() -> None:
     one, eight = account(), account(devices=8, mesh={"data": 1, "fsdp": 8})
-    norms = 4 * (3 * 64 + 32)  # every device has them whole
+    norms = 4 * (3 * 64 + 32)  # every device has a copy of the norms
     assert eight.weight_bytes == (one.weight_bytes - norms) // 8 + norms
     assert eight.activation_bytes == one.activation_bytes // 8
 
@@ -84,11 +85,12 @@ def test_accumulation_keeps_fewer_rows_and_two_gradients() -> None:
 
 @pytest.mark.parametrize("boundaries", ["concat", "document_mask"])
 def test_policies_keep_what_they_say(boundaries: str) -> None:
-    """By hand for one token of one more block.
+    """Each block keeps its input per token, and depending on the policy some other values.
 
-    That is its input, the output of attention with the normaliser of each head, gate and up.
+    The other values are the output of attention with a normalizer per head, and gate and up.
     """
 
+    @functools.cache
     def per_token(remat: str) -> float:
         three, five = (
             account(model={"remat": remat, "num_blocks": n}, data={"boundaries": boundaries})

@@ -52,7 +52,7 @@ def test_a_step_of_this_machine() -> None:
     assert isinstance(step, CompiledStep)
     parameters = 128 * 32 + 2 * (32 * 16 * 4 + 32 * 32 + 3 * 32 * 48 + 64) + 32
     batch = 3 * 128 * 4  # a row of tokens, targets and weights
-    recent = 2 * 4 * WINDOW_STEPS  # what the guard against spikes remembers
+    recent = 2 * 4 * WINDOW_STEPS  # recent values of the guard against spikes
     counters = step.state_bytes - 12 * parameters - batch - recent
     assert 0 < counters < 64
     assert step.temporary_bytes > 0
@@ -72,7 +72,7 @@ def test_documents_are_inputs_of_the_step_that_masks_them(boundaries: Any) -> No
     assert names == {"tokens", "targets", "weights"} | documents
 
 
-def test_what_mesh_and_config_do_not_agree_on() -> None:
+def test_a_config_that_the_mesh_cannot_run_is_refused() -> None:
     def refused(**groups: Any) -> str:
         with pytest.raises(ConfigError) as caught:
             mesh_of(dataclasses.replace(CONFIG, **groups), jax.devices())
@@ -130,7 +130,7 @@ def test_a_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, message: str)
 )
 @pytest.mark.parametrize("boundaries", ["concat", "document_mask"])
 def test_a_step_for_tpus(boundaries: Any) -> None:
-    """Compiled with its kernels; under pure data parallelism only gradients are sent."""
+    """The step has its kernels, and pure data parallelism sends only gradients."""
     devices = topology_devices(parse_topology("v5e:2x2"))
     data = DataConfig(seq_len=128, boundaries=boundaries)
     model = dataclasses.replace(CONFIG.model, remat="dots")
@@ -139,6 +139,6 @@ def test_a_step_for_tpus(boundaries: Any) -> None:
     step = compile_step(config, *mesh_of(config, devices))
     assert isinstance(step, CompiledStep)
     assert {c.kind for c in step.program.collectives} == {"all-reduce"}
-    # Forward, and the two of the backward pass, in two blocks each: none of them twice.
+    # Each of two blocks calls one kernel forward and two kernels backward.
     assert sorted(step.program.kernels.values()) == [2, 2, 2]
     assert step.program.estimated_cycles is not None and step.program.unknown_loops == 0

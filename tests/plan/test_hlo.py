@@ -1,4 +1,4 @@
-"""Programs whose transfers are known by hand, compiled for eight CPU devices or written down."""
+"""Reads programs with known transfers: compiled for eight CPU devices, or from a text."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ def line_of_devices() -> Mesh:
 
 
 def read(function: Any, shape: tuple[int, ...], out: PartitionSpec) -> Program:
-    """What a function of one split float32 array does on each of eight devices."""
+    """Returns the program of a function of one float32 array that eight devices share."""
     mesh = line_of_devices()
     split = PartitionSpec("x")
     local = jax.shard_map(function, mesh=mesh, in_specs=split, out_specs=out, check_vma=False)
@@ -45,7 +45,7 @@ def read(function: Any, shape: tuple[int, ...], out: PartitionSpec) -> Program:
     return read_program(jax.jit(local).lower(array).compile().as_text())
 
 
-# A device's part of 64 x 10 float32 numbers is 320 bytes, all of them 2,560.
+# 64 x 10 float32 numbers are 2,560 bytes, and the part of a device is 320 bytes.
 @pytest.mark.parametrize(
     ("kind", "function", "payload", "sent"),
     [
@@ -90,7 +90,7 @@ def test_a_transfer_counts_as_often_as_the_loops_around_it_run() -> None:
     assert program.unknown_loops == 0
 
 
-def test_a_loop_of_unknown_length_is_counted_once_and_said() -> None:
+def test_a_loop_of_unknown_length_is_counted_once_and_reported() -> None:
     def function(x: jax.Array) -> jax.Array:
         return jax.lax.while_loop(
             lambda y: jnp.sum(y) < 3.0, lambda y: jax.lax.psum(y, "x") + 1.0, x
@@ -113,8 +113,8 @@ def test_pure_data_parallelism_reduces_gradients_and_gathers_nothing() -> None:
     assert {c.kind for c in found} == {"all-reduce"}
     block = 32 * 8 * (2 + 1 + 1) + 2 * 8 * 32 + 3 * 32 * 48 + 2 * 32
     table, norm, targets = 128 * 32, 32, 1
-    # The table's gradient as an embedding once, as a head after each of the four chunks, with the
-    # chunk's loss.
+    # The gradient of the table is reduced once for the embedding, and once per chunk for the head,
+    # together with the loss of the chunk. There are four chunks.
     numbers = 3 * block + table + 4 * (table + 1) + norm + targets
     assert sum(c.payload_bytes * c.times for c in found) == 4 * numbers
 
@@ -125,8 +125,8 @@ def test_fsdp_gathers_weights_where_they_are_used_and_the_head_once() -> None:
     assert sum(c.times for c in head) == 1
     matrices = {"f32[32,2,8]", "f32[32,1,8]", "f32[2,8,32]", "f32[32,48]", "f32[48,32]"}
     assert {c.shape for c in gathered} - {"f32[128,32]"} == matrices
-    assert {c.times for c in gathered if c.shape in matrices} == {3}  # blocks
-    # Once forward and once backward: 7 matrices of a block.
+    assert {c.times for c in gathered if c.shape in matrices} == {3}  # number of blocks
+    # The 7 matrices of a block are gathered once forward and once backward.
     assert len(gathered) - len(head) == 2 * 7
 
 
@@ -186,7 +186,7 @@ backend_config={"estimated_cycles":"7"}
 
 
 def test_a_program_for_tpus() -> None:
-    """Trips in the condition only, one transfer in two fusions, a start with its operands."""
+    """The text has trips in a condition, a transfer in two fusions, and a start with operands."""
     program = read_program(TPU_TEXT)
     assert program.estimated_cycles == 30 * (100 + 20) + 7
     assert program.kernels == {"splash_fwd": 30}
@@ -201,7 +201,7 @@ def test_a_program_for_tpus() -> None:
     assert both.shape == "f32[6], f8e4m3fn[3], s4[2,2], pred[]"
 
 
-def test_cycles_are_none_where_the_compiler_gives_none() -> None:
+def test_without_estimates_the_cycles_are_none() -> None:
     assert read(lambda x: x + 1, (8, 1), PartitionSpec("x")).estimated_cycles is None
 
 

@@ -39,7 +39,8 @@ def test_bounds_and_estimate_by_hand() -> None:
     assert found.memory_sec == 2 * 3e7 / 1e9
     assert found.network_sec == pytest.approx(10 * 2 * 10**6 * 3 / 4 / 1e8)
     assert found.estimated_sec == 10**9 / (PEAK / 1000)
-    # 9 products of 2 FLOPs in 30 layers; of 4 x 4 blocks 10 are computed; heads fill half.
+    # 30 layers have 9 products with 2 FLOPs each. Of 16 blocks, 10 are computed. Heads fill half a
+    # unit.
     products = 9 * 30 * 2 * 3 * 4 * 64 * 2048**2 * 10 / 16
     assert found.kernels_sec == pytest.approx(products / (PEAK / 2))
     assert found.roofline_sec == max(found.flops_sec, found.memory_sec, found.network_sec)

@@ -43,7 +43,7 @@ def test_names(name: str, sides: tuple[int, ...], slices: int, devices: int) -> 
         ("v6e:1x8", "the first two sides must be even"),
     ],
 )
-def test_what_is_no_slice(name: str, rule: str) -> None:
+def test_impossible_slices_are_refused(name: str, rule: str) -> None:
     with pytest.raises(ConfigError, match=rule.replace("*", r"\*")):
         parse_topology(name)
 
@@ -56,7 +56,7 @@ def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @WITH_LIBTPU
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:1x1", "v5e:16x16", "v5p:4x4x4", "2xv6e:4x4"])
-def test_devices_that_are_not_there(name: str) -> None:
+def test_devices_of_an_absent_slice(name: str) -> None:
     topology = parse_topology(name)
     devices = topology_devices(topology)
     assert len(devices) == topology.num_devices

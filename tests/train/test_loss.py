@@ -20,7 +20,7 @@ B, T, D, V = 2, 11, 8, 37
 
 
 def naive_losses(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
-    """All logits at once, and the library's log-softmax."""
+    """Computes all logits at once, and uses the log-softmax of jax."""
     log_probs = jax.nn.log_softmax(x.astype(jnp.float32) @ head.astype(jnp.float32).T, axis=-1)
     return -jnp.take_along_axis(log_probs, targets[:, :, None], axis=-1)[:, :, 0]
 
@@ -54,7 +54,7 @@ def expected() -> Any:
     return value_and_gradients(naive_loss, *inputs())
 
 
-# 4 leaves a rest of 3 in 11 positions, 11 is one whole chunk, 64 is more than there is.
+# For 11 positions: 4 leaves a last chunk of 3, 11 makes one chunk, 64 is larger than the sequence.
 @pytest.mark.parametrize("chunk", [1, 4, 11, 64])
 def test_value_and_gradients_are_those_of_the_whole_softmax(chunk: int) -> None:
     value, gradients = expected()
@@ -77,7 +77,7 @@ def test_every_token_has_its_own_loss(chunk: int) -> None:
 
 def test_what_follows_the_loss_scales_its_gradient() -> None:
     def around(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        # The logarithm's slope depends on the value, so the cotangent is no constant.
+        # The slope of the logarithm depends on the value, so the cotangent is not a constant.
         return lambda *a: 2 * loss(*a) + jnp.log(loss(*a))
 
     value, gradients = value_and_gradients(around(naive_loss), *inputs())
@@ -108,8 +108,8 @@ def test_bfloat16_states_give_a_float32_loss() -> None:
     losses = token_losses(narrow_x, head, targets, 4)
     assert (value.dtype, losses.dtype) == (jnp.float32, jnp.float32)
     assert (grad_x.dtype, grad_head.dtype) == (jnp.bfloat16, jnp.float32)
-    # Products of bfloat16 numbers are exact in float32, where they are summed: only the operands
-    # are rounded, and the gradient of the logits (to 8 bits).
+    # Products of bfloat16 numbers are exact in float32, and the sums are float32. So only the
+    # operands and the gradient of the logits are rounded (to 8 bits).
     rounded = (narrow_x.astype(jnp.float32), narrow_head.astype(jnp.float32), targets, weights)
     rounded_value, gradients = value_and_gradients(naive_loss, *rounded)
     assert float(value) == pytest.approx(float(rounded_value), rel=1e-6)
@@ -135,14 +135,14 @@ def test_memory_does_not_hold_the_logits_of_all_tokens() -> None:
         for name, loss in (("ours", lambda *a: weighted_loss(*a, chunk)), ("naive", naive_loss))
     }
     logits_bytes = (512 - 32) * vocab_size * 4
-    assert growth["naive"] >= logits_bytes  # so the measure sees logits where there are any
+    assert growth["naive"] >= logits_bytes  # the measurement detects logits in memory
     assert growth["ours"] < 0.02 * logits_bytes
 
 
 def test_memory_of_the_step_grows_with_tokens_and_with_vocabulary_not_with_both(
     config: Config,
 ) -> None:
-    """What they take together only: bytes(V, T) - bytes(V, t) - bytes(v, T) + bytes(v, t)."""
+    """The mixed difference bytes(V, T) - bytes(V, t) - bytes(v, T) + bytes(v, t) is almost zero."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
     def temporary_bytes(vocab_size: int, seq_len: int, loss_chunk: int) -> int:
@@ -172,5 +172,5 @@ def test_memory_of_the_step_grows_with_tokens_and_with_vocabulary_not_with_both(
         return corners[large] - one_way + corners[small]
 
     logits_bytes = (8192 - 1024) * (256 - 32) * 4
-    assert product(loss_chunk=256) >= logits_bytes  # one chunk, so that the measure sees logits
+    assert product(loss_chunk=256) >= logits_bytes  # with one chunk, the measurement detects logits
     assert product(loss_chunk=16) < 0.02 * logits_bytes

@@ -16,7 +16,7 @@ from mobilellm_jax.train.optimizer import is_matrix, learning_rate, make_optimiz
 PEAK = 0.4
 
 
-# Warm-up over 10 of 100 steps, then 90 steps of decay, or of plateau with 20 of decay at the end.
+# The schedules have 10 steps of warm-up and 100 steps in all. The decay of "wsd" takes 20 steps.
 @pytest.mark.parametrize(
     ("schedule", "values"),
     [
@@ -28,7 +28,7 @@ PEAK = 0.4
 def test_schedule_by_hand(schedule: Any, values: dict[int, float]) -> None:
     config = OptimizerConfig(peak_lr=PEAK, warmup_steps=10, schedule=schedule, min_lr_ratio=0.1)
     rate = learning_rate(config, 100)
-    # cosine: 0.04 + 0.36 (1 + cos(pi t / 90)) / 2 with t = 30, 45, 60.
+    # The cosine is 0.04 + 0.36 (1 + cos(pi t / 90)) / 2 with t = 30, 45, 60.
     for step, value in values.items():
         assert float(rate(step)) == pytest.approx(value, abs=1e-7), step
 
@@ -40,7 +40,7 @@ def test_schedule_without_warm_up_starts_at_the_peak(schedule: Any) -> None:
 
 
 def test_wsd_falls_only_after_a_long_warm_up() -> None:
-    # 3 steps are left where a fifth would be 4.
+    # After the warm-up, 3 steps are left. A fifth of all steps would be 4.
     config = OptimizerConfig(peak_lr=PEAK, warmup_steps=17, schedule="wsd", min_lr_ratio=0.25)
     rate = learning_rate(config, 20)
     found = [float(rate(step)) for step in (16, 17, 18, 19, 20)]
@@ -66,7 +66,7 @@ def test_decay_is_for_all_but_the_norms(config: Config, activation: Any) -> None
 def adamw_by_hand(
     config: OptimizerConfig, steps: int, params: dict[str, Any], gradients: list[dict[str, Any]]
 ) -> dict[str, np.ndarray]:
-    """Loshchilov and Hutter's algorithm 2 in float64, with clipping before it."""
+    """Computes algorithm 2 of Loshchilov and Hutter in float64, after clipping."""
     rate = learning_rate(config, steps)
     params = {name: np.asarray(p, np.float64) for name, p in params.items()}
     first = {name: np.zeros_like(p) for name, p in params.items()}
@@ -150,7 +150,7 @@ def test_muon_orthogonalises_every_block_and_leaves_the_rest_to_adamw(
     muon, adamw = updates("muon"), updates("adamw")
     flat_gradient = traverse_util.flatten_dict(gradient, sep="/")
     flat_params = traverse_util.flatten_dict(params, sep="/")
-    inputs = {"output": 2}  # heads and head_dim go in; everywhere else one axis does
+    inputs = {"output": 2}  # heads and head_dim are inputs; the other matrices have one input axis
     for name, update in muon.items():
         if not name.startswith("blocks/") or name.endswith("scale"):
             np.testing.assert_allclose(update, adamw[name], rtol=1e-6)
@@ -164,11 +164,11 @@ def test_muon_orthogonalises_every_block_and_leaves_the_rest_to_adamw(
                 np.reshape(flat_gradient[name][u], (rows, -1)), full_matrices=False
             )
             polar = left @ right
-            # Five Newton-Schulz iterations bring singular values to 0.7 ... 1.2, not to 1; a
-            # tenth of the smallest may lag. The directions are those of the exact factor.
+            # Five Newton-Schulz iterations bring singular values to 0.7 ... 1.2, not to 1. A
+            # tenth of them, the smallest, may stay lower. The directions equal the exact factor.
             cosine = np.sum(matrix * polar) / np.linalg.norm(matrix) / np.linalg.norm(polar)
             assert cosine > 0.95, name
-            # Root mean square 0.2 like AdamW's, within those singular values.
+            # The root mean square is 0.2 like AdamW's, up to the error of the singular values.
             assert np.sqrt(np.mean(matrix**2)) == pytest.approx(0.2, rel=0.25), name
 
 

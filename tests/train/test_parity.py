@@ -1,4 +1,4 @@
-"""Training against PyTorch, and the gradient of shared blocks against that of their copies."""
+"""Compares training with PyTorch, and gradients of shared blocks with gradients of copies."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import init_state
 from mobilellm_jax.train.step import make_train_step
 
-TOLERANCE = 1e-4  # of losses and of weights, after up to 50 steps in float32
+TOLERANCE = 1e-4  # for losses and weights after up to 50 steps in float32
 STEPS, WARMUP, PEAK = 50, 5, 1e-3
 BATCH, LENGTH, VOCAB = 8, 32, 300
 CONFIG = Config(
@@ -49,16 +49,16 @@ CONFIG = Config(
         compute_dtype="float32",
     ),
     data=DataConfig(seq_len=LENGTH),
-    # Betas, decay, clipping and the final learning rate are the defaults, the paper's.
+    # Betas, decay, clipping and the final learning rate have their defaults from the paper.
     optimizer=OptimizerConfig(peak_lr=PEAK, warmup_steps=WARMUP),
     train=TrainConfig(steps=STEPS, global_batch=BATCH, loss_chunk=80),
 )
 
 
 def markov_batches() -> list[dict[str, np.ndarray]]:
-    """Tokens of which each is followed by one of two: 0.69 nats are left to chance."""
+    """Returns tokens with two possible successors each, so the best loss is 0.69 nats."""
     rng = np.random.default_rng(0)
-    # Few tokens occur, so that 50 steps are enough to learn much.
+    # Only 40 tokens occur, so 50 steps are enough to lower the loss.
     follows = rng.integers(0, 40, (40, 2))
     batches = []
     for _ in range(STEPS):
@@ -72,7 +72,7 @@ def markov_batches() -> list[dict[str, np.ndarray]]:
 
 
 def torch_optimizer(model: LlamaForCausalLM) -> tuple[Any, Any]:
-    """The paper's: AdamW that decays matrices only, warm-up, cosine to a tenth of the peak."""
+    """Returns the paper's AdamW and schedule; weight decay applies to matrices only."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     norms = [p for p in model.parameters() if p.ndim == 1]
     assert (len(matrices), len(norms)) == (1 + 2 * 7, 2 * 2 + 1)
@@ -88,7 +88,7 @@ def torch_optimizer(model: LlamaForCausalLM) -> tuple[Any, Any]:
 
 
 def train_torch(folder: Path, batches: list[dict[str, np.ndarray]]) -> list[float]:
-    """Trains the model in `folder`, saves it there again and returns the losses."""
+    """Trains the model in `folder`, replaces it by the trained model and returns the losses."""
     torch.set_num_threads(1)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.train()
@@ -115,7 +115,7 @@ def test_fifty_steps_equal_pytorchs(tmp_path: Path) -> None:
     rules = logical_rules(CONFIG.model, mesh.shape)
     optimizer = make_optimizer(CONFIG.optimizer, STEPS)
     state = init_state(CONFIG, optimizer, mesh, rules)
-    # Any tokenizer will do, as long as it has the model's vocabulary.
+    # Any tokenizer with the vocabulary size of the model serves the test.
     tokenizer = train_tokenizer(["the quick brown fox jumps"] * 9, VOCAB, tmp_path / "t.model")
     folder = tmp_path / "export"
     write_huggingface(CONFIG.model, jax.device_get(state.params), tokenizer, folder)
@@ -179,6 +179,6 @@ def test_gradient_of_a_shared_block_is_the_sum_over_its_copies(sharing: Sharing)
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=1e-5)
 
     jax.tree.map(assert_close, found, expected)
-    # The copies' gradients do differ, so that no multiple of one of them would pass.
+    # The gradients of the copies differ, so a multiple of a single gradient would fail.
     query = np.asarray(by_copy["blocks"]["attention"]["query"])[order == 0]
     assert np.abs(query[0] - query[1]).max() > 0.1 * np.abs(query).max()

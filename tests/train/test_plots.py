@@ -6,7 +6,7 @@ import pytest
 
 from mobilellm_jax.train.plots import plot_losses
 
-BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # training, validation
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # colors of training and validation
 
 
 def pixels(path: Path, color: tuple[int, int, int]) -> int:
@@ -32,7 +32,7 @@ def test_both_curves_are_drawn_each_in_its_color(tmp_path: Path) -> None:
     assert pixels(validation, ORANGE) > 300
 
 
-# Warnings are errors here: a picture of nothing must not complain about its legend.
+# Warnings are errors in tests, so an empty picture must not warn of its empty legend.
 @pytest.mark.parametrize(
     "records",
     [

@@ -1,4 +1,4 @@
-"""Prefetching: order, how far ahead, errors, and its end."""
+"""Tests the order of batches, the number ahead, errors and the end of the thread."""
 
 import itertools
 import threading
@@ -15,7 +15,7 @@ def threads() -> list[str]:
 
 
 def settled(counter: list[int]) -> int:
-    """The count once it has stopped growing."""
+    """Returns the count when it has stopped growing."""
     count = -1
     while count != len(counter):
         count = len(counter)
@@ -44,7 +44,7 @@ def test_no_more_than_ahead_are_placed_before_they_are_asked_for(ahead: int) -> 
 
 
 def test_the_thread_works_while_the_caller_does() -> None:
-    """Were a batch made when it is asked for, the caller would wait for ever."""
+    """If a batch were made only on demand, the caller would wait forever."""
     made = threading.Event()
 
     def put(batch: int) -> int:

@@ -1,4 +1,4 @@
-"""Which steps are profiled, and that the files are there."""
+"""Tests the choice of the profiled steps and the files of a profile."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ def test_range_of_steps() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "1:", ":3", "1-3", "1:2:3", "-1:2", "0:2", "5:4"])
-def test_what_is_no_range_is_refused(text: str) -> None:
+def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--profile_steps=.*10:12"):
         ProfiledSteps.parse(text)
 
@@ -31,7 +31,7 @@ def test_steps_that_the_run_does_not_take_are_refused(first: int, last: int) -> 
 
 
 def trained_steps(folder: Path) -> set[str]:
-    """The numbers of the steps in the trace, as its viewer shows them."""
+    """Returns the numbers of the steps that the viewer of the trace shows."""
     (trace,) = folder.glob("plugins/profile/*/*.trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     named = [event for event in events if event.get("name") == "train"]

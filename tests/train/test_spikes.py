@@ -1,4 +1,4 @@
-"""The guard against spikes, beside its definition written out with lists."""
+"""Compares the guard against spikes with its definition on lists."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ HALF = WINDOW_STEPS // 2
 
 
 def expected_spikes(losses: list[float], norms: list[float], factor: float) -> list[bool]:
-    """The definition: a list of remembered values for each of the two."""
+    """Computes the definition, with a list of remembered values for losses and one for norms."""
     memory: tuple[list[float], list[float]] = ([], [])
     spikes = []
     for values in zip(losses, norms, strict=True):
@@ -55,7 +55,7 @@ def test_spikes_are_those_of_the_definition(seed: int) -> None:
     losses, norms = noise(seed, 5 * HALF)
     rng = np.random.default_rng(seed + 10)
     for step in rng.choice(len(losses), 30, replace=False):
-        # Far from any limit, so that float32 and float64 judge alike.
+        # These values are far from every limit, so float32 and float64 give the same result.
         (losses, norms)[step % 2][step] = rng.choice([9.0, 50.0, 1e4, math.nan, math.inf])
     expected = expected_spikes(losses, norms, FACTOR)
     assert 5 < sum(expected) < 30
@@ -71,7 +71,7 @@ def test_nothing_is_a_spike_before_half_a_window_or_without_a_factor() -> None:
 
 
 def test_a_level_that_stays_higher_is_followed() -> None:
-    """A guard that forgot what it skipped would skip for ever."""
+    """A guard that did not remember the skipped steps would skip all later steps."""
     losses, norms = noise(0, 3 * WINDOW_STEPS)
     higher = losses[:WINDOW_STEPS] + [loss + 5 for loss in losses[WINDOW_STEPS:]]
     spikes = found_spikes(higher, norms, FACTOR)
@@ -83,7 +83,7 @@ def test_a_level_that_stays_higher_is_followed() -> None:
 def test_a_step_that_spikes_updates_nothing(
     prepare: Callable, make_batch: Callable, what: str
 ) -> None:
-    """The step's own guard, with a memory in which everything of late was small."""
+    """The recent values of the state are small, so the step counts as a spike."""
     run = prepare(1, spike_factor=FACTOR)
     small_W = jnp.full(WINDOW_STEPS, 1e-3)
     level = {"loss": "loss_W", "gradient norm": "grad_norm_W"}
@@ -99,7 +99,7 @@ def test_a_step_that_spikes_updates_nothing(
     assert (int(metrics["bad_steps"]), int(metrics["skipped_steps"])) == (0, 1)
     after = jax.device_get((state.params, state.optimizer))
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    # Without the guard the same step is like any other.
+    # Without the guard, the same step is not skipped.
     plain = prepare(1)
     state = dataclasses.replace(plain.state(), recent=recent)
     assert not plain.step_fn(state, plain.put(make_batch(0)))[1]["skipped"]

@@ -11,7 +11,7 @@ import pytest
 from mobilellm_jax.train.state import TrainState
 from mobilellm_jax.train.step import StepMetrics, chunk_positions
 
-HUGE = 1e25  # its square is more than float32 holds
+HUGE = 1e25  # the square overflows float32
 
 
 def train(run: Any, batches: list[dict[str, np.ndarray]]) -> tuple[TrainState, list[StepMetrics]]:
@@ -40,14 +40,14 @@ def test_metrics_are_those_of_the_step(prepare: Callable, make_batch: Callable) 
     batches = [make_batch(seed) for seed in range(3)]
     state, metrics = train(run, batches)
     assert (int(state.step), int(state.bad_steps)) == (3, 0)
-    # Random targets of a fresh model: every one of the 48 tokens is about as likely.
+    # The targets are random and the model is new, so all 48 tokens are about equally likely.
     assert metrics[0]["loss"] == pytest.approx(np.log(48), abs=0.05)
     for batch, values in zip(batches, metrics, strict=True):
         assert values["targets"] == batch["weights"].sum()
         assert 64 < values["targets"] < 8 * 16
         assert not values["skipped"]
         assert np.isfinite(values["grad_norm"]) and values["grad_norm"] > 0
-    # One step of warm-up from 0 to the peak, then a cosine over 19 steps to a tenth.
+    # The rate rises from 0 to the peak in one step, then falls to a tenth in 19 steps.
     cosine = 0.1 + 0.9 * (1 + np.cos(np.pi / 19)) / 2
     assert [m["learning_rate"] for m in metrics] == pytest.approx([0, 1e-2, 1e-2 * cosine])
     assert largest_difference(state.params, run.initial.params) > 1e-3
@@ -68,8 +68,8 @@ def test_micro_batches_add_up_to_the_batch(
     assert parts.config != whole.config
     batches = [make_batch(seed) for seed in range(3)]
     for batch in batches:
-        # Row r is in micro-batch r mod accumulation_steps; some count little, the first of all
-        # not at all, so that a mean of means is not the mean.
+        # Row r is in micro-batch r mod accumulation_steps. The micro-batches have different numbers
+        # of targets, and the first has none, so a mean of means differs from the mean.
         batch["weights"][::2] *= np.arange(4)[:, None] == 1
         batch["weights"][0::accumulation_steps] *= 0
     state, metrics = train(whole, batches)
@@ -82,10 +82,10 @@ def test_micro_batches_add_up_to_the_batch(
     assert largest_difference(state.params, whole.initial.params) > 1e-3
 
 
-def test_what_does_not_count_changes_nothing(prepare: Callable, make_batch: Callable) -> None:
+def test_targets_without_weight_change_nothing(prepare: Callable, make_batch: Callable) -> None:
     run = prepare(1)
     batches = [make_batch(seed) for seed in range(2)]
-    # Whatever stands where no target counts; only the tokens at a row's end are seen by none.
+    # Targets without weight change. Tokens change only at the end of a row, which no target sees.
     other = [{name: x.copy() for name, x in batch.items()} for batch in batches]
     for batch, changed in zip(batches, other, strict=True):
         ignored = batch["weights"] == 0
@@ -97,7 +97,7 @@ def test_what_does_not_count_changes_nothing(prepare: Callable, make_batch: Call
     state, metrics = train(run, batches)
     found_state, found_metrics = train(run, other)
     assert [m["loss"] for m in found_metrics] == [m["loss"] for m in metrics]
-    # Zero gradients are added in another order where the tokens differ.
+    # The changed tokens change the order in which zero gradients are added.
     assert largest_difference(state.params, found_state.params) < 1e-6
 
 
@@ -129,7 +129,7 @@ def test_documents_of_a_batch_reach_the_model(prepare: Callable, make_batch: Cal
 
     def metrics_of(batch: dict[str, np.ndarray]) -> StepMetrics:
         state = run.state()
-        # Blocks so strong that it matters what they attend to.
+        # Large weights of the blocks make the effect of attention visible.
         blocks = jax.tree.map(lambda x: x * 8 if x.ndim > 2 else x, state.params["blocks"])
         state = dataclasses.replace(state, params={**state.params, "blocks": blocks})
         return jax.device_get(run.step_fn(state, run.put(batch))[1])
@@ -138,7 +138,7 @@ def test_documents_of_a_batch_reach_the_model(prepare: Callable, make_batch: Cal
     assert found["targets"] == expected["targets"] > 32
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
-    # RoPE sees distances only, so that it takes other ones to see positions arrive.
+    # RoPE depends only on distances, so only other distances show that positions arrive.
     stretched = channels | {"positions": channels["positions"] * 5}
     for other in (metrics_of(packed), metrics_of(packed | stretched)):
         assert abs(other["loss"] / expected["loss"] - 1) > 1e-4
@@ -153,8 +153,8 @@ def test_a_step_that_is_not_finite_updates_nothing(
     if fault == "loss":
         bad["weights"][3, 3] = np.inf
     else:
-        # The sum of the weights is 0, so they are divided by 1: the loss is finite, the square of
-        # the gradient is not.
+        # The sum of the weights is 0, so the loss is divided by 1. The loss is finite, but the
+        # square of the gradient is not finite.
         bad["weights"] = np.zeros((8, 16), np.float32)
         bad["weights"][0, 3], bad["weights"][1, 3] = HUGE, -HUGE
     good = [make_batch(0), make_batch(1)]
@@ -170,7 +170,7 @@ def test_a_step_that_is_not_finite_updates_nothing(
 
     state, values = run.step_fn(state, run.put(good[0]))
     assert (int(state.step), int(state.bad_steps), bool(values["skipped"])) == (5, 0, False)
-    # The skipped steps count in no schedule: this is the third update.
+    # The schedule does not count skipped steps, so this step is the third update.
     _, expected = train(run, [*good, good[0]])
     assert float(values["learning_rate"]) == expected[2]["learning_rate"]
     assert float(values["loss"]) == expected[2]["loss"]
@@ -180,7 +180,7 @@ def test_a_step_that_is_not_finite_updates_nothing(
 def test_damaged_state_is_noticed_before_it_spreads(
     prepare: Callable, make_batch: Callable, damage: str
 ) -> None:
-    """One number of the state is wrong, as after a fault of the memory."""
+    """A single number of the state is wrong, as after a memory fault."""
     run = prepare(1)
     state, _ = train(run, [make_batch(0)])
     if damage == "embedding row":
@@ -188,7 +188,7 @@ def test_damaged_state_is_noticed_before_it_spreads(
         embedding = {"table": table.at[make_batch(1)["tokens"][0, 0], 0].set(np.nan)}
         state = dataclasses.replace(state, params={**state.params, "embedding": embedding})
     else:
-        # A variance below 0 has no root.
+        # A negative variance has no square root.
         name, wrong = {"variance": ("nu", -1.0), "momentum": ("mu", np.inf)}[damage]
         moments = optax.tree.get(state.optimizer, name)
         moments["embedding"]["table"] = moments["embedding"]["table"].at[0, 0].set(wrong)
@@ -229,7 +229,7 @@ def test_steps_after_the_first_compile_nothing(
         for batch in batches:
             state, _ = run.step_fn(state, batch)
         assert compiled() == 0
-        jax.jit(lambda x: x + 1)(np.zeros(3))  # so the log does see what is compiled
+        jax.jit(lambda x: x + 1)(np.zeros(3))  # the log shows compilations
         assert compiled() == 1
 
 
@@ -240,6 +240,6 @@ def test_loss_chunk_counts_the_tokens_of_a_device(config: Any) -> None:
 
     assert positions(20, 8, 1) == 2
     assert positions(20, 8, 4) == 10
-    assert positions(4096, 8, 4) == 16  # never more than the sequence
-    assert positions(1, 8, 1) == 1  # never none
+    assert positions(4096, 8, 4) == 16  # the length of the sequence is the largest chunk
+    assert positions(1, 8, 1) == 1  # the smallest chunk is one position
     assert positions(20, 2, 8) == 16

@@ -13,7 +13,7 @@ from mobilellm_jax.train.stopping import Walltime, parse_duration
         ("45s", 45),
         ("5400", 5400),
         ("2.5", 2.5),
-        ("3:50:00", 13_800),  # as Slurm writes it
+        ("3:50:00", 13_800),  # a form of Slurm
         ("1-00:00:30", 86_430),
     ],
 )
@@ -22,7 +22,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "0h", "soon", "3h 50m", "50m3h", "-5", "1:2:3", "3:50"])
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_duration("--max_walltime", text)
     assert f"--max_walltime={text} must be a time" in str(error.value)
@@ -33,7 +33,7 @@ def test_an_unknown_save_has_a_share_of_the_limit() -> None:
     now = [0.0]
     limit = Walltime(1000.0, now=lambda: now[0])
     limit.measured("step", 5.0)
-    # Two steps, two saves of a tenth, a hundredth of the limit: 220 s.
+    # The reserve is two steps, two saves of 100 s each, and a hundredth of the limit: 220 s.
     now[0] = 779.0
     assert not limit.is_up(look_is_near=True)
     now[0] = 780.0
