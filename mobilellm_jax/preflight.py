@@ -1,13 +1,13 @@
-"""What is checked before a run computes anything, where files or devices have a say.
+"""Settles everything that a run needs, before anything compiles.
 
-Rules that need neither are in `config.py`. Every function here raises `ConfigError` with the field,
-its value, the rule and the remedy, before anything compiles.
+`config.py` checks the rules that need neither files nor devices. The functions here check the other
+rules. They raise `ConfigError` with the field, its value, the rule and the remedy.
 """
 
 import dataclasses
-import functools
-import sys
+import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -21,23 +21,28 @@ from mobilellm_jax.data.loader import required_streams
 from mobilellm_jax.data.mixture import Mixture, is_mixture, open_mixture
 from mobilellm_jax.data.preparation.prepare import prepare
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
-from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
+from mobilellm_jax.data.tokenizers.opening import copy_tokenizer, load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.data.windows import count_targets
 from mobilellm_jax.errors import MissingFileError
-from mobilellm_jax.model.on_device import device_violations, resolve_attention
-from mobilellm_jax.model.precision import resolve_compute_dtype
+from mobilellm_jax.evaluate.in_training import Evaluator, make_evaluator
+from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.open_model import open_model
 from mobilellm_jax.processes import distributed
-from mobilellm_jax.sharding import Rules, batch_violations, logical_rules, make_mesh
+from mobilellm_jax.sharding import Rules, logical_rules, make_mesh
 from mobilellm_jax.startup import xla_flags
 from mobilellm_jax.storage import rundir
+from mobilellm_jax.train.settling import mesh_violations
+from mobilellm_jax.train.settling import settle as settle_for_device
 
-VERIFY_SEC = 24 * 3600.0  # that processes wait for one another to read the data
-_PREPARE_SEC = 24 * 3600.0  # that the other processes wait while process 0 prepares data
+_log = logging.getLogger(__name__)
 
-# What may differ from the run that a folder holds: length, rhythm, and how the same numbers are
-# computed. Anything else would make the record of the run a lie.
+_VERIFY_SEC = 24 * 3600.0  # processes wait for one another so long while they read the data
+_PREPARE_SEC = 24 * 3600.0  # the other processes wait so long while process 0 prepares data
+
+# A resumed run may change its length, its intervals, and how the same numbers are computed. Other
+# changes are refused, because the records of the run would then be wrong.
 MAY_CHANGE = frozenset(
     {
         *("train.steps", "train.log_every", "train.eval_every", "train.eval_batches"),
@@ -48,29 +53,85 @@ MAY_CHANGE = frozenset(
         *("evaluate.tasks", "evaluate.limit", "evaluate.data_dir", "evaluate.text"),
         "model.scan_unroll",
         *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.dcn_data"),
-        # The same tokens in another place; `data_state` compares.
+        # `data_state` checks that the tokens are the same.
         *("data.path", "data.source", "data.verify"),
     }
 )
 
 
-def local_workdir(workdir: str) -> Path:
-    """Returns the run folder; the records in it are appended to, which object stores cannot do.
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """Everything that a run needs, settled and checked."""
+
+    config: Config  # without `auto`
+    resume_step: int | None  # newest checkpoint of the run; None for a fresh run
+    mixture: Mixture
+    tokenizer: Tokenizer
+    mesh: Mesh
+    rules: Rules
+    start: DataState  # position in the data
+    params: Params | None  # parameters of `train.init_from`; None if the run has other ones
+    evaluator: Evaluator  # scores tasks and a text during training
+
+
+def settle_run(config: Config, workdir: Path, check_start: Callable[[int], None]) -> Ready:
+    """Settles everything that the run in `workdir` needs, and records its config there.
+
+    Args:
+      config: as the user gave it.
+      workdir: run folder, which this run holds alone.
+      check_start: raises if the run cannot start from the step that it is given.
 
     Raises:
-      ConfigError: for a URL. As a path it would be a new folder on this machine.
+      ConfigError: if config, files and devices do not fit together.
+      MissingFileError: if data is missing.
+      UserError: if data is damaged.
+    """
+    with distributed.together("checking the run"):
+        resume_step: int | None = distributed.from_first(
+            "the latest checkpoint", lambda: checkpoint.latest_step(workdir)
+        )
+        config = settle(config, workdir, resume_step)
+        check_start(resume_step or 0)
+        mixture, tokenizer = open_data(config)
+        mesh, rules = check(config, mixture)
+        ready = Ready(
+            config=config,
+            resume_step=resume_step,
+            mixture=mixture,
+            tokenizer=tokenizer,
+            mesh=mesh,
+            rules=rules,
+            start=data_state(config, mixture, workdir, resume_step),
+            params=_initial_params(config, tokenizer) if resume_step is None else None,
+            evaluator=make_evaluator(config, tokenizer, mesh, rules),
+        )
+    with distributed.together("verifying the data", _VERIFY_SEC):
+        verify(config, mixture)
+    with distributed.together("starting the run folder"):
+        _record(config, tokenizer, workdir)
+    return ready
+
+
+def local_workdir(workdir: str) -> Path:
+    """Returns the path of a run folder.
+
+    A run appends to files and locks its folder, and object stores can do neither.
+
+    Raises:
+      ConfigError: for a URL.
     """
     if "://" in workdir:
         raise ConfigError(
             f"workdir={workdir!r} is a URL, and a run appends to files and locks its folder, which "
             "object stores cannot do; mount the bucket (gcsfuse, mount-s3, JuiceFS) and give the "
-            "path, or another file system that all processes share."
+            "path, or use another file system that all processes share."
         )
     return Path(workdir)
 
 
 def check_writable(workdir: Path) -> None:
-    """Makes the folder if it is missing and tries to write in it."""
+    """Creates the folder if it is missing, and writes a temporary file in it."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
@@ -82,32 +143,52 @@ def check_writable(workdir: Path) -> None:
         ) from error
 
 
+def check_same_run(
+    workdir: Path, old: Config, new: Config, may_change: frozenset[str], remedy: str
+) -> None:
+    """Checks that `new` may continue the run in `workdir`, which was started with `old`.
+
+    Raises:
+      ConfigError: listing the fields outside of `may_change` that differ.
+    """
+    if lines := _differences(old, new, may_change):
+        raise ConfigError(
+            f"workdir={str(workdir)!r} holds a run with another config:\n{lines}\n{remedy}"
+        )
+
+
+def _differences(old: Config, new: Config, may_change: frozenset[str] = frozenset()) -> str:
+    return "\n".join(
+        f"  {name}: {was!r} there, {now!r} here"
+        for name, (was, now) in config_lib.changed_fields(old, new).items()
+        if name not in may_change
+    )
+
+
 def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
-    """Resolves "auto" values, and compares with the config of a run that is already there.
+    """Replaces every `auto`, and compares the config with the run in `workdir`.
 
     Args:
-      config: as asked for.
-      workdir: of the run.
+      config: as the user gave it.
+      workdir: run folder.
       resume_step: newest checkpoint in `workdir`, or None for a fresh run.
+
+    Raises:
+      ConfigError: if the run in `workdir` cannot continue with this config.
     """
     device = jax.devices()[0]
     if resume_step is None:
-        config = dataclasses.replace(config, model=resolve_compute_dtype(config.model))
-        return resolve_attention(config, device)
+        return settle_for_device(config, device)
     old = config_lib.read_json(workdir / rundir.CONFIG)
     if config.model.compute_dtype == "auto":
         model = dataclasses.replace(config.model, compute_dtype=old.model.compute_dtype)
         config = dataclasses.replace(config, model=model)
-    config = resolve_attention(config, device)
-    changed = config_lib.changed_fields(old, config)
-    refused = {name: change for name, change in changed.items() if name not in MAY_CHANGE}
-    if refused:
-        lines = [f"  {name}: {was!r} there, {now!r} here" for name, (was, now) in refused.items()]
-        raise ConfigError(
-            f"workdir={str(workdir)!r} holds a run with another config:\n" + "\n".join(lines) + "\n"
-            "Use its values to resume it, or another --workdir; to start from its weights, set "
-            f"--config.train.init_from={workdir}."
-        )
+    config = settle_for_device(config, device)
+    remedy = (
+        "Use its values to resume it, or another --workdir. To start from its weights, set "
+        f"--config.train.init_from={workdir}."
+    )
+    check_same_run(workdir, old, config, MAY_CHANGE, remedy)
     if not checkpoint.can_resume(workdir, resume_step):
         raise ConfigError(
             f"workdir={str(workdir)!r} holds a model without optimizer state (an import); train in "
@@ -121,18 +202,27 @@ def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
     return config
 
 
-def open_or_prepare(config: Config) -> Mixture:
-    """Opens `data.path`, preparing it from `data.source` first if it is one folder and missing.
+def open_data(config: Config) -> tuple[Mixture, Tokenizer]:
+    """Opens `data.path` and its tokenizer; prepares a missing folder from `data.source` first.
 
     Raises:
-      ConfigError: if there is no path, or it is no mixture that can be.
-      MissingFileError: if it is missing and there is no source.
+      ConfigError: if there is no path, if it is not a valid mixture, or if its vocabulary is not
+        that of the model.
+      MissingFileError: if the folder is missing and there is no source.
     """
     if not config.data.path:
         raise ConfigError("data.path is empty; name a folder that `mobilellm prepare` wrote.")
     path = Path(config.data.path)
     distributed.from_first("preparing the data", lambda: _prepare(config, path), _PREPARE_SEC)
-    return open_mixture(config.data.path)
+    mixture = open_mixture(config.data.path)
+    tokenizer = load_tokenizer(mixture.tokenizer)
+    if config.model.vocab_size != tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} must equal the vocabulary of the data in "
+            f"data.path={config.data.path!r}, which is {tokenizer.vocab_size}; set "
+            f"--config.model.vocab_size={tokenizer.vocab_size} or prepare the data again."
+        )
+    return mixture, tokenizer
 
 
 def _prepare(config: Config, path: Path) -> None:
@@ -143,20 +233,20 @@ def _prepare(config: Config, path: Path) -> None:
             f"data.path={config.data.path!r} does not exist; make it with "
             f"`mobilellm prepare --source=... --output={config.data.path}`."
         )
-    print(f"Preparing {path} from {config.data.source}", file=sys.stderr, flush=True)
+    _log.info(f"Preparing {path} from {config.data.source}")
     prepare(
         [config.data.source],
         path,
         vocab_size=config.model.vocab_size,
-        report=functools.partial(print, file=sys.stderr, flush=True),
+        report=_log.info,
     )
 
 
-def record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
-    """Writes config and tokenizer into the run folder, and checks that all processes mean it.
+def _record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
+    """Writes config and tokenizer into the run folder, and checks that all processes share it.
 
     Raises:
-      ConfigError: if this process was given another config than process 0, or another folder.
+      ConfigError: if this process has another config or another folder than process 0.
     """
 
     def write() -> str:
@@ -166,33 +256,31 @@ def record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
         return text
 
     written: str = distributed.from_first("writing the config", write)
-    changed = config_lib.changed_fields(config_lib.from_json(written), config)
-    if changed:
-        lines = [f"  {name}: {was!r} there, {now!r} here" for name, (was, now) in changed.items()]
-        raise ConfigError("another config than that of process 0:\n" + "\n".join(lines))
+    if lines := _differences(config_lib.from_json(written), config):
+        raise ConfigError(f"process 0 has another config:\n{lines}")
     path = workdir / rundir.CONFIG
     if not path.is_file() or path.read_text("utf-8") != written:
         raise ConfigError(
-            f"workdir={str(workdir)!r} is not the folder that process 0 writes in; all processes "
-            "need one that they share."
+            f"workdir={str(workdir)!r} is not the folder in which process 0 writes; all "
+            "processes need one shared folder."
         )
 
 
 def data_state(
     config: Config, mixture: Mixture, workdir: Path, resume_step: int | None
 ) -> DataState:
-    """Returns where in its data the run goes on.
+    """Returns the position in the data from which the run continues.
 
     Raises:
-      ConfigError: if the data is not that of process 0, or not that of the run in `workdir`.
-      CheckpointError: if the checkpoint's data state is of another version.
+      ConfigError: if process 0 or the run in `workdir` has other data.
+      CheckpointError: if the checkpoint has another version of the data state.
     """
     found = mixture.fingerprint
     first: str = distributed.from_first("the data", lambda: found)
     if found != first:
         raise ConfigError(
-            f"data.path={config.data.path!r} holds other data here (fingerprint {found}) than for "
-            f"process 0 ({first}); copy the same folder to all hosts, or share one."
+            f"data.path={config.data.path!r} holds other data here (fingerprint {found}) than "
+            f"for process 0 ({first}); copy the same folder to all hosts, or share one."
         )
     if resume_step is None:
         return DataState(next_sample=0, fingerprint=found)
@@ -201,49 +289,42 @@ def data_state(
         raise ConfigError(
             f"data.path={config.data.path!r} holds other data (fingerprint {found}) than the run "
             f"in workdir={str(workdir)!r} is trained on ({state.fingerprint}, at step "
-            f"{resume_step}); give it the same data, in the same proportions, or train in another "
+            f"{resume_step}); use the same data in the same proportions, or train in another "
             f"--workdir with --config.train.init_from={workdir}."
         )
     return state
 
 
 def verify(config: Config, mixture: Mixture) -> None:
-    """Reads all data for damage, if `data.verify` says so.
+    """Reads all data and compares checksums, if `data.verify` is set.
 
-    Every process reads all of it: hosts may have copies of their own.
+    Every process reads all data, because hosts may have copies of their own.
 
     Raises:
-      UserError: naming the first damaged file.
+      UserError: if a file is damaged; the message names the first one.
     """
     if config.data.verify:
         for dataset in mixture.datasets:
             verify_files(dataset)
 
 
-def check(config: Config, mixture: Mixture, tokenizer: Tokenizer) -> tuple[Mesh, Rules]:
-    """Checks every rule that needs files or devices; returns the mesh and its sharding rules.
+def check(config: Config, mixture: Mixture) -> tuple[Mesh, Rules]:
+    """Checks the rules that need data or devices; returns the mesh and its sharding rules.
 
     Raises:
-      ConfigError: listing what does not fit.
-      UserError: if there is nothing to train on.
+      ConfigError: listing all broken rules.
+      UserError: if the data has no training split.
     """
     required_streams(mixture, TRAIN)
     violations = []
-    if config.model.vocab_size != tokenizer.vocab_size:
-        violations.append(
-            f"model.vocab_size={config.model.vocab_size} must equal the vocabulary of the data in "
-            f"data.path={config.data.path!r}, which is {tokenizer.vocab_size}; set "
-            f"--config.model.vocab_size={tokenizer.vocab_size} or prepare the data anew."
-        )
     mesh = make_mesh(config.mesh)
     on_gpu = mesh.devices.flat[0].platform == "gpu"
     if config.train.deterministic and on_gpu and not xla_flags.is_deterministic():
         violations.append(
-            "train.deterministic=True must be known before JAX starts; `mobilellm train` sees to "
-            "that, elsewhere set XLA_FLAGS=--xla_gpu_deterministic_ops=true."
+            "train.deterministic=True must be known before JAX starts; use `mobilellm train`, or "
+            "set XLA_FLAGS=--xla_gpu_deterministic_ops=true before you import jax."
         )
-    violations += batch_violations(config, mesh)
-    violations += device_violations(config, mesh.devices.flat[0])
+    violations += mesh_violations(config, mesh)
     train = config.train
     held_out = [stream for c in mixture.components if (stream := c.stream(VALIDATION))]
     if train.eval_every and not any(count_targets(s, config.data.boundaries) for s in held_out):
@@ -255,3 +336,29 @@ def check(config: Config, mixture: Mixture, tokenizer: Tokenizer) -> tuple[Mesh,
     if violations:
         raise ConfigError("\n".join(violations))
     return mesh, logical_rules(config.model, mesh.shape)
+
+
+def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
+    """Returns the parameters of `train.init_from`, or None if it is empty.
+
+    Raises:
+      ConfigError: if the checkpoint has another model or another tokenizer.
+    """
+    if not config.train.init_from:
+        return None
+    opened = open_model(config.train.init_from)
+    theirs, ours = dataclasses.asdict(opened.config), dataclasses.asdict(config.model)
+    free = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype", "max_seq_len")
+    different = [
+        f"  model.{name}: {theirs[name]!r} there, {ours[name]!r} here"
+        for name in ours
+        if theirs[name] != ours[name] and name not in free
+    ]
+    if opened.tokenizer.sha256 != tokenizer.sha256:
+        different.append(f"  tokenizer: {opened.tokenizer.file} there, {tokenizer.file} here")
+    if different:
+        raise ConfigError(
+            f"train.init_from={config.train.init_from!r} is another model:\n" + "\n".join(different)
+        )
+    params: Params = opened.params
+    return params

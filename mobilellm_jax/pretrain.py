@@ -1,37 +1,34 @@
-"""One training run, told from top to bottom.
+"""One training run, from top to bottom.
 
-Data, preflight, mesh, state (fresh, from another checkpoint, or resumed), loop. The same call on
-the same folder resumes: the data position is the global sample index, so the run goes on with the
-very batches that an uninterrupted one would have seen, on whatever devices there are now.
+`pretrain` takes the run folder, settles everything that the run needs (`preflight.py`), and trains.
+The same call on the same folder resumes the run. The position in the data is the global sample
+index, so a resumed run sees the batches that an uninterrupted run would have seen, on any number of
+devices.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from mobilellm_jax import announce, checkpoint, preflight
-from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.checkpoint import CheckpointWriter, DataState
+from mobilellm_jax.config import Config
 from mobilellm_jax.data.loader import train_batches
-from mobilellm_jax.data.mixture import Mixture
-from mobilellm_jax.data.tokenizers.opening import load_tokenizer
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
-from mobilellm_jax.evaluate.in_training import Evaluator, make_evaluator
 from mobilellm_jax.evaluate.validation import make_validator
 from mobilellm_jax.generation.generate import generate
 from mobilellm_jax.generation.sampling import Sampling
 from mobilellm_jax.model.transformer import Params
-from mobilellm_jax.open_model import open_model
+from mobilellm_jax.preflight import Ready
 from mobilellm_jax.processes import distributed
 from mobilellm_jax.processes.run_lock import RunLock
 from mobilellm_jax.quantize.training import derivation, training_transform
-from mobilellm_jax.sharding import Rules, local_rows, place, put_batch
+from mobilellm_jax.sharding import local_rows, place, put_batch
 from mobilellm_jax.startup.host_memory import keep_freed_memory
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.loop import Hooks, Outcome, train_loop
@@ -40,14 +37,14 @@ from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.plots import plot_losses
 from mobilellm_jax.train.profiler import ProfiledSteps, Profiler
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state, is_finite
-from mobilellm_jax.train.step import TrainStep, Transform, make_train_step
+from mobilellm_jax.train.step import TrainStep, make_train_step
 from mobilellm_jax.train.stopping import Walltime
 
 _SAMPLE_TOKENS = 64
 
 
 class TrainingDivergedError(RuntimeError):
-    """Steps stay non-finite, also after the run went back to its last good checkpoint."""
+    """Steps are not finite, and returning to the last good checkpoint did not help."""
 
 
 def pretrain(
@@ -56,247 +53,205 @@ def pretrain(
     profile: ProfiledSteps | None = None,
     walltime: Walltime | None = None,
 ) -> bool:
-    """Trains, or goes on training, the run in `workdir`, profiling the steps `profile`.
+    """Trains, or continues to train, the run in `workdir`.
 
-    After `train.max_bad_steps` steps that are not finite, it goes back to the last good checkpoint,
-    once: going back to the same one a second time would show the same again. The folder is this
-    run's alone while it lasts.
+    After `train.max_bad_steps` steps that are not finite, the run returns to its last good
+    checkpoint once. A second return to the same checkpoint would repeat the same steps.
+
+    Args:
+      config: as the user gave it.
+      workdir: run folder; other runs cannot use it meanwhile.
+      profile: steps to profile, or None.
+      walltime: when to save and stop, or None.
 
     Returns:
       Whether the run reached `train.steps`; False if a signal or `walltime` stopped it, saved.
 
     Raises:
-      TrainingDivergedError: if that did not help.
-      ConfigError: for what config and files or devices do not agree on, before any compile.
-      FileNotFoundError: for missing data.
+      TrainingDivergedError: if steps are not finite again after the return.
+      ConfigError: if config, files and devices do not fit together, before anything compiles.
+      MissingFileError: if data is missing.
     """
+
+    def check_start(step: int) -> None:
+        if profile is not None:
+            profile.check(step, config.train.steps)
+
     with distributed.telling_failures(), contextlib.ExitStack() as stack:
         lock = RunLock(workdir)
         with distributed.together("taking the run folder"):
             preflight.check_writable(workdir)
             if distributed.is_first():
                 stack.enter_context(lock)
-        return _pretrain(config, workdir, profile, walltime, lock)
+        ready = preflight.settle_run(config, workdir, check_start)
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
+        run = _Run(ready, workdir, profile, walltime)
+        announce.start(ready.config, ready.mixture, ready.mesh, run.abstract, ready.resume_step)
+        with CheckpointWriter(workdir, ready.config, ready.tokenizer, lock.check) as checkpoints:
+            finished = run.train(checkpoints)
+        run.plot()
+        announce.end(workdir, finished)
+        return finished
 
 
-def _pretrain(
-    config: Config,
-    workdir: Path,
-    profile: ProfiledSteps | None,
-    walltime: Walltime | None,
-    lock: RunLock,
-) -> bool:
-    with distributed.together("checking the run"):
-        resume_step: int | None = distributed.from_first(
-            "the latest checkpoint", lambda: checkpoint.latest_step(workdir)
+class _Run:
+    """A run that is ready: its state, its training step and its records."""
+
+    def __init__(
+        self,
+        ready: Ready,
+        workdir: Path,
+        profile: ProfiledSteps | None,
+        walltime: Walltime | None,
+    ) -> None:
+        self._ready, self._config = ready, ready.config
+        self._workdir, self._profile, self._walltime = workdir, profile, walltime
+        self._optimizer = make_optimizer(self._config.optimizer, self._config.train.steps)
+        self.abstract = abstract_state(self._config, self._optimizer, ready.mesh, ready.rules)
+        self._derive = derivation(self._config)
+        self._validator = make_validator(self._config, ready.mixture, ready.mesh, ready.rules)
+
+    def train(self, checkpoints: CheckpointWriter) -> bool:
+        """Trains to the end or until the run is stopped; returns whether it finished."""
+        state = self._first_state(checkpoints)
+        self._step_fn = make_train_step(
+            self._config,
+            self._optimizer,
+            self._ready.mesh,
+            self._ready.rules,
+            state,
+            training_transform(self._config),
         )
-        config = preflight.settle(config, workdir, resume_step)
-        if profile is not None:
-            profile.check(resume_step or 0, config.train.steps)
-        mixture = preflight.open_or_prepare(config)
-        tokenizer = load_tokenizer(mixture.tokenizer)
-        mesh, rules = preflight.check(config, mixture, tokenizer)
-        evaluator = make_evaluator(config, tokenizer, mesh, rules)
-        start = preflight.data_state(config, mixture, workdir, resume_step)
-        start_params = _initial_params(config, tokenizer) if resume_step is None else None
-    with distributed.together("verifying the data", preflight.VERIFY_SEC):
-        preflight.verify(config, mixture)
-    with distributed.together("starting the run folder"):
-        preflight.record(config, tokenizer, workdir)
-
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    abstract = abstract_state(config, optimizer, mesh, rules)
-    announce.start(config, mixture, mesh, abstract, resume_step)
-    with checkpoint.CheckpointWriter(workdir, config, tokenizer, lock.check) as checkpoints:
-        if resume_step is not None:
-            state = checkpoints.restore(resume_step, abstract)
-        else:
-            state = init_state(config, optimizer, mesh, rules)
-            if start_params is not None:
-                placed = jax.tree.map(place, start_params, abstract.params)
-                state = dataclasses.replace(state, params=placed)
-        resumed_at = int(state.step)
-        transform, derive = training_transform(config), derivation(config)
-        step_fn: TrainStep = make_train_step(config, optimizer, mesh, rules, state, transform)
-        validate = _validator(config, mixture, mesh, rules, workdir, derive)
-
-        def data_after(step: int) -> checkpoint.DataState:
-            samples = (step - resumed_at) * config.train.global_batch
-            return dataclasses.replace(start, next_sample=start.next_sample + samples)
-
-        def train_from(state: TrainState) -> tuple[TrainState, Outcome]:
-            first_step = int(state.step)
-            batches = train_batches(
-                mixture,
-                config.data,
-                global_batch=config.train.global_batch,
-                first_sample=data_after(first_step).next_sample,
-                num_batches=config.train.steps - first_step,
-                rows=local_rows(mesh, config.train.global_batch),
-            )
-            if distributed.is_first():
-                _cut_samples(workdir, first_step)
-                writer = MetricsWriter(workdir, first_step, config.train.steps)
-            else:
-                writer = SilentWriter()
-            with writer, contextlib.ExitStack() as stack:
-                hooks = Hooks(
-                    put=functools.partial(
-                        put_batch, mesh=mesh, global_batch=config.train.global_batch
-                    ),
-                    save=lambda step, state: checkpoints.save(step, state, data_after(step)),
-                    finish_saving=checkpoints.wait,
-                    save_again=checkpoints.save_again,
-                    validate=validate,
-                    sample=functools.partial(
-                        _look, config, tokenizer, workdir, evaluator, writer, derive
-                    ),
-                    agree=distributed.Agreement(first_step),
-                )
-                profiled = step_fn
-                if profile is not None and distributed.is_first():
-                    profiler = Profiler(step_fn, profile, first_step, workdir / rundir.PROFILE)
-                    profiled = stack.enter_context(profiler)
-                return train_loop(config, state, profiled, batches, hooks, writer, walltime)
-
-        state, outcome = train_from(state)
+        state, outcome = self._train_from(state, checkpoints)
         back_at: int | None = None
         while outcome.bad is not None:
-            del state  # there may be no room for two
-            found = _newest_good(checkpoints, workdir, abstract)
+            del state  # there may be no room for two states
+            found = self._newest_good(checkpoints)
             if found is None or int(found.step) == back_at:
                 raise TrainingDivergedError(
-                    announce.divergence(config, workdir, outcome.bad, back_at)
+                    announce.divergence(self._config, self._workdir, outcome.bad, back_at)
                 )
             back_at = int(found.step)
             announce.going_back(outcome.bad, back_at)
             checkpoints.forget_after(back_at)
-            state, outcome = train_from(found)
-    _plot(workdir)
-    finished = outcome.kind == "finished"
-    announce.end(workdir, finished)
-    return finished
+            state, outcome = self._train_from(found, checkpoints)
+        return outcome.kind == "finished"
 
+    def plot(self) -> None:
+        """Draws the losses that are recorded so far."""
+        if distributed.is_first():
+            records = read_metrics(self._workdir / rundir.METRICS)
+            plot_losses(records, self._workdir / rundir.LOSS_PLOT, self._workdir.name)
 
-def _newest_good(
-    checkpoints: checkpoint.CheckpointWriter, workdir: Path, abstract: TrainState
-) -> TrainState | None:
-    """Returns the newest saved state from which the run can heal, or None.
+    def _first_state(self, checkpoints: CheckpointWriter) -> TrainState:
+        """Returns a new state, a new state with other parameters, or the state to resume from."""
+        ready = self._ready
+        if ready.resume_step is not None:
+            return checkpoints.restore(ready.resume_step, self.abstract)
+        state = init_state(self._config, self._optimizer, ready.mesh, ready.rules)
+        if ready.params is not None:
+            placed = jax.tree.map(place, ready.params, self.abstract.params)
+            state = dataclasses.replace(state, params=placed)
+        return state
 
-    One that a signal made the run save between bad steps is not, nor is one that was damaged
-    before it was saved.
-    """
-    checkpoints.wait()
-    steps: list[int] = distributed.from_first(
-        "the checkpoints", lambda: checkpoint.whole_steps(workdir)
-    )
-    for step in reversed(steps):
-        state = checkpoints.restore(step, abstract)
-        if int(state.bad_steps) == 0 and is_finite(state):
-            return state
-        del state
-    return None
-
-
-def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
-    """Returns the parameters of `train.init_from`, checked against the model, or None."""
-    if not config.train.init_from:
-        return None
-    opened = open_model(config.train.init_from)
-    theirs, ours = dataclasses.asdict(opened.config), dataclasses.asdict(config.model)
-    free = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype", "max_seq_len")
-    different = [
-        f"  model.{name}: {theirs[name]!r} there, {ours[name]!r} here"
-        for name in ours
-        if theirs[name] != ours[name] and name not in free
-    ]
-    if opened.tokenizer.sha256 != tokenizer.sha256:
-        different.append(f"  tokenizer: {opened.tokenizer.file} there, {tokenizer.file} here")
-    if different:
-        raise ConfigError(
-            f"train.init_from={config.train.init_from!r} is another model:\n" + "\n".join(different)
+    def _train_from(
+        self, state: TrainState, checkpoints: CheckpointWriter
+    ) -> tuple[TrainState, Outcome]:
+        first_step = int(state.step)
+        train = self._config.train
+        batches = train_batches(
+            self._ready.mixture,
+            self._config.data,
+            global_batch=train.global_batch,
+            first_sample=self._data_after(first_step).next_sample,
+            num_batches=train.steps - first_step,
+            rows=local_rows(self._ready.mesh, train.global_batch),
         )
-    params: Params = opened.params
-    return params
+        writer: MetricsWriter = SilentWriter()
+        if distributed.is_first():
+            self._cut_samples(first_step)
+            writer = MetricsWriter(self._workdir, first_step, train.steps)
+        with writer, contextlib.ExitStack() as stack:
+            hooks = Hooks(
+                put=functools.partial(
+                    put_batch, mesh=self._ready.mesh, global_batch=train.global_batch
+                ),
+                save=lambda step, state: checkpoints.save(step, state, self._data_after(step)),
+                finish_saving=checkpoints.wait,
+                save_again=checkpoints.save_again,
+                validate=self._validate,
+                sample=functools.partial(self._sample_and_score, writer),
+                agree=distributed.Agreement(first_step),
+            )
+            step_fn: TrainStep = self._step_fn
+            if self._profile is not None and distributed.is_first():
+                folder = self._workdir / rundir.PROFILE
+                step_fn = stack.enter_context(Profiler(step_fn, self._profile, first_step, folder))
+            return train_loop(self._config, state, step_fn, batches, hooks, writer, self._walltime)
 
+    def _data_after(self, step: int) -> DataState:
+        start = self._ready.start
+        samples = (step - (self._ready.resume_step or 0)) * self._config.train.global_batch
+        return dataclasses.replace(start, next_sample=start.next_sample + samples)
 
-def _validator(
-    config: Config,
-    mixture: Mixture,
-    mesh: Mesh,
-    rules: Rules,
-    workdir: Path,
-    derive: Transform,
-) -> Callable[[TrainState], Mapping[str, float]]:
-    validator = make_validator(config, mixture, mesh, rules)
+    def _newest_good(self, checkpoints: CheckpointWriter) -> TrainState | None:
+        """Returns the newest saved state from which the run can recover, or None.
 
-    def validate(state: TrainState) -> Mapping[str, float]:
-        values = validator(derive(state.params))
+        Two kinds of checkpoints are passed over: a signal can save a run between bad steps, and a
+        state can be damaged before it is saved.
+        """
+        checkpoints.wait()
+        steps: list[int] = distributed.from_first(
+            "the checkpoints", lambda: checkpoint.whole_steps(self._workdir)
+        )
+        for step in reversed(steps):
+            state = checkpoints.restore(step, self.abstract)
+            if int(state.bad_steps) == 0 and is_finite(state):
+                return state
+            del state
+        return None
+
+    def _validate(self, state: TrainState) -> Mapping[str, float]:
+        values = self._validator(self._derive(state.params))
         if int(state.step):
-            _plot(workdir)
+            self.plot()
         return values
 
-    return validate
+    def _sample_and_score(self, writer: MetricsWriter, step: int, state: TrainState) -> None:
+        """Samples texts and scores tasks with the parameters on the devices."""
+        params = self._derive(state.params)
+        self._write_samples(step, params, state.key_data)
+        values = self._ready.evaluator(params)
+        if values:
+            writer.write(step, values)
+            shown = "  ".join(f"{k.removeprefix('evaluate/')} {v:.4f}" for k, v in values.items())
+            writer.message(f"step {step}: {shown}")
 
+    def _write_samples(self, step: int, params: Params, key_data: jax.Array) -> None:
+        model, tokenizer = self._config.model, self._ready.tokenizer
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
+        seed = int(jax.random.randint(key, (), 0, np.iinfo(np.int32).max))
+        texts = generate(
+            model,
+            params,
+            [[tokenizer.bos_id]] * self._config.evaluate.samples,
+            max_new_tokens=min(_SAMPLE_TOKENS, model.max_seq_len - 1),
+            sampling=Sampling(seed=seed),
+            eos_id=tokenizer.eos_id,
+        )
+        if not distributed.is_first():
+            return
+        with (self._workdir / rundir.SAMPLES).open("a", encoding="utf-8") as file:
+            for ids in texts:
+                file.write(json.dumps({"step": step, "text": tokenizer.decode(ids)}) + "\n")
 
-def _look(
-    config: Config,
-    tokenizer: Tokenizer,
-    workdir: Path,
-    evaluator: Evaluator,
-    writer: MetricsWriter,
-    derive: Transform,
-    step: int,
-    state: TrainState,
-) -> None:
-    """Samples texts and scores tasks, with the parameters where they are."""
-    params = derive(state.params)
-    _write_samples(config, tokenizer, workdir, step, params, state.key_data)
-    values = evaluator(params)
-    if values:
-        writer.write(step, values)
-        shown = "  ".join(f"{k.removeprefix('evaluate/')} {v:.4f}" for k, v in values.items())
-        writer.message(f"step {step}: {shown}")
-
-
-def _write_samples(
-    config: Config,
-    tokenizer: Tokenizer,
-    workdir: Path,
-    step: int,
-    params: Params,
-    key_data: jax.Array,
-) -> None:
-    count = config.evaluate.samples
-    key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
-    seed = int(jax.random.randint(key, (), 0, np.iinfo(np.int32).max))
-    texts = generate(
-        config.model,
-        params,
-        [[tokenizer.bos_id]] * count,
-        max_new_tokens=min(_SAMPLE_TOKENS, config.model.max_seq_len - 1),
-        sampling=Sampling(seed=seed),
-        eos_id=tokenizer.eos_id,
-    )
-    if not distributed.is_first():
-        return
-    with (workdir / rundir.SAMPLES).open("a", encoding="utf-8") as file:
-        for ids in texts:
-            file.write(json.dumps({"step": step, "text": tokenizer.decode(ids)}) + "\n")
-
-
-def _cut_samples(workdir: Path, first_step: int) -> None:
-    path = workdir / rundir.SAMPLES
-    if path.exists():
-        records = strict_json.read_lines(path)
-        kept = [r for r in records if strict_json.get(r, "step", int, name=str(path)) < first_step]
-        rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
-
-
-def _plot(workdir: Path) -> None:
-    if distributed.is_first():
-        records = read_metrics(workdir / rundir.METRICS)
-        plot_losses(records, workdir / rundir.LOSS_PLOT, workdir.name)
+    def _cut_samples(self, first_step: int) -> None:
+        """Removes samples of later steps, which a resumed run will write again."""
+        path = self._workdir / rundir.SAMPLES
+        if path.exists():
+            records = strict_json.read_lines(path)
+            kept = [
+                r for r in records if strict_json.get(r, "step", int, name=str(path)) < first_step
+            ]
+            rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))

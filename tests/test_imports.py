@@ -43,13 +43,13 @@ FLOORS = {
     "evaluate": 8,
     "announce": 9,
     "open_model": 9,
-    "preflight": 9,
-    "benchmark": 10,
-    "pretrain": 10,
-    "report": 11,
-    "sweep": 11,
-    "cli": 12,
-    "__main__": 13,
+    "preflight": 10,
+    "benchmark": 11,
+    "pretrain": 11,
+    "report": 12,
+    "sweep": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 FILES = files_of(ROOT)
 

@@ -16,7 +16,6 @@ from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Attention, Config, ConfigError, DataConfig, from_json, to_json
 from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.preparation.prepare import prepare
-from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.processes import distributed
 from mobilellm_jax.storage import sealing
 
@@ -162,7 +161,7 @@ def test_a_missing_mixture_is_not_prepared(prepared: Path, tmp_path: Path) -> No
     """`data.source` makes one folder; two would be two copies of it."""
     path = f"{tmp_path}/new:1,{prepared}/one:1"
     with pytest.raises(FileNotFoundError, match="new does not exist"):
-        preflight.open_or_prepare(config_of(path, source="python_docs"))
+        preflight.open_data(config_of(path, source="python_docs"))
     assert not list(tmp_path.iterdir())
 
 
@@ -181,7 +180,7 @@ def test_no_held_out_targets_but_evaluation_is_refused(prepared: Path, tmp_path:
     )
     assert mixture.components[0].stream("validation") is not None
     with pytest.raises(ConfigError, match=r"train.eval_every=1000 needs a validation split with"):
-        preflight.check(config, mixture, load_tokenizer(tokenizer))
+        preflight.check(config, mixture)
 
 
 def saved(workdir: Path, step: int, **data: Any) -> None:
@@ -276,17 +275,16 @@ def test_determinism_that_a_gpu_was_not_told_of_is_refused(
         base, train=train, model=dataclasses.replace(base.model, vocab_size=300, attention="xla")
     )
     mixture = open_mixture(config.data.path)
-    tokenizer = load_tokenizer(mixture.tokenizer)
     monkeypatch.setenv("XLA_FLAGS", flags)
-    preflight.check(config, mixture, tokenizer)  # a CPU needs no flag
+    preflight.check(config, mixture)  # a CPU needs no flag
 
     gpu = SimpleNamespace(platform="gpu")
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
     mesh = SimpleNamespace(devices=np.array([gpu]), shape=sizes)
     monkeypatch.setattr(preflight, "make_mesh", lambda _: mesh)
-    monkeypatch.setattr(preflight, "device_violations", lambda *_: [])
+    monkeypatch.setattr(preflight, "mesh_violations", lambda *_: [])
     if flags:
-        preflight.check(config, mixture, tokenizer)
+        preflight.check(config, mixture)
     else:
         with pytest.raises(ConfigError, match=r"train\.deterministic=True.*deterministic_ops=true"):
-            preflight.check(config, mixture, tokenizer)
+            preflight.check(config, mixture)

@@ -15,11 +15,12 @@ import jax
 from mobilellm_jax.config import Config
 from mobilellm_jax.plan import report
 from mobilellm_jax.plan.accounting import account_of
-from mobilellm_jax.plan.compiled import CompiledStep, compile_step, mesh_of, settle
+from mobilellm_jax.plan.compiled import CompiledStep, compile_step
 from mobilellm_jax.plan.fit import smallest_fit, written
 from mobilellm_jax.plan.prediction import predict
 from mobilellm_jax.plan.topology import Topology, parse_topology, topology_devices
 from mobilellm_jax.train.metrics import peak_flops
+from mobilellm_jax.train.settling import mesh_of, settle
 
 _log = logging.getLogger(__name__)
 

@@ -3,18 +3,15 @@
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mobilellm_jax.config import Config, ConfigError
-from mobilellm_jax.model.on_device import device_violations, resolve_attention
-from mobilellm_jax.model.precision import resolve_compute_dtype
+from mobilellm_jax.config import Config
 from mobilellm_jax.plan.hlo import Program, read_program
 from mobilellm_jax.quantize.training import training_transform
-from mobilellm_jax.sharding import Rules, batch_sharding, batch_violations, logical_rules, make_mesh
+from mobilellm_jax.sharding import Rules, batch_sharding
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import abstract_state
 from mobilellm_jax.train.step import make_train_step
@@ -44,25 +41,6 @@ class TooLarge:
     needed_bytes: int
     available_bytes: int
     compile_sec: float
-
-
-def settle(config: Config, device: jax.Device) -> Config:
-    """Replaces every "auto" by its value on the device."""
-    model = resolve_compute_dtype(config.model, device)
-    return resolve_attention(dataclasses.replace(config, model=model), device)
-
-
-def mesh_of(config: Config, devices: Sequence[jax.Device]) -> tuple[Mesh, Rules]:
-    """Returns the mesh over the devices, and its sharding rules.
-
-    Raises:
-      ConfigError: if the devices cannot run the config.
-    """
-    mesh = make_mesh(config.mesh, devices)
-    violations = batch_violations(config, mesh) + device_violations(config, devices[0])
-    if violations:
-        raise ConfigError("\n".join(violations))
-    return mesh, logical_rules(config.model, mesh.shape)
 
 
 def lower_step(config: Config, mesh: Mesh, rules: Rules) -> jax.stages.Lowered:

@@ -11,7 +11,6 @@ from pathlib import Path
 from mobilellm_jax import preflight
 from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.data.sources.source import VALIDATION
-from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.windows import count_targets
 from mobilellm_jax.sweep import estimate, local, slurm
 from mobilellm_jax.sweep import folder as files
@@ -128,14 +127,7 @@ def check_data(runs: Sequence[Run]) -> dict[str, int]:
         if key in seen:
             continue
         seen.add(key)
-        mixture = preflight.open_or_prepare(config)
-        vocabulary = load_tokenizer(mixture.tokenizer).vocab_size
-        if vocabulary != config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size={config.model.vocab_size} must equal the vocabulary of the data "
-                f"in data.path={config.data.path!r}, which is {vocabulary}; set "
-                f"--config.model.vocab_size={vocabulary} or prepare the data anew."
-            )
+        mixture, _ = preflight.open_data(config)
         held_out = [stream for c in mixture.components if (stream := c.stream(VALIDATION))]
         targets = sum(count_targets(stream, config.data.boundaries) for stream in held_out)
         if not targets or not config.train.eval_every:

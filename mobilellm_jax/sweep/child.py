@@ -87,10 +87,10 @@ def _trial(sweep: Path, name: str) -> int:
     import jax
     import numpy as np
 
-    from mobilellm_jax.plan.compiled import mesh_of, settle
     from mobilellm_jax.quantize.training import training_transform
     from mobilellm_jax.sharding import local_rows, put_batch
     from mobilellm_jax.train.optimizer import make_optimizer
+    from mobilellm_jax.train.settling import mesh_of, settle
     from mobilellm_jax.train.state import init_state
     from mobilellm_jax.train.step import make_train_step
 

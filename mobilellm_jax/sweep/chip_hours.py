@@ -15,7 +15,7 @@ from pathlib import Path
 from mobilellm_jax.config import Config, to_json
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.plan.accounting import account_of
-from mobilellm_jax.plan.compiled import CompiledStep, compile_step, mesh_of, settle
+from mobilellm_jax.plan.compiled import CompiledStep, compile_step
 from mobilellm_jax.plan.fit import smallest_fit, written
 from mobilellm_jax.plan.prediction import predict
 from mobilellm_jax.plan.topology import Topology, topology_devices
@@ -23,6 +23,7 @@ from mobilellm_jax.processes.source_digest import source_digest
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.train.metrics import peak_flops
+from mobilellm_jax.train.settling import mesh_of, settle
 
 Say = Callable[[str], object]
 _GIB = 2**30

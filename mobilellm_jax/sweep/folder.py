@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from mobilellm_jax import config as config_lib
 from mobilellm_jax.config import Config, ConfigError
-from mobilellm_jax.preflight import MAY_CHANGE
+from mobilellm_jax.preflight import MAY_CHANGE, check_same_run
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.train.metrics import read_metrics
@@ -195,14 +195,8 @@ def _check_started(sweep: Path, run: Run) -> None:
     if not file.exists():
         return
     old = config_lib.read_json(file)
-    changed = config_lib.changed_fields(old, run.config)
-    free = set(MAY_CHANGE) | ({_TUNED} if run.tune_from else set())
+    free = MAY_CHANGE | (frozenset({_TUNED}) if run.tune_from else frozenset())
     if run.config.model.compute_dtype == "auto":
-        free.add("model.compute_dtype")
-    refused = {name: change for name, change in changed.items() if name not in free}
-    if refused:
-        lines = [f"  {name}: {was!r} there, {now!r} here" for name, (was, now) in refused.items()]
-        raise ConfigError(
-            f"{file.parent} holds a run with another config:\n" + "\n".join(lines) + "\n"
-            "Use its values to go on with the sweep, or another --workdir."
-        )
+        free |= {"model.compute_dtype"}
+    remedy = "Use its values to continue the sweep, or another --workdir."
+    check_same_run(file.parent, old, run.config, free, remedy)

@@ -18,11 +18,10 @@ from mobilellm_jax.plan.compiled import (
     TooLarge,
     compile_step,
     lower_step,
-    mesh_of,
     needed_and_available,
-    settle,
 )
 from mobilellm_jax.plan.topology import parse_topology, topology_devices
+from mobilellm_jax.train.settling import mesh_of, settle
 from mobilellm_jax.train.spikes import WINDOW_STEPS
 
 CONFIG = Config(
