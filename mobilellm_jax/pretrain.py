@@ -179,7 +179,7 @@ class _Run:
                 ),
                 save=lambda step, state: checkpoints.save(step, state, self._data_after(step)),
                 finish_saving=checkpoints.wait,
-                save_again=checkpoints.save_again,
+                retry_is_due=checkpoints.retry_is_due,
                 validate=self._validate,
                 sample=functools.partial(self._sample_and_score, writer),
                 agree=distributed.Agreement(first_step),

@@ -150,8 +150,8 @@ def test_damaged_step_is_named_and_the_one_before_it_opened(
     assert opened.step == 9
     assert_same(opened.params, params_of(9))
     message = capsys.readouterr().err
-    assert f"skipped: {run}/checkpoints/20 is damaged: {file} has SHA-256" in message
-    assert "step 9 is used instead" in message
+    assert f"Skipped: {run}/checkpoints/20 is damaged: {file} has SHA-256" in message
+    assert "Step 9 is used instead" in message
     with pytest.raises(ValueError, match=rf"checkpoints/20 is damaged: {file} has SHA-256"):
         open_model(run / "checkpoints" / "20")
 

@@ -1,16 +1,16 @@
-"""Checkpoints: what a run needs to go on, and what anything else needs to use the model.
+"""Checkpoints: the state that a run resumes from, and the model that other commands open.
 
 `RUN/checkpoints/STEP/` holds
 
 - `params/`: the float32 parameters, written by Orbax,
-- `optimizer/`: optimizer state, step, PRNG key, counts of bad steps, written by Orbax,
+- `optimizer/`: optimizer state, step, PRNG key and counts of bad steps, written by Orbax,
 - `tokenizer/`: the tokenizer's file,
-- `manifest.json`, written last: format version, resolved config, data state (which data, and the
-  next sample of it), type and shape of every array, size and SHA-256 of every file,
+- `manifest.json`, written last: format version, resolved config, data state (the data and the next
+  sample), type and shape of every array, size and SHA-256 of every file.
 
-so a step folder stands alone, and evaluating or exporting reads the parameters only. A step is
-complete with its manifest, and good while its files are those of the manifest: `latest_step` and
-`restore_model` read them all before anything is believed.
+So a step folder is complete in itself, and evaluation and export read only the parameters. A step
+is complete when it has a manifest, and good while its files match the manifest. `latest_step` and
+`restore_model` compare all files before anything is used.
 """
 
 from mobilellm_jax.checkpoint.folders import latest_step, steps, whole_steps

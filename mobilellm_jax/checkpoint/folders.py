@@ -1,12 +1,12 @@
-"""The step folders of a run: which there are, which is the newest good one, which are kept.
+"""Lists, chooses and deletes the step folders of a run.
 
-`STEP/` is a checkpoint. Beside it there may be `STEP.saving-N/`, a save under way or one that was
-cut off (on an object store, which cannot rename, that is `STEP/` without a manifest), and
-`STEP.damaged-N/`, which was in the way when its step was saved again. Nothing here deletes those.
+`STEP/` is a checkpoint. `STEP.saving-N/` is a save that is running or was cut off. On an object
+store, which cannot rename, such a save is a folder `STEP/` without a manifest. `STEP.damaged-N/` is
+a damaged checkpoint whose step was saved again. This file never deletes a damaged checkpoint.
 """
 
-import sys
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 
 from etils import epath
 
@@ -14,52 +14,44 @@ from mobilellm_jax.checkpoint.layout import CheckpointError, checkpoints_folder,
 from mobilellm_jax.storage import sealing
 from mobilellm_jax.storage.sealing import DamagedError, UnsealedError
 
-Report = Callable[[str], None]
-SAVING = ".saving"
+_SAVING = ".saving"
 _DELETED = ".deleted"
 _DAMAGED = ".damaged-"
 
-
-def to_stderr(text: str) -> None:
-    """Prints a line that must be seen."""
-    print(f"CHECKPOINT: {text}", file=sys.stderr, flush=True)
+_log = logging.getLogger(__name__)
 
 
 def steps(run: epath.PathLike) -> list[int]:
-    """Returns the steps of a run that were completed, ascending; damage since is not looked for."""
+    """Returns the complete steps of a run in ascending order, without a search for damage."""
     folder = checkpoints_folder(run)
     return [step for step in _numbered(folder) if (folder / str(step) / sealing.MANIFEST).exists()]
 
 
-def whole_steps(run: epath.PathLike, report: Report = to_stderr) -> list[int]:
-    """Returns the steps of a run whose files are those that were saved, ascending."""
+def whole_steps(run: epath.PathLike) -> list[int]:
+    """Returns the steps of a run whose files are unchanged, in ascending order."""
     whole = []
     for step in steps(run):
         try:
             sealing.verify(checkpoints_folder(run) / str(step))
         except DamagedError as error:
-            report(f"skipped: {error}")
+            _log.warning(f"Skipped: {error}")
         else:
             whole.append(step)
     return whole
 
 
-def latest_step(
-    run: epath.PathLike, parts: Sequence[str] = (), report: Report = to_stderr
-) -> int | None:
-    """Returns the newest step of a run whose files are those that were saved, or None.
+def latest_step(run: epath.PathLike, parts: Sequence[str] = ()) -> int | None:
+    """Returns the newest step of a run whose files are unchanged, or None.
 
-    Every file is read. What is incomplete or damaged is skipped and reported, each with its name
-    and what is wrong.
+    The function reads every file. The log names each incomplete or damaged step that is skipped.
 
     Args:
       run: the run folder.
-      parts: the parts of a checkpoint that matter; none given, all.
-      report: gets one line for each step skipped.
+      parts: names of the parts to read; an empty sequence means all.
 
     Raises:
-      CheckpointError: if there are checkpoints and none can be used, or the newest is of another
-        format version. To start anew over them would destroy what they may still be good for.
+      CheckpointError: if no existing checkpoint can be used, or the newest has another format
+        version. A new run in the same folder would destroy them.
     """
     folder, skipped, lost = checkpoints_folder(run), [], False
     for step in reversed(_numbered(folder)):
@@ -68,31 +60,30 @@ def latest_step(
             sealing.verify(folder / str(step), parts)
         except DamagedError as error:
             skipped.append(str(error))
-            # Where there are renames, a step gets its name with its manifest in it.
+            # With renames, a step gets its name only after its manifest is written.
             lost |= sealing.is_local(folder) or not isinstance(error, UnsealedError)
-            report(f"skipped: {error}")
+            _log.warning(f"Skipped: {error}")
         else:
             if skipped:
-                report(f"step {step} is used instead.")
+                _log.warning(f"Step {step} is used instead.")
             return step
     if lost:
         raise CheckpointError(
             "\n".join(
-                [f"{folder} holds no checkpoint that can be used:"]
+                [f"{folder} holds no usable checkpoint:"]
                 + [f"  {problem}" for problem in skipped]
-                + ["Restore one from a copy, or move them away to start anew."]
+                + ["Restore a checkpoint from a copy, or move all of them away to start a new run."]
             )
         )
     return None
 
 
-def make_room(folder: epath.Path, step: int, report: Report) -> bool:
-    """Prepares the place for a step; returns False if it is there already, and whole.
+def make_room(folder: epath.Path, step: int) -> bool:
+    """Prepares the place for a step; returns False if a good checkpoint of the step exists.
 
-    What a save of the same step left behind when it was cut off goes. What is there under the
-    step's own name and is no longer what was saved is put aside.
+    The function deletes saves of this step that were cut off, and renames a damaged checkpoint.
     """
-    folder.mkdir(exist_ok=True)  # not its parents: a run folder that has gone is an error
+    folder.mkdir(exist_ok=True)  # without its parents, because a missing run folder is an error
     final = folder / str(step)
     if final.exists() and (sealing.is_local(folder) or (final / sealing.MANIFEST).exists()):
         try:
@@ -100,34 +91,34 @@ def make_room(folder: epath.Path, step: int, report: Report) -> bool:
         except DamagedError as error:
             aside = _free_name(final)
             final.rename(aside)
-            report(f"put aside as {aside.name}: {error}")
+            _log.warning(f"Renamed to {aside.name}: {error}")
         else:
             return False
     for path in folder.iterdir():
-        if path == final or path.name.startswith(f"{step}{SAVING}"):
+        if path == final or path.name.startswith(f"{step}{_SAVING}"):
             path.rmtree()
     return True
 
 
 def work_folder(folder: epath.Path, step: int, attempt: int) -> epath.Path:
-    """Returns where a step is written: under another name where renaming is possible.
+    """Returns the folder where an attempt writes a step; it has the final name on a store.
 
-    One of its own for each attempt, because threads of one that failed may still write.
+    Each attempt has its own folder, because threads of a failed attempt may still write.
     """
-    return folder / (f"{step}{SAVING}-{attempt}" if sealing.is_local(folder) else str(step))
+    return folder / (f"{step}{_SAVING}-{attempt}" if sealing.is_local(folder) else str(step))
 
 
 def commit(folder: epath.Path, work: epath.Path, step: int) -> None:
-    """Gives a sealed folder its final name, where it has another."""
+    """Gives a sealed folder its final name; on a store it has this name already."""
     if sealing.is_local(folder):
         work.rename(folder / str(step))
         sealing.sync_names(folder)
 
 
 def delete_old(folder: epath.Path, keep: int, keep_every: int) -> None:
-    """Deletes all steps but the newest `keep` and the multiples of `keep_every` (0 = none).
+    """Deletes all steps except the newest `keep` and the multiples of `keep_every` (0 = none).
 
-    Only a step that is whole as far as its sizes tell counts, and only such a one is deleted.
+    The function ignores a step with a missing file or a file of another size.
     """
     whole = []
     for step in _numbered(folder):
@@ -141,15 +132,15 @@ def delete_old(folder: epath.Path, keep: int, keep_every: int) -> None:
             delete(folder / str(step))
 
 
-def tidy(folder: epath.Path, report: Report) -> None:
-    """Finishes deletions that were cut off, and reports saves that were."""
+def tidy(folder: epath.Path) -> None:
+    """Finishes deletions that were cut off, and logs saves that were cut off."""
     if not folder.exists():
         return
     for path in sorted(folder.iterdir()):
         if path.name.endswith(_DELETED):
             path.rmtree()
-        elif SAVING in path.name:
-            report(f"not used: {path} is incomplete, its save was cut off.")
+        elif _SAVING in path.name:
+            _log.warning(f"Not used: {path} is incomplete, because its save was cut off.")
 
 
 def _numbered(folder: epath.Path) -> list[int]:
@@ -159,7 +150,7 @@ def _numbered(folder: epath.Path) -> list[int]:
 
 
 def delete(path: epath.Path) -> None:
-    """Deletes a checkpoint so that what a kill leaves over is not taken for a damaged one."""
+    """Deletes a checkpoint; a deletion that is cut off never looks like a damaged checkpoint."""
     if sealing.is_local(path):
         gone = path.parent / f"{path.name}{_DELETED}"
         path.rename(gone)

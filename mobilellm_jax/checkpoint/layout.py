@@ -1,4 +1,4 @@
-"""What a step folder holds and says about itself."""
+"""The contents of a step folder and of its manifest."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -14,35 +14,35 @@ from mobilellm_jax.storage import rundir, sealing, strict_json
 from mobilellm_jax.train.state import TrainState
 
 FORMAT_VERSION = 2
-DATA_STATE_VERSION = 1  # of the order of samples too: another order is another version
+DATA_STATE_VERSION = 1  # a new order of samples needs a new version
 PARAMS, OPTIMIZER, TOKENIZER = "params", "optimizer", "tokenizer"
-MODEL_PARTS = (PARAMS, TOKENIZER)  # what a model is opened from
+MODEL_PARTS = (PARAMS, TOKENIZER)  # parts that opening a model reads
 
-# Orbax writes where it is told to; what makes a folder complete is our manifest.
+# Orbax writes into the final folder, because the manifest of this package makes it complete.
 IN_PLACE = atomicity.CommitFileTemporaryPath
 
 _SHOWN = 20  # names of each kind in a message about arrays
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be read; the message names its folder and what is wrong."""
+    """A checkpoint cannot be read; the message names its folder and the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataState:
-    """Where a run stands in its data."""
+    """The position of a run in its data."""
 
-    next_sample: int  # global sample index, over all hosts
-    fingerprint: str  # of the data that the index is of
+    next_sample: int  # global index over all hosts
+    fingerprint: str  # checksum of the data
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What the manifest of a step folder says, besides the files."""
+    """The manifest of a step folder, without its list of files."""
 
     config: Mapping[str, Any]
     arrays: Mapping[str, str]  # name -> type and shape
-    data: Mapping[str, Any] | None  # its fields belong to its version
+    data: Mapping[str, Any] | None  # the fields depend on its version
 
 
 def checkpoints_folder(run: epath.PathLike) -> epath.Path:
@@ -56,13 +56,13 @@ def step_folder(run: epath.PathLike, step: int) -> epath.Path:
 
 
 def trees_of(state: TrainState) -> dict[str, Any]:
-    """Returns the two parts of a state that are stored apart, so that a model opens by itself."""
+    """Splits a state into parameters and the rest, which are stored in separate folders."""
     rest = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {PARAMS: rest.pop("params"), OPTIMIZER: rest}
 
 
 def arrays_of(trees: Mapping[str, Any]) -> dict[str, str]:
-    """Returns {path: type and shape} of every array, such as float32[30,576,9,64]."""
+    """Returns {path: type and shape} of all arrays; an example is float32[30,576,9,64]."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(trees))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
@@ -73,13 +73,14 @@ def arrays_of(trees: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_content(folder: epath.Path) -> Content:
-    """Returns what the manifest of a step folder says.
+    """Returns the content of the manifest of a step folder.
 
-    Its checksum tells damage; whoever made it may have meant anything.
+    The checksum finds damage. The types of the fields are checked as well, because another program
+    may have written the manifest.
 
     Raises:
       DamagedError: if the manifest is missing or damaged.
-      CheckpointError: if the folder has another format version, or no checkpoint's content.
+      CheckpointError: if the folder has another format version, or fields are wrong.
     """
     try:
         content = sealing.read_manifest(folder)
@@ -100,18 +101,18 @@ def read_content(folder: epath.Path) -> Content:
 
 
 def no_checkpoint(folder: epath.Path, why: object) -> CheckpointError:
-    """Returns the error for a folder that is sealed, but not by a release of this package."""
+    """Returns the error for a sealed folder that is not a checkpoint of this package."""
     return CheckpointError(
-        f"{folder} is sealed, but no checkpoint of this program: {why} Use the file that the run "
-        "wrote."
+        f"{folder} is sealed, but it is not a checkpoint of this program: {why} Use the folder "
+        "that the run wrote."
     )
 
 
 def check_arrays(folder: epath.Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Compares the arrays that a checkpoint holds with those that are wanted.
+    """Compares the arrays of a checkpoint (`there`) with the arrays of this program (`here`).
 
     Raises:
-      CheckpointError: with three lists: only there, only here, different.
+      CheckpointError: with three lists: only in the checkpoint, only in this program, different.
     """
     lists = {
         "only in the checkpoint": sorted(set(there) - set(here)),
@@ -124,18 +125,18 @@ def check_arrays(folder: epath.Path, there: Mapping[str, str], here: Mapping[str
     }
     if not any(lists.values()):
         return
-    lines = [f"{folder} holds other arrays than this program wants for its config:"]
+    lines = [f"{folder} holds other arrays than this program needs for the config:"]
     for title, names in lists.items():
         lines.append(f"{title}:{'' if names else ' none'}")
         lines += [f"  {name}" for name in names[:_SHOWN]]
         if len(names) > _SHOWN:
             lines.append(f"  and {len(names) - _SHOWN} more")
-    lines.append("Use the config and the release that wrote it.")
+    lines.append("Use the config and the release that wrote the checkpoint.")
     raise CheckpointError("\n".join(lines))
 
 
 def composite(parts: Iterable[str]) -> ocp.CompositeCheckpointHandler:
-    """Returns what reads and writes `parts`, each in a folder of its name, where it is to stay."""
+    """Returns Orbax's handler that keeps each of `parts` in a folder of this name."""
     options = ocp.CompositeOptions(temporary_path_class=IN_PLACE)
     return ocp.CompositeCheckpointHandler(*parts, composite_options=options)
 
@@ -143,5 +144,5 @@ def composite(parts: Iterable[str]) -> ocp.CompositeCheckpointHandler:
 def _other_version(folder: epath.Path, version: object) -> CheckpointError:
     return CheckpointError(
         f"{folder} has checkpoint format_version={strict_json.shown(version)}, and this program "
-        f"reads {FORMAT_VERSION}; use the release that wrote it."
+        f"reads {FORMAT_VERSION}; use the release that wrote the checkpoint."
     )

@@ -1,4 +1,4 @@
-"""Reading checkpoints: a model alone, or all that a run needs to go on."""
+"""Reads checkpoints: only the model, or the whole state of a run."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ from mobilellm_jax.train.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class RestoredModel:
-    """A model as a checkpoint holds it: float32 parameters on the host's default device."""
+    """A model from a checkpoint: float32 parameters on the default device of the host."""
 
     config: Config
     params: Params
@@ -52,13 +52,13 @@ def restore_model(run: epath.PathLike, step: int, *, verified: bool = False) -> 
     Args:
       run: the run folder.
       step: one of its steps.
-      verified: that `latest_step` has just compared the files with their checksums; otherwise
-        that is done here.
+      verified: `latest_step` has just compared the files with their checksums; otherwise this
+        function compares them.
 
     Raises:
-      DamagedError: naming what is missing or not as it was saved.
-      CheckpointError: if it was written by another format version or for other arrays.
-      ConfigError: if its config no longer obeys the rules.
+      DamagedError: if a file is missing or has changed; the message names all of them.
+      CheckpointError: if the checkpoint has another format version or other arrays.
+      ConfigError: if its config breaks a rule.
     """
     folder = step_folder(run, step)
     config = read_config(folder)
@@ -76,17 +76,17 @@ def restore_model(run: epath.PathLike, step: int, *, verified: bool = False) -> 
 def restore_state(run: epath.PathLike, step: int, abstract: TrainState) -> TrainState:
     """Returns the state saved as `step`, in the shardings of `abstract`.
 
-    Its files are not verified again: `latest_step` has done that once for all processes.
+    The function does not verify the files, because `latest_step` has verified them in process 0.
 
     Raises:
-      CheckpointError: if it holds other arrays than `abstract`.
+      CheckpointError: if the checkpoint holds other arrays than `abstract`.
     """
     restored = _restore(step_folder(run, step), trees_of(abstract))
     return TrainState(params=restored[PARAMS], **restored[OPTIMIZER])
 
 
 def can_resume(run: epath.PathLike, step: int) -> bool:
-    """Returns whether the step holds an optimizer state besides the parameters."""
+    """Returns whether the step holds an optimizer state."""
     content = read_content(step_folder(run, step))
     return any(name.startswith(f"{OPTIMIZER}/") for name in content.arrays)
 
@@ -95,17 +95,17 @@ def read_config(folder: epath.PathLike) -> Config:
     """Returns the config in a step folder.
 
     Raises:
-      DamagedError: if the folder is no complete checkpoint.
-      CheckpointError: if it has another format version.
+      DamagedError: if the folder is not a complete checkpoint.
+      CheckpointError: if the folder has another format version.
     """
     return config_lib.from_json(json.dumps(read_content(epath.Path(folder)).config))
 
 
 def read_data_state(run: epath.PathLike, step: int) -> DataState:
-    """Returns where the run stood in its data after `step`; only resuming needs it.
+    """Returns the position of the run in its data after `step`, which only resuming needs.
 
     Raises:
-      CheckpointError: if the step has none, or one of another version.
+      CheckpointError: if the step has no data state, or a data state of another version.
     """
     folder = step_folder(run, step)
     data = read_content(folder).data
@@ -149,11 +149,13 @@ def _tokenizer(folder: epath.Path) -> Tokenizer:
     place = folder / TOKENIZER
     if sealing.is_local(folder):
         local = Path(place)
-    else:  # where whoever has the tokenizer can copy it from as long as this process lives
+    else:  # a local copy that stays until this process ends
         local = Path(tempfile.mkdtemp(prefix="mobilellm-tokenizer-"))
         for file in place.iterdir():
             (local / file.name).write_bytes(file.read_bytes())
     found = rundir.tokenizer_file(local)
     if found is None:
-        raise CheckpointError(f"{place} holds none of {', '.join(rundir.TOKENIZER_FILES)}.")
+        raise CheckpointError(
+            f"{place} holds no tokenizer ({' or '.join(rundir.TOKENIZER_FILES)})."
+        )
     return load_tokenizer(found)

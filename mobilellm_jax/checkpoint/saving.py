@@ -1,14 +1,16 @@
-"""Writing checkpoints while training goes on.
+"""Writes checkpoints while training continues.
 
-A save copies the state from the devices, which holds up the step, and does the rest in a thread:
-Orbax writes the arrays, process 0 hashes what lies on the disk, writes the manifest and gives the
-folder its name. How a save went is settled among all processes before the next one begins, or at
-the end of the run. One that failed is tried again, with the state of that moment; when the last
-attempt fails the run fails.
+A save copies the state from the devices while the step waits. A thread does the rest: Orbax writes
+the arrays; process 0 computes the checksums of the files, writes the manifest and gives the folder
+its name. All processes compare their results before the next save begins, and at the end of the
+run. A failed save is repeated with the newest state. The run fails if the last attempt fails.
 """
 
 import contextlib
 import dataclasses
+import itertools
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +25,6 @@ from etils import epath
 
 from mobilellm_jax import config as config_lib
 from mobilellm_jax.checkpoint import folders
-from mobilellm_jax.checkpoint.folders import Report, to_stderr
 from mobilellm_jax.checkpoint.layout import (
     DATA_STATE_VERSION,
     FORMAT_VERSION,
@@ -46,28 +47,68 @@ from mobilellm_jax.processes.run_lock import LockLostError
 from mobilellm_jax.storage import rundir, sealing
 from mobilellm_jax.train.state import TrainState
 
-RETRY_SEC = (0.0, 60.0, 300.0)  # from a failed save to the next attempt
-_SETTLE_SEC = 1800  # that processes wait for one another's part of a save
+RETRY_SEC = (0.0, 60.0, 300.0)  # from each failed save to the next attempt
+_SETTLE_SEC = 1800  # the processes wait so long for each other's part of a save
 
-# What a file system, TensorStore or another process can make of a save.
+# A file system, TensorStore or another process can raise these errors during a save.
 _FAILURES = (OSError, ValueError, RuntimeError)
+
+_log = logging.getLogger(__name__)
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be saved, however often that was tried."""
+    """All attempts to save a checkpoint failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Save:
+    """What one attempt to save writes, and where."""
+
+    folder: epath.Path  # checkpoints of the run
+    work: epath.Path  # the attempt writes here
+    step: int
+    content: Mapping[str, Any]  # of the manifest
+    tokenizer: Tokenizer
+
+    def start(self, trees: Mapping[str, Any], attempt: str) -> ocp.AsyncCheckpointer:
+        """Copies the arrays from the devices and begins to write them."""
+        writer = ocp.AsyncCheckpointer(
+            composite(trees),
+            # This thread creates the folder. If a thread of Orbax created it, a disk that refuses
+            # the folder would make the writers of the arrays wait for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            # An attempt that failed in one process leaves a barrier of the others behind.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                barrier_sync_key_prefix=attempt
+            ),
+            temporary_path_class=IN_PLACE,
+        )
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        writer.save(self.work, args=ocp.args.Composite(**items))
+        return writer
+
+    def finish(self, writer: ocp.AsyncCheckpointer) -> None:
+        """Waits for the arrays of all processes; process 0 then completes the checkpoint."""
+        writer.wait_until_finished()
+        writer.close()
+        if distributed.is_first():
+            place = self.work / TOKENIZER
+            place.mkdir()
+            copy_tokenizer(self.tokenizer, place)
+            sealing.seal(self.work, self.content)
+            folders.commit(self.folder, self.work, self.step)
 
 
 class CheckpointWriter:
-    """Saves a run's states without holding up the step, and keeps the newest few.
+    """Saves the states of a run in the background, and keeps the newest checkpoints.
 
     All processes call every method in the same step.
 
     Args:
       run: the run folder.
-      config: of the run.
-      tokenizer: copied into every checkpoint.
-      check_owner: raises if the folder is no longer this run's.
-      report: gets a line about whatever goes wrong.
+      config: the config of the run.
+      tokenizer: every checkpoint gets a copy of its file.
+      check_owner: raises an error if the folder belongs to another run by now.
     """
 
     def __init__(
@@ -76,22 +117,19 @@ class CheckpointWriter:
         config: Config,
         tokenizer: Tokenizer,
         check_owner: Callable[[], None] = lambda: None,
-        report: Report = to_stderr,
     ) -> None:
+        self._run, self._config, self._tokenizer = run, config, tokenizer
         self._check_owner = check_owner
-        self._run, self._config, self._tokenizer, self._report = run, config, tokenizer, report
         self._folder = checkpoints_folder(run)
-        # Across processes the answer must come in the same step for all.
-        self._agree = distributed.Agreement() if jax.process_count() > 1 else bool
-        self._attempts = self._failures = 0
-        self._step: int | None = None  # whose save is not settled yet
-        self._written: Future[None] | None = None  # by this process
-        self._error: BaseException | None = None  # that this process could not even begin it
-        self._retry_at: float | None = None
-        self._last: tuple[int, TrainState, DataState] | None = None  # what was given to save
         self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._in_any_process = distributed.Agreement()
+        self._numbers = itertools.count(1)  # of the attempts
+        self._pending: tuple[int, Future[None]] | None = None  # the step and the save to settle
+        self._failures = 0  # failed saves without a success since
+        self._retry_at = math.inf  # time.monotonic() of the next attempt
+        self._last: tuple[int, TrainState, DataState] | None = None  # arguments of the last save
         if distributed.is_first():
-            folders.tidy(self._folder, report)
+            folders.tidy(self._folder)
 
     def __enter__(self) -> Self:
         return self
@@ -102,60 +140,66 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=False)  # it still does what it was given
+        self._pool.shutdown(wait=False)  # the thread still finishes a save
         if kind is None:
             self._settle()
             if self._failures:
-                raise SaveError(f"the last save in {self._folder} failed, see above.")
-        elif kind is not KeyboardInterrupt and self._written is not None:
-            # What is under way may be all that is left of the run. If it fails that has been
-            # reported, and the error that ends the run is the one to raise.
+                raise SaveError(f"the last save in {self._folder} failed; the log has the error.")
+        elif kind is not KeyboardInterrupt and self._pending is not None:
+            # This save may be the last state of the run. The log has its error if it fails, and
+            # the error that ends the run is the one to raise.
             with contextlib.suppress(*_FAILURES):
-                self._written.result()
+                self._pending[1].result()
 
     def save(self, step: int, state: TrainState, data: DataState) -> None:
-        """Starts saving `state` as `step`; a step that is already there whole is left as it is.
+        """Starts saving `state` as `step`; a good checkpoint of this step stays as it is.
 
         Raises:
-          SaveError: if the save before it failed, and that was the last attempt.
+          SaveError: if the save before this one failed in its last attempt.
         """
         self._settle()
-        self._step, self._written, self._error = step, None, None
+        self._retry_at = math.inf
         self._last = (step, state, data)
-        self._attempts += 1
-        trees = trees_of(state)
-        content = {
-            "format_version": FORMAT_VERSION,
-            "data": {"version": DATA_STATE_VERSION, **dataclasses.asdict(data)},
-            "config": dataclasses.asdict(self._config),
-            "arrays": arrays_of(trees),
-        }
+        number = next(self._numbers)
+        work = folders.work_folder(self._folder, step, number)
+        saved: Future[None] = Future()
+        self._pending = step, saved
         try:
             if not distributed.from_first(
-                f"the place of checkpoint {step}",
-                lambda: self._make_room(step),
+                f"the place of checkpoint {step}", lambda: self._make_room(step)
             ):
+                saved.set_result(None)
                 return
-            work = folders.work_folder(self._folder, step, self._attempts)
-            writer = _start(work, trees, f"{self._attempts}")
+            trees = trees_of(state)
+            content = {
+                "format_version": FORMAT_VERSION,
+                "data": {"version": DATA_STATE_VERSION, **dataclasses.asdict(data)},
+                "config": dataclasses.asdict(self._config),
+                "arrays": arrays_of(trees),
+            }
+            save = _Save(self._folder, work, step, content, self._tokenizer)
+            writer = save.start(trees, str(number))
         except LockLostError:
+            self._pending = None
             raise
         except _FAILURES as error:
-            self._fail(step, error)
-            self._error = error
+            self._fail(step, work, error)
+            saved.set_exception(error)
         else:
-            self._written = self._pool.submit(self._finish, step, work, writer, content)
+            self._pending = step, self._pool.submit(self._finish, save, writer)
 
-    def save_again(self) -> bool:
-        """Returns whether a save failed, in any process, and is to be tried again now."""
-        due = self._retry_at is not None and time.monotonic() >= self._retry_at
-        return self._agree(due)
+    def retry_is_due(self) -> bool:
+        """Returns whether a save failed, in any process, and the time for a new attempt has come.
+
+        The caller then saves the state of this moment.
+        """
+        return self._in_any_process(time.monotonic() >= self._retry_at)
 
     def wait(self) -> None:
-        """Returns once the last save is on the disk; while the state is there, failed ones repeat.
+        """Waits until the last save is on disk, and repeats a failed save while its state exists.
 
         Raises:
-          SaveError: if the last attempt failed too.
+          SaveError: if the last attempt failed.
         """
         self._settle()
         while self._failures and self._last is not None and not _is_gone(self._last[1]):
@@ -164,7 +208,7 @@ class CheckpointWriter:
             self._settle()
 
     def forget_after(self, step: int) -> None:
-        """Deletes what was saved after `step`, since the run takes these steps again."""
+        """Deletes the checkpoints after `step`, because the run repeats these steps."""
 
         def delete() -> None:
             for later in folders.steps(self._run):
@@ -176,79 +220,69 @@ class CheckpointWriter:
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Returns the state saved as `step`, in the shardings of `abstract`."""
         self._settle()
-        self._last = None  # it would keep the arrays of the state before
+        self._last = None  # frees the arrays of the earlier state
         return restore_state(self._run, step, abstract)
 
     def _make_room(self, step: int) -> bool:
         self._check_owner()
-        return folders.make_room(self._folder, step, self._report)
+        return folders.make_room(self._folder, step)
 
-    def _finish(
-        self,
-        step: int,
-        work: epath.Path,
-        writer: ocp.AsyncCheckpointer,
-        content: Mapping[str, Any],
-    ) -> None:
-        """Waits for the arrays of all processes; the first one then makes a checkpoint of them."""
+    def _finish(self, save: _Save, writer: ocp.AsyncCheckpointer) -> None:
         try:
-            writer.wait_until_finished()
-            writer.close()
-            if distributed.is_first():
-                _complete(self._folder, work, step, self._tokenizer, content)
+            save.finish(writer)
         except _FAILURES as error:
-            self._fail(step, error)
+            self._fail(save.step, save.work, error)
             raise
         if distributed.is_first():
             train = self._config.train
             try:
                 folders.delete_old(self._folder, train.keep_checkpoints, train.keep_every)
             except OSError as error:
-                self._report(f"old ones in {self._folder} cannot be deleted: {error}")
+                _log.warning(f"Old checkpoints in {self._folder} cannot be deleted: {error}")
 
-    def _fail(self, step: int, error: BaseException) -> None:
-        """Says so at once; what comes of it is settled later."""
-        left = len(RETRY_SEC) - self._failures
-        wait = RETRY_SEC[self._failures] if left else 0.0
-        then = f"tried again in {wait:.0f} s" if left else "the run ends, this was the last attempt"
+    def _fail(self, step: int, work: epath.Path, error: BaseException) -> None:
+        """Logs a failure at once and plans the next attempt; `_settle` counts the failure later."""
         # TensorStore ends its messages with pages of settings.
-        why = str(error).split(" [tensorstore_spec")[0]
-        self._report(f"step {step} was not saved, {then}: {type(error).__name__}: {why}")
+        why = f"{type(error).__name__}: {str(error).split(' [tensorstore_spec')[0]}"
+        if self._failures < len(RETRY_SEC):
+            wait = RETRY_SEC[self._failures]
+            self._retry_at = time.monotonic() + wait
+            then = f"the next attempt follows in {wait:.0f} s"
+        else:
+            then = "this was the last attempt, so the run ends"
+        _log.warning(f"Step {step} was not saved ({why}); {then}.")
         if distributed.is_first():
-            # Half a checkpoint is of no use, and the disk may be full of it.
+            # A partial checkpoint has no use, and may fill the disk.
             with contextlib.suppress(OSError):
-                folders.work_folder(self._folder, step, self._attempts).rmtree()
-        self._retry_at = time.monotonic() + wait
+                work.rmtree()
 
     def _settle(self) -> None:
-        """Waits for the save under way and finds out, together, how it went."""
-        step, self._step = self._step, None
-        if step is None:
+        """Waits for the pending save and finds out, with all processes, whether it succeeded."""
+        if self._pending is None:
             return
+        (step, saved), self._pending = self._pending, None
         try:
             with distributed.together(f"saving checkpoint {step}", _SETTLE_SEC):
-                if self._error is not None:
-                    raise self._error
-                if self._written is not None:
-                    self._written.result()
+                saved.result()
         except _FAILURES as error:
             if self._failures == len(RETRY_SEC):
                 raise SaveError(
                     f"checkpoint {step} in {self._folder} could not be saved in "
-                    f"{self._failures + 1} attempts: {error} Those that are there are as they were."
+                    f"{self._failures + 1} attempts: {error} Earlier checkpoints are unchanged."
                 ) from error
-            if self._retry_at is None:  # it went wrong in another process
+            if self._retry_at == math.inf:  # the failure was in another process
                 self._retry_at = time.monotonic() + RETRY_SEC[self._failures]
             self._failures += 1
         else:
-            self._failures, self._retry_at = 0, None
+            self._failures, self._retry_at = 0, math.inf
 
 
 def save_model(run: epath.PathLike, config: Config, params: Params, tokenizer: Tokenizer) -> None:
-    """Writes a run folder around parameters from elsewhere, as its step 0.
+    """Writes a run folder with `params` as its step 0.
 
-    It evaluates, generates and exports like any run, and `train.init_from` starts from it. It has
-    no optimizer state, so `train` on the folder itself does not resume it.
+    Other commands evaluate, generate from and export the folder like any run, and
+    `train.init_from` can start from it. The folder has no optimizer state, so training cannot
+    resume it.
     """
     Path(run).mkdir(parents=True, exist_ok=True)
     rundir.write_whole(Path(run) / rundir.CONFIG, config_lib.to_json(config))
@@ -259,44 +293,12 @@ def save_model(run: epath.PathLike, config: Config, params: Params, tokenizer: T
         "config": dataclasses.asdict(config),
         "arrays": arrays_of(trees),
     }
-    if folders.make_room(folder, 0, to_stderr):
+    if folders.make_room(folder, 0):
         work = folders.work_folder(folder, 0, 1)
-        writer = _start(work, trees, "model")
-        writer.wait_until_finished()
-        writer.close()
-        _complete(folder, work, 0, tokenizer, content)
-
-
-def _start(work: epath.Path, trees: Mapping[str, Any], attempt: str) -> ocp.AsyncCheckpointer:
-    """Copies the arrays off the devices and begins to write them."""
-    writer = ocp.AsyncCheckpointer(
-        composite(trees),
-        # The folder is made here and not in a thread, where a disk that refuses it would leave the
-        # writers of the arrays waiting for minutes.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        # An attempt that failed in one process leaves the others' barrier behind.
-        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=attempt),
-        temporary_path_class=IN_PLACE,
-    )
-    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    writer.save(work, args=ocp.args.Composite(**items))
-    return writer
+        save = _Save(folder, work, 0, content, tokenizer)
+        save.finish(save.start(trees, "model"))
 
 
 def _is_gone(state: TrainState) -> bool:
-    """Returns whether the next step has taken the state's memory."""
+    """Returns whether the next step has taken the memory of `state`."""
     return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-
-
-def _complete(
-    folder: epath.Path,
-    work: epath.Path,
-    step: int,
-    tokenizer: Tokenizer,
-    content: Mapping[str, Any],
-) -> None:
-    place = work / TOKENIZER
-    place.mkdir()
-    copy_tokenizer(tokenizer, place)
-    sealing.seal(work, content)
-    folders.commit(folder, work, step)

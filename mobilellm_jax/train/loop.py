@@ -34,10 +34,10 @@ class Hooks:
     finish_saving: Callable[[], None]  # waits until the checkpoint is complete; raises its errors
     validate: Callable[[TrainState], Mapping[str, float]]
     sample: Callable[[int, TrainState], None]
-    # Returns True if a save failed and the loop has to try again; all processes get the same value.
-    save_again: Callable[[], bool] = bool
+    # Returns whether a save failed and has to be repeated now; all processes get the same value.
+    retry_is_due: Callable[[], bool] = lambda: False
     # Takes whether this process wants to stop; returns whether all processes stop.
-    agree: Callable[[bool], bool] = bool
+    agree: Callable[[bool], bool] = lambda asked: asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def train_loop(
             why = watch.reason_to_stop(step, stop)
             stopping = hooks.agree(bool(why)) and step < steps
             last = stopping or step == steps
-            due = last or step % train.checkpoint_every == 0 or hooks.save_again()
+            due = last or step % train.checkpoint_every == 0 or hooks.retry_is_due()
             if due:
                 report.flush()
             if report.diverged:

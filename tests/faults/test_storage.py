@@ -1,7 +1,9 @@
-"""What a disk does to checkpoints: full, damaged, gone, without renames, taken by another run."""
+"""Tests checkpoints on a disk that is full, damaged, gone, without renames, or taken over."""
 
+import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import random
 import resource
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,40 @@ from mobilellm_jax.processes.run_lock import LockLostError
 from mobilellm_jax.storage import sealing
 from tests.checkpoint.test_checkpoint import CONFIG, DATA, abstract, filled, tokenizer
 
-__all__ = ["tokenizer"]  # the fixture
+__all__ = ["tokenizer"]  # a fixture
 FIRST, SECOND = filled(CONFIG, seed=1), filled(CONFIG, seed=2)
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """Collects the log messages of the package."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("mobilellm_jax")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+def until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    with logged() as messages:
+        yield messages
 
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Failed saves are tried again without waiting."""
+    """Repeats failed saves without a wait."""
     monkeypatch.setattr(saving, "RETRY_SEC", (0.0, 0.0, 0.0))
 
 
@@ -48,7 +78,7 @@ def two_steps(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def run(two_steps: Path, tmp_path: Path) -> Path:
-    """A run with the steps 1 and 2, to damage."""
+    """A copy of a run with the steps 1 and 2, for the test to damage."""
     return Path(shutil.copytree(two_steps, tmp_path / "run"))
 
 
@@ -78,18 +108,18 @@ def remove(file: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("damage", [flip, truncate, remove])
 def test_damage_to_any_file_of_the_newest_is_named_and_the_previous_one_used(
-    damage: Any, run: Path, tokenizer: Tokenizer
+    damage: Any, run: Path, tokenizer: Tokenizer, said: list[str]
 ) -> None:
     files = files_of(run, 2)
     assert len(files) > 15
     for seed, file in enumerate(files):
         content = file.read_bytes()
         damage(file, seed)
-        said: list[str] = []
-        assert checkpoint.latest_step(run, report=said.append) == 1
+        said.clear()
+        assert checkpoint.latest_step(run) == 1
         first, second = said
-        assert first.startswith(f"skipped: {run}/checkpoints/2 is ") and file.name in first
-        assert second == "step 1 is used instead."
+        assert first.startswith(f"Skipped: {run}/checkpoints/2 is ") and file.name in first
+        assert second == "Step 1 is used instead."
         file.write_bytes(content)
     assert checkpoint.latest_step(run) == 2
     damage(files[-1], 0)
@@ -97,16 +127,16 @@ def test_damage_to_any_file_of_the_newest_is_named_and_the_previous_one_used(
         same(FIRST, writer.restore(1, abstract(CONFIG)))
 
 
-def test_nothing_that_can_be_used_is_an_error_and_no_fresh_start(run: Path) -> None:
+def test_without_a_usable_checkpoint_the_run_does_not_start_again(run: Path) -> None:
     for step in (1, 2):
         flip(files_of(run, step)[0], step)
     with pytest.raises(checkpoint.CheckpointError) as error:
-        checkpoint.latest_step(run, report=lambda _: None)
-    for part in ("checkpoints/1 is damaged", "checkpoints/2 is damaged", "start anew"):
+        checkpoint.latest_step(run)
+    for part in ("checkpoints/1 is damaged", "checkpoints/2 is damaged", "start a new run"):
         assert part in str(error.value)
 
 
-def test_damaged_ones_neither_count_nor_go(run: Path, tokenizer: Tokenizer) -> None:
+def test_a_damaged_checkpoint_does_not_count_and_stays(run: Path, tokenizer: Tokenizer) -> None:
     os.truncate(files_of(run, 2)[0], 1)
     before = [file.read_bytes() for file in files_of(run, 2)]
     with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
@@ -116,26 +146,29 @@ def test_damaged_ones_neither_count_nor_go(run: Path, tokenizer: Tokenizer) -> N
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"2", "3", "5"}
 
 
-def test_damaged_step_is_put_aside_when_it_is_saved_again(run: Path, tokenizer: Tokenizer) -> None:
+def test_a_damaged_step_is_renamed_when_it_is_saved_again(
+    run: Path, tokenizer: Tokenizer, said: list[str]
+) -> None:
     (run / "checkpoints" / "2.damaged-1").mkdir()
     file = files_of(run, 2)[3]
     flip(file, 0)
-    damaged, said = file.read_bytes(), []
-    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+    damaged = file.read_bytes()
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
         writer.save(2, FIRST, DATA)
     assert checkpoint.latest_step(run) == 2
     same(FIRST.params, checkpoint.restore_model(run, 2).params)
     moved = run / "checkpoints" / "2.damaged-2" / file.relative_to(run / "checkpoints" / "2")
     assert moved.read_bytes() == damaged
-    assert len(said) == 1 and "put aside as 2.damaged-2" in said[0] and file.name in said[0]
+    assert len(said) == 1 and "Renamed to 2.damaged-2" in said[0] and file.name in said[0]
 
 
-def test_save_that_was_cut_off_is_named_and_replaced(run: Path, tokenizer: Tokenizer) -> None:
+def test_a_save_that_was_cut_off_is_named_and_replaced(
+    run: Path, tokenizer: Tokenizer, said: list[str]
+) -> None:
     (run / "checkpoints" / "2").rename(run / "checkpoints" / "2.saving-1")
     (run / "checkpoints" / "9.deleted").mkdir()
-    said: list[str] = []
-    assert checkpoint.latest_step(run, report=said.append) == 1 and not said
-    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+    assert checkpoint.latest_step(run) == 1 and not said
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
         (line,) = said
         assert "2.saving-1 is incomplete" in line
         writer.save(2, FIRST, DATA)
@@ -143,7 +176,7 @@ def test_save_that_was_cut_off_is_named_and_replaced(run: Path, tokenizer: Token
     same(FIRST.params, checkpoint.restore_model(run, 2).params)
 
 
-def test_other_arrays_are_told_in_three_lists(run: Path, tokenizer: Tokenizer) -> None:
+def test_other_arrays_are_listed_in_three_lists(run: Path, tokenizer: Tokenizer) -> None:
     other = dataclasses.replace(
         CONFIG, model=dataclasses.replace(CONFIG.model, activation="relu", ffn_dim=32)
     )
@@ -161,26 +194,28 @@ def test_other_arrays_are_told_in_three_lists(run: Path, tokenizer: Tokenizer) -
     assert up in lines[different:]
 
 
-# In a process of its own: after an error TensorStore still calls an event loop that is closed.
+# These tests run in a separate process, because TensorStore calls a closed event loop later.
 FULL = """
 import sys
 from pathlib import Path
 from tests.faults import test_storage
-getattr(test_storage, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]))
+getattr(test_storage, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
 """
 
 
 def fails_to_save(run: Path, tokenizer_file: Path, fault: Callable[[], None]) -> None:
-    """Saves step 3 twice in vain, the disk being as `fault` makes it."""
-    said: list[str] = []
+    """Fails to save step 3 twice, on the disk that `fault` has changed."""
     tokenizer = load_tokenizer(tokenizer_file)
-    with pytest.raises(checkpoint.SaveError, match="could not be saved in 2 attempts"):
-        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
-            fault()
-            writer.save(3, FIRST, DATA)
-            writer.wait()
-    assert len([line for line in said if "step 3 was not saved" in line]) == 2, said
-    # Threads of a failed attempt may have written to its folder after that was deleted.
+    with (
+        logged() as said,
+        pytest.raises(checkpoint.SaveError, match="could not be saved in 2 attempts"),
+        checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer,
+    ):
+        fault()
+        writer.save(3, FIRST, DATA)
+        writer.wait()
+    assert len([line for line in said if "Step 3 was not saved" in line]) == 2, said
+    # Threads of a failed attempt may write to its folder after the folder was deleted.
     names = {p.name for p in (run / "checkpoints").iterdir()}
     assert {name for name in names if ".saving-" not in name} == {"1", "2"}, said
 
@@ -190,14 +225,15 @@ def still_sound(run: Path) -> None:
     same(SECOND.params, checkpoint.restore_model(run, 2).params)
 
 
-def limit_files(run: Path, tokenizer_file: Path) -> None:
-    """The kernel holds a limit to the size of a file, under which another file fails first."""
+def limit_files(run: Path, tokenizer_file: Path, every: int) -> None:
+    """Limits the size of files, to a value that makes another file fail first each time."""
     saving.RETRY_SEC = (0.0,)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     without = resource.RLIM_INFINITY
-    # How Orbax divides the arrays among the files in d/ varies from save to save.
-    sizes = {file.stat().st_size - 1 for file in files_of(run, 2) if file.parent.name != "d"}
-    for limit in sorted(sizes):
+    # Orbax divides the arrays differently among the files in d/ in every save.
+    all_sizes = {file.stat().st_size - 1 for file in files_of(run, 2) if file.parent.name != "d"}
+    sizes = sorted(all_sizes)[::every]
+    for limit in sizes:
 
         def fault(limit: int = limit) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, without))
@@ -208,12 +244,12 @@ def limit_files(run: Path, tokenizer_file: Path) -> None:
     print(f"{len(sizes)} points")
 
 
-def fill_disk(run: Path, tokenizer_file: Path) -> None:
-    """Leaves so many blocks of 4 KiB free; a step has more files than that."""
+def fill_disk(run: Path, tokenizer_file: Path, every: int) -> None:
+    """Leaves a few blocks of 4 KiB free, fewer than a step has files."""
     saving.RETRY_SEC = (0.0,)
     filler = run / "filler"
     free = shutil.disk_usage(run).free
-    points = range(0, 24, 2)
+    points = range(0, 24, 2 * every)
     for blocks in points:
         size = free - 4096 * blocks
         fails_to_save(run, tokenizer_file, lambda size=size: filler.write_bytes(b"\0" * size))
@@ -225,10 +261,10 @@ def fill_disk(run: Path, tokenizer_file: Path) -> None:
     print(f"{len(points)} points")
 
 
-def in_a_process_of_its_own(name: str, run: Path, tokenizer: Tokenizer) -> int:
-    """Returns at how many points a save was made to fail."""
+def in_another_process(name: str, run: Path, tokenizer: Tokenizer, every: int) -> int:
+    """Runs a function of this file; returns the number of points at which a save failed."""
     result = subprocess.run(
-        [sys.executable, "-c", FULL, name, str(run), str(tokenizer.file)],
+        [sys.executable, "-c", FULL, name, str(run), str(tokenizer.file), str(every)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -237,15 +273,20 @@ def in_a_process_of_its_own(name: str, run: Path, tokenizer: Tokenizer) -> int:
     return int(result.stdout.split()[0])
 
 
-def test_disk_that_refuses_any_file_of_a_save_leaves_the_previous_one(
-    run: Path, tokenizer: Tokenizer
+# The quick test takes every fourth point of failure, the long test takes all.
+EVERY_POINT = [(4, 1 / 4), pytest.param(1, 1, marks=pytest.mark.soak)]
+
+
+@pytest.mark.parametrize(("every", "share"), EVERY_POINT)
+def test_a_disk_that_refuses_any_file_of_a_save_leaves_the_previous_step(
+    every: int, share: float, run: Path, tokenizer: Tokenizer
 ) -> None:
-    assert in_a_process_of_its_own("limit_files", run, tokenizer) > 10
+    assert in_another_process("limit_files", run, tokenizer, every) > 10 * share
 
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A file system of 1.5 MB."""
+    """Mounts a file system of 1.5 MB."""
     folder = Path(tempfile.mkdtemp(prefix="mobilellm-disk-"))
     command = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
@@ -258,16 +299,17 @@ def small_disk() -> Iterator[Path]:
         folder.rmdir()
 
 
-def test_full_disk_at_every_point_of_a_save(
-    small_disk: Path, two_steps: Path, tokenizer: Tokenizer
+@pytest.mark.parametrize(("every", "share"), EVERY_POINT)
+def test_a_full_disk_at_any_point_of_a_save_leaves_the_previous_step(
+    every: int, share: float, small_disk: Path, two_steps: Path, tokenizer: Tokenizer
 ) -> None:
     run = Path(shutil.copytree(two_steps, small_disk / "run"))
-    assert in_a_process_of_its_own("fill_disk", run, tokenizer) == 12
+    assert in_another_process("fill_disk", run, tokenizer, every) == 12 * share
 
 
 @pytest.mark.usefixtures("at_once")
-def test_failed_save_is_tried_again_with_the_state_of_that_moment(
-    run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_save_is_repeated_with_the_newest_state(
+    run: Path, tokenizer: Tokenizer, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seal, failures = sealing.seal, [errno.ENOSPC, errno.EIO]
 
@@ -277,43 +319,62 @@ def test_failed_save_is_tried_again_with_the_state_of_that_moment(
         seal(*args)
 
     monkeypatch.setattr(sealing, "seal", fail_twice)
-    said: list[str] = []
-    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
         writer.save(5, FIRST, DATA)
-        assert writer._written is not None
-        writer._written.exception()
-        assert writer.save_again()
+        until(writer.retry_is_due)
         writer.save(6, FIRST, DATA)
         writer.save(7, SECOND, DATA)
         writer.wait()
-        assert not writer.save_again()
-    assert [line.split(",")[0] for line in said] == ["step 5 was not saved", "step 6 was not saved"]
-    assert "No space left on device" in said[0] and "tried again in 0 s" in said[0]
+        assert not writer.retry_is_due()
+    assert [line.split(" (")[0] for line in said] == [
+        "Step 5 was not saved",
+        "Step 6 was not saved",
+    ]
+    assert "No space left on device" in said[0] and "the next attempt follows in 0 s" in said[0]
     assert checkpoint.steps(run)[-1] == 7
     same(SECOND.params, checkpoint.restore_model(run, 7).params)
 
 
-def test_last_attempt_fails_the_run_and_no_other_error_is_hidden(
+def test_a_repeated_save_is_not_repeated_again_while_it_runs(
     run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "RETRY_SEC", (0.0, 0.0, 0.0))
+    seal, failures = sealing.seal, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def fail_once(*args: Any) -> None:
+        if failures:
+            raise failures.pop()
+        seal(*args)
+
+    monkeypatch.setattr(sealing, "seal", fail_once)
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
+        writer.save(5, FIRST, DATA)
+        until(writer.retry_is_due)
+        writer.save(6, FIRST, DATA)
+        assert not writer.retry_is_due()
+    assert checkpoint.steps(run)[-1] == 6
+
+
+def test_the_last_attempt_fails_the_run_and_hides_no_other_error(
+    run: Path, tokenizer: Tokenizer, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(sealing, "seal", fail)
     monkeypatch.setattr(saving, "RETRY_SEC", (1e6,))
-    said: list[str] = []
-    with pytest.raises(checkpoint.SaveError, match="failed, see above"):
-        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+    with pytest.raises(checkpoint.SaveError, match="failed; the log has the error"):
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
             writer.save(3, FIRST, DATA)
     assert "Read-only file system" in said[0]
     with pytest.raises(KeyError, match="what ended the run"):
-        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
             writer.save(3, FIRST, DATA)
             raise KeyError("what ended the run")
     with pytest.raises(checkpoint.SaveError, match="in 2 attempts: .*Read-only file system"):
-        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
             writer.save(3, FIRST, DATA)
-            assert not writer.save_again()  # not yet
+            assert not writer.retry_is_due()  # the wait is long
             writer.save(6, FIRST, DATA)
             writer.save(9, FIRST, DATA)
     assert "this was the last attempt" in said[-1]
@@ -321,9 +382,9 @@ def test_last_attempt_fails_the_run_and_no_other_error_is_hidden(
 
 
 @pytest.mark.usefixtures("at_once")
-def test_vanished_run_folder_is_not_made_anew(run: Path, tokenizer: Tokenizer) -> None:
+def test_a_missing_run_folder_is_not_created_again(run: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(checkpoint.SaveError, match=r"No such file or directory: .*checkpoints"):
-        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=lambda _: None) as writer:
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
             shutil.rmtree(run)
             writer.save(3, FIRST, DATA)
             writer.wait()
@@ -342,10 +403,10 @@ def test_nothing_is_saved_into_a_folder_that_another_run_took(
     assert checkpoint.steps(run) == [1, 2]
 
 
-def test_rename_that_moves_file_by_file_may_be_cut_off_anywhere(
-    run: Path, tokenizer: Tokenizer
+def test_a_rename_that_moves_single_files_may_be_cut_off_anywhere(
+    run: Path, tokenizer: Tokenizer, said: list[str]
 ) -> None:
-    """As a bucket does that is mounted: it has no folders, so it renames their files one by one."""
+    """A mounted bucket has no folders, so it renames the files one by one."""
     final = run / "checkpoints" / "2"
     work = final.rename(f"{final}.saving-1")
     files = sorted(p for p in work.rglob("*") if p.is_file())
@@ -353,10 +414,10 @@ def test_rename_that_moves_file_by_file_may_be_cut_off_anywhere(
         place = final / file.relative_to(work)
         place.parent.mkdir(parents=True, exist_ok=True)
         file.rename(place)
-        said: list[str] = []
-        assert checkpoint.latest_step(run, report=said.append) == 1
-        assert said[0].startswith(f"skipped: {final} is ")
-    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer, report=said.append) as writer:
+        said.clear()
+        assert checkpoint.latest_step(run) == 1
+        assert said[0].startswith(f"Skipped: {final} is ")
+    with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
         writer.save(2, FIRST, DATA)
     assert checkpoint.latest_step(run) == 2
     same(FIRST.params, checkpoint.restore_model(run, 2).params)
@@ -365,7 +426,7 @@ def test_rename_that_moves_file_by_file_may_be_cut_off_anywhere(
 
 @pytest.fixture
 def no_rename(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store in which a name is given once: folders are not renamed, nor synchronised."""
+    """Simulates an object store, which cannot rename."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("this store cannot rename")
@@ -376,8 +437,8 @@ def no_rename(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_rename")
-def test_store_without_rename_holds_what_has_a_manifest(
-    tmp_path: Path, tokenizer: Tokenizer
+def test_on_a_store_without_rename_a_manifest_completes_a_step(
+    tmp_path: Path, tokenizer: Tokenizer, said: list[str]
 ) -> None:
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
         for step in (1, 3, 5):
@@ -387,10 +448,9 @@ def test_store_without_rename_holds_what_has_a_manifest(
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"5", "6"}
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
         same(SECOND, writer.restore(6, abstract(CONFIG)))
-    # A save that a kill cut off: the manifest, which is written last, is not there.
+    # A kill cuts a save off before the manifest, which is written last.
     (tmp_path / "checkpoints" / "6" / "manifest.json").unlink()
-    said: list[str] = []
-    assert checkpoint.latest_step(tmp_path, report=said.append) == 5
+    assert checkpoint.latest_step(tmp_path) == 5
     assert "checkpoints/6 is incomplete: it has no manifest.json" in said[0]
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
         writer.save(6, FIRST, DATA)
@@ -400,20 +460,21 @@ def test_store_without_rename_holds_what_has_a_manifest(
 
 
 @pytest.mark.usefixtures("no_rename")
-def test_first_save_that_was_cut_off_on_a_store_lets_the_run_begin_anew(tmp_path: Path) -> None:
+def test_a_run_starts_again_after_its_first_save_on_a_store_was_cut_off(
+    tmp_path: Path, said: list[str]
+) -> None:
     (tmp_path / "checkpoints" / "3" / "params").mkdir(parents=True)
-    said: list[str] = []
-    assert checkpoint.latest_step(tmp_path, report=said.append) is None
+    assert checkpoint.latest_step(tmp_path) is None
     assert "checkpoints/3 is incomplete" in said[0]
 
 
-def test_deletion_that_was_cut_off_is_no_checkpoint(run: Path) -> None:
-    """At every file: what goes first is the name, or the manifest."""
+def test_a_deletion_that_was_cut_off_leaves_no_checkpoint(run: Path) -> None:
+    """The deletion may stop after any file; the name or the manifest goes first."""
     folder = epath.Path(run / "checkpoints")
     removed = folder / "1.deleted"
     (folder / "1").rename(removed)
     for file in files_of(run, 1):
         file.unlink()
     assert checkpoint.steps(run) == [2]
-    folders.tidy(folder, lambda _: None)
+    folders.tidy(folder)
     assert [p.name for p in folder.iterdir()] == ["2"]

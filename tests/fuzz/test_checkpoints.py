@@ -35,15 +35,11 @@ def run(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
-def silent(_: str) -> None:
-    """The reports of what is skipped are not of interest here."""
-
-
 def use(run: Path) -> None:
     """What a start does with the manifest of the newest step."""
-    step = checkpoint.latest_step(run, report=silent)
+    step = checkpoint.latest_step(run)
     assert step == 1
-    assert checkpoint.steps(run) == checkpoint.whole_steps(run, report=silent) == [1]
+    assert checkpoint.steps(run) == checkpoint.whole_steps(run) == [1]
     checkpoint.read_config(checkpoint.step_folder(run, step))
     checkpoint.can_resume(run, step)
     assert checkpoint.read_data_state(run, step).next_sample >= 0
@@ -57,7 +53,7 @@ def test_manifest_that_is_damaged(run: Path, tmp_path: Path) -> None:
     def parse(content: bytes) -> None:
         file.write_bytes(content)
         if content != valid:
-            assert checkpoint.whole_steps(run, report=silent) == []
+            assert checkpoint.whole_steps(run) == []
             folders.delete_old(epath.Path(run) / "checkpoints", 0, 0)  # deletes none that is not
             assert file.exists()
         use(run)

@@ -1,3 +1,5 @@
+"""Tests that a manifest finds every change in a sealed folder."""
+
 import json
 import os
 from pathlib import Path
@@ -24,10 +26,10 @@ def folder(tmp_path: Path) -> epath.Path:
     return folder
 
 
-def test_manifest_names_every_file_and_what_it_was_told(folder: epath.Path) -> None:
+def test_the_manifest_has_every_file_and_the_given_entries(folder: epath.Path) -> None:
     content = sealing.verify(folder)
     assert content["step"] == 3
-    # From sha256sum.
+    # These values come from sha256sum.
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     two = "3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3"
     zeros = content["files"].pop("params/d/one")
@@ -78,7 +80,7 @@ def test_all_damage_is_listed(folder: epath.Path) -> None:
         sealing.verify(folder, ["params"])
 
 
-def test_part_alone_is_verified_alone(folder: epath.Path) -> None:
+def test_one_part_can_be_verified_alone(folder: epath.Path) -> None:
     (folder / "params" / "two").write_bytes(b"owt")
     sealing.verify(folder, ["tokenizer"])
     with pytest.raises(DamagedError, match="two has SHA-256"):
@@ -92,28 +94,28 @@ def test_folder_without_manifest_is_incomplete(folder: epath.Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "params/../../outside"])
-def test_manifest_cannot_name_what_lies_outside(name: str, folder: epath.Path) -> None:
-    """Even one whose checksum is right."""
+def test_a_manifest_cannot_name_a_file_outside_the_folder(name: str, folder: epath.Path) -> None:
+    """The checksum of this manifest is right."""
     content = sealing.read_manifest(folder)
     content["files"][name] = {"bytes": 1, "sha256": "00"}
     (folder / sealing.MANIFEST).write_text(sealing._text(content))
-    with pytest.raises(DamagedError, match="not as it was written"):
+    with pytest.raises(DamagedError, match="has changed since it was written"):
         sealing.verify(folder)
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[]", b"\xff\x00", b"[" * 100_000, b'{"files": {}}', b'{"sha256": 3}']
 )
-def test_content_that_is_no_manifest_is_damage(content: bytes, folder: epath.Path) -> None:
+def test_other_content_in_the_manifest_is_damage(content: bytes, folder: epath.Path) -> None:
     (folder / sealing.MANIFEST).write_bytes(content)
-    with pytest.raises(DamagedError, match="not as it was written"):
+    with pytest.raises(DamagedError, match="has changed since it was written"):
         sealing.verify(folder)
 
 
 def test_manifest_in_another_spelling_is_damage(folder: epath.Path) -> None:
     path = folder / sealing.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text())))
-    with pytest.raises(DamagedError, match="not as it was written"):
+    with pytest.raises(DamagedError, match="has changed since it was written"):
         sealing.verify(folder)
 
 
@@ -123,6 +125,6 @@ def test_file_that_cannot_be_read_is_damage(
     def fail(*_: object, **__: object) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(sealing, "_sha256", fail)
+    monkeypatch.setattr(sealing, "sha256_of", fail)
     with pytest.raises(DamagedError, match=r"params/two cannot be read: Input/output error"):
         sealing.verify(folder)
