@@ -140,7 +140,7 @@ def test_mobilellm_directory_keeps_the_sharing(tokenizer: Tokenizer, tmp_path: P
 
 
 def test_damaged_step_is_named_and_the_one_before_it_opened(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (file,) = (run / "checkpoints" / "20" / "params" / "d").iterdir()
     content = bytearray(file.read_bytes())
@@ -149,7 +149,7 @@ def test_damaged_step_is_named_and_the_one_before_it_opened(
     opened = open_model(run)
     assert opened.step == 9
     assert_same(opened.params, params_of(9))
-    message = capsys.readouterr().err
+    message = caplog.text
     assert f"Skipped: {run}/checkpoints/20 is damaged: {file} has SHA-256" in message
     assert "Step 9 is used instead" in message
     with pytest.raises(ValueError, match=rf"checkpoints/20 is damaged: {file} has SHA-256"):

@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
+from mobilellm_jax.startup.messages import show_messages
 
 _TRIAL_STEPS = 5
 
 
 def main(arguments: list[str]) -> int:
     """Runs; returns the exit code."""
+    show_messages()
     positional = [a for a in arguments if not a.startswith("--")]
     for argument in arguments:
         name, _, value = argument.partition("=")
