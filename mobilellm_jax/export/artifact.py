@@ -1,7 +1,8 @@
-"""Exported folders: what they hold, whether they are whole, and their model in its own runtime.
+"""Exported folders: their contents, their checksums, and the runtime that loads their model.
 
-Such a folder is sealed (`sealing.py`): `manifest.json` says what the model file is and has the
-SHA-256 of every file, so that no runtime in C++ is handed bytes that are not those of the export.
+An exported folder is sealed (`sealing.py`). Its `manifest.json` describes the model file and
+contains the SHA-256 of every file. The checksums are compared first, so a runtime in C++ never
+reads damaged bytes.
 """
 
 import dataclasses
@@ -72,11 +73,11 @@ RUNTIMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """An exported folder that is what its writer sealed."""
+    """An exported folder whose files match its manifest."""
 
     folder: Path
     info: ArtifactInfo
-    sha256: str = ""  # of the manifest, which has those of all files; "" before there is one
+    sha256: str = ""  # SHA-256 of the manifest; "" before there is a manifest
 
     @property
     def file(self) -> Path:
@@ -84,7 +85,7 @@ class Artifact:
 
     @property
     def model_bytes(self) -> int:
-        """What a device has to store: the model file and what lies beside it under its name."""
+        """Bytes that a device stores: the model file and the files beside it with the same stem."""
         stem = self.file.stem
         return sum(f.stat().st_size for f in self.folder.iterdir() if f.stem.split(".")[0] == stem)
 
@@ -100,10 +101,10 @@ class Artifact:
         return self.loader()()
 
     def loader(self) -> Callable[[], Runtime]:
-        """Returns what loads the model; the runtime's library is imported here.
+        """Returns the function that loads the model, and imports the library of the runtime.
 
         Raises:
-          UserError: if it is not installed.
+          UserError: if the library is not installed.
         """
         opener = RUNTIMES[self.info.format]
         if not is_installed(self.info.format):
@@ -114,21 +115,21 @@ class Artifact:
 
 
 def is_installed(format_name: str) -> bool:
-    """Returns whether the runtime of a format is there."""
+    """Returns whether the runtime of a format is installed."""
     return importlib.util.find_spec(RUNTIMES[format_name].package) is not None
 
 
 def seal_artifact(folder: Path, info: ArtifactInfo) -> None:
-    """Writes the manifest over all files of `folder`, which makes an artefact of it."""
+    """Writes the manifest over all files of `folder`, which makes the folder an export."""
     sealing.seal(epath.Path(folder), {"artifact": VERSION, **dataclasses.asdict(info)})
 
 
 def open_artifact(path: str | Path) -> Artifact:
-    """Opens an exported folder, or the model file in it; every byte of it is verified.
+    """Opens an exported folder, or the model file in it, and verifies every byte.
 
     Raises:
-      MissingFileError: if there is nothing there.
-      UserError: if it is no export, or not as it was written.
+      MissingFileError: if the path does not exist.
+      UserError: if the folder is not an export, or is damaged.
     """
     given = Path(path)
     if not given.exists():

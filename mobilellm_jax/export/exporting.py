@@ -1,7 +1,7 @@
-"""An export is written, run, compared with its checkpoint, and only then gets its name.
+"""Writes an export, runs it, compares it with its checkpoint, and then gives it its name.
 
-Everything is written beside the output's name, opened from there in the format's own runtime and
-compared; a model card says what was found. Folders for devices are sealed besides.
+All files are written in a temporary folder beside the output. The format's own runtime opens them
+there. A model card reports the comparison. Folders for devices are also sealed.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from mobilellm_jax.storage.rundir import whole_directory
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """The result of an export."""
 
-    layers: int  # stored ones; blocks that are shared and stored once count once
-    model_bytes: int  # without tokenizer, card and manifest
+    layers: int  # number of stored layers; a shared block that is stored once counts once
+    model_bytes: int  # bytes of the weights and programs, without tokenizer, card and manifest
     verification: Verification | None
 
 
@@ -39,19 +39,20 @@ def export_for_device(
     training: Training | None = None,
     verified: bool = True,
 ) -> Exported:
-    """Writes an artefact, which appears whole and verified or not at all.
+    """Writes an export, which appears complete and verified or not at all.
 
     Args:
       source: the model.
-      directory: to be made; it must not exist, unless empty.
-      format_name: of FORMATS.
-      precision: one of the format's.
-      training: for the model card, if it is known.
-      verified: whether the artefact is run and compared first.
+      directory: folder to create; an empty folder may exist.
+      format_name: a key of FORMATS.
+      precision: a precision of the format.
+      training: training facts for the model card, if they are known.
+      verified: whether to run the export and compare it.
 
     Raises:
       UserError: if `directory` is not empty, or the format cannot express the model.
-      VerificationError: if the artefact is further from the checkpoint than its precision allows.
+      VerificationError: if the export differs from the checkpoint by more than its precision
+          allows.
     """
     _refuse_existing(directory)
     form = FORMATS[format_name]
@@ -86,11 +87,11 @@ def export_huggingface(
     training: Training | None = None,
     verified: bool = True,
 ) -> Exported:
-    """Writes a Hugging Face directory; `verified` by transformers, else as `export_for_device`.
+    """Writes a Hugging Face directory and, if `verified`, compares it in transformers.
 
     Raises:
-      UserError: as `write_huggingface`.
-      VerificationError: as `export_for_device`.
+      UserError: as for `write_huggingface`.
+      VerificationError: as for `export_for_device`.
     """
     found: Verification | None = None
 
@@ -114,7 +115,7 @@ def export_huggingface(
 
 
 def can_verify(format_name: str) -> bool:
-    """Returns whether the runtime of a format, a device's or a Hugging Face layout, is there."""
+    """Returns whether the runtime of a device format or of a Hugging Face layout is installed."""
     if format_name in RUNTIMES:
         return is_installed(format_name)
     return all(importlib.util.find_spec(package) for package in ("torch", "transformers"))

@@ -1,4 +1,4 @@
-"""The formats for devices: what each one can hold, how exactly, and which function writes it."""
+"""The formats for devices: what each format can hold, how exactly, and which function writes it."""
 
 import dataclasses
 import importlib.util
@@ -13,13 +13,15 @@ from mobilellm_jax.export.source import Precision, Source
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-# float32 is sums in another order; the bound is that of the tests against Hugging Face, times two.
+# In float32, only the order of sums differs. The bound is twice the bound of the tests against
+# Hugging Face.
 EXACT = Precision(32, logits=2e-4, loss=1e-4, tokens=True)
-# A weight is off by at most 2^-11 or 2^-8 of itself.
+# Rounding changes a weight by at most 2^-11 (float16) or 2^-8 (bfloat16) of its value.
 HALF = Precision(16, logits=2e-2, loss=1e-2)
 BRAIN = Precision(16, logits=1e-1, loss=3e-2)
-# Weights in 8 bits by rows, activations by tokens while running: a trained model of 0.9M parameters
-# loses 0.002 nats. Single logits are off by some percent of the largest, which says little.
+# Weights have 8 bits per row, and activations have 8 bits per token at run time. A trained model of
+# 0.9M parameters loses 0.002 nats. Single logits change by some percent of the largest logit, so
+# logits are not compared.
 DYNAMIC_INT8 = Precision(8, logits=None, loss=2e-2)
 HUGGINGFACE_PRECISIONS = {"float32": EXACT, "bfloat16": BRAIN, "float16": HALF}
 
@@ -31,12 +33,12 @@ class Format:
     write: Callable[[Source, Path, str], int]
     """Writes the model file into a folder that exists; returns how many layers it stores."""
     file: str  # the model's
-    packages: tuple[str, ...]  # that writing takes, besides ours
-    shares_blocks: bool  # whether a block that is applied several times is stored once
-    precisions: Mapping[str, Precision]  # by --dtype or --quantize
+    packages: tuple[str, ...]  # packages that the writer imports
+    shares_blocks: bool  # whether the file contains a shared block once
+    precisions: Mapping[str, Precision]  # keys are values of --dtype or --quantize
 
 
-# Each function imports its writer late: a writer imports a library that few users install.
+# Each function imports its writer late, because a writer imports a library that few users install.
 def _write_gguf(source: Source, folder: Path, precision: str) -> int:
     from mobilellm_jax.export.gguf import writer
 
@@ -77,7 +79,8 @@ FORMATS: dict[str, Format] = {
             "float32": EXACT,
             "bfloat16": BRAIN,
             "float16": HALF,
-            # Ten times the rise of a trained model of 0.9M parameters; small ones are hit hardest.
+            # The bounds are ten times the rise for a trained model of 0.9M parameters. Quantization
+            # hurts small models most.
             "q8_0": Precision(8.5, logits=None, loss=0.02),
             "q5_1": Precision(6.0, logits=None, loss=0.2),
             "q5_0": Precision(5.5, logits=None, loss=0.2),
@@ -94,8 +97,9 @@ FORMATS: dict[str, Format] = {
             "float32": EXACT,
             "bfloat16": BRAIN,
             "float16": HALF,
-            # Codes and float32 scales; activations are quantized too. As for gguf, ten times the
-            # rise of a trained model of 0.9M parameters: 0.0014 and 0.0144 on the text.
+            # A weight is stored as a code and a float32 scale, and activations are quantized too.
+            # The bounds are ten times the rise for a trained model of 0.9M parameters: 0.0014 and
+            # 0.0144 nats on the text.
             "int8": Precision(8.5, logits=None, loss=0.02),
             "int4": Precision(5, logits=None, loss=0.2),
         },
@@ -108,8 +112,8 @@ FORMATS: dict[str, Format] = {
         precisions={
             "float32": EXACT,
             "8da8w": DYNAMIC_INT8,
-            # Groups of 32 with scales of 16 bits; as for gguf, ten times the rise of a trained
-            # model of 0.9M parameters.
+            # Groups of 32 weights share a scale of 16 bits. The bound is ten times the rise for a
+            # trained model of 0.9M parameters.
             "8da4w": Precision(4.5, logits=None, loss=0.2),
         },
     ),
@@ -123,7 +127,7 @@ FORMATS: dict[str, Format] = {
     "stablehlo": Format(
         write=_write_stablehlo,
         file="model.stablehlo",
-        packages=("flatbuffers",),  # what jax.export serializes with
+        packages=("flatbuffers",),  # jax.export serializes with flatbuffers
         shares_blocks=True,
         precisions={"float32": EXACT, "bfloat16": BRAIN},
     ),
@@ -131,16 +135,16 @@ FORMATS: dict[str, Format] = {
 
 
 def offered(name: str, *, quantized: bool) -> list[str]:
-    """Returns the precisions of a format that --quantize, or else --dtype, can ask for."""
+    """Returns the precisions of a format that --quantize or --dtype can name."""
     return [p for p in FORMATS[name].precisions if (p not in DTYPES) == quantized]
 
 
 def check_precision(name: str, dtype: str | None, quantize: str | None) -> str:
-    """Returns the precision that --dtype and --quantize ask for; without either, float32.
+    """Returns the precision that --dtype or --quantize names; the default is float32.
 
     Raises:
-      UserError: if the format has no such precision, both are given, or what writes the format is
-        not installed.
+      UserError: if the format lacks this precision, if both flags are given, or if a package of the
+        writer is not installed.
     """
     if dtype is not None and quantize is not None:
         raise UserError(

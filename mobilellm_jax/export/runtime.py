@@ -1,4 +1,4 @@
-"""What every runtime answers, and what it takes from a sequence to the next."""
+"""The interface of every runtime, and the description of a model file."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,13 @@ from mobilellm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArtifactInfo:
-    """What the manifest says of a model file."""
+    """What the manifest says about a model file."""
 
     format: str  # of RUNTIMES
-    file: str  # the model's, in the folder
-    precision: str  # of the weights: float32, q8_0, ...
+    file: str  # name of the model file in the folder
+    precision: str  # precision of the weights: float32, q8_0, ...
     model: ModelConfig
-    loss: float | None  # nats per token of the text of the verification, in its runtime
+    loss: float | None  # loss of the verification's text in the runtime, in nats per token
     origin: str  # the checkpoint
 
     @property
@@ -28,16 +28,16 @@ class ArtifactInfo:
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens that the artefact's cache has room for."""
+        """Largest number of tokens in the cache of the export."""
         return self.model.max_seq_len
 
 
 class Runtime(Protocol):
-    """A model loaded in the runtime of its format, with room for one sequence."""
+    """A model that is loaded in the runtime of its format; it holds one sequence."""
 
     @property
     def name(self) -> str:
-        """The runtime and its version, for the eye."""
+        """Name and version of the runtime, for messages."""
 
     @property
     def vocab_size(self) -> int:
@@ -45,21 +45,24 @@ class Runtime(Protocol):
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens that a sequence may have."""
+        """Largest number of tokens in a sequence."""
 
     def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Forgets everything and reads a sequence at once; returns [tokens, vocabulary] logits.
+        """Starts a new sequence, reads all its tokens at once, and returns their logits.
 
-        Row t holds the logits of what follows token t. The sequence, of at least a token, is kept
-        in the cache.
+        Args:
+          tokens: at least one token; the cache keeps them.
+
+        Returns:
+          Logits of shape [tokens, vocabulary]; row t predicts the token after token t.
         """
 
     def append(self, token: int) -> NDArray[np.float32]:
-        """Reads one token more by the cache; returns the logits of what follows it."""
+        """Reads one more token with the cache and returns the logits of the next token."""
 
 
 def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> Iterator[int]:
-    """Yields the likeliest `count` tokens after `prompt`, decoded one by one."""
+    """Yields the `count` most likely tokens after `prompt`, decoded one by one."""
     logits_V = runtime.read(prompt)[-1]
     for left in reversed(range(count)):
         token = int(np.argmax(logits_V))
@@ -69,10 +72,10 @@ def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> Iterator[int]
 
 
 def check_room(runtime: Runtime, tokens: int) -> None:
-    """Refuses a sequence that the cache has no room for.
+    """Checks that a sequence is not empty and fits into the cache.
 
     Raises:
-      UserError: if `tokens` is none, or more than the artefact was exported for.
+      UserError: if `tokens` is empty or has more tokens than the export allows.
     """
     if not 1 <= tokens <= runtime.max_seq_len:
         raise UserError(

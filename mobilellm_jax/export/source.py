@@ -1,4 +1,4 @@
-"""What a writer is given: the model that is exported, and how its weights are stored."""
+"""The model that an export starts from, and the precisions of its weights."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,19 +21,20 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """One way to store the weights, and what verification allows it to change."""
+    """A way to store weights, and the differences that verification allows."""
 
-    bits: float  # per weight of a matrix, scales included
-    logits: float | None  # largest difference as a share of max(1, largest logit); None: not held
-    loss: float  # largest rise of the loss of the verification's text, in nats per token
+    bits: float  # bits per weight of a matrix, scales included
+    # largest difference as a share of max(1, largest logit); None: logits are not compared
+    logits: float | None
+    loss: float  # largest rise of the loss on the verification's text, in nats per token
     tokens: bool = False  # whether greedy tokens must be equal
 
 
 def check_groups(config: ModelConfig, size: int, precision: str, remedy: str) -> None:
-    """Refuses a model whose matrices have inputs that are no whole groups of `size`.
+    """Checks that the inputs of every matrix divide into groups of `size`.
 
     Raises:
-      UserError: naming the field.
+      UserError: naming the field that does not.
     """
     inputs = {
         "model.embed_dim": config.embed_dim,

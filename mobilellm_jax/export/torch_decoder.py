@@ -1,7 +1,8 @@
-"""The decoder in PyTorch, for the formats that are made from PyTorch programs.
+"""The decoder in PyTorch, for formats that are made from PyTorch programs.
 
-A block that is applied several times is one module that is called several times. Attention is
-handed in, since every format has a cache of its own; it has a slot for every application.
+A block that is applied several times is one module that is called several times. The caller
+provides the attention, because every format has its own cache. The cache has a slot for every
+application.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,16 +17,16 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.layer_sharing import application_order
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(slot, q_1TNH, k_1TKH, v_1TKH) -> out_1TNH, by way of the cache."""
+"""Maps (slot, q_1TNH, k_1TKH, v_1TKH) to out_1TNH and updates the cache."""
 
 
 class TorchDecoder(nn.Module):
     """A MobileLLM of any shape in `ModelConfig`, for one sequence in float32.
 
     Args:
-      config: of the model.
-      params: its parameter tree.
-      positions: how many tokens a sequence may have; None: as many as the config says.
+      config: the model's config.
+      params: the model's parameter tree.
+      positions: largest number of tokens in a sequence; None: `config.max_seq_len`.
     """
 
     cos_SH: Tensor
@@ -41,7 +42,8 @@ class TorchDecoder(nn.Module):
         )
         self.order = application_order(config.num_blocks, config.num_repeats, config.sharing)
         self.final_norm = _Norm(params["final_norm"]["scale"], config.norm_eps)
-        # Tied or not, a parameter of its own: each format has its own way to store one for both.
+        # The head has a parameter of its own even if it is tied, because each format stores tied
+        # embeddings in its own way.
         if config.tie_embeddings:
             self.head = _linear(np.asarray(params["embedding"]["table"]).T)
         else:
@@ -53,7 +55,7 @@ class TorchDecoder(nn.Module):
         self.register_buffer("sin_SH", angles_SH.sin(), persistent=False)
 
     def forward(self, tokens_1T: Tensor, cos_TH: Tensor, sin_TH: Tensor, attend: Attend) -> Tensor:
-        """Returns logits_1TV; the angles are the rows of `cos_SH` and `sin_SH` of the tokens."""
+        """Returns logits_1TV; the rows of `cos_SH` and `sin_SH` are the rotations of the tokens."""
         turn = (cos_TH[None, :, None, :], sin_TH[None, :, None, :])
         x_1TD = self.embedding(tokens_1T)
         for slot, block in enumerate(self.order):
@@ -63,7 +65,7 @@ class TorchDecoder(nn.Module):
 
 
 class _Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Computes x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: ModelConfig, params: Mapping[str, Any], block: int) -> None:
         super().__init__()
@@ -105,7 +107,7 @@ class _Block(nn.Module):
 
 
 class _Norm(nn.Module):
-    """X / sqrt(mean(x^2) + eps) * scale."""
+    """Computes x / sqrt(mean(x^2) + eps) * scale."""
 
     def __init__(self, scale_D: Any, eps: float) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class _Norm(nn.Module):
 
 
 def _linear(kernel_IO: Any) -> nn.Linear:
-    """Returns x -> x kernel; torch holds the transposed one."""
+    """Returns a layer that multiplies with `kernel`; torch stores the transposed matrix."""
     weight_OI = _tensor(np.asarray(kernel_IO).T)
     linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight_OI, requires_grad=False)
@@ -130,7 +132,7 @@ def _tensor(array: Any) -> Tensor:
 
 
 def _rotate(x_1TNH: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the pairs (i, i + H / 2) of every head."""
+    """Rotates the channels i and i + H / 2 of every head together."""
     first, second = x_1TNH.chunk(2, dim=-1)
     cos, sin = turn
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,7 +1,7 @@
-"""Whether an artefact computes what the checkpoint computes, found out in its own runtime.
+"""Compares an export with its checkpoint by running the export in its own runtime.
 
-A fixed text is read three times: by the JAX model in float32, by the artefact at once, and by the
-artefact token by token through its cache. Then both continue the beginning of the text greedily.
+Three readers read a fixed text: the JAX model in float32, the export at once, and the export token
+by token through its cache. Then the model and the export continue the start of the text greedily.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ from mobilellm_jax.model.transformer import Params, Transformer
 POSITIONS = 256
 _PROMPT, _NEW = 32, 64
 
-# Prose, names, numbers, code and other scripts, so that no kind of token is left out.
+# The text contains prose, names, numbers, code and several scripts, so that it covers all kinds of
+# tokens.
 TEXT = """\
 A model that fits into the memory of a phone has to earn every parameter. It is deep rather than
 wide, its embeddings serve twice, and a block that was read from memory once is applied again
@@ -47,21 +48,21 @@ off oxygen; at night it is the other way round. 東京 is the capital of Japan, 
 
 
 class VerificationError(RuntimeError):
-    """An artefact does not compute what the checkpoint computes."""
+    """An export does not compute what its checkpoint computes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was compared, and how far apart it was."""
+    """What was compared, and the differences that were found."""
 
     runtime: str
     positions: int
-    largest_logit: float  # of the JAX model
-    read_error: float  # largest difference of a logit, the text read at once
-    append_error: float  # the same, read token by token
-    greedy_equal: int  # tokens before the first that differs
+    largest_logit: float  # largest logit of the JAX model
+    read_error: float  # largest difference of a logit, with the text read at once
+    append_error: float  # largest difference of a logit, with the text read token by token
+    greedy_equal: int  # number of equal tokens before the first difference
     greedy_tokens: int
-    loss: float  # nats per token of the text, in the artefact's runtime
+    loss: float  # loss of the text in the runtime, in nats per token
     loss_jax: float
 
     @property
@@ -69,7 +70,7 @@ class Verification:
         return max(1.0, self.largest_logit)
 
     def lines(self) -> list[str]:
-        """Returns it for the eye."""
+        """Returns the comparison as lines for the user."""
         rise = self.loss - self.loss_jax
         return [
             f"verified in {self.runtime}, {self.positions} positions beside JAX in float32:",
@@ -82,7 +83,7 @@ class Verification:
         ]
 
     def problems(self, allowed: Precision) -> list[str]:
-        """Returns what is beyond `allowed`, a sentence each."""
+        """Returns a sentence for each difference that is larger than `allowed`."""
         found = []
         if allowed.logits is not None:
             for kind, error in (("at once", self.read_error), ("by the cache", self.append_error)):
@@ -101,10 +102,10 @@ class Verification:
 
 
 def verify(runtime: Runtime, source: Source) -> Verification:
-    """Compares an artefact with the model that it was made of, which must have its vocabulary.
+    """Compares an export with the model it was made from.
 
     Raises:
-      VerificationError: if the artefact's logits have another shape.
+      VerificationError: if the logits of the export have another shape.
     """
     config = dataclasses.replace(source.config, compute_dtype="float32", attention="xla")
     room = min(config.max_seq_len, runtime.max_seq_len)
@@ -145,12 +146,12 @@ def _logits(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Ar
 
 
 def _distance(theirs: NDArray[np.float32], ours: NDArray[np.float32]) -> float:
-    """Returns the largest difference; what is not a number is infinitely far away."""
+    """Returns the largest difference; NaN counts as infinite."""
     difference = np.abs(theirs - ours)
     return float(difference.max()) if np.isfinite(difference).all() else float("inf")
 
 
 def _loss(logits_TV: NDArray[np.float32], tokens: list[int]) -> float:
-    """Returns the mean cross-entropy of every token but the first."""
+    """Returns the mean cross-entropy of every token except the first."""
     log_TV = np.asarray(jax.nn.log_softmax(jnp.asarray(logits_TV[:-1]), axis=-1), np.float64)
     return -float(np.mean(log_TV[np.arange(len(tokens) - 1), tokens[1:]]))

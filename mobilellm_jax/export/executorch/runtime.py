@@ -1,4 +1,4 @@
-"""`model.pte` in ExecuTorch's runtime, whose XNNPACK uses all cores."""
+"""Runs `model.pte` in ExecuTorch's runtime; XNNPACK uses all cores."""
 
 from collections.abc import Sequence
 from importlib import metadata
@@ -19,7 +19,7 @@ _METHOD = "forward"
 
 
 class ExecutorchRuntime:
-    """A program with its own cache; where a sequence ends is all that is kept here."""
+    """A program with its own cache; this object only counts the tokens of the sequence."""
 
     def __init__(self, method: Any, chunk: int, info: ArtifactInfo) -> None:
         self._method = method
@@ -50,10 +50,10 @@ class ExecutorchRuntime:
 
 
 def load(file: Path, info: ArtifactInfo) -> Runtime:
-    """Loads a program that `export/executorch_file.py` wrote.
+    """Loads a program that `executorch/writer.py` wrote.
 
     Raises:
-      UserError: if it is none.
+      UserError: if ExecuTorch cannot load the file.
     """
     data = file.with_suffix(".ptd")
     try:

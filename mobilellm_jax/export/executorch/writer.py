@@ -1,12 +1,11 @@
-"""`model.pte`, a program of ExecuTorch: XNNPACK's products, and a static cache inside.
+"""Writes `model.pte`, an ExecuTorch program with XNNPACK's products and a static cache.
 
-One method, `forward(tokens[1, T], start[1]) -> logits[1, T, V]`: it reads T tokens, at most
-`CHUNK`, which stand at `start`, `start + 1`, ... The cache is part of the program's memory, which
-the file only says the size of. A token sees what was written before it, so a sequence is begun anew
-by reading at 0.
+The program has one method, `forward(tokens[1, T], start[1]) -> logits[1, T, V]`. It reads at most
+`CHUNK` tokens at the positions `start`, `start + 1`, ... The file contains only the size of the
+cache. A token reads the positions before it, so a read at position 0 starts a new sequence.
 
-Tied embeddings are stored once, in `model.ptd` beside, since the lookup and XNNPACK can only refer
-to the same bytes of a file of named data. In memory XNNPACK has its own copy of every weight.
+Tied embeddings are stored once, in the file `model.ptd`. The lookup and XNNPACK can share bytes
+only in a file of named data. In memory, XNNPACK has its own copy of every weight.
 """
 
 import warnings
@@ -37,19 +36,20 @@ from mobilellm_jax.export.source import Source, check_groups
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 
 CHUNK = 128
-"""Tokens that are read at once; the logits of more would take most of a phone's memory."""
+"""Largest number of tokens per call; the logits of more tokens would fill a phone's memory."""
 
 _SHORTEST = 4
-_GROUP = 32  # inputs that share a scale in 4 bits
+_GROUP = 32  # number of inputs that share a scale in 4 bits
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # its stubs do not know it
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes the program, and for tied embeddings their file; returns the number of blocks.
+    """Writes the program, and the file of tied embeddings; returns the number of stored blocks.
 
     Raises:
-      UserError: if sequences are too short for their length to be a variable of the program, or
-        inputs of a matrix are no whole groups.
+      UserError: if sequences are too short for a variable length, or if the inputs of a matrix do
+          not
+        divide into groups.
     """
     config = source.config
     if config.max_seq_len < _SHORTEST:
@@ -62,7 +62,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
     file = folder / "model.pte"
     program = _Program(config, TorchDecoder(config, source.params)).eval()
     _quantize(program.decoder, precision)
-    with warnings.catch_warnings(action="ignore"):  # torch's and executorch's, about each other
+    with warnings.catch_warnings(action="ignore"):  # torch and executorch warn about each other
         lowered = _lowered(program, config, file.stem)
     with file.open("wb") as out:
         lowered.write_to_file(out)
@@ -71,14 +71,14 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
 
 def _lowered(program: "_Program", config: ModelConfig, data: str) -> Any:
-    """Returns the finished program, whose tied embeddings are in the file `data`.ptd."""
+    """Returns the finished program; `data`.ptd contains its tied embeddings."""
     exported = _exported(program, config)
     if config.tie_embeddings:
         _store_beside(exported, data)
     edge: Any = to_edge_transform_and_lower(
         exported,
         partitioner=[XnnpackPartitioner()],
-        # It does not know the operators of the cache.
+        # The check does not know the operators of the cache.
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     table = (config.vocab_size, config.embed_dim)
@@ -90,7 +90,7 @@ def _lowered(program: "_Program", config: ModelConfig, data: str) -> Any:
         ExecutorchBackendConfig(
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-            # Without it, a quantized table is taken for a product that has no kernel.
+            # Without this pass, XNNPACK takes a quantized table for a product that has no kernel.
             do_quant_fusion_and_const_prop=True,
             external_constants=beside if config.tie_embeddings else False,
         )
@@ -98,7 +98,7 @@ def _lowered(program: "_Program", config: ModelConfig, data: str) -> Any:
 
 
 class _Program(nn.Module):
-    """The decoder with its cache, a pair of buffers for every application of a block."""
+    """The decoder with its cache, which is a pair of buffers for every application of a block."""
 
     def __init__(self, config: ModelConfig, decoder: TorchDecoder) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class _Program(nn.Module):
     def forward(self, tokens_1T: Tensor, start_1: Tensor) -> Tensor:
         start: Any = start_1[0].item()
         length = tokens_1T.shape[1]
-        check: Any = torch._check  # tells the exporter what holds
+        check: Any = torch._check  # the exporter needs this fact
         check(start >= 0)
         check(start < self.capacity)
         check(start + length <= self.capacity)
@@ -133,21 +133,21 @@ class _Program(nn.Module):
 
 
 def _quantize(decoder: TorchDecoder, precision: str) -> None:
-    """Replaces weights; activations are quantized while running, every token by itself."""
+    """Replaces the weights; activations are quantized per token at run time."""
     if precision == "float32":
         return
     table = IntxWeightOnlyConfig(torch.int8, PerAxis(0))
     quantize_(decoder, table, lambda module, _: isinstance(module, nn.Embedding))
     rows = Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))
     groups = Int8DynamicActivationIntxWeightConfig(_INT4, PerGroup(_GROUP))
-    # The head like the table, which it is if they are tied.
+    # The head is quantized like the table, because both may be one matrix.
     quantize_(decoder, rows, lambda module, _: module is decoder.head)
     quantize_(decoder.blocks, rows if precision == "8da8w" else groups)
 
 
 def _exported(program: _Program, config: ModelConfig) -> torch.export.ExportedProgram:
     longest = min(CHUNK, config.max_seq_len)
-    # Tokens of the example: neither 1, which would be taken for a constant, nor the limit.
+    # The example's number of tokens must differ from 1, which is a constant, and from the limit.
     tokens_1T = torch.zeros(1, max(2, longest - 1), dtype=torch.long)
     length = torch.export.Dim("length", min=1, max=longest)
     with torch.no_grad():
@@ -159,10 +159,10 @@ def _exported(program: _Program, config: ModelConfig) -> torch.export.ExportedPr
 
 
 def _store_beside(exported: torch.export.ExportedProgram, tag: str) -> None:
-    """Asks for the head's weights in the file `tag`, to which the table goes too."""
+    """Places the head's weights in the file `tag`, which also contains the table."""
     head = [node for node in exported.graph.nodes if node.target is torch.ops.aten.linear.default]
     pending = [head[-1].args[1]]
-    while pending:  # the weights, and how they are made of what is stored
+    while pending:  # the weights, and the operations on the stored bytes
         node = pending.pop()
         node.meta.setdefault("custom", {})["delegate_constant_tag"] = tag
         pending.extend(node.all_input_nodes)

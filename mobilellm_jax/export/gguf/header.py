@@ -1,13 +1,13 @@
-"""What a GGUF file says of itself, checked before llama.cpp acts on it.
+"""Checks the header of a GGUF file before llama.cpp reads it.
 
-llama.cpp ends the process where numbers in a file contradict each other. So everything in front of
-the weights is read here: only keys that an export writes, tensors of the shapes that follow from
-them, one behind the other to the last byte of the file. The weights themselves are the manifest's
-matter.
+llama.cpp ends the process if numbers in a file contradict each other. This module therefore reads
+everything in front of the weights. It accepts only keys that an export writes, and tensors whose
+shapes follow from these keys and that fill the file without gaps. The manifest protects the weights
+themselves.
 
-The layout (little-endian): "GGUF", version, numbers of tensors and of keys; the keys, each with
-type and value; a line per tensor (name, lengths of the axes, fastest first, type, offset); the
-weights, each padded to 32 bytes.
+A GGUF file is little-endian. It contains "GGUF", a version, the numbers of tensors and keys, the
+keys with type and value, and a line per tensor (name, axis lengths with the fastest first, type,
+offset). The weights follow, and each tensor is padded to 32 bytes.
 """
 
 import math
@@ -26,7 +26,7 @@ _MOST_TENSORS, _MOST_KEYS, _MOST_ITEMS, _LONGEST_TEXT = 1 << 20, 64, 1 << 26, 1 
 _U32, _F32, _BOOL, _TEXT, _ARRAY, _I32 = 4, 6, 7, 8, 9, 5
 _NUMBERS = {_U32: "<I", _I32: "<i", _F32: "<f", _BOOL: "<?"}
 
-# Of every key that an export writes: its type, that of its items, and whether it must be there.
+# For every key that an export writes: its type, the type of its items, and whether it is required.
 _KEYS: dict[str, tuple[int, int | None, bool]] = {
     "general.architecture": (_TEXT, None, True),
     "general.type": (_TEXT, None, False),
@@ -59,7 +59,7 @@ _KEYS: dict[str, tuple[int, int | None, bool]] = {
     "tokenizer.ggml.add_space_prefix": (_BOOL, None, True),
 }
 
-# Of the tensor types that an export writes: weights per block, and bytes.
+# For every tensor type that an export writes: weights per block, and bytes per block.
 _TYPES = {
     0: (1, 4),  # F32
     1: (1, 2),  # F16
@@ -73,21 +73,21 @@ _TYPES = {
 
 
 class Header(NamedTuple):
-    """What a GGUF file says of its model."""
+    """What a GGUF file says about its model."""
 
     vocab_size: int
     context_length: int
 
 
 class _DamagedError(UserError):
-    """What is wrong, to stand behind the file's name."""
+    """A fault in the file; the message follows the file's name."""
 
 
 def check_header(file: Path) -> Header:
     """Reads and checks everything in front of the weights.
 
     Raises:
-      UserError: if the file is no GGUF file, none of an export, or damaged.
+      UserError: if the file is not a GGUF file of an export, or is damaged.
     """
     with file.open("rb") as opened:
         size = file.stat().st_size
@@ -103,7 +103,7 @@ def check_header(file: Path) -> Header:
 
 
 class _Cursor:
-    """A place in the file, which only moves forward."""
+    """A position in the file that only moves forward."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self._content = content
@@ -124,7 +124,7 @@ class _Cursor:
         if length > _LONGEST_TEXT:
             raise _DamagedError(f"the text at byte {start:,} would have {length:,} bytes.")
         content = self.bytes(length)
-        if b"\0" in content:  # where llama.cpp would take it to end
+        if b"\0" in content:  # llama.cpp would end the text at a zero
             raise _DamagedError(f"the text at byte {start:,} has a zero in it.")
         try:
             return content.decode()

@@ -1,8 +1,8 @@
-"""GGUF files in llama.cpp, by the plain C functions of llama-cpp-python, on the CPU.
+"""Runs GGUF files in llama.cpp on the CPU, through the C functions of llama-cpp-python.
 
-Keys and values are cached in float32 and attention is not fused, so that what differs from the
-checkpoint is the file and the order of sums; llama.cpp's own default, a float16 cache, is 300 times
-further away.
+The cache holds float32 keys and values, and attention is not fused. Only the file and the order of
+sums can then differ from the checkpoint. llama.cpp's default cache in float16 differs 300 times
+more.
 """
 
 import collections
@@ -24,7 +24,7 @@ from mobilellm_jax.export.runtime import ArtifactInfo, check_room
 from mobilellm_jax.startup.cpu import cpu_features
 
 _c: Any = llama_cpp.llama_cpp
-_CHUNK = 512  # tokens read at a time; their logits are held twice
+_CHUNK = 512  # number of tokens read at a time; their logits are in memory twice
 _ERROR = 4  # of ggml_log_level
 
 _messages: collections.deque[str] = collections.deque(maxlen=20)
@@ -32,7 +32,7 @@ _messages: collections.deque[str] = collections.deque(maxlen=20)
 
 @_c.llama_log_callback  # type: ignore[untyped-decorator]  # ctypes
 def _log(level: int, text: bytes, user_data: Any) -> None:
-    """Keeps what llama.cpp says of errors, which it would write to stderr, with all the rest."""
+    """Collects llama.cpp's error messages, which llama.cpp would otherwise print to stderr."""
     del user_data
     if level == _ERROR:
         _messages.append(text.decode(errors="replace").strip())
@@ -42,7 +42,7 @@ def load(file: Path, info: ArtifactInfo) -> "LlamaCppRuntime":
     """Loads a GGUF file.
 
     Raises:
-      UserError: if it is none that llama.cpp can run, or not that of `info`.
+      UserError: if llama.cpp cannot run the file, or the file does not match `info`.
     """
     return LlamaCppRuntime(file, info)
 
@@ -100,11 +100,11 @@ class LlamaCppRuntime:
     def append(self, token: int) -> NDArray[np.float32]:
         check_room(self, self._length + 1)
         self._token[0] = token
-        # It takes the position from the cache, and wants the logits of the last token.
+        # This function takes the position from the cache and computes the logits of the last token.
         self._decode(_c.llama_batch_get_one(self._token, 1))
         logits_V: NDArray[np.float32] = np.ctypeslib.as_array(
             _c.llama_get_logits_ith(self._context, -1), (self.vocab_size,)
-        ).copy()  # the next call writes over it
+        ).copy()  # the next call overwrites the array
         return logits_V
 
     def _decode(self, batch: Any) -> None:
@@ -126,10 +126,10 @@ class LlamaCppRuntime:
 
 
 class LlamaCppVocabulary:
-    """The tokenizer in a GGUF file, as llama.cpp runs it.
+    """The tokenizer in a GGUF file, run by llama.cpp.
 
     Raises:
-      UserError: if llama.cpp cannot load it.
+      UserError: if llama.cpp cannot load the tokenizer.
     """
 
     def __init__(self, file: Path) -> None:
@@ -139,19 +139,19 @@ class LlamaCppVocabulary:
         self._vocabulary = _c.llama_model_get_vocab(model)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, BOS first; a literal "<s>" in it is plain text."""
+        """Returns the ids of a text with BOS first; a literal "<s>" in it is plain text."""
         content = text.encode()
-        room = len(content) + 2  # a token per byte, BOS and the space before
+        room = len(content) + 2  # at most a token per byte, plus BOS and the first space
         found = (_c.llama_token * room)()
         count = _c.llama_tokenize(self._vocabulary, content, len(content), found, room, True, False)
         assert 0 <= count <= room, f"{count} tokens of {len(content)} bytes"
         return list(found[:count])
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens, as an app that streams it: without BOS and EOS.
+        """Returns the text of tokens as an app streams it, without BOS and EOS.
 
-        Only the space that a tokenizer puts before a text is still there. llama.cpp's function for
-        whole texts would also leave out spaces before commas and full stops of byte-level BPE.
+        The text keeps the space that a tokenizer adds at its start. llama.cpp's function for whole
+        texts would also drop spaces before commas and full stops of byte-level BPE.
         """
         return b"".join(map(self._piece, tokens)).decode(errors="replace")
 
@@ -166,18 +166,18 @@ class LlamaCppVocabulary:
 
 
 def load_model(file: Path, *, vocab_only: bool) -> Any:
-    """Returns llama.cpp's model, which llama_model_free frees.
+    """Returns llama.cpp's model; the caller frees it with llama_model_free.
 
     Raises:
-      UserError: with what llama.cpp says, if it cannot load the file.
+      UserError: if llama.cpp cannot load the file; the message contains llama.cpp's errors.
     """
-    _c.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python's own prints
+    _c.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python prints too
     _messages.clear()
     settings = _c.llama_model_default_params()
     settings.vocab_only = vocab_only
     settings.n_gpu_layers = 0
-    # llama.cpp's AMX products end the process with a fault of the processor (0.3.36, Q8_0, on a
-    # virtual machine); they are one of the extra ways of storing weights.
+    # llama.cpp's AMX products crash the process on virtual machines (0.3.36, Q8_0). Turning off the
+    # extra buffer types avoids them.
     settings.use_extra_bufts = "amx_tile" not in cpu_features()
     model = _c.llama_model_load_from_file(os.fsencode(file), settings)
     if not model:

@@ -1,11 +1,11 @@
-"""The run's tokenizer in the words of a GGUF file, giving llama.cpp the ids of the run.
+"""Writes the run's tokenizer into a GGUF file, so that llama.cpp gives the same ids.
 
-llama.cpp has its own implementations. Of those, two can be exact: `llama`, which merges the
-best-scored neighbours as SentencePiece does, and `gpt2`, byte-level BPE whose division into words
-is one of a fixed list. What cannot be expressed is refused; where llama.cpp is installed, it
+llama.cpp has its own tokenizers, and two of them can be exact. `llama` merges the neighbours with
+the best score, as SentencePiece does. `gpt2` is byte-level BPE that splits words by one of a fixed
+list of rules. Tokenizers that neither can express are refused. If llama.cpp is installed, it
 encodes probe texts and every piece of the vocabulary before the file is kept.
 
-One thing stays different: a literal U+2581 in a text is a space to llama.cpp.
+One difference remains: llama.cpp reads a literal U+2581 in a text as a space.
 """
 
 import collections
@@ -22,13 +22,13 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.huggingface.tokenizer_files import PROBES, inexpressible
 from mobilellm_jax.storage import strict_json
 
-_proto: Any = sentencepiece_model_pb2  # its classes exist only at run time
+_proto: Any = sentencepiece_model_pb2  # the library creates its classes at run time
 _REMEDY = (
     "Train the model with a tokenizer from `prepare --vocab_size=N`, or use another format for "
     "devices, which carries the tokenizer's own file."
 )
 
-# How a tokenizer.json divides a text into words, by llama.cpp's names for the same.
+# How a tokenizer.json splits a text into words, by llama.cpp's names for these rules.
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
 _REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 _WORDS: dict[str, list[dict[str, Any]]] = {
@@ -46,18 +46,18 @@ _WORDS: dict[str, list[dict[str, Any]]] = {
         {"type": "ByteLevel", "use_regex": False},
     ],
 }
-_WHOLE_WORDS = ("llama-bpe",)  # take a word that is a token as it is, whatever the merges say
+_WHOLE_WORDS = ("llama-bpe",)  # these keep a word that is a token, whatever the merges say
 
 
 class Vocabulary(NamedTuple):
     """What a GGUF file says about its tokenizer."""
 
     model: str  # llama.cpp's implementation
-    pre: str  # its division into words
+    pre: str  # name of the rule that splits words
     tokens: list[str]
     types: list[TokenType]
-    scores: list[float]  # none for gpt2
-    merges: list[str]  # none for llama
+    scores: list[float]  # empty for gpt2
+    merges: list[str]  # empty for llama
     bos_id: int
     eos_id: int
     unknown_id: int | None
@@ -65,7 +65,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
-    """Returns the tokenizer for a model of `vocab_size` tokens; those it lacks are padding.
+    """Returns the tokenizer for a model of `vocab_size` tokens; padding fills missing tokens.
 
     Raises:
       UserError: if llama.cpp's tokenizers cannot give the same ids.
@@ -87,7 +87,7 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
 
 
 def check_in_llama_cpp(file: Path, tokenizer: Tokenizer) -> None:
-    """Compares what llama.cpp makes of texts with the tokenizer, where it is installed.
+    """Compares llama.cpp's ids of texts with the tokenizer's ids, if llama.cpp is installed.
 
     Raises:
       UserError: naming the first text whose ids differ.
@@ -107,7 +107,7 @@ def check_in_llama_cpp(file: Path, tokenizer: Tokenizer) -> None:
 
 def _texts(tokenizer: Tokenizer) -> Iterator[str]:
     pieces = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
-    # A byte that is no character decodes to U+FFFD, which is as good a text as any.
+    # A byte that is not a character decodes to U+FFFD, which can be probed like any text.
     yield from (text for text in (*PROBES, *pieces) if SPACE_MARK not in text)
 
 
@@ -132,7 +132,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
     tokens = []
     for piece, kind in zip(model.pieces, types, strict=True):
         text = piece.piece
-        # llama.cpp merges to any token, SentencePiece to normal ones only.
+        # llama.cpp merges into any token, and SentencePiece merges into normal tokens only.
         if kind is TokenType.BYTE and _reached(text, pieces):
             raise _refused(tokenizer, [f"Its pieces would merge to {text}, the name of a byte."])
         while kind is not TokenType.NORMAL and _reached(text, pieces):
@@ -153,7 +153,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def _reached(text: str, pieces: set[str]) -> bool:
-    """Returns whether two pieces or characters make up `text`, or it is a character itself."""
+    """Returns whether `text` is a character, or joins two pieces or characters."""
 
     def whole(part: str) -> bool:
         return len(part) == 1 or part in pieces
@@ -207,12 +207,12 @@ def _byte_level(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def _division(content: Mapping[str, Any]) -> str | None:
-    """Returns llama.cpp's name for how a tokenizer.json divides a text; None: it has none."""
+    """Returns llama.cpp's name for the way a tokenizer.json splits a text, or None."""
     outer = strict_json.get(content, "pre_tokenizer", dict[str, Any], {})
     steps = strict_json.get(outer, "pretokenizers", list[dict[str, Any]], [outer], "pre_tokenizer")
     for name, wanted in _WORDS.items():
         if len(steps) == len(wanted) and all(
-            given.get(key, True) == value  # use_regex is true where it is not said
+            given.get(key, True) == value  # use_regex is true if the file does not say
             for given, step in zip(steps, wanted, strict=True)
             for key, value in step.items()
         ):
@@ -225,7 +225,7 @@ def _division(content: Mapping[str, Any]) -> str | None:
 def _not_byte_level(
     content: Mapping[str, Any], model: Mapping[str, Any], pre: str | None
 ) -> Iterator[str]:
-    """Yields a sentence for everything that llama.cpp's `gpt2` tokenizer would do differently."""
+    """Yields a sentence for every difference to llama.cpp's `gpt2` tokenizer."""
     if model.get("type") != "BPE":
         yield f"Its model.type={strict_json.shown(model.get('type'))} must be BPE."
     if pre is None:

@@ -1,9 +1,8 @@
-"""GGUF for llama.cpp: a `llama` model and its tokenizer in one file, written tensor by tensor.
+"""Writes a model and its tokenizer as one GGUF file for llama.cpp, tensor by tensor.
 
-The format stores every applied layer: its reader takes tensors that follow each other without gaps,
-so that two names cannot mean the same bytes. Norms stay in float32 in every precision. The rows of
-the query and key projections stand in the order of llama.cpp's rotation, which turns neighbours
-where ours turns halves.
+The file contains every applied layer, because tensors must follow each other without gaps and two
+names cannot share bytes. Norms stay in float32. llama.cpp rotates neighbouring channels, and our
+model rotates halves, so the rows of the query and key projections are reordered.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ FILE = "model.gguf"
 
 _Type = gguf.GGMLQuantizationType
 _FileType = gguf.LlamaFileType
-# Of the matrices, and what the file says it is made of.
+# For each precision: the type of the matrices, and llama.cpp's name for the file type.
 _PRECISIONS: dict[str, tuple[Any, Any]] = {
     "float32": (_Type.F32, _FileType.ALL_F32),
     "float16": (_Type.F16, _FileType.MOSTLY_F16),
@@ -39,7 +38,7 @@ _PRECISIONS: dict[str, tuple[Any, Any]] = {
     "q4_1": (_Type.Q4_1, _FileType.MOSTLY_Q4_1),
     "q4_0": (_Type.Q4_0, _FileType.MOSTLY_Q4_0),
 }
-_OF_32_BITS = (_Type.F32, _Type.BF16)  # of exponents as wide as float32's
+_OF_32_BITS = (_Type.F32, _Type.BF16)  # bfloat16 has the exponent range of float32
 _LARGEST_HALF = 65504.0  # the scales of quantized weights are float16 too
 
 _BLOCK = {
@@ -56,10 +55,10 @@ _BLOCK = {
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes `model.gguf` into `folder`; returns the number of layers stored.
+    """Writes `model.gguf` into `folder`; returns the number of stored layers.
 
     Raises:
-      UserError: if llama.cpp's `llama` architecture, the precision or its tokenizers cannot
+      UserError: if llama.cpp's `llama` architecture, the precision or llama.cpp's tokenizers cannot
         express the model.
     """
     config = source.config
@@ -107,7 +106,7 @@ def _describe(writer: Any, config: ModelConfig, vocabulary: Vocabulary) -> None:
     writer.add_feed_forward_length(config.ffn_dim)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
-    # Without these, readers take embedding_length / head_count.
+    # Without these keys, readers use embedding_length / head_count.
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
@@ -132,7 +131,7 @@ def _describe(writer: Any, config: ModelConfig, vocabulary: Vocabulary) -> None:
 def _tensors(
     config: ModelConfig, params: Mapping[str, Any]
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yields the tensors by llama.cpp's names, outputs first; most are views."""
+    """Yields the tensors by llama.cpp's names, with outputs first; most tensors are views."""
     flat = {
         path: np.asarray(leaf, np.float32)
         for path, leaf in traverse_util.flatten_dict(params, sep="/").items()  # type: ignore[no-untyped-call]  # flax
@@ -147,7 +146,7 @@ def _tensors(
             array = flat[f"blocks/{path}"][block]
             if name in ("attn_q", "attn_k"):
                 array = _neighbours(array)
-            if name == "attn_output":  # heads and their channels are its inputs
+            if name == "attn_output":  # its inputs are heads and channels
                 array = array.reshape(-1, config.embed_dim)
             elif array.ndim > 1:
                 array = array.reshape(array.shape[0], -1)
@@ -155,7 +154,7 @@ def _tensors(
 
 
 def _neighbours(array_DNH: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Puts the two channels of each head that are rotated together side by side."""
+    """Places the two channels of each head that rotate together side by side."""
     *outer, head_dim = array_DNH.shape
     return array_DNH.reshape(*outer, 2, head_dim // 2).swapaxes(-1, -2).reshape(array_DNH.shape)
 

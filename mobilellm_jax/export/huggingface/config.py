@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face directory, written and read."""
+"""Writes and reads the config.json of a Hugging Face directory."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ Layout = Literal["hf", "mobilellm"]
 
 MODELING_FILE = "modeling_mobilellm.py"
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mobilellm": "MobileLLMForCausalLM"}
-# (hidden_act, gated) of the feed-forward.
+# For each activation: (hidden_act, whether the feed-forward has a gate).
 _ACTIVATIONS: Mapping[Activation, tuple[str, bool]] = {
     "swiglu": ("silu", True),
     "relu": ("relu", False),
@@ -38,7 +38,7 @@ _TYPES: Mapping[Any, tuple[str, ...]] = {
     list[str]: ("architectures", "layer_types"),
     dict[str, Any]: ("rope_parameters", "rope_scaling", "quantization_config"),
 }
-"""Type -> the keys that are read, all but those of RoPE; others may be there."""
+"""For each type, the keys that are read, except those of RoPE. A file may have other keys."""
 _ROPE_TYPES: Mapping[Any, tuple[str, ...]] = {
     float: ("rope_theta", "partial_rotary_factor"),
     str: ("rope_type", "type"),
@@ -46,7 +46,11 @@ _ROPE_TYPES: Mapping[Any, tuple[str, ...]] = {
 
 
 def check_llama(config: ModelConfig) -> None:
-    """Raises a ValueError if a LlamaForCausalLM cannot compute the same."""
+    """Checks that a LlamaForCausalLM computes the same as the model.
+
+    Raises:
+      UserError: naming the fields that prevent it.
+    """
     problems = []
     if config.activation != "swiglu":
         problems.append(
@@ -63,7 +67,7 @@ def check_llama(config: ModelConfig) -> None:
 
 
 def to_config_json(config: ModelConfig, num_layers: int, layout: Layout) -> dict[str, Any]:
-    """Returns the architecture's part of a config.json with `num_layers` stored layers."""
+    """Returns the architecture keys of a config.json with `num_layers` stored layers."""
     hidden_act, gated = _ACTIVATIONS[config.activation]
     model_type = "llama" if layout == "hf" else "mobilellm"
     values: dict[str, Any] = {
@@ -87,7 +91,7 @@ def to_config_json(config: ModelConfig, num_layers: int, layout: Layout) -> dict
         "use_cache": True,
     }
     if layout == "hf":
-        # transformers 4 reads rope_theta, 5 this.
+        # transformers 4 reads rope_theta, and transformers 5 reads this key.
         rope = {"rope_type": "default", "rope_theta": config.rope_theta}
         return values | {"rope_parameters": rope}
     module = MODELING_FILE.removesuffix(".py")
@@ -109,17 +113,18 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     """Returns the architecture that `values`, the content of `file`, describes.
 
     Raises:
-      UserError: for whatever this package would compute differently, all of it listed.
+      UserError: listing everything that this package would compute differently.
     """
     if "model_type" not in values:
         raise UserError(
             f"{file} has no model_type, so it is not Hugging Face's; a run folder is used as it "
             "is, without an import."
         )
-    # For transformers null is as good as missing.
+    # transformers treats null like a missing key.
     values = {key: value for key, value in values.items() if value is not None}
     other = []
-    if values.get("model_type") not in [*_ARCHITECTURES]:  # a list, for it may be of any type
+    # a list, because the value may have any type
+    if values.get("model_type") not in [*_ARCHITECTURES]:
         model_type = shown(values.get("model_type"))
         other.append(f"model_type={model_type} must be {' or '.join(_ARCHITECTURES)}.")
     ill_typed = list(_ill_typed(values))
@@ -128,7 +133,7 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
         for key in _REQUIRED
         if values.get(key) is None or (type(values[key]) is int and values[key] < 1)
     ]
-    # Only what has its type can be looked at.
+    # Only values of the right type can be checked further.
     problems = other + (ill_typed or list(_unsupported(values)))
     if problems:
         raise UserError("\n".join([f"{file} describes a model that is none of ours:", *problems]))
@@ -143,12 +148,12 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
         head_dim = width // heads
     kv_heads = values.get("num_key_value_heads")
     shared = bool(values.get("layer_sharing", False))
-    # Where a key is missing, what LlamaConfig takes.
+    # LlamaConfig's defaults replace missing keys.
     model = ModelConfig(
         vocab_size=values["vocab_size"],
         embed_dim=width,
         num_blocks=values["num_hidden_layers"],
-        # The paper's code knows only this: each block twice in a row.
+        # The paper's code applies each block twice in a row, and knows no other way.
         num_repeats=values.get("layer_sharing_repeats", 2) if shared else 1,
         sharing=values.get("layer_sharing_order", "immediate"),
         num_heads=heads,
@@ -190,7 +195,7 @@ def _activation(values: Mapping[str, Any]) -> tuple[Any, bool]:
 
 
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns transformers 5's or 4's description of RoPE, {} for a plain one."""
+    """Returns the description of RoPE by transformers 5 or 4; {} means plain RoPE."""
     found: Mapping[str, Any] = values.get("rope_parameters") or values.get("rope_scaling") or {}
     return {key: value for key, value in found.items() if value is not None}
 

@@ -1,9 +1,9 @@
-"""Hugging Face directories, written and read, by one table of names.
+"""Writes and reads Hugging Face directories, with one table of names.
 
-Two layouts are written. `hf` is a plain LlamaForCausalLM: shared blocks are written once per
-application, so that any reader of Llama models computes the same. `mobilellm` holds every block
-once, with the keys `layer_sharing` and `share_embedding` of the paper's code, and carries a
-modelling file of ours; it also takes what plain Llama cannot express.
+There are two layouts. `hf` is a plain LlamaForCausalLM that contains a shared block once per
+application, so any reader of Llama models computes the same. `mobilellm` contains every block once,
+with the keys `layer_sharing` and `share_embedding` of the paper's code, and a modelling file of
+ours. It also takes models that a plain Llama cannot express.
 """
 
 import json
@@ -48,10 +48,10 @@ _LIST_LIMIT = 8
 
 
 class _Row(NamedTuple):
-    """One parameter under its two names.
+    """A parameter with its two names.
 
-    `axes` are ours. A comma parts the input from the output axes of a matrix, which Hugging Face
-    stores transposed, each side flattened to one axis.
+    `axes` are the axes of our array. A comma separates the input axes of a matrix from its output
+    axes. Hugging Face stores the transposed matrix, with each side flattened to one axis.
     """
 
     ours: str
@@ -94,25 +94,26 @@ _BLOCK_TABLE = (
     _Row("blocks/feed_forward/down", f"{_BLOCK}mlp.down_proj.weight", "F,D"),
 )
 _EMBEDDING, _, _HEAD = (row.theirs for row in _TABLE)
-# Angles that old versions stored although they follow from the config.
+# Old versions stored these angles, which follow from the config.
 _DERIVED = "rotary_emb.inv_freq"
 
 
 class Exported(NamedTuple):
-    """What `write_huggingface` wrote."""
+    """The result of `write_huggingface`."""
 
     tensor_bytes: int
-    parameters: int  # as stored: shared blocks of the `hf` layout count once per application
+    # number of stored layers; the `hf` layout counts a shared block once per application
+    parameters: int
     layers: int  # stored ones
 
 
 class Imported(NamedTuple):
-    """What `read_huggingface` found."""
+    """The result of `read_huggingface`."""
 
     config: ModelConfig
     params: dict[str, Any]  # NumPy, float32
     tokenizer_file: Path
-    dtype: Dtype  # of the stored weights; exporting with it gives their bits back
+    dtype: Dtype  # dtype of the stored weights; an export with this dtype gives the same bits
 
 
 def write_huggingface(
@@ -129,18 +130,19 @@ def write_huggingface(
     """Writes a complete Hugging Face directory, which appears whole or not at all.
 
     Args:
-      config: of the model.
-      params: its parameter tree, NumPy or JAX arrays.
-      tokenizer: the run's; its files are written beside the weights.
-      directory: to be made; it must not exist, unless empty.
-      layout: see the module's docstring.
-      dtype: of the stored weights.
-      shard_bytes: weights beyond it are stored in several files.
-      finish: is given the complete folder before it has its name, and may add to it or refuse it.
+      config: the model's config.
+      params: the model's parameter tree of NumPy or JAX arrays.
+      tokenizer: the run's tokenizer; its files are written beside the weights.
+      directory: folder to create; an empty folder may exist.
+      layout: `hf` or `mobilellm`, see the module's docstring.
+      dtype: dtype of the stored weights.
+      shard_bytes: more bytes of weights than this are stored in several files.
+      finish: gets the complete folder before it has its name; it may add files, or raise.
 
     Raises:
-      UserError: if `layout` cannot express the model, or `dtype` a weight; if `directory` is not
-        empty; if tokenizer.json cannot express the tokenizer.
+      UserError: if `layout` cannot express the model, if `dtype` cannot express a weight, if
+          `directory`
+        is not empty, or if tokenizer.json cannot express the tokenizer.
     """
     if layout == "hf":
         check_llama(config)
@@ -175,17 +177,16 @@ def write_huggingface(
 
 
 def read_huggingface(directory: Path) -> Imported:
-    """Reads a directory of the Llama layout, of the paper's code, or of `write_huggingface`.
+    """Reads a directory with the Llama layout, of the paper's code, or of `write_huggingface`.
 
     Raises:
-      MissingFileError: if there are no config.json, no weights or no tokenizer.
-      UserError: if the model is none that `ModelConfig` expresses, or its tensors do not fit its
-        config.
+      MissingFileError: if config.json, the weights or the tokenizer is missing.
+      UserError: if `ModelConfig` cannot express the model, or its tensors do not fit its config.
     """
     file = directory / CONFIG
     if not file.is_file():
         raise MissingFileError(f"{directory} is no Hugging Face directory: it has no {CONFIG}.")
-    # Nothing that it names as code (auto_map) is looked at.
+    # Code that the directory names (auto_map) is never read.
     values = strict_json.as_type(strict_json.read(file), dict[str, Any], str(file))
     config = from_config_json(values, file)
     stored = open_tensors(directory)
@@ -206,7 +207,7 @@ def read_huggingface(directory: Path) -> Imported:
         config=config,
         params=traverse_util.unflatten_dict(flat, sep="/"),  # type: ignore[no-untyped-call]  # flax
         tokenizer_file=_tokenizer_file(directory, config.vocab_size),
-        # Of several, only float32 holds all values.
+        # If the weights have several dtypes, only float32 holds all values.
         dtype=dtypes.pop() if len(dtypes) == 1 else "float32",  # type: ignore[arg-type]  # of DTYPES
     )
 
@@ -224,7 +225,7 @@ def _sizes(axes: str, config: ModelConfig) -> tuple[int, ...]:
 
 
 def _rows(table: Sequence[_Row], config: ModelConfig) -> list[_Row]:
-    """Returns the rows whose parameters the model has."""
+    """Returns the rows of the table for the parameters that the model has."""
     absent = {"head/kernel"} if config.tie_embeddings else set()
     if config.activation != "swiglu":
         absent.add("blocks/feed_forward/gate")
@@ -253,7 +254,7 @@ def _their_tensors(
     _check_lists(expected, {path: a.shape for path, a in flat.items()}, "The parameter tree")
 
     def converted(row: _Row, array: np.ndarray, name: str) -> tuple[str, np.ndarray]:
-        with np.errstate(over="ignore"):  # found below, and named
+        with np.errstate(over="ignore"):  # other functions use this name
             tensor = row.to_theirs(array, config).astype(DTYPES[dtype])
         if not np.isfinite(tensor.astype(np.float32)).all():
             beyond = "" if not np.isfinite(array).all() else "; use --dtype=bfloat16 or float32"
@@ -268,7 +269,7 @@ def _their_tensors(
 
 
 def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directory: Path) -> None:
-    """Refuses tensors that do not fit; takes out those that only repeat others."""
+    """Checks that the tensors fit the model, and removes tensors that repeat other ones."""
     for name in [name for name in stored if name.endswith(_DERIVED)]:
         del stored[name]
     both = config.tie_embeddings and {_HEAD, _EMBEDDING} <= stored.keys()
@@ -283,7 +284,7 @@ def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directo
     remedy = ""
     spare = spare_pickle(directory)
     if spare:
-        # The safetensors that a bot made of MobileLLM-125M lacked the embeddings.
+        # The safetensors file that a bot made of MobileLLM-125M lacked the embeddings.
         remedy = f"The safetensors may be broken; move them away, and {spare} beside is read."
     elif _HEAD not in stored and not config.tie_embeddings:
         remedy = "If its head is its embeddings, set tie_word_embeddings to true in config.json."
@@ -303,7 +304,11 @@ def _check_lists(
     where: str,
     remedy: str = "",
 ) -> None:
-    """Raises a ValueError with three lists unless the names and shapes are the same."""
+    """Checks that names and shapes are equal.
+
+    Raises:
+      UserError: with three lists: only in the file, only in the model, different shapes.
+    """
     both = [name for name in expected if name in found]
     lists = {
         "missing": [name for name in expected if name not in found],
@@ -324,9 +329,9 @@ def _check_lists(
 
 
 def _tokenizer_file(directory: Path, vocab_size: int) -> Path:
-    """Returns the tokenizer's file: the SentencePiece model, unless only the other one fits.
+    """Returns the tokenizer's file; a SentencePiece model comes first if it fits.
 
-    A model with added tokens has them in its tokenizer.json alone.
+    A model with added tokens has them only in its tokenizer.json.
     """
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not files:

@@ -1,7 +1,7 @@
-"""`model_card.md`: what an exported model is, what it was trained on, and what was measured.
+"""Writes `model_card.md`: the exported model, its training, and its measurements.
 
-Only what is known is said. What the data were comes from the manifests of the token folders that
-the run names, if they are still there.
+The card contains only known facts. The facts about the data come from the manifests of the token
+folders that the run names, if these folders still exist.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ FILE = "model_card.md"
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The run that a checkpoint is from."""
+    """The run that a checkpoint comes from."""
 
     config: Config
     step: int
@@ -37,11 +37,11 @@ def write_model_card(
     """Writes the card into an exported folder.
 
     Args:
-      folder: of the export.
+      folder: the exported folder.
       source: the model.
-      training: None: it is not known.
-      stored: one sentence on format, precision and bytes.
-      measured: lines of the verification; none: it was not run.
+      training: facts about the run, or None if they are unknown.
+      stored: a sentence about format, precision and bytes.
+      measured: lines of the verification; empty if it did not run.
     """
     sections = [
         "# Model card",

@@ -1,11 +1,10 @@
-"""MobileLLM (Liu et al. 2024, arXiv:2402.14905) for transformers, shared blocks stored once.
+"""MobileLLM (Liu et al. 2024, arXiv:2402.14905) for transformers, with shared blocks stored once.
 
 This file travels with the weights: `AutoModelForCausalLM.from_pretrained(folder,
-trust_remote_code=True)` runs it. It stands alone on torch and transformers (4.46 or newer).
+trust_remote_code=True)` runs it. It needs only torch and transformers (4.46 or newer).
 
-A block that is applied several times sees other inputs each time, so every application has a slot
-of its own in the key-value cache. With shared embeddings there is no head: the logits are the
-product with the embedding table.
+Each application of a shared block reads other inputs, so each application has a slot of its own in
+the key-value cache. If embeddings are shared, the logits are products with the embedding table.
 """
 # mypy: ignore-errors
 
@@ -17,8 +16,7 @@ from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-# What transformers calls the cache, in what it passes and in what it wants back: from 5.24 on
-# `cache`, before `past_key_values`.
+# transformers calls the cache `past_key_values` up to 5.23, and `cache` from 5.24 on.
 _FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
 CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
@@ -26,7 +24,7 @@ _ACTIVATIONS = {"silu": functional.silu, "relu": functional.relu, "gelu": functi
 
 
 class MobileLLMConfig(PretrainedConfig):
-    """Shape of the model. `num_hidden_layers` counts stored blocks, repeats not included."""
+    """Shape of the model. `num_hidden_layers` counts stored blocks, without repeats."""
 
     model_type = "mobilellm"
     keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012  # a list to transformers
@@ -78,7 +76,7 @@ class MobileLLMConfig(PretrainedConfig):
 
     @property
     def application_order(self):
-        """The stored block of every applied layer, first to last."""
+        """Index of the stored block for every applied layer, from first to last."""
         blocks = list(range(self.num_hidden_layers))
         if not self.layer_sharing:
             return blocks
@@ -134,7 +132,7 @@ class MobileLLMAttention(nn.Module):
 
 
 class MobileLLMMLP(nn.Module):
-    """act(x gate) * (x up), or act(x up) without a gate; then down."""
+    """Computes act(x gate) * (x up), or act(x up) without a gate, and then the product with down."""
 
     def __init__(self, config):
         super().__init__()
@@ -151,7 +149,7 @@ class MobileLLMMLP(nn.Module):
 
 
 class MobileLLMBlock(nn.Module):
-    """Attention and feed-forward, each behind a norm and around a residual."""
+    """Attention and feed-forward, each with a norm before it and a residual around it."""
 
     def __init__(self, config):
         super().__init__()
@@ -166,7 +164,7 @@ class MobileLLMBlock(nn.Module):
 
 
 class MobileLLMPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the classes below."""
+    """Settings of the classes below that transformers reads."""
 
     config_class = MobileLLMConfig
     base_model_prefix = "model"
@@ -237,7 +235,7 @@ class MobileLLMModel(MobileLLMPreTrainedModel):
 
 
 class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
-    """The decoder with its head, which is the embedding table where `share_embedding` says so."""
+    """The decoder with its head; `share_embedding` makes the embedding table the head."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -305,16 +303,16 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
 
 
 def add_slots(cache, count):
-    """Gives `cache`, made by transformers for the stored layers, a slot per applied layer."""
+    """Gives a cache that transformers made for the stored layers one slot per applied layer."""
     if not isinstance(cache, DynamicCache):
         raise ValueError("Only a dynamic cache is supported; leave cache_implementation unset.")
     layers = getattr(cache, "layers", None)
-    if layers:  # without, the cache was made without a config, and grows by itself
+    if layers:  # transformers made the cache without a config, and such a cache grows by itself
         layers.extend(type(layers[0])() for _ in range(count - len(layers)))
 
 
 def rotation_at(position_ids, head_dim, theta):
-    """Cosine and sine of position * theta^(-2i / head_dim), float32, both halves alike."""
+    """Returns cosine and sine of position * theta^(-2i / head_dim) in float32, with equal halves."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
     angles = torch.cat([angles, angles], dim=-1)
@@ -322,7 +320,7 @@ def rotation_at(position_ids, head_dim, theta):
 
 
 def rotate(x, rotation):
-    """Rotates the pairs (i, i + head_dim / 2) of every head, in float32."""
+    """Rotates the channels i and i + head_dim / 2 of every head together, in float32."""
     cos, sin = rotation
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
@@ -330,9 +328,10 @@ def rotate(x, rotation):
 
 
 def causal_mask(standing, attention_mask):
-    """True where a query may see a key: an earlier one that is no padding, or its own.
+    """Returns True where a query may read a key: an earlier key that is not padding, or its own
+    key.
 
-    A padding token sees itself, so that no softmax is empty.
+    A padding token reads its own key, so that no softmax is empty.
     """
     keys = torch.arange(int(standing[-1]) + 1, device=standing.device)
     mask = (keys[None, :] <= standing[:, None])[None, None]

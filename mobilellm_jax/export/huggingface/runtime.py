@@ -1,4 +1,4 @@
-"""Hugging Face directories in transformers and PyTorch, float32 on the CPU."""
+"""Runs Hugging Face directories in transformers and PyTorch, in float32 on the CPU."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mobilellm_jax.export.runtime import check_room
 
-# transformers 5.24 renamed it.
+# transformers 5.24 renamed this argument.
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 _CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
@@ -22,7 +22,7 @@ class HuggingFaceRuntime:
     """A causal language model with transformers' own cache.
 
     Args:
-      folder: the directory; a modelling file in it is run, so it must be trusted.
+      folder: a directory that you trust, because its modelling file is run.
     """
 
     def __init__(self, folder: Path) -> None:

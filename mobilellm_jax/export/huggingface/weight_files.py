@@ -1,7 +1,7 @@
-"""Files of named tensors as Hugging Face lays them out, written and read without torch.
+"""Writes and reads files of named tensors in Hugging Face's layout, without torch for safetensors.
 
-Written: `model.safetensors`, or numbered shards with an index from 5 GB on. Read: either of them,
-or `pytorch_model.bin` (`torch_files.py`).
+Weights are written as `model.safetensors`, or as numbered shards with an index from 5 GB on. Both
+can be read, and so can `pytorch_model.bin` (`torch_files.py`).
 """
 
 import functools
@@ -32,29 +32,29 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 _SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
-# Each stays open.
+# Each shard stays open.
 _MOST_SHARDS = 256
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: read only when asked for."""
+    """A tensor in a file, which is read when its values are needed."""
 
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], np.ndarray]  # in its own dtype
+    read: Callable[[], np.ndarray]  # in the tensor's own dtype
 
 
 def write_tensors(
     tensors: Iterable[tuple[str, np.ndarray]], directory: Path, shard_bytes: int = SHARD_BYTES
 ) -> int:
-    """Writes the tensors, holding one shard in memory at a time; returns their bytes."""
+    """Writes the tensors with one shard in memory at a time; returns the number of bytes."""
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     pending_bytes = total_bytes = 0
 
     def flush() -> None:
-        # "pt" is what transformers of all ages look for before they open the file.
+        # All versions of transformers look for "pt" before they open the file.
         save_file(pending, directory / f"{len(shards)}.shard", metadata={"format": "pt"})
         shards.append(list(pending))
         pending.clear()
@@ -63,7 +63,7 @@ def write_tensors(
         if pending and pending_bytes + tensor.nbytes > shard_bytes:
             flush()
             pending_bytes = 0
-        # The file takes the bytes as they lie in memory.
+        # The file contains the bytes in the order of memory.
         pending[name] = np.ascontiguousarray(tensor)
         pending_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
@@ -82,12 +82,12 @@ def write_tensors(
 
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a Hugging Face directory by name; safetensors before torch's format.
+    """Returns the tensors of a Hugging Face directory by name; safetensors come before torch's
+    format.
 
     Raises:
-      MissingFileError: if it holds no weights, or a shard is missing.
-      UserError: for a dtype that is no floating-point type of `DTYPES`, and for files that are
-        damaged or were made to mislead.
+      MissingFileError: if the directory has no weights, or a shard is missing.
+      UserError: if a dtype is not in `DTYPES`, or a file is damaged or misleading.
     """
     for name, open_file in ((_SAFETENSORS, _open_safetensors), (_PICKLE, _open_pickle)):
         if (directory / name).is_file():
@@ -101,7 +101,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def spare_pickle(directory: Path) -> str:
-    """Returns the name of torch weights that stand unread beside safetensors, or ''."""
+    """Returns the name of torch weights that are ignored because safetensors exist, or ''."""
     safe = any((directory / f"{_SAFETENSORS}{end}").is_file() for end in ("", ".index.json"))
     spare = [n for n in (_PICKLE, f"{_PICKLE}.index.json") if (directory / n).is_file()]
     return spare[0] if safe and spare else ""
@@ -121,7 +121,7 @@ def _open_shards(
         raise UserError(f"{index} names {len(files)} shards, and may name {_MOST_SHARDS}.")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        # A name with a slash would read outside of the folder.
+        # A name with a slash could point outside of the folder.
         if not _SHARD_NAME.fullmatch(file):
             raise UserError(f"{index}: weight_map names {plain(file)}, which is no file beside it.")
         if not (index.parent / file).is_file():

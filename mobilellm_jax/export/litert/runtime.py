@@ -1,4 +1,4 @@
-"""`model.tflite` in LiteRT's compiled model, on all cores of the CPU."""
+"""Runs `model.tflite` in LiteRT's compiled model, on all cores of the CPU."""
 
 from collections.abc import Sequence
 from importlib import metadata
@@ -22,13 +22,14 @@ _CACHE = "cache_"
 
 
 class LitertRuntime:
-    """A model and the buffers of its cache, which it is handed as arguments and as results.
+    """A model, and the buffers of its cache, which are both arguments and results.
 
     Args:
-      model: with the signatures `decode` and `prefill`, and perhaps `decode_256`, `prefill_256` for
-        what ends within that many tokens.
-      chunk: tokens that `prefill` reads.
-      info: what the manifest says.
+      model: a model with the signatures `decode` and `prefill`, and with `decode_256` and
+          `prefill_256` if it
+        reads more than 256 tokens.
+      chunk: number of tokens that `prefill` reads.
+      info: the manifest's description.
     """
 
     def __init__(self, model: Any, chunk: int, info: ArtifactInfo) -> None:
@@ -45,7 +46,7 @@ class LitertRuntime:
             if name.startswith(_CACHE)
         }
         for name, buffer in cache.items():
-            # Memory as it was found may hold NaNs, and a weight of 0 times a NaN is one.
+            # New memory may contain NaN, and a weight of 0 times NaN is NaN.
             buffer.write(np.zeros(inputs[_CACHE + name]["shape"], np.float32))
         self._calls = {name: _Call(model, name, cache) for name in model.get_signature_list()}
 
@@ -96,13 +97,13 @@ class _Call:
 
 
 def load(file: Path, info: ArtifactInfo) -> Runtime:
-    """Loads a model that `export/litert_file.py` wrote.
+    """Loads a model that `litert/writer.py` wrote.
 
     Raises:
-      UserError: if it is none.
+      UserError: if LiteRT cannot load the file.
     """
-    # Weights as XNNPACK lays them out are kept in memory once for both signatures, and the file's
-    # pages given back: 296 MB instead of 527 for a file of 159.
+    # XNNPACK packs the weights once for both signatures, and the file's pages can be dropped: a
+    # file of 159 MB takes 296 MB instead of 527 MB.
     cpu = CpuOptions(num_threads=available_cores(), xnnpack_weight_cache_path=":memory")
     options = Options(cpu_options=cpu)
     try:
@@ -154,7 +155,7 @@ def _layout(details: dict[str, Any]) -> dict[str, _Array]:
 def _expected(
     config: ModelConfig, length: int, capacity: int
 ) -> tuple[dict[str, _Array], dict[str, _Array]]:
-    """Returns what a signature for `length` tokens takes and gives."""
+    """Returns the arguments and results of a signature for `length` tokens."""
     rows = _Array("float32", (1, config.num_kv_heads, capacity, config.head_dim))
     names = [f"{kind}_{i}" for i in range(config.applied_depth) for kind in ("keys", "values")]
     tokens, start = _Array("int32", (1, length)), _Array("int32", (1,))

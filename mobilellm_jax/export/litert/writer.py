@@ -1,15 +1,15 @@
-"""`model.tflite`, for LiteRT: signatures that read a token (`decode`) or a chunk (`prefill`).
+"""Writes `model.tflite` for LiteRT, with signatures for one token (`decode`) and a chunk
+(`prefill`).
 
-All take `tokens[1, T]`, where the first of them stands, and the cache, and return the
-`logits[1, T, V]` and the cache with the new rows. The rows are written by DYNAMIC_UPDATE_SLICE,
-which copies nothing if the same buffer is handed in and out. Whoever reads fewer than `CHUNK`
-tokens pads them: the rows of the padding lie where the next tokens are written before anyone sees
-them. The cache has room for a whole number of chunks, because the last one would else be moved to
-where it fits.
+Every signature takes `tokens[1, T]`, the position of the first token, and the cache. It returns
+`logits[1, T, V]` and the cache with new rows. DYNAMIC_UPDATE_SLICE writes the rows, and it copies
+nothing if input and output are the same buffer. A caller pads chunks that are shorter than `CHUNK`.
+Later tokens overwrite the rows of the padding before any token reads them. The cache holds a whole
+number of chunks, because LiteRT would move the last chunk to a position where it fits.
 
-Shapes are fixed, so attention looks at all rows, filled or not. `decode_256` and `prefill_256` look
-at the first 256 alone and are for what ends there. A signature costs a graph, 10 kB per layer; the
-weights are stored once for all.
+All shapes are fixed, so attention reads all rows of the cache. `decode_256` and `prefill_256` read
+only the first 256 rows, for shorter sequences. A signature adds 10 kB per layer, and all signatures
+share the weights.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ from mobilellm_jax.export.torch_decoder import TorchDecoder
 
 CHUNK = 128
 SPAN = 256
-"""Rows that the shorter pair of signatures looks at."""
+"""Number of rows that the shorter pair of signatures reads."""
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes the model; returns the number of blocks, each of which is stored once."""
+    """Writes the model; returns the number of stored blocks."""
     config = source.config
     chunk = min(CHUNK, config.max_seq_len)
     capacity = math.ceil(config.max_seq_len / chunk) * chunk
@@ -45,13 +45,13 @@ def write(source: Source, folder: Path, precision: str) -> int:
     converter_config.show_progress = False
     converter = Converter()
     for suffix, span in {"": capacity, f"_{SPAN}": SPAN}.items():
-        if suffix and span >= capacity:  # the same as without
+        if suffix and span >= capacity:  # the table computes the same
             continue
         step = _Step(config, decoder, span).eval()
         for name, length in (("decode", 1), ("prefill", chunk)):
             sample = _sample(config, length, capacity)
             converter.add_signature(name + suffix, step, sample_kwargs=sample)
-    # The converter lowers by way of jax, and broadcasts; torch warns about what is to come.
+    # The converter lowers with jax, which broadcasts ranks; torch warns about future changes.
     with jax.numpy_rank_promotion("allow"), warnings.catch_warnings(action="ignore"):
         model = converter.convert()
     file = folder / "model.tflite"
@@ -59,14 +59,14 @@ def write(source: Source, folder: Path, precision: str) -> int:
         model.export(str(file))
         return config.num_blocks
     maker: Any = quantizer.Quantizer(model.model_content(), recipe.dynamic_wi8_afp32())
-    with contextlib.redirect_stdout(sys.stderr):  # it prints sizes
+    with contextlib.redirect_stdout(sys.stderr):  # the converter prints sizes
         quantized = maker.quantize()
     file.write_bytes(quantized.quantized_model)
     return config.num_blocks
 
 
 class _Step(nn.Module):
-    """The decoder with the cache as arguments and results; attention to its first rows."""
+    """The decoder with the cache as arguments and results, and attention to the cache's first rows."""
 
     def __init__(self, config: ModelConfig, decoder: TorchDecoder, span: int) -> None:
         super().__init__()
@@ -79,7 +79,8 @@ class _Step(nn.Module):
         length = tokens.shape[1]
         positions_T = start + torch.arange(length, dtype=torch.int32)
         keys_S = torch.arange(self.span, dtype=torch.int32)
-        # Added to scores: what is masked has a weight of exactly 0, and no score is infinite.
+        # This number is added to masked scores. Their weight is exactly 0, and no score is
+        # infinite.
         mask_TS = torch.where(keys_S[None, :] <= positions_T[:, None], 0.0, -1e30)
         mask_11MS = mask_TS[None, None].repeat(1, 1, self.group, 1)  # M = G * T
         zero, at = torch.zeros((), dtype=torch.int32), start.reshape(())
@@ -104,7 +105,9 @@ class _Step(nn.Module):
 
 
 def _sample(config: ModelConfig, length: int, capacity: int) -> dict[str, Any]:
-    """Returns arguments, each of them a tensor of its own: one tensor twice is one input twice."""
+    """Returns one tensor per argument, because the converter merges arguments that are the same
+    tensor.
+    """
     shape = (1, config.num_kv_heads, capacity, config.head_dim)
     names = [f"{kind}_{i}" for i in range(config.applied_depth) for kind in ("keys", "values")]
     return {

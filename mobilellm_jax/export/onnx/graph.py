@@ -1,4 +1,4 @@
-"""An ONNX graph that grows node by node, and the file of weights that grows with it."""
+"""Builds an ONNX graph node by node, and the file of its weights."""
 
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -10,17 +10,17 @@ from onnx import helper
 WEIGHTS = "model.onnx.data"
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
-_OPSET, _IR_VERSION = 23, 11  # the first with RMSNormalization, and its file format
-# What a reader maps into memory instead of copying starts at such a place.
+_OPSET, _IR_VERSION = 23, 11  # the first opset with RMSNormalization, and its file format
+# A reader can map weights into memory only if they start at a multiple of this number.
 _PAGE, _LARGE = 1 << 16, 1 << 20
 _ALIGNED = 64
 
 
 class Graph:
-    """Nodes and initializers in the order in which they are made.
+    """Nodes and initializers in the order in which they are added.
 
     Args:
-      weights: takes the values of all initializers but the smallest.
+      weights: file that takes the values of all initializers except the smallest ones.
     """
 
     def __init__(self, weights: BinaryIO) -> None:
@@ -56,7 +56,7 @@ class Graph:
         domain: str = "",
         **attributes: Any,
     ) -> str:
-        """Adds a node and returns the name of its (first) output."""
+        """Adds a node and returns the name of its first output."""
         names = outputs or [f"{operator}_{len(self.nodes)}"]
         self.nodes.append(
             helper.make_node(operator, inputs, names, name=names[0], domain=domain, **attributes)
@@ -64,17 +64,17 @@ class Graph:
         return names[0]
 
     def input(self, name: str, dtype: type, shape: Sequence[int | str]) -> str:
-        """Adds an input and returns its name; a size that is a string is free."""
+        """Adds an input and returns its name; a size that is a string is dynamic."""
         self.inputs.append(_value_info(name, dtype, shape))
         return name
 
     def output(self, name: str, shape: Sequence[int | str]) -> str:
-        """Says that the value of that name, in float32, is an output, and returns the name."""
+        """Declares the float32 value `name` as an output and returns the name."""
         self.outputs.append(_value_info(name, np.float32, shape))
         return name
 
     def serialized(self) -> bytes:
-        """Returns the model file's content: equal graphs, equal bytes."""
+        """Returns the content of the model file; equal graphs give equal bytes."""
         graph = helper.make_graph(
             self.nodes, "MobileLLM", self.inputs, self.outputs, self.initializers
         )

@@ -1,4 +1,4 @@
-"""ONNX models in ONNX Runtime, on all cores of the CPU."""
+"""Runs ONNX models in ONNX Runtime, on all cores of the CPU."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,8 @@ from mobilellm_jax.data.preparation.workers import available_cores
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, check_room
 
-# Its own derive from Exception alone; a name that is no UTF-8 fails on the way to Python.
+# ONNX Runtime's errors derive from Exception only, and a name that is not UTF-8 raises
+# UnicodeDecodeError.
 _REFUSALS = (
     UnicodeDecodeError,
     *(errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf),
@@ -23,10 +24,10 @@ _ONLY_ERRORS = 3
 
 
 def load(file: Path, info: ArtifactInfo) -> "OnnxRuntime":
-    """Loads what `export/onnx_file.py` wrote.
+    """Loads a model that `onnx/writer.py` wrote.
 
     Raises:
-      UserError: if ONNX Runtime refuses the file, or it is another model.
+      UserError: if ONNX Runtime refuses the file, or the file contains another model.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_cores()
@@ -36,7 +37,7 @@ def load(file: Path, info: ArtifactInfo) -> "OnnxRuntime":
             str(file),
             options,
             providers=["CPUExecutionProvider"],
-            enable_fallback=0,  # it would try the same once more, and print that
+            enable_fallback=0,  # ONNX Runtime would otherwise try again and print a warning
         )
         arrays = (*session.get_inputs(), *session.get_outputs())
         shapes = {array.name: array.shape for array in arrays}
@@ -61,12 +62,12 @@ def load(file: Path, info: ArtifactInfo) -> "OnnxRuntime":
 
 
 class OnnxRuntime:
-    """A session whose cache stays where it is: the same memory is bound as input and output.
+    """A session that updates its cache in place: input and output are bound to the same memory.
 
     Args:
-      session: of a model from `export/onnx_file.py`.
-      info: what it is.
-      cache: the shape of a key or value array.
+      session: session of a model from `onnx/writer.py`.
+      info: description of the model.
+      cache: shape of a key or value array.
     """
 
     def __init__(self, session: Any, info: ArtifactInfo, cache: Sequence[int]) -> None:
@@ -74,12 +75,12 @@ class OnnxRuntime:
         self.vocab_size, self.max_seq_len = info.vocab_size, info.max_seq_len
         self._session, self._length = session, 0
         past = [name for name in _cache_names(info.model.applied_depth) if "past" in name]
-        # What is bound is the memory of these arrays: written to here, it is what the session sees.
+        # The session reads the memory of these arrays, so writing to an array changes the input.
         self._cache = {name: _value(np.zeros(cache, np.float32)) for name in past}
         self._length_1 = np.zeros(1, np.int32)
         self._token_11 = np.zeros((1, 1), np.int64)
         self._logits_11V: NDArray[np.float32] = np.zeros((1, 1, self.vocab_size), np.float32)
-        # Bound once, so that a token costs no call per cache array.
+        # The arrays are bound once, so a token needs no call per cache array.
         self._one = self._binding(self._token_11)
         self._one.bind_ortvalue_output("logits", _value(self._logits_11V))
 

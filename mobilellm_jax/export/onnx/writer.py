@@ -1,14 +1,14 @@
-"""ONNX: the graph written node by node, its weights in a file beside it.
+"""Writes an ONNX graph node by node, and its weights in a file beside it.
 
-Inputs are `tokens`, `length` (tokens in the cache before them), `logits_from` (the first of the
-tokens that logits are wanted for, -1: the last alone) and the cache, a key and a value array per
-application of a block; outputs are `logits` and the cache, which is updated in place where the same
-memory is bound to both. A shared block's weights are initializers that all of its applications
-read, and tied embeddings are one that is looked up and multiplied with.
+The inputs are `tokens`, `length` (tokens already in the cache), `logits_from` (the first token that
+needs logits; -1 means the last token only), and a key and a value array per application of a block.
+The outputs are `logits` and the cache. If the same memory is bound to input and output, the cache
+is updated in place. All applications of a shared block read the same initializers. Embedding and
+head read the same initializer if they are tied.
 
-Attention with its cache is com.microsoft.GroupQueryAttention, quantized matrices are
-com.microsoft.MatMulNBits; both are in every build of ONNX Runtime that has not been stripped. All
-other operators are standard.
+Attention with a cache is com.microsoft.GroupQueryAttention, and quantized matrices are
+com.microsoft.MatMulNBits. Every complete build of ONNX Runtime contains both. All other operators
+are standard.
 """
 
 import math
@@ -31,10 +31,12 @@ FILE = "model.onnx"
 
 _STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _BITS = {"int8": 8, "int4": 4}
-# Weights that share a scale, by bits; the width of a matrix is padded to a multiple of it.
+# Number of weights that share a scale, by bits. The width of a matrix is padded to a multiple of
+# it.
 _BLOCK = {8: 64, 4: 32}
-_INT8_PRODUCTS = 4  # MatMulNBits: activations are quantized too, each block of a token by itself
-# GroupQueryAttention rotates no other heads. Larger ones are made by channels that are zero.
+_INT8_PRODUCTS = 4  # MatMulNBits quantizes activations too, each block of a token separately
+# GroupQueryAttention rotates only head dims that are multiples of this number. Zero channels pad
+# other heads.
 _HEAD_MULTIPLE = 16
 _END = np.iinfo(np.int64).max
 
@@ -44,13 +46,13 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
     Args:
       source: the model.
-      folder: where to.
-      precision: float32; float16 or bfloat16, which are widened when the file is loaded; int8 or
-        int4, with a scale per 64 or 32 weights (int4: not the embeddings and the head, which are
-        int8).
+      folder: folder for both files.
+      precision: float32; float16 or bfloat16, which ONNX Runtime widens when it loads the file;
+          int8 or
+        int4, with a scale per 64 or 32 weights (int4 keeps the embeddings and the head in int8).
 
     Returns:
-      The number of blocks stored.
+      The number of stored blocks.
     """
     config = source.config
     with (folder / WEIGHTS).open("wb") as weights:
@@ -61,17 +63,17 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
 
 class _Matrix(NamedTuple):
-    """A matrix's initializers."""
+    """Names of a matrix's initializers."""
 
     name: str
     inputs: int
     outputs: int
-    bits: int = 0  # 0: not quantized
+    bits: int = 0  # bits per weight; 0: not quantized
     scales: str = ""
 
 
 class _Block(NamedTuple):
-    """A block's initializers."""
+    """Names of a block's initializers."""
 
     attention_norm: str
     input: _Matrix  # queries, keys and values side by side
@@ -91,7 +93,7 @@ def _write_model(graph: Graph, source: Source, precision: str) -> None:
     graph.output("logits", [1, "scored", config.vocab_size])
 
     table_VD = np.asarray(params["embedding"]["table"])
-    # In int4 they alone cost as much loss as all blocks: 0.019 nats together instead of 0.010.
+    # In int4, embeddings and head would raise the loss from 0.010 to 0.019 nats.
     table_bits = 8 if bits else 0
     table = _add_rows(graph, "embedding", table_VD, store, table_bits)
     head = table
@@ -145,9 +147,10 @@ def _add_block(graph: Graph, source: Source, u: int, store: np.dtype[Any], bits:
 
 
 def _widened(heads: np.ndarray, axis: int) -> np.ndarray:
-    """Fills either half of the head dim with zeros up to a multiple of _HEAD_MULTIPLE.
+    """Pads each half of the head dim with zeros up to a multiple of _HEAD_MULTIPLE.
 
-    Halves, because rotation pairs channel i of one with channel i of the other.
+    Each half is padded, because rotation pairs channel i of the first half with channel i of the
+    second.
     """
     *before, head_dim, after = *heads.shape[:axis], heads.shape[axis], heads.shape[axis + 1 :]
     halves = heads.reshape(*before, 2, head_dim // 2, *after)
@@ -163,7 +166,7 @@ def _head_width(head_dim: int) -> int:
 def _add_matrix(
     graph: Graph, name: str, kernel_IO: np.ndarray, store: np.dtype[Any], bits: int
 ) -> _Matrix:
-    """Adds a matrix from I inputs to O outputs."""
+    """Adds a matrix with I inputs and O outputs."""
     inputs, outputs = kernel_IO.shape
     if bits:
         codes, scales = _quantized(kernel_IO.T, bits)
@@ -175,7 +178,7 @@ def _add_matrix(
 def _add_rows(
     graph: Graph, name: str, table_VD: np.ndarray, store: np.dtype[Any], bits: int
 ) -> _Matrix:
-    """Adds a matrix with a row per token, to look up or to score with."""
+    """Adds a matrix with a row per token, for the embedding or the head."""
     outputs, inputs = table_VD.shape
     if bits:
         codes, scales = _quantized(table_VD, bits)
@@ -186,7 +189,7 @@ def _add_rows(
 
 def _stored(graph: Graph, name: str, values: np.ndarray, store: np.dtype[Any]) -> str:
     """Adds an initializer of type `store` and returns the name of its values in float32."""
-    with np.errstate(over="ignore"):  # found below, and named
+    with np.errstate(over="ignore"):  # other nodes use this name
         narrow = values.astype(store, copy=False)
     if not np.isfinite(narrow.astype(np.float32, copy=False)).all():
         beyond = "" if not np.isfinite(values).all() else "; use --dtype=bfloat16 or float32"
@@ -200,8 +203,8 @@ def _stored(graph: Graph, name: str, values: np.ndarray, store: np.dtype[Any]) -
 def _quantized(weight_OI: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns codes [O, blocks, bytes] and scales [O, blocks]: weight = (code - 2^(bits-1)) scale.
 
-    The weight of a block that is furthest from zero gets the code 0, which is furthest from the
-    middle, so its scale may be negative.
+    In each block, the weight furthest from zero gets the code 0, which is furthest from the middle,
+    so the scale may be negative.
     """
     (outputs, inputs), block = weight_OI.shape, _BLOCK[bits]
     padded = np.pad(weight_OI, ((0, 0), (0, -inputs % block)))
@@ -211,16 +214,16 @@ def _quantized(weight_OI: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
     scales = furthest / -middle
     steps = blocks / np.where(scales == 0, 1, scales)
     codes = np.clip(np.rint(steps) + middle, 0, 2 * middle - 1).astype(np.uint8)
-    if bits == 4:  # two a byte, the earlier one in the low bits
+    if bits == 4:  # two codes per byte, the first code in the low bits
         codes = codes[..., 0::2] | codes[..., 1::2] << 4
     return codes, scales[..., 0].astype(np.float32)
 
 
 class _Context(NamedTuple):
-    """What every attention shares: names of values."""
+    """Names of values that every attention reads."""
 
     last: str  # position of the last token
-    total: str  # tokens in the cache, these included
+    total: str  # number of tokens in the cache, with the new ones
     cos: str
     sin: str
 
@@ -245,7 +248,7 @@ def _add_context(graph: Graph, config: ModelConfig, tokens: str, length: str) ->
 
 
 def _attention(graph: Graph, heads: str, context: _Context, config: ModelConfig, slot: int) -> str:
-    """Adds the attention of one application, whose cache is its own."""
+    """Adds the attention of one application, which has its own cache."""
     width = _head_width(config.head_dim)
     shape = [1, config.num_kv_heads, config.max_seq_len, width]
     past = [graph.input(f"past_{kind}_{slot}", np.float32, shape) for kind in ("key", "value")]
@@ -257,7 +260,7 @@ def _attention(graph: Graph, heads: str, context: _Context, config: ModelConfig,
         domain=MICROSOFT,
         num_heads=config.num_heads,
         kv_num_heads=config.num_kv_heads,
-        scale=config.head_dim**-0.5,  # not of the width, which may be larger
+        scale=config.head_dim**-0.5,  # the padding makes heads wider than this
         do_rotary=1,
     )
 
@@ -267,7 +270,7 @@ def _normed(graph: Graph, x: str, scale: str, config: ModelConfig) -> str:
 
 
 def _product(graph: Graph, x: str, matrix: _Matrix, codes: str = "") -> str:
-    """Adds x times a matrix, whose quantized form is also called `codes`."""
+    """Adds the product of x and a matrix; the quantized matrix is also called `codes`."""
     if not matrix.bits:
         return graph.node("MatMul", x, matrix.name)
     return graph.node(
@@ -285,7 +288,7 @@ def _activated(graph: Graph, wide: str, config: ModelConfig) -> str:
     if config.activation == "relu":
         return graph.node("Relu", wide)
     if config.activation == "gelu":
-        return graph.node("Gelu", wide)  # by the error function
+        return graph.node("Gelu", wide)  # GELU by the error function
     place = len(graph.nodes)
     gate, up = halves = [f"gate_{place}", f"up_{place}"]
     graph.node("Split", wide, outputs=halves, axis=-1, num_outputs=2)
@@ -310,20 +313,20 @@ def _looked_up(graph: Graph, table: _Matrix, tokens: str) -> str:
 
 
 def _sliced(graph: Graph, x: str, start: str, *, axis: int, end: int = _END) -> str:
-    """Adds x[start:end] along an axis; `start` names a value."""
+    """Adds x[start:end] along an axis; `start` is the name of a value."""
     numbers = {f"end_{axis}": end, f"axis_{axis}": axis}
     names = [graph.constant(name, np.array([n], np.int64)) for name, n in numbers.items()]
     return graph.node("Slice", x, start, *names)
 
 
 def _score(graph: Graph, x_1TD: str, head: _Matrix) -> None:
-    """Adds the logits, by a matrix with a row per token."""
+    """Adds the logits, from a matrix with a row per token."""
     if head.bits:
         shape = np.array([head.outputs, -1, _BLOCK[head.bits] * head.bits // 8], np.int64)
         codes = graph.node("Reshape", head.name, graph.constant("head_shape", shape))
         logits_1TV = _product(graph, x_1TD, head, codes)
     else:
-        # Gemm reads a matrix transposed, so that the table need not be there in both forms.
+        # Gemm reads a matrix transposed, so the graph needs no transposed copy of the table.
         first = graph.constant("first_axis", np.zeros(1, np.int64))
         x_TD = graph.node("Squeeze", x_1TD, first)
         logits_1TV = graph.node("Unsqueeze", graph.node("Gemm", x_TD, head.name, transB=1), first)

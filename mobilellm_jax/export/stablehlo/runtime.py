@@ -1,4 +1,4 @@
-"""StableHLO functions in jax, on its default device, with no code of the model."""
+"""Runs StableHLO functions in jax on its default device, without code of the model."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from mobilellm_jax.export.runtime import ArtifactInfo, check_room
 
 _PREFILL, _WEIGHTS = "model.prefill.stablehlo", "model.safetensors"
 _HASHES = "sha256 of prefill and decode"
-_SMALLEST_BUCKET = 16  # tokens; another program for every length would be compiled for seconds
+_SMALLEST_BUCKET = 16  # number of tokens; jax would compile another program for every length
 
 
 def load(file: Path, info: ArtifactInfo) -> "StableHloRuntime":
-    """Loads what `export/stablehlo_file.py` wrote.
+    """Loads an export that `stablehlo/writer.py` wrote.
 
     Raises:
-      UserError: if the files are damaged, or not of one export.
+      UserError: if the files are damaged, or come from different exports.
     """
     weights_file = file.with_name(_WEIGHTS)
     try:
@@ -36,7 +36,7 @@ def load(file: Path, info: ArtifactInfo) -> "StableHloRuntime":
     functions = []
     for i, part in enumerate((file.with_name(_PREFILL), file)):
         content = part.read_bytes() if part.is_file() else b""
-        # jax trusts what it deserializes: other bytes end in any error, or in a crash.
+        # jax trusts what it deserializes. Other bytes could end in any error, or in a crash.
         if [hashlib.sha256(content).hexdigest()] != hashes[i : i + 1]:
             raise UserError(
                 f"{part} is not the function that {weights_file.name} was exported with; export "
@@ -56,13 +56,13 @@ def load(file: Path, info: ArtifactInfo) -> "StableHloRuntime":
 
 
 class StableHloRuntime:
-    """The two functions, compiled as they are needed, and a cache that is updated in place.
+    """The two functions, compiled at their first use, and a cache that is updated in place.
 
     Args:
       prefill: (weights, tokens [1, T], count) -> (logits [1, T, V], cache).
       decode: (weights, token [1], cache) -> (logits [1, V], cache).
-      weights: by name.
-      info: what the model is.
+      weights: arrays by name.
+      info: the manifest's description.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class StableHloRuntime:
         bucket = max(_SMALLEST_BUCKET, 1 << (self._length - 1).bit_length())
         padded_1T = np.zeros((1, min(bucket, self.max_seq_len)), np.int32)
         padded_1T[0, : self._length] = tokens
-        self._cache = None  # the old one's memory
+        self._cache = None  # reuses the memory of the old cache
         logits_1TV, self._cache = self._prefill(self._weights, padded_1T, np.int32(self._length))
         return np.asarray(logits_1TV[0, : self._length])
 
