@@ -57,7 +57,7 @@ def plan(config: Config, topology_name: str | None) -> Iterator[Section]:
     if isinstance(step, CompiledStep):
         yield _predicted(config, topology, devices, step)
         return
-    yield Section([report.too_large_line(step)])
+    yield Section(report.too_large_lines(step))
     fit = smallest_fit(config, devices, step)
     if fit is None:
         failure = "no change of remat, accumulation or fsdp makes it fit; take a larger slice"

@@ -1,12 +1,12 @@
 """Formats the plan as lines of text."""
 
-import collections
+from collections.abc import Mapping
 
 from mobilellm_jax.config import Config
 from mobilellm_jax.model.size import FLOP_CONVENTION
 from mobilellm_jax.plan.accounting import Account
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge
-from mobilellm_jax.plan.hlo import COLLECTIVES, Collective, Program
+from mobilellm_jax.plan.hlo import COLLECTIVES, Program
 from mobilellm_jax.plan.prediction import Prediction
 
 _GIB = 2**30
@@ -19,79 +19,62 @@ def account_lines(config: Config, account: Account, mesh: dict[str, int]) -> lis
     model, train = config.model, config.train
     sharing = f" x {model.num_repeats} ({model.sharing})" if model.num_repeats > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
-    return [
-        _line(
-            "model",
-            f"{account.parameters:,} parameters, {model.num_blocks} blocks{sharing}, "
-            f"compute {model.compute_dtype}, attention {model.attention}, remat {model.remat}",
-        ),
-        _line(
-            "FLOPs",
-            f"{account.flops_per_token:,} per token in sequences of {config.data.seq_len} "
-            f"({FLOP_CONVENTION})",
-        ),
-        _line("mesh", f"{axes}: {account.num_devices} devices"),
-        _line(
-            "batch",
-            f"{train.global_batch} x {config.data.seq_len} = {account.tokens_per_step:,} tokens a "
-            f"step; {account.rows} sequences on a device at once, {train.accumulation_steps} times",
-        ),
-        _line(
-            "per device",
-            f"weights {_gib(account.weight_bytes)}, optimizer {_gib(account.optimizer_bytes)}, "
-            f"gradients {_gib(account.gradient_bytes)}, activations "
-            f"{_gib(account.activation_bytes)}, loss {_gib(account.loss_bytes)}: "
-            f"{_gib(account.total_bytes)} by count",
-        ),
-    ]
+    rows = {
+        "model": f"{account.parameters:,} parameters, {model.num_blocks} blocks{sharing}, "
+        f"compute {model.compute_dtype}, attention {model.attention}, remat {model.remat}",
+        "FLOPs": f"{account.flops_per_token:,} per token in sequences of {config.data.seq_len} "
+        f"({FLOP_CONVENTION})",
+        "mesh": f"{axes}: {account.num_devices} devices",
+        "batch": f"{train.global_batch} x {config.data.seq_len} = {account.tokens_per_step:,} "
+        f"tokens a step; {account.rows} sequences on a device at once, "
+        f"{train.accumulation_steps} times",
+        "per device": f"weights {_gib(account.weight_bytes)}, optimizer "
+        f"{_gib(account.optimizer_bytes)}, gradients {_gib(account.gradient_bytes)}, activations "
+        f"{_gib(account.activation_bytes)}, loss {_gib(account.loss_bytes)}: "
+        f"{_gib(account.total_bytes)} by count",
+    }
+    return _lines(rows)
 
 
-def too_large_line(failed: TooLarge) -> str:
+def too_large_lines(failed: TooLarge) -> list[str]:
     """Names the needed and the available memory of a step that does not fit."""
-    return _line(
-        "does not fit",
+    text = (
         f"needs {_gib(failed.needed_bytes)} of the {_gib(failed.available_bytes)} that a device "
-        f"has (compiled in {failed.compile_sec:.0f} s)",
+        f"has (compiled in {failed.compile_sec:.0f} s)"
     )
+    return _lines({"does not fit": text})
 
 
 def step_lines(step: CompiledStep, available_bytes: int) -> list[str]:
     """Describes the compiled step's memory and communication."""
-    lines = [
-        _line(
-            "fits",
-            f"{_gib(step.peak_bytes)} of {_gib(available_bytes)} at the peak; state "
-            f"{_gib(step.state_bytes)}, temporaries {_gib(step.temporary_bytes)} with gaps "
-            f"(compiled in {step.compile_sec:.0f} s)",
-        )
-    ]
-    lines += collective_lines(step.program)
+    memory = (
+        f"{_gib(step.peak_bytes)} of {_gib(available_bytes)} at the peak; state "
+        f"{_gib(step.state_bytes)}, temporaries {_gib(step.temporary_bytes)} with gaps "
+        f"(compiled in {step.compile_sec:.0f} s)"
+    )
+    lines = [*_lines({"fits": memory}), *_collective_lines(step.program)]
     if step.program.unknown_loops:
-        lines.append(
-            _line("note", f"{step.program.unknown_loops} loops of unknown length counted once")
+        lines += _lines(
+            {"note": f"{step.program.unknown_loops} loops of unknown length counted once"}
         )
     return lines
 
 
-def collective_lines(program: Program) -> list[str]:
+def _collective_lines(program: Program) -> list[str]:
     """Describes the communication of a step: first by kind, then the largest transfers."""
-    by_kind: dict[str, list[Collective]] = collections.defaultdict(list)
-    for collective in program.collectives:
-        by_kind[collective.kind].append(collective)
-    lines = []
+    rows = {}
     for kind in COLLECTIVES:
-        found = by_kind.get(kind, [])
+        found = [c for c in program.collectives if c.kind == kind]
         times = sum(c.times for c in found)
         payload = sum(c.payload_bytes * c.times for c in found)
         sent = sum(c.wire_bytes for c in found)
         text = f"{times} a step, {_mb(payload)}, of which a device sends {_mb(sent)}"
-        lines.append(_line(kind, text if found else "none"))
+        rows[kind] = text if found else "none"
     largest = sorted(program.collectives, key=lambda c: -c.wire_bytes)[:_LARGEST]
-    lines += [
+    return _lines(rows) + [
         f"{'':{_WIDTH}}{c.times} x {c.kind} {_short(c.shape)} among {c.group}: {_place(c.origin)}"
         for c in largest
     ]
-    return lines
 
 
 def prediction_lines(
@@ -100,35 +83,29 @@ def prediction_lines(
     """Describes the predicted time of a step; nothing was measured."""
     tokens = account.tokens_per_step
     roofline = prediction.roofline_sec
-    lines = [
-        _line(
-            "roofline",
-            f"{_ms(roofline)} a step at least: model FLOPs {_ms(prediction.flops_sec)} at "
-            f"{prediction.peak_flops / 1e12:.0f} TFLOP/s, memory {_ms(prediction.memory_sec)}, "
-            f"network {_ms(prediction.network_sec)}; {tokens / roofline:,.0f} tokens/s at most",
-        )
-    ]
+    rows = {
+        "roofline": f"{_ms(roofline)} a step at least: model FLOPs {_ms(prediction.flops_sec)} at "
+        f"{prediction.peak_flops / 1e12:.0f} TFLOP/s, memory {_ms(prediction.memory_sec)}, "
+        f"network {_ms(prediction.network_sec)}; {tokens / roofline:,.0f} tokens/s at most",
+    }
     if cycles is None or prediction.estimated_sec is None:
-        return lines
+        return _lines(rows)
     fastest, slowest = prediction.fastest_sec, prediction.slowest_sec
     utilization = [prediction.flops_sec / seconds for seconds in (slowest, fastest)]
-    lines.append(
-        _line(
-            "prediction",
-            f"{_ms(fastest)} to {_ms(slowest)} a step (all communication hidden, or none), "
-            f"{tokens / slowest:,.0f} to {tokens / fastest:,.0f} tokens/s, MFU "
-            f"{utilization[0]:.0%} to {utilization[1]:.0%}",
-        )
+    rows["prediction"] = (
+        f"{_ms(fastest)} to {_ms(slowest)} a step (all communication hidden, or none), "
+        f"{tokens / slowest:,.0f} to {tokens / fastest:,.0f} tokens/s, MFU "
+        f"{utilization[0]:.0%} to {utilization[1]:.0%}"
     )
-    lines.append(
-        f"{'':{_WIDTH}}libtpu's estimate for {chip_name}: {cycles / 1e6:.0f} M cycles without "
+    rows[""] = (
+        f"libtpu's estimate for {chip_name}: {cycles / 1e6:.0f} M cycles without "
         f"attention kernels; those {_ms(prediction.kernels_sec)} by their FLOPs. Not measured."
     )
-    return lines
+    return _lines(rows)
 
 
-def _line(name: str, text: str) -> str:
-    return f"{name:{_WIDTH}}{text}"
+def _lines(rows: Mapping[str, str]) -> list[str]:
+    return [f"{name:{_WIDTH}}{text}" for name, text in rows.items()]
 
 
 def _gib(size: float) -> str:
