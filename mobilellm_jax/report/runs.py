@@ -23,17 +23,12 @@ class Measured:
     folder: Path
     config: Config
     validation: dict[int, float]  # loss in nats per token, by step
-    training: dict[int, float]  # loss in nats per token, by step
+    last_step: int  # last step in the record of losses
     bpb: float | None  # last value of the run
     tokens_per_sec: float | None  # median over the run
     peak_bytes: int | None  # peak memory during training
     peak_of: str  # "device", "host process" or ""
     failed: str  # reason of the failure; "" if the run did not fail
-
-    @property
-    def last_step(self) -> int:
-        """The last step in the record of losses."""
-        return max([*self.validation, *self.training], default=0)
 
     @property
     def is_finished(self) -> bool:
@@ -73,6 +68,7 @@ def read_runs(pattern: str) -> list[Measured]:
 
 def _read(folder: Path) -> Measured:
     records = read_metrics(folder / rundir.METRICS)
+    validation = _series(records, "validation/loss")
     outcome = _outcome(folder)
     by_device = outcome.get("peak_device_bytes")
     peak = by_device or outcome.get("peak_host_bytes")
@@ -81,8 +77,8 @@ def _read(folder: Path) -> Measured:
     return Measured(
         folder=folder,
         config=config_lib.read_json(folder / rundir.CONFIG),
-        validation=_series(records, "validation/loss"),
-        training=_series(records, "train/loss"),
+        validation=validation,
+        last_step=max([*validation, *_series(records, "train/loss")], default=0),
         bpb=bpb[-1] if bpb else None,
         tokens_per_sec=statistics.median(rates) if rates else None,
         peak_bytes=peak if isinstance(peak, int) else None,

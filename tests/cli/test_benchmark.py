@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mobilellm_jax.benchmark.run import MeasuringError, benchmark
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.perplexity import perplexity
 from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.size import parameter_count
@@ -91,6 +93,12 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["one", "two"] * 3
     assert [[each.memory_bytes for each in model] for model in measured] == [[1, 3, 5], [2, 4, 6]]
     assert [row.memory_megabytes for row in rows] == [3e-6, 4e-6]
+
+
+def test_the_picture_needs_the_report_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'mobilellm-jax\[report\]'"):
+        benchmark([request_of("one")], runs=1)
 
 
 def test_the_message_of_a_failed_process_is_shown(tmp_path: Path) -> None:

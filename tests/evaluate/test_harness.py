@@ -209,7 +209,7 @@ class Interrupted:
 
     def __init__(self, engine: JaxEngine, until_killed: bool) -> None:
         self.config, self.precision = engine.config, engine.precision
-        self.prompts_at_once = 8
+        self.prompts_at_once = 4
         self.asked = self.answered = 0
         self._engine, self._until_killed = engine, until_killed
 
@@ -247,7 +247,7 @@ def test_answers_from_before_a_kill_are_not_asked_again(params: Params, tmp_path
     # One row of 256 places per device and batch makes several batches.
     contexts = [f"{i} was the {'best ' * (i % 20)} of times" for i in range(120)]
     asked = instances("loglikelihood", [(context, " and") for context in contexts])
-    prompts = instances("generate_until", [(c, {"max_gen_toks": 4}) for c in contexts[:40]])
+    prompts = instances("generate_until", [(c, {"max_gen_toks": 4}) for c in contexts[:10]])
     whole = model(engine)
     expected = whole.loglikelihood(asked), whole.generate_until(prompts)
 

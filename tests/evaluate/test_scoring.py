@@ -80,6 +80,13 @@ def with_greedy_ones(params: Params, queries: list[Query]) -> list[Query]:
     return chosen
 
 
+@pytest.fixture(scope="module")
+def task(params: Params) -> tuple[list[Query], list[Score]]:
+    """Returns queries and their scores by separate passes."""
+    queries = with_greedy_ones(params, queries_like_a_task(20))
+    return queries, [alone(params, query) for query in queries]
+
+
 def score_all(scorer: Scorer, params: Params, queries: list[Query]) -> list[Score]:
     found = dict(pair for batch in scorer.scores(params, queries) for pair in batch)
     assert sorted(found) == list(range(len(queries)))
@@ -89,10 +96,11 @@ def score_all(scorer: Scorer, params: Params, queries: list[Query]) -> list[Scor
 @pytest.mark.parametrize(
     "axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "sequence": 2}]
 )
-def test_scores_equal_the_scores_of_separate_passes(axes: dict[str, int], params: Params) -> None:
+def test_scores_equal_the_scores_of_separate_passes(
+    axes: dict[str, int], params: Params, task: tuple[list[Query], list[Score]]
+) -> None:
     mesh = make_mesh(MeshConfig(**axes))
-    queries = with_greedy_ones(params, queries_like_a_task(40))
-    expected = [alone(params, query) for query in queries]
+    queries, expected = task
     assert 10 < sum(score.is_greedy for score in expected) < len(expected)
     scorer = Scorer(CONFIG, mesh, logical_rules(CONFIG, mesh.shape), batch_tokens=512)
     found = score_all(scorer, params, queries)
