@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from mobilellm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from mobilellm_jax.plan.accounting import Account, account_of
+from mobilellm_jax.plan.accounting import Account, account_of, activation_bytes_per_row
 from mobilellm_jax.train.settling import mesh_of
 
 # Attention has 32 x 8 x (2 + 1 + 1) + 2 x 8 x 32 weights, the feed-forward 3 x 32 x 48, norms 64.
@@ -92,11 +92,14 @@ def test_policies_keep_what_they_say(boundaries: str) -> None:
 
     @functools.cache
     def per_token(remat: str) -> float:
+        data = dataclasses.replace(CONFIG.data, boundaries=boundaries)
         three, five = (
-            account(model={"remat": remat, "num_blocks": n}, data={"boundaries": boundaries})
+            activation_bytes_per_row(
+                dataclasses.replace(CONFIG.model, remat=remat, num_blocks=n), data
+            )
             for n in (3, 5)
         )
-        return (five.activation_bytes - three.activation_bytes) / (16 * 64 * 2 * 4)
+        return (five - three) / (64 * 2 * 4)
 
     assert per_token("full") == 32
     assert per_token("attention") == 32 + 16 + 2
