@@ -132,7 +132,7 @@ class MobileLLMAttention(nn.Module):
 
 
 class MobileLLMMLP(nn.Module):
-    """Computes act(x gate) * (x up), or act(x up) without a gate, and then the product with down."""
+    """Computes act(x gate) * (x up), or act(x up) without a gate, and multiplies with down."""
 
     def __init__(self, config):
         super().__init__()
@@ -312,7 +312,7 @@ def add_slots(cache, count):
 
 
 def rotation_at(position_ids, head_dim, theta):
-    """Returns cosine and sine of position * theta^(-2i / head_dim) in float32, with equal halves."""
+    """Returns cosine and sine of position * theta^(-2i / head_dim), with equal halves."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
     angles = torch.cat([angles, angles], dim=-1)
@@ -328,8 +328,7 @@ def rotate(x, rotation):
 
 
 def causal_mask(standing, attention_mask):
-    """Returns True where a query may read a key: an earlier key that is not padding, or its own
-    key.
+    """Returns True where a query may read a key: its own key, or an earlier one without padding.
 
     A padding token reads its own key, so that no softmax is empty.
     """

@@ -163,8 +163,7 @@ def inexpressible(proto: Any) -> list[str]:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Returns all pairs of pieces that form a piece, in the order in which SentencePiece merges
-    them.
+    """Returns all pairs of pieces that form a piece, in SentencePiece's order of merges.
 
     Pairs that form the same piece have the same score, and SentencePiece then takes the leftmost
     pair in the text. `tokenizers` needs an order of the pairs, and the pair with the longest left

@@ -82,8 +82,7 @@ def write_tensors(
 
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a Hugging Face directory by name; safetensors come before torch's
-    format.
+    """Returns the tensors of a Hugging Face directory by name, from safetensors if it has them.
 
     Raises:
       MissingFileError: if the directory has no weights, or a shard is missing.

@@ -1,5 +1,6 @@
-"""Writes `model.tflite` for LiteRT, with signatures for one token (`decode`) and a chunk
-(`prefill`).
+"""Writes `model.tflite` for LiteRT, with the signatures `decode` and `prefill`.
+
+`decode` reads one token, and `prefill` reads a chunk.
 
 Every signature takes `tokens[1, T]`, the position of the first token, and the cache. It returns
 `logits[1, T, V]` and the cache with new rows. DYNAMIC_UPDATE_SLICE writes the rows, and it copies
@@ -66,7 +67,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
 
 class _Step(nn.Module):
-    """The decoder with the cache as arguments and results, and attention to the cache's first rows."""
+    """The decoder whose cache is arguments and results; attention reads the first rows."""
 
     def __init__(self, config: ModelConfig, decoder: TorchDecoder, span: int) -> None:
         super().__init__()
@@ -105,9 +106,7 @@ class _Step(nn.Module):
 
 
 def _sample(config: ModelConfig, length: int, capacity: int) -> dict[str, Any]:
-    """Returns one tensor per argument, because the converter merges arguments that are the same
-    tensor.
-    """
+    """Returns one tensor per argument, because the converter merges equal ones."""
     shape = (1, config.num_kv_heads, capacity, config.head_dim)
     names = [f"{kind}_{i}" for i in range(config.applied_depth) for kind in ("keys", "values")]
     return {
