@@ -1,5 +1,5 @@
-"""Text in, batches out: sources, tokenizer, token shards on disk, and the loader over them.
+"""From text to batches: sources, tokenizers, token shards, and the loader that reads them.
 
-`prepare` reads sources and writes a folder of token shards; `open_tokens` opens that folder;
-`train_batches` and `validation_batches` turn it into NumPy batches. All of it runs on the host.
+`prepare` reads sources and writes a folder of token shards. `open_tokens` opens this folder, and
+`train_batches` and `validation_batches` read NumPy batches from it. All code here runs on the host.
 """

@@ -1,8 +1,8 @@
-"""Batches from token folders, through Grain.
+"""Reads batches from token folders with Grain.
 
-Which window of which component a training sample is, depends on (data.seed, global sample index)
-only: the index tells the component and the index among its samples (`mixture.py`), and of a
-component with W windows, sample i is window `permuted(i mod W)` of epoch i // W. So a run goes on
+A training sample depends only on `data.seed` and the global sample index. The index determines the
+component of the mixture and the index among the component's samples (`mixture.py`). In a component
+with W windows, sample i is window `permuted(i mod W)` of epoch i // W. A run can therefore continue
 at any index, on any number of hosts, with the same order.
 """
 
@@ -22,17 +22,18 @@ from mobilellm_jax.data.token_stream import TokenStream
 from mobilellm_jax.data.windows import NO_WINDOW, Batch, count_windows, read_windows
 from mobilellm_jax.errors import UserError
 
-# One thread copies while the other waits for a page of a file that is not in memory; four contend
-# for the GIL and read half as much.
+# One thread copies while the other waits for a page from the disk. Four threads compete for the GIL
+# and read half as much.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-# Samples whose windows are found at once: it takes hardly longer than for those of one batch.
+# The windows of so many samples are computed together, which takes hardly longer than for one
+# batch.
 _PLACED_TOGETHER = 4096
-# Grain wants a length; at a million batches a second this one lasts 146,000 years.
+# Grain needs a length. At a million batches per second, this length lasts 146,000 years.
 _ENDLESS = 1 << 62
 
 
 def windows_per_epoch(tokens: Dataset | Mixture, split: str, seq_len: int) -> int:
-    """Returns the number of windows of all components, the padded last ones included.
+    """Returns the number of windows of all components, the padded last windows included.
 
     Raises:
       UserError: if the split is missing or has no token to predict.
@@ -50,10 +51,10 @@ def train_batches(
     num_batches: int | None = None,
     rows: NDArray[np.int64] | slice | None = None,
 ) -> Iterator[Batch]:
-    """Returns training batches from global sample `first_sample` on, without end if None.
+    """Returns training batches from global sample `first_sample` on; None means without end.
 
-    Batch k holds samples first_sample + k * global_batch up to the next batch's first; `rows` picks
-    those of its rows that this host feeds. For the arrays see `read_windows`.
+    Batch k contains the samples from first_sample + k * global_batch on. `rows` selects the rows of
+    the batch that this host feeds. `read_windows` describes the arrays.
 
     Raises:
       UserError: if a component has no token to predict.
@@ -65,7 +66,7 @@ def train_batches(
 
     together = max(1, _PLACED_TOGETHER // max(1, len(row_B)))
 
-    # A few blocks of batches, because Grain's threads read ahead.
+    # Grain's threads read ahead, so a few blocks of batches are kept.
     @functools.lru_cache(maxsize=4)
     def places(block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns component and window of every row of `together` batches."""
@@ -96,13 +97,13 @@ def validation_batches(
     num_batches: int | None = None,
     rows: NDArray[np.int64] | slice | None = None,
 ) -> Iterator[Batch]:
-    """Returns the validation split's windows in order, each once; at most `num_batches` batches.
+    """Returns each window of the validation split once, in at most `num_batches` batches.
 
-    A component that has no validation split is passed over, and each begins a new batch. Rows past
-    the last window have weight 0 everywhere, so that every batch has the same shape.
+    A component without a validation split is left out, and each component starts a new batch. Rows
+    after the last window have weight 0, so every batch has the same shape.
 
     Raises:
-      UserError: if no component has a validation split to predict.
+      UserError: if no component has validation tokens to predict.
     """
     streams = required_streams(_mixture(tokens), VALIDATION)
     row_B = np.arange(batch, dtype=np.int64)[slice(None) if rows is None else rows]
@@ -123,12 +124,12 @@ def validation_batches(
 
 
 def required_streams(mixture: Mixture, split: str) -> list[TokenStream]:
-    """Returns every component's stream of the split.
+    """Returns the stream of every component for the split.
 
-    For validation, components without held-out documents are passed over.
+    For validation, components without held-out documents are left out.
 
     Raises:
-      UserError: if one that is needed has no token to predict.
+      UserError: if a component that is needed has no token to predict.
     """
     streams = []
     for component in mixture.components:

@@ -1,14 +1,14 @@
-"""What a run trains on: one token folder, or several components in exact proportions.
+"""The data of a run: one token folder, or several components in exact proportions.
 
-`data.path` is the folder that `prepare` wrote, or a mixture, `DIR:0.7,DIR:0.3`. A folder whose
-sources were prepared with weights is itself a mixture of them; in a mixture of folders a source's
-weight is the folder's times its own.
+`data.path` names a folder that `prepare` wrote, or a mixture such as `DIR:0.7,DIR:0.3`. A folder
+whose sources were prepared with weights is itself a mixture of these sources. In a mixture of
+folders, the weight of a source is the weight of its folder times its own weight.
 
-The order of samples needs no state. Weights are exact fractions, so there is a smallest block of D
-samples with a whole number n_c of each component c. Sample i is place i mod D of block i // D; a
-permutation of the block's places, its own in every block, tells the component and how many of its
-samples come before. So every block of D samples has exactly the proportions asked for, and each
-component goes through its own windows, epoch after epoch, as if it were alone.
+The order of samples needs no state. Weights are exact fractions, so a smallest block of D samples
+exists with a whole number n_c of samples of each component c. Sample i has place i mod D in block i
+// D. A permutation of the places, different in each block, gives the component of the sample and
+its index among the component's samples. Every block has exactly the requested proportions, and each
+component has its own epochs.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ from mobilellm_jax.data.shards import Counts, Dataset, open_tokens
 from mobilellm_jax.data.token_stream import TokenStream
 
 MAX_BLOCK = 100_000
-# A number that fits the exponent of a float: 1e999999999 exactly would fill the memory.
+# A number within the exponents of a float. The exact number 1e999999999 would fill the memory.
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,2})?")
-# Of `permuted`; component c's windows are stream c.
+# Stream number for `permuted`. Component c permutes its windows with stream c.
 _BLOCKS = -1
 
 
@@ -45,10 +45,10 @@ class Component:
     name: str
     share: Fraction
     dataset: Dataset
-    source: int | None  # None: the whole folder
+    source: int | None  # number of the source; None: the whole folder
 
     def stream(self, split: str) -> TokenStream | None:
-        """Returns the component's part of a split; None if that has nothing to predict."""
+        """Returns the component's part of a split, or None if this part has no token to predict."""
         whole = self.dataset.splits.get(split)
         if whole is None:
             return None
@@ -56,7 +56,7 @@ class Component:
         return stream if stream.tokens >= 2 else None
 
     def counts(self, split: str) -> Counts:
-        """Returns documents, tokens and bytes of text of a split."""
+        """Returns the numbers of documents, tokens and bytes of text in a split."""
         manifest = self.dataset.manifest
         splits = manifest.splits if self.source is None else manifest.sources[self.source].splits
         return splits.get(split, Counts())
@@ -71,17 +71,17 @@ class Mixture:
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
-        """The folders, each once, in order."""
+        """The folders in order, each once."""
         return tuple({c.dataset.path: c.dataset for c in self.components}.values())
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer's file, the same in every folder."""
+        """The tokenizer file, which is the same in every folder."""
         return self.components[0].dataset.tokenizer
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A checksum of the data and the shares; wherever the folders lie, it is the same."""
+        """A checksum of the data and the shares; it does not depend on where the folders are."""
         if len(self.components) == 1:
             return self.components[0].dataset.fingerprint
         parts = [[c.dataset.fingerprint, c.source, str(c.share)] for c in self.components]
@@ -89,12 +89,12 @@ class Mixture:
 
     @functools.cached_property
     def block_counts(self) -> NDArray[np.int64]:
-        """How many samples of each component are in a block."""
+        """Number of samples of each component in a block."""
         size = math.lcm(*(c.share.denominator for c in self.components))
         return np.array([int(c.share * size) for c in self.components], np.int64)
 
     def alone(self, component: Component) -> "Mixture":
-        """Returns the mixture of one of the components only."""
+        """Returns the mixture of one component only."""
         return Mixture(
             path=self.path, components=(dataclasses.replace(component, share=Fraction(1)),)
         )
@@ -102,7 +102,7 @@ class Mixture:
     def place(
         self, sample_B: NDArray[np.int64], seed: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns for global sample indices the component, and the index among its samples."""
+        """Returns each global sample's component, and its index in the component."""
         ends = np.cumsum(self.block_counts)
         block_B, place_B = np.divmod(sample_B, ends[-1])
         place_B = permuted(place_B, int(ends[-1]), seed, block_B, _BLOCKS)
@@ -112,7 +112,7 @@ class Mixture:
 
 
 def mixture_of(dataset: Dataset) -> Mixture:
-    """Returns the mixture that one folder is: of itself, or of its sources if they have weights."""
+    """Returns the mixture of the sources of a folder, or of the folder alone without weights."""
     return _mixture(str(dataset.path), [(dataset, Fraction(1))])
 
 
@@ -120,9 +120,9 @@ def open_mixture(path: str) -> Mixture:
     """Opens the folder or the folders that `data.path` names.
 
     Raises:
-      ConfigError: for a bad weight, folders with different tokenizers, or a block that is too long.
-      FileNotFoundError: for a missing folder or file.
-      ValueError: for a damaged folder.
+      ConfigError: if a weight is bad, tokenizers differ, or a block is too long.
+      MissingFileError: if a folder or file is missing.
+      UserError: if a folder is damaged.
     """
     folders = split_path(path)
     opened = [(open_tokens(folder), weight) for folder, weight in folders]
@@ -140,13 +140,13 @@ def open_mixture(path: str) -> Mixture:
 
 
 def split_path(path: str) -> list[tuple[Path, Fraction]]:
-    """Returns the folders that a `data.path` names and their weights.
+    """Returns the folders and the weights that a `data.path` names.
 
-    What is a folder is that folder, whatever its name holds. In a mixture the weight stands behind
-    the last colon, and a folder cannot have a comma in its name.
+    An existing folder counts as that folder, whatever its name contains. In a mixture, the weight
+    follows the last colon, and a folder cannot have a comma in its name.
 
     Raises:
-      ConfigError: for a missing or bad weight, or a folder named twice.
+      ConfigError: if a weight is missing or bad, or a folder is named twice.
     """
     if Path(path).is_dir() or not is_mixture(path):
         return [(Path(path), Fraction(1))]
@@ -161,7 +161,7 @@ def split_path(path: str) -> list[tuple[Path, Fraction]]:
 
 
 def is_mixture(path: str) -> bool:
-    """Returns whether a `data.path` that is no folder is written as a mixture."""
+    """Returns whether `data.path` is not a folder and has the form of a mixture."""
     return "," in path or _weight(path.rpartition(":")[2]) is not None
 
 
@@ -178,7 +178,7 @@ def _weighted(path: str, item: str) -> tuple[Path, Fraction]:
 
 
 def _weight(text: str) -> Fraction | None:
-    """Returns a decimal number exactly, so that 0.1 + 0.2 is 0.3; None if it is not one."""
+    """Returns a decimal number exactly, so that 0.1 + 0.2 is 0.3, or None if it is not a number."""
     return Fraction(text) if _DECIMAL.fullmatch(text) else None
 
 
@@ -217,7 +217,7 @@ def _parts(dataset: Dataset, share: Fraction) -> Iterator[Component]:
 
 
 def _unique_names(components: Sequence[Component]) -> list[str]:
-    """Names short where that is enough, else with the folder's path, else numbered."""
+    """Returns a short name per folder; equal names get the path or a number."""
     names = [component.name for component in components]
     paths = [
         str(c.dataset.path) if c.source is None else f"{c.dataset.path}/{c.name}"

@@ -1,9 +1,10 @@
-"""A seeded permutation of 0..n-1 that is computed per index, so that it takes no memory.
+"""A seeded permutation of 0..n-1 that is computed per index and needs no memory.
 
-A Feistel network is a bijection of the 2h-bit numbers; indices that it sends to n or beyond are
-sent through it again until they fall below n (cycle walking; Black and Rogaway 2002, "Ciphers with
-arbitrary finite domains"), fewer than four times on average since 2^(2h) < 4n. The round function
-is the finaliser of SplitMix64 (Steele et al. 2014). Checkpoints rely on the order never changing.
+A Feistel network permutes the 2h-bit numbers. An index whose image is n or larger goes through the
+network again until its image is below n (cycle walking; Black and Rogaway 2002, "Ciphers with
+arbitrary finite domains"). This takes fewer than four rounds on average, because 2^(2h) < 4n. The
+round function is the finalizer of SplitMix64 (Steele et al. 2014). Checkpoints depend on this
+order, so it must never change.
 """
 
 import numpy as np
@@ -21,7 +22,7 @@ def permuted(
 ) -> NDArray[np.int64]:
     """Returns the images of indices in [0, n) under the permutation of (seed, epoch, stream).
 
-    `epoch` may differ from index to index. Streams are permutations for different purposes.
+    `epoch` may differ per index. Different purposes use different streams.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low_bits = np.uint64((1 << int(half)) - 1)
@@ -46,7 +47,7 @@ def _uint64(value: int) -> NDArray[np.uint64]:
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    value = value + np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
+    value = value + np.uint64(0x9E3779B97F4A7C15)  # the multiplication wraps around on purpose
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

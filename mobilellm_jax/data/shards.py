@@ -1,13 +1,13 @@
 """Token shards: the folder that `prepare` writes and training reads.
 
-    manifest.json                   what is here; written last, so it makes the folder complete
+    manifest.json                   description; written last, so it makes the folder complete
     tokenizer.model | tokenizer.json
     SPLIT-00000-of-000NN.tokens     ids, little-endian uint16 (uint32 from vocabulary 65,536)
-    SPLIT-00000-of-000NN.offsets    where each document starts in that shard, little-endian uint64
-    SPLIT-00000-of-000NN.loss_mask  uint8 per token: 0 if it is no target; only where any is not
+    SPLIT-00000-of-000NN.offsets    start of each document in the shard, little-endian uint64
+    SPLIT-00000-of-000NN.loss_mask  uint8 per token, 0 if the token is not a target; may be absent
 
-A document lies in one shard, as BOS tokens EOS. The shards of a split, one after the other, are its
-stream (`token_stream.py`), in which the sources follow one another as the manifest lists them.
+A document is in one shard, as BOS, tokens and EOS. The shards of a split, one after another, are
+its stream (`token_stream.py`). The sources follow one another in the order of the manifest.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """The files `name`.tokens, `name`.offsets and perhaps `name`.loss_mask."""
+    """The files `name`.tokens, `name`.offsets and, with a mask, `name`.loss_mask."""
 
     name: str
     documents: int
@@ -73,16 +73,17 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split(Counts):
-    """A split's totals and its shards in the order of the stream."""
+    """The totals of a split, and its shards in the order of the stream."""
 
     shards: tuple[Shard, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceRecord:
-    """What one source gave; `weight` is its share of training, None for as much as there is.
+    """The result of one source; `weight` is its share of training, or None without weights.
 
-    `bad_lines` lists what `--on_bad_line=skip` left out: file, line, byte_offset and reason each.
+    `bad_lines` lists the lines that `--on_bad_line=skip` left out, with file, line, byte_offset and
+    reason.
     """
 
     spec: str
@@ -94,7 +95,7 @@ class SourceRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about a folder of token shards; `settings` is what `prepare` was asked for."""
+    """Description of a folder of token shards; `settings` are the settings of `prepare`."""
 
     format_version: int
     tokenizer: str
@@ -118,7 +119,7 @@ class Dataset:
     splits: Mapping[str, TokenStream]
 
     def source_stream(self, split: str, source: int) -> TokenStream:
-        """Returns the part of a split's stream that source number `source` gave; maybe nothing."""
+        """Returns the part of a split's stream that source number `source` gave."""
         counts = [record.splits.get(split, Counts()) for record in self.manifest.sources]
         start = sum(each.tokens for each in counts[:source])
         stop = start + counts[source].tokens
@@ -126,7 +127,7 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A checksum of what training reads; where the folder lies and when it was made is not."""
+        """A checksum of the data that training reads; the folder's place and date do not count."""
         manifest = self.manifest
         content = {
             "tokenizer": manifest.tokenizer_sha256,
@@ -144,21 +145,21 @@ class Dataset:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Returns the type of ids on disk."""
+    """Returns the dtype of ids on disk."""
     return np.dtype("<u2" if vocab_size < UINT32_VOCABULARY else "<u4")
 
 
 def shard_name(split: str, index: int, count: int) -> str:
-    """Returns the name of a shard's files, without what stands behind the dot."""
+    """Returns the name of a shard's files without the suffix."""
     return f"{split}-{index:05d}-of-{count:05d}"
 
 
 def open_tokens(path: Path) -> Dataset:
-    """Opens a complete folder; checks every file's size and the tokenizer's checksum.
+    """Opens a complete folder, and checks the sizes of files and the tokenizer's checksum.
 
     Raises:
-      MissingFileError: if the folder, its manifest or a file that it lists is missing.
-      UserError: if a file does not have the size or checksum that the manifest states.
+      MissingFileError: if the folder, its manifest or a listed file is missing.
+      UserError: if a file has another size or checksum than the manifest says.
     """
     manifest = read_manifest(path)
     itemsize = np.dtype(manifest.dtype).itemsize
@@ -193,11 +194,11 @@ def open_tokens(path: Path) -> Dataset:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Returns the manifest of a folder, its form checked but not the files that it lists.
+    """Returns the manifest of a folder after a check of its form; listed files are not checked.
 
     Raises:
-      MissingFileError: if there is none.
-      UserError: if it is damaged or of another format version.
+      MissingFileError: if the manifest is missing.
+      UserError: if the manifest is damaged or has another format version.
     """
     file = path / MANIFEST
     if not file.is_file():
@@ -223,12 +224,12 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Completes `folder`."""
+    """Writes the manifest, which completes `folder`."""
     rundir.write_whole(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
-    """Yields what cannot be true of a manifest that `prepare` wrote."""
+    """Yields statements of the manifest that cannot be true."""
     if manifest.tokenizer not in rundir.TOKENIZER_FILES:
         files = ", ".join(rundir.TOKENIZER_FILES)
         yield f"tokenizer={shown(manifest.tokenizer)} is not one of {files}"
@@ -241,7 +242,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         if not 0 <= getattr(manifest, name) < manifest.vocab_size:
             yield f"{name}={getattr(manifest, name)} is no id below vocab_size"
     for name, split in manifest.splits.items():
-        # A name with a slash would read outside of the folder.
+        # A name with a slash could point outside of the folder.
         if not _SPLIT_NAME.fullmatch(name):
             yield f"{shown(name)} is no name of a split"
         yield from _impossible(f"split {name}", split)

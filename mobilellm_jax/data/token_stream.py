@@ -1,4 +1,4 @@
-"""The tokens of a split as one stream over all its shards, mapped instead of read."""
+"""The tokens of a split as one stream over all its shards, which are mapped into memory."""
 
 import bisect
 import functools
@@ -16,7 +16,7 @@ OFFSET_DTYPE = np.dtype("<u8")
 LOSS_MASK_DTYPE = np.dtype("u1")
 
 _FILES_PER_SHARD = 3
-# For everything else that a process has open: checkpoints, logs, libraries, sockets.
+# Files that the process opens for other purposes: checkpoints, logs, libraries, sockets.
 _FILES_LEFT_FREE = 256
 
 
@@ -35,7 +35,7 @@ class _Arrays(NamedTuple):
 
 
 class TokenStream:
-    """Tokens 0 to `tokens`, in `documents` documents; `view` gives a part of it as a stream."""
+    """Tokens 0 to `tokens` in `documents` documents; `view` gives a part as a stream."""
 
     def __init__(
         self, folder: Path, files: Sequence[ShardFiles], dtype: np.dtype[Any], documents: int
@@ -54,7 +54,7 @@ class TokenStream:
             name, _, masked = self._shards[shard]
 
             def mapped(suffix: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-                # A plain array slices faster than the np.memmap that it views.
+                # A plain array slices faster than the np.memmap below it.
                 return np.asarray(np.memmap(folder / f"{name}.{suffix}", dtype, mode="r"))
 
             return _Arrays(
@@ -74,7 +74,7 @@ class TokenStream:
         return part
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Returns tokens [start, stop), which must lie in the stream; a copy only if it must be."""
+        """Returns tokens [start, stop) of the stream, as a copy only if they span shards."""
         parts = [
             self._arrays(shard).tokens[low - base : high - base]
             for shard, base, low, high in self._overlaps(start, stop)
@@ -82,13 +82,13 @@ class TokenStream:
         return _joined(parts, self._dtype)
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Returns the positions in [start, stop) where documents start (their BOS), ascending."""
+        """Returns the positions in [start, stop) at which documents start, ascending."""
         found = []
         for shard, base, low, high in self._overlaps(start, stop):
             offsets = self._arrays(shard).offsets
             first, last = np.searchsorted(offsets, np.array([low - base, high - base], np.uint64))
             starts = offsets[first:last].astype(np.int64) + base
-            # Where data.verify=false, nobody has looked at them.
+            # With data.verify=false, nothing has checked the offsets.
             if len(starts) and not (
                 low <= starts[0] and starts[-1] < high and (starts[1:] > starts[:-1]).all()
             ):
@@ -102,7 +102,7 @@ class TokenStream:
     def loss_mask(self, start: int, stop: int) -> NDArray[np.uint8] | None:
         """Returns 1 for each token of [start, stop) that may be a target, else 0.
 
-        None where the stream has no mask at all, so that every token may be.
+        Returns None if the stream has no mask, so that every token may be a target.
         """
         if not self.has_loss_mask:
             return None
@@ -115,9 +115,9 @@ class TokenStream:
         return _joined(parts, LOSS_MASK_DTYPE)
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-        """Returns (shard, its first position, low, high) for every shard that meets the range.
+        """Returns (shard, its first position, low, high) for every shard that overlaps the range.
 
-        All positions are those of the whole split, of which this may be a view.
+        All positions count from the start of the whole split, also in a view.
         """
         assert 0 <= start <= stop <= self.tokens, f"[{start}, {stop}) not in [0, {self.tokens})"
         start, stop = self._first + start, self._first + stop
@@ -137,9 +137,9 @@ def _joined(parts: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _shards_open_at_once(shards: int) -> int:
-    """Returns how many shards may stay mapped, after raising the process's limit if it must be.
+    """Returns how many shards may stay mapped; it may raise the process's limit of open files.
 
-    A mapping holds its file open, a trillion tokens are 16,000 shards, and the usual soft limit of
+    A mapping keeps its file open. A trillion tokens are 16,000 shards, and the usual soft limit of
     open files is 1,024.
     """
     wanted = shards * _FILES_PER_SHARD + _FILES_LEFT_FREE

@@ -1,7 +1,7 @@
-"""All files of a token folder, read once: their checksums, and whether what they say can be so.
+"""Reads all files of a token folder once, and checks their checksums and their contents.
 
-A checksum finds damage. It does not find a folder that was made to mislead, in which ids lie beyond
-the vocabulary or documents overlap, and from which training would learn nonsense without a word.
+A checksum finds damage. It does not find a misleading folder with valid checksums, in which ids
+exceed the vocabulary or documents overlap. Training on such a folder would learn nonsense silently.
 """
 
 import functools
@@ -30,14 +30,14 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.sealing import sha256_of
 
 _Check = Callable[[NDArray[Any]], str]
-"""Says what is wrong with the next chunk of an array, "" if nothing is."""
+"""Returns the fault of the next chunk of an array, or ""."""
 
 
 def verify_files(dataset: Dataset) -> None:
     """Reads every shard on all cores, with a progress bar on a terminal.
 
     Raises:
-      UserError: naming the first file that has another checksum, or that makes no sense.
+      UserError: naming the first file with another checksum or with impossible contents.
     """
     jobs = [
         (dataset.path / f"{shard.name}.{suffix}", record, *_rule(suffix, shard, dataset.manifest))
@@ -47,7 +47,7 @@ def verify_files(dataset: Dataset) -> None:
     ]
     total = sum(record.bytes for _, record, _, _ in jobs)
     bar = tqdm(total=total, desc="checking data", unit="B", unit_scale=True, disable=None)
-    # hashlib and NumPy let other threads run while they compute.
+    # hashlib and NumPy release the GIL while they compute.
     with bar, ThreadPoolExecutor(available_cores()) as pool:
         problems = pool.map(lambda job: _problem(*job), jobs)
         for (file, record, _, _), problem in zip(jobs, problems, strict=True):
@@ -58,7 +58,7 @@ def verify_files(dataset: Dataset) -> None:
 
 
 def _rule(suffix: str, shard: Shard, manifest: Manifest) -> tuple[np.dtype[Any], _Check]:
-    """Returns the type of an array of a shard, and what must hold for it."""
+    """Returns the dtype of an array of a shard, and the check of its chunks."""
     if suffix == TOKENS:
         beyond = functools.partial(_beyond, "token id", manifest.vocab_size)
         return np.dtype(manifest.dtype).newbyteorder("<"), beyond
@@ -87,7 +87,7 @@ def _beyond(what: str, limit: int, values: NDArray[Any]) -> str:
 
 
 class _Ascending:
-    """Where documents start: at 0 first, then further and further on, all within the shard."""
+    """Checks that offsets start at 0, increase, and stay within the shard."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
@@ -96,7 +96,7 @@ class _Ascending:
     def __call__(self, starts: NDArray[Any]) -> str:
         first, last = int(starts[0]), int(starts[-1])
         begins = first == 0 if self._last < 0 else first > self._last
-        # Not by differences, which wrap around.
+        # Differences of unsigned integers would wrap around.
         if not begins or last >= self._tokens or not bool((starts[1:] > starts[:-1]).all()):
             return "does not ascend from 0 to less than the number of tokens"
         self._last = last

@@ -1,9 +1,10 @@
 """Windows of token streams as the rows of a batch.
 
-Window w of a stream covers its tokens [w * seq_len, w * seq_len + seq_len + 1): the first seq_len
-are the inputs, the last seq_len the targets. Neighbouring windows share one token and the last one
-is padded with weight 0, so every token but the stream's first is a target exactly once per epoch
-(under `document_mask`, every token but each document's first), if its loss mask lets it.
+Window w of a stream contains its tokens [w * seq_len, w * seq_len + seq_len + 1). The first seq_len
+tokens are inputs, and the last seq_len tokens are targets. Neighbouring windows share one token,
+and the last window is padded with weight 0. Every token except the stream's first is therefore a
+target exactly once per epoch. Under `document_mask`, the first token of each document is not a
+target. A loss mask can exclude more targets.
 """
 
 from collections.abc import Sequence
@@ -18,17 +19,17 @@ from mobilellm_jax.data.token_stream import TokenStream
 Batch = dict[str, NDArray[Any]]
 
 NO_WINDOW = -1
-# Tokens whose mask is looked at together.
+# Number of tokens whose mask is read at once.
 _CHUNK = 1 << 24
 
 
 def count_windows(stream: TokenStream, seq_len: int) -> int:
-    """Returns the number of windows, the padded last one included."""
+    """Returns the number of windows, the padded last window included."""
     return -(-(stream.tokens - 1) // seq_len)
 
 
 def count_targets(stream: TokenStream, boundaries: Boundaries) -> int:
-    """Returns the sum of the weights over an epoch; reads the loss mask, if there is one."""
+    """Returns the sum of the weights over an epoch; it reads the loss mask, if there is one."""
     documents = boundaries == "document_mask"
     if not stream.has_loss_mask:
         return stream.tokens - (stream.documents if documents else 1)
@@ -53,9 +54,10 @@ def read_windows(
 ) -> Batch:
     """Returns the batch whose row b is a window of stream `stream_B[b]`.
 
-    A row of NO_WINDOW is all padding. Arrays end in _BT: "tokens" and "targets" int32, "weights"
-    float32 (0 where there is no target), and under `document_mask` "segments" (from 1; 0 is
-    padding) and "positions" int32, both counted within the window.
+    A row of NO_WINDOW is all padding. The arrays have shape [B, T]: "tokens" and "targets" are
+    int32, and "weights" are float32 with 0 where there is no target. Under `document_mask`,
+    "segments" are int32 from 1, with 0 for padding, and "positions" are int32. Both count within
+    the window.
     """
     shape = (len(window_B), seq_len)
     tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -93,23 +95,23 @@ def read_windows(
 def _may_be_target(stream: TokenStream, start: int, stop: int) -> NDArray[np.bool_]:
     mask = stream.loss_mask(start, stop)
     assert mask is not None, "the caller asks streams that have a mask"
-    # As bool: whatever else than 0 and 1 is in a file that nobody has verified.
+    # The conversion to bool maps any other value in an unverified file to 1.
     return mask.astype(np.bool_)
 
 
 def _number_documents(
     row_S: NDArray[np.int64], at_S: NDArray[np.int64], inputs_B: NDArray[np.int64], seq_len: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Returns segments and positions, where documents start at `at_S` of the rows `row_S`.
+    """Returns segments and positions; documents start at `at_S` of the rows `row_S`.
 
-    In each row documents are numbered from 1 and positions count from 0 in each. The first document
-    may have begun before the window: its positions count from the window's start. Padding, from
-    `inputs_B` on, is a document of its own with number 0.
+    In each row, documents are numbered from 1, and positions count from 0 in each document. The
+    first document may start before the window; its positions then count from the start of the
+    window. Padding starts at `inputs_B` and has number 0.
     """
     rows = np.arange(len(inputs_B))
     inside_S = (at_S > 0) & (at_S < inputs_B[row_S])
     padded_B = inputs_B < seq_len
-    # Of every run of equal segments the flat position where it begins, ascending.
+    # The flat positions where runs of equal segments start, ascending.
     begins = np.concatenate(
         [
             rows * seq_len,
@@ -124,7 +126,7 @@ def _number_documents(
     number_R = np.arange(1, len(begins) + 1) - first_B[row_R]
     number_R[at_R >= inputs_B[row_R]] = 0
     segments_BT = np.repeat(number_R.astype(np.int32), lengths).reshape(-1, seq_len)
-    # Within a row, so that a batch of any size fits the type.
+    # Positions count within a row, so a batch of any size fits the dtype.
     begin_BT = np.repeat(at_R.astype(np.int32), lengths).reshape(-1, seq_len)
     positions_BT = np.subtract(np.arange(seq_len, dtype=np.int32), begin_BT, out=begin_BT)
     return segments_BT, positions_BT

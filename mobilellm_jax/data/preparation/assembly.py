@@ -1,8 +1,8 @@
-"""Parts to shards: which documents make which shard, and the copying.
+"""Joins parts into shards: chooses the documents of each shard, and copies them.
 
-A shard ends with the document that fills it, so the shards follow from the documents alone, however
-these were divided into parts. Planning needs the parts in order; a planned shard can be assembled
-by any process.
+A shard ends with the document that fills it. The shards depend on the documents alone, and not on
+the division of documents into parts. Planning needs the parts in order. Any process can then
+assemble a planned shard.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
 from mobilellm_jax.data.token_stream import LOSS_MASK_DTYPE, OFFSET_DTYPE
 from mobilellm_jax.storage import rundir
 
-_COPIED_AT_ONCE = 8_000_000  # bytes; read, not mapped, so that memory stays that small
+_COPIED_AT_ONCE = 8_000_000  # bytes per read; reading instead of mapping bounds the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class ShardPlan:
-    """Shard number `index` of a split."""
+    """The plan of shard number `index` of a split."""
 
     split: str
     index: int
@@ -48,23 +48,23 @@ class ShardPlan:
 
     @property
     def end(self) -> tuple[int, int]:
-        """Part and document after the last one of this shard."""
+        """Part and document after the last document of this shard."""
         return self.stretches[-1].part, self.stretches[-1].stop
 
 
 @dataclasses.dataclass(frozen=True)
 class _Assembled:
-    """The record of a shard that is complete; the documents after it start at `end`."""
+    """The record of a complete shard; the documents after it start at `end`."""
 
     shard: Shard
     end: tuple[int, int]
 
 
 class Planner:
-    """Cuts the documents of one split into shards of at least `shard_tokens` tokens.
+    """Divides the documents of one split into shards of at least `shard_tokens` tokens.
 
-    It starts with shard `index` at document `start` = (part, number within it), so that an
-    interrupted preparation goes on where its last complete shard ends.
+    It starts with shard `index` at document `start` = (part, document of the part), so an
+    interrupted preparation continues after its last complete shard.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class Planner:
 
     @property
     def first_part(self) -> int:
-        """The earliest part that a shard still to be planned needs."""
+        """The earliest part that a shard without a plan needs."""
         return self._stretches[0].part if self._stretches else self._start[0]
 
     def add(self, part: Part) -> Iterator[ShardPlan]:
-        """Takes the next part in order; yields the shards that it fills."""
+        """Takes the next part in order; yields the shards that this part fills."""
         if part.number < self._start[0]:
             return
         counts = part.splits[self._split]
@@ -107,7 +107,7 @@ class Planner:
                 yield self._cut()
 
     def end(self) -> Iterator[ShardPlan]:
-        """Yields the last shard, if anything is left for it."""
+        """Yields the last shard, if documents are left for it."""
         if self._stretches:
             yield self._cut()
 
@@ -118,7 +118,7 @@ class Planner:
         return plan
 
     def _read_starts(self, part: Part) -> NDArray[np.int64]:
-        """Returns where documents start, and after them where the last one ends."""
+        """Returns the starts of the documents, followed by the end of the last document."""
         file = part_file(self._parts, part.number, self._split, OFFSETS)
         starts = np.fromfile(file, OFFSET_DTYPE).astype(np.int64)
         counts = part.splits[self._split]
@@ -127,9 +127,9 @@ class Planner:
 
 
 def assemble(parts: Path, shards: Path, plan: ShardPlan, dtype: np.dtype[Any]) -> Shard:
-    """Copies the plan's documents into a shard and writes its record, which completes it.
+    """Copies the documents of the plan into a shard and writes its record, which completes it.
 
-    The shard is named for its place only: how many there will be, its final name says.
+    The shard is named by its place only, because the number of shards is not known yet.
     """
     name = _provisional_name(plan.split, plan.index)
     suffixes = [TOKENS, OFFSETS, *([LOSS_MASK] if plan.masked else [])]
@@ -163,7 +163,7 @@ def assemble(parts: Path, shards: Path, plan: ShardPlan, dtype: np.dtype[Any]) -
 
 
 def read_assembled(shards: Path, split: str) -> tuple[list[Shard], tuple[int, int]]:
-    """Returns the complete shards from the first on, and where the documents after them start."""
+    """Returns the complete shards from the first on, and the start of the documents after them."""
     found: list[Shard] = []
     end = (0, 0)
     while (file := _record_file(shards, split, len(found))).is_file():
@@ -174,9 +174,9 @@ def read_assembled(shards: Path, split: str) -> tuple[list[Shard], tuple[int, in
 
 
 def give_final_names(shards: Path, output: Path, split: str, found: list[Shard]) -> list[Shard]:
-    """Moves a split's shards to `output`, under names that say how many there are.
+    """Moves the shards of a split to `output`, under names that contain their number.
 
-    May be called again after it was interrupted.
+    The function can be called again after an interruption.
     """
     named = []
     for index, shard in enumerate(found):
@@ -190,9 +190,9 @@ def give_final_names(shards: Path, output: Path, split: str, found: list[Shard])
 
 
 class Joiner:
-    """Assembles shards as soon as their parts are there, and then deletes these parts' arrays.
+    """Assembles shards as soon as their parts exist, and then deletes the arrays of these parts.
 
-    The parts' records stay: they count what is done.
+    The records of the parts stay, because they count the finished work.
     """
 
     def __init__(self, work: Path, dtype: Any, shard_tokens: int) -> None:
@@ -218,7 +218,7 @@ class Joiner:
             self._kept_from[split] = planner.first_part
 
     def end(self) -> dict[str, list[Shard]]:
-        """Assembles what is left; returns the shards of every split, in their order."""
+        """Assembles the rest; returns the shards of every split in order."""
         for split, planner in self._planners.items():
             self._assemble(split, planner.end())
         return self._made

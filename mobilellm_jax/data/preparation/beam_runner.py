@@ -1,8 +1,8 @@
-"""The two kinds of work of `prepare` on Apache Beam: pieces to parts, and parts to shards.
+"""Runs `prepare` on Apache Beam, which encodes pieces into parts and joins parts into shards.
 
-The functions are those of the local runner, so the files are the same. Every Beam worker must see
-the sources and, under the same path, the folder beside the output: a shared disk. Beam holds other
-packages back, so it is installed in an environment of its own (`pip install mobilellm-jax[beam]`).
+The functions are the same as for the local runner, so the files are equal. Every Beam worker must
+see the sources and the folder beside the output under the same paths, on a shared disk. Beam needs
+older packages, so it is installed in an environment of its own (`pip install mobilellm-jax[beam]`).
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ def encode_and_assemble(
     shard_tokens: int,
     options: Sequence[str],
 ) -> Generator[Part, None, None]:
-    """Encodes what is not yet encoded, assembles all shards, then yields the parts in order.
+    """Encodes missing parts, assembles all shards, then yields the parts in order.
 
     `options` are Beam's own flags, such as `--runner=DirectRunner` or `--direct_num_workers=8`.
 
     Raises:
-      UserError: if Beam is not installed, or as `PieceEncoder.encode`.
+      UserError: if Beam is not installed, or as for `PieceEncoder.encode`.
     """
     try:
         beam = importlib.import_module("apache_beam")
@@ -98,7 +98,7 @@ def _read(job: Job, task: Task) -> Part:
 
 
 def _counted(beam: Any) -> Any:
-    """Returns a function that adds to Beam's own counters, which its progress pages show."""
+    """Returns a function that adds to Beam's counters, which Beam shows on its progress pages."""
     counters = {
         field.name: beam.metrics.Metrics.counter("prepare", field.name)
         for field in dataclasses.fields(Counts)

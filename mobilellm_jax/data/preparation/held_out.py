@@ -1,6 +1,6 @@
-"""Which documents are validation, and which text a tokenizer is trained on.
+"""Chooses the validation documents, and the text that trains a tokenizer.
 
-Both are settled before anything is encoded, from as little of the sources as will do.
+Both choices are made before anything is encoded, and read as little of the sources as possible.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +9,10 @@ from mobilellm_jax.data.preparation.parts import DIGESTS, digest
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION, BadLine, Source, TokenDocument
 from mobilellm_jax.errors import UserError
 
-# Enough for the merges of any vocabulary; SentencePiece trains on it for minutes, not hours.
+# So much text is enough for the merges of any vocabulary, and SentencePiece trains on it in
+# minutes.
 TOKENIZER_TRAINING_CHARACTERS = 50_000_000
-# Of a source too large to be read for its tokenizer, this many places are.
+# A source that is too large to be read for its tokenizer is sampled at so many places.
 _PLACES = 256
 
 
@@ -23,14 +24,14 @@ def is_divided(source: Source) -> bool:
 def held_out_below(
     sources: Sequence[Source], validation_fraction: float, on_bad: Callable[[BadLine], None]
 ) -> int:
-    """Returns the digest below which a document of a divided source is held out; 0 for none.
+    """Returns the digest below which a document is held out; 0 holds out no document.
 
-    That is the fraction of all digests, unless no document or every document were below it, which
-    happens to a few documents; then one document goes to the other side. Reading stops where there
-    is a document on each side: nearly at once for all but small sources.
+    The digest is the fraction of all digests. With few documents, none or all of them may be below
+    it; one document then changes sides. Reading stops as soon as there is a document on each side,
+    which is at once for all but small sources.
 
     Raises:
-      UserError: if there is a single document and no source brings validation of its own.
+      UserError: if there is a single document and no source has a validation split.
     """
     threshold = int(validation_fraction * DIGESTS)
     divided = [source for source in sources if is_divided(source)]
@@ -63,11 +64,11 @@ def tokenizer_sample(
     on_bad: Callable[[BadLine], None],
     most_characters: int = TOKENIZER_TRAINING_CHARACTERS,
 ) -> Iterator[str]:
-    """Yields training text of at most `most_characters`, from all over every source.
+    """Yields training text of at most `most_characters` characters from all parts of every source.
 
-    Each source gives by its weight, or else by its size; a source smaller than its share gives all
-    that it has. What is held out is left out. The sample does not change with the number of
-    workers.
+    Each source gives text by its weight, or else by its size. A source that is smaller than its
+    share gives all its text. Held-out documents are left out. The sample does not depend on the
+    number of workers.
     """
     pieces = [source.pieces(TRAIN) for source in sources]
     sizes = [sum(piece.size_bytes for piece in of_source) for of_source in pieces]
@@ -78,7 +79,7 @@ def tokenizer_sample(
         characters_left = int(most_characters * share / max(sum(shares), 1e-9))
         bytes_left = size if count == len(of_source) else sum(p.size_bytes for p in places)
         for piece in places:
-            # What a short piece leaves over goes to those after it.
+            # Later pieces use the characters that a short piece leaves over.
             quota = characters_left * piece.size_bytes // max(bytes_left, 1)
             bytes_left -= piece.size_bytes
             for document in source.documents(piece, on_bad):

@@ -1,8 +1,8 @@
-"""A piece of a source to a part on disk: what a worker process does, in any order, on any machine.
+"""Encodes a piece of a source into a part on disk; workers do this in any order, on any machine.
 
-A part is the documents of one piece, encoded, in the layout of a shard: `NUMBER.SPLIT.tokens`,
-`.offsets` and perhaps `.loss_mask`, and `NUMBER.json`, which is written last and says that the part
-is complete. `assembly.py` makes shards of parts.
+A part contains the encoded documents of one piece in the layout of a shard: `NUMBER.SPLIT.tokens`,
+`.offsets`, and `.loss_mask` for masked splits. `NUMBER.json` is written last and completes the
+part. `assembly.py` joins parts into shards.
 """
 
 import contextlib
@@ -44,13 +44,13 @@ Count = Callable[[Counts], None]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all pieces of one preparation share. Files lie on a disk that every worker sees."""
+    """Settings that all pieces of a preparation share; every worker sees the same disk."""
 
     sources: tuple[str, ...]
-    scratch: Path  # what sources build for themselves
+    scratch: Path  # folder for files that sources build
     tokenizer: Path
-    parts: Path  # the folder that parts are written to
-    workers_lock: Path  # which worker processes of one machine hold while they live
+    parts: Path  # folder for the parts
+    workers_lock: Path  # worker processes of a machine hold this lock while they live
     skip_bad_lines: bool
 
 
@@ -66,7 +66,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """What a part holds; `number` orders the parts of a preparation."""
+    """The contents of a part; `number` orders the parts of a preparation."""
 
     number: int
     source: int
@@ -77,7 +77,7 @@ class Part:
 
 
 class PieceEncoder:
-    """Encodes pieces of one job; a process has one, since tokenizer and sources are opened once."""
+    """Encodes the pieces of one job; each process opens the tokenizer and the sources once."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -85,11 +85,11 @@ class PieceEncoder:
         self._sources: dict[int, Source] = {}
 
     def encode(self, task: Task, count: Count) -> Part:
-        """Writes the part of `task` and returns its record; `count` hears of every batch.
+        """Writes the part of `task` and returns its record; `count` is called for every batch.
 
         Raises:
-          UserError: for a document that the tokenizer or the form of the source refuses, unless
-            bad lines are to be skipped.
+          UserError: if the tokenizer or the source refuses a document, unless bad lines are
+              skipped.
         """
         job, skipped = self._job, list[dict[str, Any]]()
         bad_lines = skipped if job.skip_bad_lines else None
@@ -144,10 +144,10 @@ def read_part(parts: Path, number: int) -> Part | None:
 
 
 def read_record(file: Path, kind: Any) -> Any:
-    """Returns a record of what an earlier start has done.
+    """Returns a record that an earlier start wrote.
 
     Raises:
-      UserError: if it is damaged.
+      UserError: if the record is damaged.
     """
     try:
         return strict_json.as_type(strict_json.read(file), kind)
@@ -159,17 +159,17 @@ def read_record(file: Path, kind: Any) -> Any:
 
 
 def record_file(parts: Path, number: int) -> Path:
-    """Returns where the record of a part is, which completes it."""
+    """Returns the path of a part's record, which completes the part."""
     return parts / f"{number:08d}.json"
 
 
 def part_file(parts: Path, number: int, split: str, suffix: str) -> Path:
-    """Returns where the array named `suffix` of a part is."""
+    """Returns the path of a part's array with this suffix."""
     return parts / f"{number:08d}.{split}.{suffix}"
 
 
 def digest(document: Document | TokenDocument) -> int:
-    """Returns 64 bits that decide whether a document is held out; equal ones stay together."""
+    """Returns the 64 bits that decide whether a document is held out."""
     if isinstance(document, TokenDocument):
         content = np.asarray(document.ids, "<i8").tobytes()
     else:
@@ -178,7 +178,7 @@ def digest(document: Document | TokenDocument) -> int:
 
 
 class _Encoded(NamedTuple):
-    """A batch of documents: ids one after the other with BOS and EOS, and what is known of each."""
+    """A batch of documents: their ids with BOS and EOS in one array, and their sizes."""
 
     documents: Sequence[Document | TokenDocument]
     ids: NDArray[Any]
@@ -192,11 +192,11 @@ def _encode(
     documents: Sequence[Document | TokenDocument],
     bad_lines: list[dict[str, Any]] | None,
 ) -> _Encoded:
-    """Encodes; a document that ids cannot hold goes to `bad_lines`, or raises if that is None."""
+    """Encodes documents; an unencodable one goes to `bad_lines`, or raises if that is None."""
     try:
         return _encode_all(tokenizer, documents)
     except ValueError:
-        # One of many: find out which, for the message or to leave it out.
+        # One of many documents failed; encode them one by one to find and report it.
         kept = []
         for document in documents:
             try:
@@ -227,7 +227,7 @@ def _encode_all(tokenizer: Tokenizer, documents: Sequence[Document | TokenDocume
 def _encoded_already(
     tokenizer: Tokenizer, documents: Sequence[Document | TokenDocument], dtype: np.dtype[Any]
 ) -> _Encoded:
-    """Puts BOS and EOS around ids that lack them; checks that they are of this vocabulary."""
+    """Adds missing BOS and EOS to ids, and checks that the ids are in the vocabulary."""
     rows, masks, text_bytes = [], [], []
     for document in documents:
         assert isinstance(document, TokenDocument), "a source gives documents of one kind"
@@ -244,7 +244,7 @@ def _encoded_already(
         before = [] if begun else [tokenizer.bos_id]
         after = [] if ended else [tokenizer.eos_id]
         rows.append(np.concatenate([before, ids, after]).astype(dtype))
-        # EOS is learned where the token before it is; BOS of a document with a mask is not.
+        # EOS is a target if the token before it is one; BOS of a masked document is not a target.
         first = [0 if given is not None else 1] if before else []
         last = list(mask[-1:] if len(mask) else [1]) if after else []
         masks.append(np.concatenate([first, mask, last]).astype(np.uint8))
@@ -262,7 +262,7 @@ def _encoded_already(
 def _write(
     writers: Mapping[str, "_PartWriter"], encoded: _Encoded, task: Task, count: Count
 ) -> None:
-    """Writes each document to the split it belongs to."""
+    """Writes each document to its split."""
     if not len(encoded.documents):
         return
     if task.held_out:
@@ -294,7 +294,7 @@ def _write(
 
 
 class _PartWriter:
-    """Writes one split of a part; its files take their names in `complete`."""
+    """Writes one split of a part; `complete` gives its files their names."""
 
     def __init__(self, parts: Path, number: int, split: str, tokenizer: Tokenizer) -> None:
         self.counts = Counts()
@@ -336,7 +336,8 @@ class _PartWriter:
 
     def _file(self, suffix: str) -> rundir.WholeFile:
         if suffix not in self._files:
-            # A worker of a killed start may still write the same part, under a name of its own.
+            # A worker of a killed start may still write the same part, so its temporary name
+            # differs.
             file = rundir.WholeFile(self._final(suffix))
             self._files[suffix] = self._exits.enter_context(file)
         return self._files[suffix]

@@ -1,12 +1,11 @@
-"""Sources to token shards, by any number of processes, in memory that does not grow with them.
+"""Turns sources into token shards in any number of processes, with bounded memory.
 
-Pieces of the sources are encoded into parts (`parts.py`, by the processes of `workers.py` or by
-Beam), and parts are joined into shards (`assembly.py`). Which document goes where depends on the
-documents alone, so equal sources and settings give equal files, byte for byte, whatever the number
-of workers.
+Pieces of the sources are encoded into parts (`parts.py`), by the processes of `workers.py` or by
+Beam. `assembly.py` joins the parts into shards. The place of a document depends on the documents
+alone, so equal sources and settings give equal bytes for any number of workers.
 
-All of it happens in a folder beside the output, `.NAME.preparing`, that takes the output's place at
-the end. A start that was killed leaves it behind, and the next one goes on from its parts.
+The work happens in the folder `.NAME.preparing` beside the output, which is renamed at the end. A
+killed start leaves this folder behind, and the next start continues with its parts.
 """
 
 import contextlib
@@ -40,13 +39,13 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
 
 SHARD_TOKENS = 64_000_000
-# Past this many, the sources are not what they were said to be.
+# With so many bad lines, the sources probably have another format than the user said.
 MOST_BAD_LINES = 10_000
 
 BadLinePolicy = Literal["stop", "skip"]
 Runner = Literal["local", "beam"]
 
-# Two pieces' worth: less is encoded before a second process has started.
+# Two pieces: a smaller source is encoded before a second process has started.
 _TOO_SMALL_TO_SHARE_BYTES = 16_000_000
 _LOGGER = logging.getLogger(__name__)
 
@@ -66,23 +65,23 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     report: Callable[[str], None] = _LOGGER.info,
 ) -> Manifest:
-    """Writes the documents of `sources`, one source after the other, as token shards to `output`.
+    """Writes the documents of `sources`, one source after another, as token shards to `output`.
 
-    Give `tokenizer`, a file to use, or `vocab_size`, to train one on the training documents. Of
-    sources without a validation split of their own, about `validation_fraction` of the documents is
-    held out, chosen by a hash of their content; at least one, unless the fraction is 0. `weights`,
-    one per source, make training draw from the sources in these proportions instead of as much as
-    there is of each. `workers` are processes, all cores by default; with `runner` "beam", Apache
-    Beam runs them as `beam_options` say, and they see `output` on a shared disk.
+    Give `tokenizer` to use an existing file, or `vocab_size` to train a tokenizer on the training
+    documents. Sources without a validation split hold out about `validation_fraction` of their
+    documents, chosen by a hash of the content; at least one document, unless the fraction is 0.
+    With `weights`, one per source, training draws from the sources in these proportions. `workers`
+    is a number of processes, by default all cores. With `runner` "beam", Apache Beam runs the
+    workers with `beam_options`, and all workers see `output` on a shared disk.
 
-    `output` appears when it is complete. If it is complete already and was made with the same
-    settings from the same documents, it stays as it is; if an earlier start was interrupted, this
-    one goes on. `report` gets lines for the user.
+    `output` appears when it is complete. A complete output with the same settings and documents
+    stays unchanged. An interrupted start is continued. `report` gets lines for the user.
 
     Raises:
-      UserError: for a bad setting, sources without text, a document that cannot be taken, or an
-        `output` that holds something else.
-      MissingFileError: for a missing tokenizer file, or a pattern that matches nothing.
+      UserError: if a setting is bad, a source has no text, a document is refused, or `output`
+          contains
+        something else.
+      MissingFileError: if the tokenizer file is missing, or a pattern matches nothing.
     """
     _check_settings(
         sources, weights, tokenizer, vocab_size, validation_fraction, on_bad_line, workers, runner
@@ -100,7 +99,7 @@ def prepare(
     }
     if made := _complete_output(output, settings):
         report(f"{output} is complete already, made with the same settings; nothing to do.")
-        shutil.rmtree(work, ignore_errors=True)  # of a start killed in its last moment
+        shutil.rmtree(work, ignore_errors=True)  # an earlier start was killed at its last moment
         return made
     with working_folder(work, settings, report):
         preparation = _Preparation(
@@ -147,9 +146,9 @@ class _Preparation:
     def plan(
         self, given: Tokenizer | None, vocab_size: int | None, validation_fraction: float
     ) -> tuple[Tokenizer, list[Task]]:
-        """Returns the tokenizer, in the output already, and all pieces in their order.
+        """Returns the tokenizer, which is already in the output, and all pieces in order.
 
-        Both are the same at every start. A tokenizer that an earlier start has trained is used.
+        Both are the same at every start. A tokenizer that an earlier start trained is used again.
         """
         on_bad: Callable[[BadLine], None] = (lambda _: None) if self.skip_bad_lines else stop
         held_out = held_out_below(self.sources, validation_fraction, on_bad)
@@ -177,7 +176,7 @@ class _Preparation:
         return load_tokenizer(copy), tasks
 
     def _check_pieces(self, tasks: Sequence[Task]) -> None:
-        """Parts are found again by number, so the pieces must be those of the earlier start."""
+        """Parts are found by number, so the pieces must be the pieces of the earlier start."""
         file = self.work / "pieces.sha256"
         found = hashlib.sha256(repr(tasks).encode()).hexdigest()
         if not file.is_file():
@@ -189,7 +188,7 @@ class _Preparation:
             )
 
     def job(self, tokenizer: Tokenizer) -> Job:
-        """Returns what worker processes need to know."""
+        """Returns the settings for worker processes."""
         return Job(
             sources=tuple(source.spec for source in self.sources),
             scratch=self.work / "sources",
@@ -202,7 +201,7 @@ class _Preparation:
     def encode(
         self, tokenizer: Tokenizer, tasks: Sequence[Task], workers: int | None
     ) -> Generator[Part, None, None]:
-        """Yields all parts in order: those of earlier starts, and those encoded now."""
+        """Yields all parts in order, from earlier starts and from this start."""
         job = self.job(tokenizer)
         done = {t.number: p for t in tasks if (p := read_part(job.parts, t.number)) is not None}
         left = [task for task in tasks if task.number not in done]
@@ -221,7 +220,7 @@ class _Preparation:
     def encode_on_beam(
         self, tokenizer: Tokenizer, tasks: Sequence[Task], options: Sequence[str]
     ) -> Generator[Part, None, None]:
-        """Yields all parts in order, their shards assembled already."""
+        """Yields all parts in order, after Beam has assembled their shards."""
         from mobilellm_jax.data.preparation import beam_runner
 
         return beam_runner.encode_and_assemble(
@@ -234,7 +233,7 @@ class _Preparation:
         )
 
     def finish(self, tokenizer: Tokenizer, parts: Generator[Part, None, None]) -> Manifest:
-        """Joins parts into shards as they come, names the shards and writes the manifest."""
+        """Joins parts into shards as they arrive, names the shards and writes the manifest."""
         totals = [_SourceTotal() for _ in self.sources]
         joiner = assembly.Joiner(
             self.work, shards.token_dtype(tokenizer.vocab_size), self.shard_tokens
@@ -296,7 +295,7 @@ class _Preparation:
 
 
 class _SourceTotal:
-    """What the parts of one source add up to."""
+    """The totals of the parts of one source."""
 
     def __init__(self) -> None:
         self.splits = {TRAIN: Counts(), VALIDATION: Counts()}
@@ -356,7 +355,7 @@ def _check_settings(
 
 
 def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | None:
-    """Returns the manifest of an `output` to be kept, or None if there is nothing in the way."""
+    """Returns the manifest of a complete `output`, or None if `output` is free."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / shards.MANIFEST).is_file():

@@ -1,4 +1,4 @@
-"""Encodes pieces in parallel processes and hands the parts back in order."""
+"""Encodes pieces in parallel processes and returns the parts in order."""
 
 import collections
 import multiprocessing
@@ -21,11 +21,11 @@ from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
 _POLL_SEC = 0.5
 _LOG_EVERY_SEC = 30.0
-# Pieces waiting per worker: enough that none idles, few enough that a failure is noticed soon.
+# Pieces that wait per worker: enough to keep workers busy, few enough to notice a failure soon.
 _AHEAD = 3
 _LEFTOVER_WAIT_SEC = 30.0
 
-# Of a worker process, set when it starts.
+# State of a worker process, set when it starts.
 _alive: FileLock
 _encoder: PieceEncoder
 _shared_counts: Any
@@ -39,12 +39,12 @@ def available_cores() -> int:
 
 
 def wait_for_workers(lock: Path) -> None:
-    """Returns when no worker of an earlier start is left that could still write.
+    """Waits until no worker of an earlier start can still write.
 
-    A worker whose parent was killed ends by itself, a moment later.
+    A worker whose parent was killed ends by itself shortly afterwards.
 
     Raises:
-      RuntimeError: if one does not.
+      RuntimeError: if a worker does not end.
     """
     deadline = time.monotonic() + _LEFTOVER_WAIT_SEC
     while True:
@@ -68,13 +68,13 @@ def encode_pieces(
     done_bytes: int,
     report: Callable[[str], None],
 ) -> Generator[Part, None, None]:
-    """Yields the parts of `tasks` in their order, encoded by `workers` processes.
+    """Yields the parts of `tasks` in order, encoded by `workers` processes.
 
-    `done_bytes` of the sources were encoded by an earlier start; the progress begins there. With
-    one worker, no process is started.
+    An earlier start encoded `done_bytes` of the sources, and the progress starts there. With one
+    worker, no process is started.
 
     Raises:
-      ValueError: as `PieceEncoder.encode`.
+      UserError: as for `PieceEncoder.encode`.
       RuntimeError: if a worker process was killed.
     """
     total = done_bytes + sum(task.piece.size_bytes for task in tasks)
@@ -107,7 +107,7 @@ def _encode_here(
 def _encode_in_processes(
     job: Job, tasks: Sequence[Task], workers: int, progress: "_Progress"
 ) -> Generator[Part, None, None]:
-    # Not forked: libraries of this process may have threads, whose locks a fork would copy.
+    # The workers are not forked, because a fork would copy the locks of this process's threads.
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", 3)
     pool = ProcessPoolExecutor(
@@ -142,24 +142,25 @@ def _result(job: Job, task: Task, future: "Future[Part]") -> Part:
             "stay: start the same command again, with fewer --workers if memory was short."
         ) from error
     except (ValueError, OSError):
-        # Done again here, so that the error has its own traceback, which says whose mistake it is,
-        # and so that a disk or a network that failed once gets a second chance.
+        # The parent encodes the piece again. The error then has its own traceback, and a disk or a
+        # network that failed once gets a second chance.
         return PieceEncoder(job).encode(task, lambda _: None)
 
 
 def _start_worker(job: Job, counts: Any) -> None:
     global _alive, _encoder, _shared_counts
-    # Ctrl-C reaches the whole group; the parent ends the workers.
+    # Ctrl-C reaches all processes of the group; the parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Held as long as this process lives: the next start waits for it (`wait_for_workers`).
+    # The process holds this lock while it lives, and the next start waits for it
+    # (`wait_for_workers`).
     _alive = FileLock(job.workers_lock, shared=True, wait=True)
     _shared_counts = counts
     _encoder = PieceEncoder(job)
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """Ends this worker when its parent dies; otherwise it would wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "only a worker process runs this"
     parent.join()
@@ -183,7 +184,7 @@ def _as_counts(shared: Any) -> Counts:
 
 
 class _Progress:
-    """Bytes of the sources, documents/s and tokens/s: a bar on a terminal, now and then a line."""
+    """Shows bytes of the sources, documents/s and tokens/s, as a bar on a terminal or as lines."""
 
     def __init__(self, total: int, done: int, report: Callable[[str], None]) -> None:
         self._report = report
@@ -225,7 +226,7 @@ class _Progress:
         self._report(f"Encoded {share:.1%} of the sources; {rates}; {left} minutes left.")
 
     def finished(self, task: Task, counted: Counts) -> None:
-        """Counts the bytes of a piece."""
+        """Counts the bytes of a finished piece."""
         self._done += task.piece.size_bytes
         self._bar.update(task.piece.size_bytes)
         self.show(counted)

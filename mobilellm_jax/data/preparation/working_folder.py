@@ -1,4 +1,4 @@
-"""The folder beside the output where `prepare` works: whose it is, and what it goes on from."""
+"""The folder beside the output in which `prepare` works: its owner, and its state."""
 
 import contextlib
 import json
@@ -25,12 +25,12 @@ _LOCK = "lock"
 def working_folder(
     work: Path, settings: Mapping[str, Any], report: Callable[[str], None]
 ) -> Iterator[None]:
-    """Makes or takes over the working folder, for this process alone.
+    """Creates or takes over the working folder for this process alone.
 
-    After an error it stays for the next start to go on with, if any part is complete.
+    After an error, the folder stays for the next start if any part is complete.
 
     Raises:
-      UserError: if another process is at work there, or settings differ from those it began with.
+      UserError: if another process works there, or its settings differ.
     """
     work.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
@@ -67,9 +67,10 @@ def working_folder(
 
 
 def settings_difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Returns which settings differ in a way that matters to what was made, as text.
+    """Returns the settings that differ in a way that changes the result, as text.
 
-    What was made without skipping is what skipping would have made: there was nothing to skip.
+    A start that stopped at bad lines has skipped none, so a start that skips bad lines may continue
+    it.
     """
     return "; ".join(
         f"{key}: there {there.get(key)!r}, asked for {value!r}"
@@ -85,7 +86,7 @@ def _has_parts(work: Path) -> bool:
 
 
 def _empty(work: Path) -> None:
-    """Deletes everything but the locks."""
+    """Deletes everything except the locks."""
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -95,7 +96,7 @@ def _empty(work: Path) -> None:
 
 
 def _remove_unfinished(work: Path) -> None:
-    """Deletes files that had not got their names when an earlier start was killed."""
+    """Deletes temporary files that a killed start left behind."""
     for folder in ("parts", "shards", "output"):
         for file in (work / folder).glob(".*"):
             file.unlink()
