@@ -6,6 +6,7 @@ test that needs none does not pay for it, and the subprocesses of tests inherit 
 
 import atexit
 import ipaddress
+import logging
 import os
 import shutil
 import socket
@@ -56,6 +57,12 @@ def _is_local(host: Any) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@pytest.fixture(autouse=True)
+def _caplog_sees_messages() -> None:
+    """Undoes a `show_messages` of an earlier test, which hides messages from pytest's caplog."""
+    logging.getLogger("mobilellm_jax").propagate = True
 
 
 @pytest.fixture(autouse=True)

@@ -27,5 +27,6 @@ def show_messages() -> None:
     """Sends the messages of this package, from INFO on, to standard error."""
     logger = logging.getLogger("mobilellm_jax")
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library may add a handler to the root logger, and repeat each line
     if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
         logger.addHandler(_StandardError())
