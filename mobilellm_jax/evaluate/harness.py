@@ -1,11 +1,10 @@
 """Our model in the interface of lm-evaluation-harness (Gao et al.; the `eval` extra).
 
-The harness asks with strings. The model reads the token ids that the harness' own `hf` model would
-make of them: BOS stands before a text if the tokenizer's other users put it there, trailing spaces
-of a context move to the continuation, context and continuation are encoded together to find the
-border between them, and only the end of a text that is too long is read. `scoring.py` computes
-scores from prefix trees, and cached decoding writes texts. `journal.py` keeps the answers, so that
-nothing is asked twice.
+The harness asks with strings, and our model reads the same token ids as the harness' `hf` model. A
+text begins with BOS if other programs put BOS there for this tokenizer. Trailing spaces of a context
+move to the continuation. Context and continuation are encoded together to find the border between
+them. A text that is too long loses its beginning. `scoring.py` computes scores from prefix trees,
+cached decoding writes texts, and `journal.py` keeps the answers.
 """
 
 import collections

@@ -254,12 +254,12 @@ def _git_commit() -> str | None:
     return described.stdout.strip() or None
 
 
-# The only names of lm_eval that we replace. Version 0.4.13 has no setting for either of them:
-# - The bar of Task.build_all_requests also appears in files; it has no `disable`. See
+# We replace only these two names of lm_eval, because version 0.4.13 has no settings for them.
+# - Task.build_all_requests shows a bar even if the output is a file. See
 #   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/api/task.py#L332
 # - get_git_commit_hash lets git write to stderr. See
 #   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/loggers/utils.py#L93
-# Remove an entry when the harness can hide the bar or captures git's stderr.
+# Remove an entry when the harness can hide the bar, or when it captures the stderr of git.
 _REPLACED = (
     (lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=None)),
     (evaluator, "get_git_commit_hash", _git_commit),

@@ -113,7 +113,7 @@ MOBILELLM_SCORES = {
 ABLATION_TOKENS = 250_000_000_000
 """Tokens of training in the ablations; they are 120,000 of the paper's steps."""
 _TRILLION = 1_000_000_000_000  # tokens of training of the published models
-_BLOCKS_AND_WIDTH = {"125M": (8, 896), "350M": (15, 1280)}  # of Tables 2, 13 and 14
+_BLOCKS_AND_WIDTH = {"125M": (8, 896), "350M": (15, 1280)}  # in Tables 2, 13 and 14
 
 # In the tables below, the last string holds the scores in the order of TASKS and QA_TASKS.
 
