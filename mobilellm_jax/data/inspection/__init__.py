@@ -1,1 +1,1 @@
-"""What a folder of token shards holds, for the eyes of a person."""
+"""Shows a person the contents of a folder of token shards."""

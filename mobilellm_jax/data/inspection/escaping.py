@@ -1,4 +1,4 @@
-"""Text as it may safely be shown: nothing in it moves the cursor or turns the writing around."""
+"""Escapes text for a terminal, so that nothing in it moves the cursor or reverses the writing."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -7,10 +7,10 @@ _NEWLINE = r"\n"
 
 
 def escaped(text: str, also: str = "") -> Iterator[str]:
-    r"""Yields the characters of `text`, some as Python writes them: \n, \x1b, \u202e, and \\.
+    r"""Yields the characters of `text`, some of them escaped as Python does: \n, \x1b, \u202e, \\.
 
-    Escaped are control and format characters, separators other than the space, what has no meaning
-    yet, the backslash, and the characters of `also`.
+    Escaped are control and format characters, separators except the space, unassigned characters,
+    the backslash, and the characters of `also`.
     """
     for character in text:
         if character == "\\" or character in also or not character.isprintable():
@@ -22,7 +22,7 @@ def escaped(text: str, also: str = "") -> Iterator[str]:
 def wrapped(parts: Iterable[str], columns: int) -> Iterator[str]:
     """Yields the parts in lines of at most `columns`; a line also ends after an escaped newline.
 
-    No part is cut in two.
+    No part is divided.
     """
     line, width = "", 0
     for part in parts:
@@ -39,7 +39,7 @@ def wrapped(parts: Iterable[str], columns: int) -> Iterator[str]:
 
 
 def _columns(character: str) -> int:
-    """Returns how many columns a terminal gives a character; for joined emoji an upper bound."""
+    """Returns a character's columns on a terminal; for joined emoji, an upper bound."""
     if unicodedata.category(character) in ("Mn", "Me"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1

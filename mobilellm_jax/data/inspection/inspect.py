@@ -1,6 +1,6 @@
-"""What is in a folder of token shards, checked and counted: the text of `mobilellm inspect`.
+"""Checks and counts a folder of token shards; this is the text of `mobilellm inspect`.
 
-Documents and bytes of text are the manifest's; tokens, lengths and shares are counted anew.
+Documents and bytes of text come from the manifest. Tokens, lengths and shares are counted again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,8 +30,8 @@ def inspect(
     `report` gets the lines for the user.
 
     Raises:
-      FileNotFoundError: for a missing folder or file.
-      ValueError: for a damaged file, which is named, or if there is no window to show.
+      MissingFileError: if a folder or file is missing.
+      UserError: if a file is damaged, or there is no window to show.
     """
     mixture = open_mixture(data.path)
     tokenizer = load_tokenizer(mixture.tokenizer)
@@ -49,7 +49,7 @@ def inspect(
 
 
 def count_sources(dataset: Dataset) -> Mapping[str, Sequence[TokenCounts]]:
-    """Returns by split what each source gave, in one pass over the tokens."""
+    """Returns the result of each source by split, in one pass over the tokens."""
     manifest = dataset.manifest
     total = sum(split.tokens for split in manifest.splits.values())
     counts: dict[str, list[TokenCounts]] = {}
@@ -124,7 +124,7 @@ def _row(name: str, counts: Counts, found: TokenCounts, tokenizer: Tokenizer) ->
 
 
 def _share(found: TokenCounts, ids: Sequence[int]) -> str:
-    """Returns how many of the tokens have one of `ids`; "-" if there are no such ids."""
+    """Returns how many of the tokens have one of `ids`, or "-" if there are no such ids."""
     return f"{found.of_id[list(ids)].sum() / max(1, found.tokens):.2%}" if ids else "-"
 
 
@@ -137,7 +137,7 @@ def _length_lines(lengths: Lengths) -> Iterator[str]:
     )
     most = max((documents for _, documents in bins), default=1)
     for low, documents in bins:
-        # A bin that is not empty gets a bar that can be seen.
+        # A bin that is not empty gets a visible bar.
         bar = "█" * -(-documents * _BAR_COLUMNS // most)
         yield f"  {low:>13,} to {2 * low - 1:<13,}{documents:>13,}  {bar}".rstrip()
 

@@ -1,4 +1,4 @@
-"""What is in a token stream, counted in one pass: how often each id, how long the documents."""
+"""Counts the ids and the document lengths of a token stream in one pass."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from mobilellm_jax.data.token_stream import TokenStream
 from mobilellm_jax.errors import UserError
 
-# Tokens counted together: a few arrays of 8 bytes each are what it takes.
+# Number of tokens that are counted together; this takes a few arrays of 8 bytes per token.
 _CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """How many documents there are of each length in tokens, lengths ascending."""
+    """The number of documents of each length in tokens, with ascending lengths."""
 
     lengths: NDArray[np.int64]
     documents: NDArray[np.int64]
@@ -33,7 +33,7 @@ class Lengths:
 
     @property
     def median(self) -> float:
-        """The middle length, of an even number of documents the mean of the middle two."""
+        """The median length; for an even count, the mean of the two middle lengths."""
         upto = np.cumsum(self.documents)
         if not len(upto):
             return 0.0
@@ -44,14 +44,14 @@ class Lengths:
         """Returns (2^k, documents of 2^k to 2^(k+1) - 1 tokens), from the first k to the last."""
         if not len(self.lengths):
             return []
-        exponents = np.frexp(self.lengths.astype(np.float64))[1] - 1  # exact: no logarithm
+        exponents = np.frexp(self.lengths.astype(np.float64))[1] - 1  # exact, unlike a logarithm
         counts = np.bincount(exponents, self.documents)
         return [(1 << k, int(counts[k])) for k in range(int(exponents[0]), len(counts))]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """How often each id occurs (`of_id` has a place for every id), and the documents' lengths."""
+    """How often each id occurs (`of_id` has an entry per id), and the lengths of documents."""
 
     of_id: NDArray[np.int64]
     lengths: Lengths
@@ -61,7 +61,7 @@ class TokenCounts:
 
     @property
     def tokens(self) -> int:
-        """All of them, BOS and EOS included."""
+        """All tokens, with BOS and EOS."""
         return int(self.of_id.sum())
 
 
@@ -74,13 +74,13 @@ def no_tokens(vocab_size: int) -> TokenCounts:
 def count_tokens(
     stream: TokenStream, vocab_size: int, progress: Callable[[int], object]
 ) -> TokenCounts:
-    """Reads the stream once, in little memory; `progress` is told how many tokens were counted.
+    """Reads the stream once in bounded memory; `progress` gets the number of counted tokens.
 
     Raises:
       UserError: if an id is not below `vocab_size`.
     """
     counts = no_tokens(vocab_size)
-    document = 0  # where the one that is being read started
+    document = 0  # start of the current document
     for start in range(0, stream.tokens, _CHUNK):
         stop = min(start + _CHUNK, stream.tokens)
         of_id = np.bincount(stream.read(start, stop), minlength=vocab_size)

@@ -1,4 +1,4 @@
-"""Windows as text: what a model is shown in training, decoded, with its documents' borders."""
+"""Shows windows as text: the decoded input of training, with the borders of documents."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ LEGEND = (
 
 _OUR_MARKS = "⟨⟩⟦⟧"
 _INDENT = "  "
-# Decoded before what is cut out of a document, whose first space a tokenizer would else leave out.
+# These tokens are decoded before a cut document, because a tokenizer would drop its first space.
 _CONTEXT = "a"
 
 
@@ -34,14 +34,14 @@ def window_lines(
 ) -> Iterator[str]:
     """Yields lines that show `count` windows of training with this `data.seed`.
 
-    They are those of the samples from `first_sample` on, which of step s are (s - 1) *
-    `train.global_batch` and the following.
+    The windows are the samples from `first_sample` on. Step s trains on `train.global_batch`
+    samples from (s - 1) * `train.global_batch` on.
 
-    A document is headed by its positions; under `document_mask` they start from 0 in each. Whether
-    a window's first token is a target is the window before's business, and is not shown.
+    A line with positions starts each document. Under `document_mask`, positions start from 0 in
+    each document. The lines do not show whether the first token of a window is a target.
     """
     batch = _windows(mixture, data, first_sample, count)
-    # Its segments tell the documents apart, whether or not the model is told.
+    # The segments separate the documents, also if the model does not read them.
     apart = dataclasses.replace(data, boundaries="document_mask")
     masked = _windows(mixture, apart, first_sample, count)
     component_B, _ = mixture.place(first_sample + np.arange(count), data.seed)
@@ -72,7 +72,7 @@ def _windows(mixture: Mixture, data: DataConfig, first_sample: int, count: int) 
 
 
 def _documents(segments_T: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
-    """Yields where each document starts and stops in a window."""
+    """Yields the start and the stop of each document in a window."""
     borders = np.flatnonzero(np.diff(segments_T, prepend=0, append=0)).tolist()
     return itertools.pairwise(borders)
 
@@ -85,7 +85,7 @@ def _heading(tokens: list[int], first: int, tokenizer: Tokenizer, columns: int) 
 
 
 def _shown(tokens: list[int], is_target: NDArray[np.bool_], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yields a document's part in a window, in parts that no line may cut."""
+    """Yields a document's part of a window in parts that a line must not divide."""
     special = {tokenizer.bos_id: "⟨BOS⟩", tokenizer.eos_id: "⟨EOS⟩"}
     context = [] if tokens[0] in special else tokenizer.encode(_CONTEXT)
     text = tokenizer.decode(context)
@@ -99,7 +99,7 @@ def _shown(tokens: list[int], is_target: NDArray[np.bool_], tokenizer: Tokenizer
                 at += 1
                 continue
             end = next((i for i in range(at, stop) if tokens[i] in special), stop)
-            # Decoded with all that comes before: how a piece reads depends on it.
+            # The text before is decoded too, because the reading of a piece depends on it.
             longer = tokenizer.decode([*context, *tokens[:end]])
             yield from escaped(longer[_common_prefix(text, longer) :], _OUR_MARKS)
             text, at = longer, end

@@ -1,24 +1,24 @@
-"""Compressed files as the bytes that were compressed, a chunk at a time."""
+"""Yields the contents of compressed files in chunks."""
 
 import io
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Protocol
 
-# What a chunk decompresses to is in memory at once. gzip can make 1,032 bytes of one, zstd 128 kB
-# of four: a few dozen megabytes either way.
+# A chunk is decompressed in memory at once. gzip can expand one byte to 1,032 bytes, and zstd can
+# expand four bytes to 128 kB. Both give a few dozen megabytes at most.
 _CHUNK_BYTES = {True: 1 << 15, False: 1 << 10}
 _GZIP = 16 + zlib.MAX_WBITS
-# `zstd --long=31`, with which the largest corpora are compressed; it costs memory only there.
+# The largest corpora are compressed with `zstd --long=31`. Only such files need the memory.
 _ZSTD_WINDOW_BYTES = 1 << 31
 
 
 class DamageError(Exception):
-    """Compressed data end too early, or are no such data."""
+    """Compressed data end too early, or are damaged."""
 
 
 class _Decompressor(Protocol):
-    """Of one gzip member or one zstd frame."""
+    """Decompresses one gzip member or one zstd frame."""
 
     @property
     def eof(self) -> bool: ...
@@ -28,7 +28,7 @@ class _Decompressor(Protocol):
 
 
 class ChunkedFile(io.RawIOBase):
-    """ChunkedFile of bytes as a file, for a buffer to find lines in."""
+    """A file object over chunks of bytes, so that a buffer can find lines in them."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -50,14 +50,15 @@ class ChunkedFile(io.RawIOBase):
 
 
 def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yields the text of all gzip members or zstd frames, one after the other.
+    """Yields the contents of all gzip members or zstd frames, one after another.
 
     Args:
-      file: of the compressed bytes.
-      path: its name; one in .gz is gzip's, another zstd's.
+      file: file with the compressed bytes.
+      path: name of the file; a name in .gz means gzip, and any other name means zstd.
 
     Raises:
-      DamageError: in the place where it is damaged or ends too early, after what lies before it.
+      DamageError: where the data are damaged or end too early, after the contents before that
+          place.
     """
     gzip = path.endswith(".gz")
     if gzip:
@@ -77,7 +78,7 @@ def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
     while chunk := file.read(_CHUNK_BYTES[gzip]):
         while chunk:
             if gzip and any_before and not begun:
-                chunk = chunk.lstrip(b"\0")  # tapes and some tools fill up with zeros
+                chunk = chunk.lstrip(b"\0")  # tapes and some tools append zeros
                 if not chunk:
                     break
             begun = True

@@ -1,4 +1,4 @@
-"""Files of a corpus, here or behind a URL: found, opened, read by lines, divided into pieces."""
+"""Finds, opens and reads the files of a corpus, on this machine or behind a URL."""
 
 import contextlib
 import glob
@@ -18,18 +18,18 @@ COMPRESSED = (".gz", ".zst")
 
 _BUFFER_BYTES = 1 << 20
 DOCUMENT_BYTES = 1 << 28
-"""Of a line, and of a compressed file that is one document: a few kilobytes can become terabytes.
+"""Largest line, and largest compressed file that is one document, in bytes.
 
-Tokenising a tenth of it takes gigabytes already.
+A few kilobytes can expand to terabytes. Tokenizing a tenth of this size already takes gigabytes.
 """
-# In what fsspec tells of a file: whatever changes when it is written again. Which of these there
-# are depends on the store.
+# Fields of fsspec's file information that change when a file is written again. The store decides
+# which of them exist.
 _STAMPS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as it was when it was found; `stamp` changes when it is written again."""
+    """A file as it was found; `stamp` changes when the file is written again."""
 
     path: str
     size_bytes: int
@@ -37,7 +37,7 @@ class File:
 
 
 class Part(NamedTuple):
-    """What one file adds to a piece: `where`, with so much text, in so much of the file."""
+    """The share of a file in a piece: `where`, the bytes of text, and the bytes of the file."""
 
     where: tuple[Any, ...]
     text_bytes: int
@@ -45,17 +45,17 @@ class Part(NamedTuple):
 
 
 def find(spec: str, pattern: str) -> list[File]:
-    """Returns the files that match, by path; folders and, of local ones, hidden files do not count.
+    """Returns the files that match, ordered by path, without folders and hidden local files.
 
     Raises:
-      MissingFileError: if there is none.
-      UserError: for a URL that fsspec cannot open.
+      MissingFileError: if no file matches.
+      UserError: if fsspec cannot open the URL.
     """
     if "://" in pattern:
         filesystem, path = _filesystem(pattern, f"source={spec!r}")
         try:
             found = filesystem.glob(path, detail=True)
-        except FileNotFoundError:  # some stores say so of a folder or bucket
+        except FileNotFoundError:  # some stores return this for a folder or a bucket
             found = {}
         files = [
             File(filesystem.unstrip_protocol(name), _size(spec, name, info), _stamp(info))
@@ -87,7 +87,7 @@ def identity(kind: str, files: list[File]) -> str:
 
 
 def pack(spec: str, parts: Iterable[Part]) -> list[Piece]:
-    """Returns pieces of `parts` in order, as many in one as stay within `sources.PIECE_BYTES`."""
+    """Returns pieces of `parts` in order; a piece holds about `PIECE_BYTES` of text."""
     pieces: list[Piece] = []
     held: list[Part] = []
 
@@ -109,7 +109,7 @@ def pack(spec: str, parts: Iterable[Part]) -> list[Piece]:
 
 
 def cuts(total: int, count: int) -> Iterator[tuple[int, int]]:
-    """Yields `count` nearly equal ranges (start, stop), from 0 to `total` without gaps."""
+    """Yields `count` nearly equal ranges (start, stop) that cover 0 to `total` without gaps."""
     for i in range(count):
         yield i * total // count, (i + 1) * total // count
 
@@ -119,7 +119,7 @@ def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
     """Opens the stored bytes of a file, buffered.
 
     Raises:
-      UserError: if it has no longer `size_bytes`.
+      UserError: if the file no longer has `size_bytes`.
     """
     if "://" in path:
         filesystem, inner = _filesystem(path, path)
@@ -141,7 +141,8 @@ def contents(path: str, size_bytes: int) -> bytes:
     """Returns the whole file, decompressed.
 
     Raises:
-      BadLineError: if it is compressed and cut off or damaged, or is too long for a document.
+      BadLineError: if a compressed file is truncated or damaged, or the file is too long for a
+          document.
     """
     with opened(path, size_bytes) as file:
         if not path.endswith(COMPRESSED):
@@ -164,10 +165,10 @@ def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[i
     r"""Yields (offset, line) for the lines that start in [start, stop), with their "\n".
 
     The last line of a file may lack it. A compressed file is yielded whole, with offsets in the
-    decompressed text. Memory holds a line, not the file.
+    decompressed text. Memory holds one line, and not the file.
 
     Raises:
-      BadLineError: if the file is compressed and cut off or damaged, or a line is too long.
+      BadLineError: if a compressed file is truncated or damaged, or a line is too long.
     """
     with opened(path, size_bytes) as file:
         if path.endswith(COMPRESSED):
@@ -175,7 +176,7 @@ def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[i
             return
         offset = start
         if start:
-            # The line of the byte before belongs to an earlier piece, all of it.
+            # The line that contains the byte before `start` belongs to an earlier piece.
             file.seek(start - 1)
             offset -= 1
             while True:
@@ -196,7 +197,7 @@ def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[i
 
 
 class LineNumbers:
-    """Counts the lines before an offset, in each file from where it counted last."""
+    """Counts the lines before an offset; in each file, it continues from its last count."""
 
     def __init__(self) -> None:
         self._counted: dict[str, tuple[int, int]] = {}

@@ -1,4 +1,4 @@
-"""Sources of plain files: `text`, a document each, and files of lines, `jsonl` and `tokens`."""
+"""Sources of plain files: `text` has a document per file, `jsonl` and `tokens` one per line."""
 
 import abc
 import functools
@@ -34,7 +34,7 @@ _JSON_TYPES = {
 
 
 class _Fault(Exception):  # noqa: N818  # never leaves this file
-    """Why bytes are no document, and at which of them that shows."""
+    """Bytes that are not a document, with the reason and the position of the fault."""
 
     def __init__(self, reason: str, at: int = 0) -> None:
         super().__init__(reason)
@@ -61,7 +61,7 @@ class _FileSource(Source):
 
     @abc.abstractmethod
     def _parts(self, file: files.File) -> Iterator[files.Part]:
-        """Yields the file, or the ranges of it that may be read apart."""
+        """Yields the file, or the ranges of it that can be read separately."""
 
     @functools.cached_property
     def _files(self) -> list[files.File]:
@@ -71,8 +71,8 @@ class _FileSource(Source):
 class TextSource(_FileSource):
     """Every file is a document, in the order of the paths, byte for byte.
 
-    Nothing would part a file into documents, so one of any size is held in memory whole. A byte
-    order mark stays in the text, as do the file's line ends: decoding tokens gives back the file.
+    Nothing divides a file into documents, so memory holds a whole file. The text keeps a byte order
+    mark and the file's line ends, so decoding the tokens gives the file again.
     """
 
     def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document]:
@@ -91,11 +91,11 @@ class TextSource(_FileSource):
 
 
 class _LineSource(_FileSource):
-    """Every line of a file is a document, in order; lines of white space alone are none.
+    """Every line of a file is a document, in order; blank lines are skipped.
 
-    A plain file is divided at line borders: a line belongs to the piece in which it starts. A
-    compressed one cannot be read from its middle and is never divided. A byte order mark at the
-    start of a file is no part of its first line.
+    A plain file is divided between lines, and a line belongs to the piece in which it starts. A
+    compressed file is never divided, because it can only be read from its start. A byte order mark
+    at the start of a file is not part of the first line.
     """
 
     def __init__(self, spec: str, pattern: str) -> None:
@@ -113,7 +113,8 @@ class _LineSource(_FileSource):
                 try:
                     document = self._document(f"{path}, byte {offset}", line)
                 except _Fault as fault:
-                    # Only now: for its number, all lines before it are counted.
+                    # The line number is computed only here, because all earlier lines must be
+                    # counted.
                     number = index + 1 if not start else self._numbers.at(path, size, offset)
                     on_bad(BadLine(path, number, offset + fault.at, fault.reason))
                     continue
@@ -124,7 +125,7 @@ class _LineSource(_FileSource):
         """Returns the document of a line.
 
         Raises:
-          _Fault: if it has none.
+          _Fault: if the line is not a document.
         """
 
     def _parts(self, file: files.File) -> Iterator[files.Part]:
@@ -135,7 +136,7 @@ class _LineSource(_FileSource):
 
 
 class JsonlSource(_LineSource):
-    """Every line is a JSON object with the document's text as one of its fields."""
+    """Every line is a JSON object, and one of its fields is the text of a document."""
 
     def __init__(self, spec: str, pattern: str, field: str) -> None:
         super().__init__(spec, pattern)
@@ -155,10 +156,10 @@ class JsonlSource(_LineSource):
 
 
 class TokensSource(_LineSource):
-    """Every line is {"token_ids": [...]}, and perhaps a "loss_mask" of as many 0s and 1s.
+    """Every line is {"token_ids": [...]}, optionally with a "loss_mask" of as many 0s and 1s.
 
-    The ids are those of the tokenizer that `prepare` is given, without BOS and EOS. Other fields
-    may be there and are not read.
+    The ids are ids of the tokenizer that `prepare` uses, without BOS and EOS. Other fields are
+    ignored.
     """
 
     def _document(self, name: str, line: bytes) -> TokenDocument:
@@ -187,10 +188,11 @@ def _json_object(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        at = min(error.pos, len(text.rstrip()))  # not behind the line's end
+        at = min(error.pos, len(text.rstrip()))  # the position is not after the end of the line
         reason = f"is not JSON ({error.msg} at character {at + 1})"
         raise _Fault(reason, len(text[:at].encode())) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+    # a number with thousands of digits, or deep nesting
+    except (ValueError, RecursionError) as error:
         raise _Fault(f"is not JSON that can be read ({error})") from error
     if not isinstance(record, dict):
         raise _Fault(f"is {_JSON_TYPES[type(record)]}, not an object")
@@ -210,8 +212,8 @@ def _whole_numbers(
     values = record[field]
     if not isinstance(values, list):
         raise _Fault(f"field {field!r} is {_JSON_TYPES[type(values)]}, not an array")
-    # As sets of types and extremes, which takes a tenth of the time of a look at each number. A
-    # boolean is no number here, though it is one to Python.
+    # Sets of types and extremes take a tenth of the time of a check of each number. A boolean is
+    # not accepted as a number here.
     if values and not ({*map(type, values)} == {int} and in_range(min(values), max(values))):
         index, wrong = next(
             (i, v) for i, v in enumerate(values) if type(v) is not int or not in_range(v, v)

@@ -1,19 +1,19 @@
-"""Where documents come from, and how a corpus is divided into pieces that any process can read.
+"""Opens a source of documents by its name.
 
     python_docs                 the text that ships with Python
     tfds:NAME[:SPLIT][#FIELD]   a TensorFlow dataset, read without TensorFlow
     text:GLOB                   files; each is a document
-    jsonl:GLOB[#FIELD]          files of JSON objects, one a line
+    jsonl:GLOB[#FIELD]          files of JSON objects, one per line
     parquet:GLOB[#FIELD]        tables; each row is a document
     tokens:GLOB                 jsonl of token ids: {"token_ids": [...], "loss_mask": [...]}
 
-FIELD is the feature, key or column that holds the text, "text" if it is not named; it begins behind
-the last #, so that a pattern with a # of its own must name it. GLOB is a local pattern, whose `**`
-matches folders of any depth, or a URL that fsspec knows (s3://, gs://, file://). Files of text,
-jsonl and tokens may end in .gz or .zst.
+FIELD is the feature, key or column with the text, by default "text". FIELD follows the last #, so a
+pattern that contains a # must name its FIELD. GLOB is a local pattern, in which `**` matches
+folders of any depth, or a URL that fsspec knows (s3://, gs://, file://). Files of text, jsonl and
+tokens may end in .gz or .zst.
 
-A worker that reads one piece starts in milliseconds: what a kind of source needs (TFDS, PyArrow,
-fsspec, zstandard) is imported where it is used.
+A worker that reads one piece starts in milliseconds, because the library of a source (TFDS,
+PyArrow, fsspec, zstandard) is imported where it is used.
 """
 
 import re
@@ -33,22 +33,22 @@ _FORMS = (
 )
 _FIELD = "text"
 _WITH_FIELD = re.compile(r"(?P<name>[^#](?:.*?[^#])?)(?:#(?P<field>[^#]+))?")
-# A version belongs to the name: tfds:lm1b:1.1.0:train[:10%].
+# The name may contain a version: tfds:lm1b:1.1.0:train[:10%].
 _TFDS = re.compile(
     r"(?P<name>[^:#]+(?::\d+\.[\d*]+\.[\d*]+)?)(?::(?P<split>[^#]+))?(?:#(?P<field>.+))?"
 )
 
 
 def open_source(spec: str, scratch: Path) -> Source:
-    """Returns the source that `spec` names; what it must build for itself goes under `scratch`.
+    """Returns the source that `spec` names; the source builds its own files under `scratch`.
 
-    Processes that share a source share `scratch` too, and the first one asks for its pieces before
-    the others start.
+    Processes that share a source share `scratch`. The first process asks for the pieces before the
+    other processes start.
 
     Raises:
-      UserError: for an unknown form.
+      UserError: if `spec` has an unknown form.
     """
-    # Imported here, so that a command loads only the libraries of the sources that it reads.
+    # These modules are imported here, so that a command loads only the libraries that it needs.
     from mobilellm_jax.data.sources import lines, parquet, tfds
 
     scheme, _, rest = spec.partition(":")

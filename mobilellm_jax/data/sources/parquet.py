@@ -1,4 +1,4 @@
-"""Parquet tables as a source: a row is a document, one column its text."""
+"""Parquet tables as a source: a row is a document, and one column is its text."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ from mobilellm_jax.data.sources import files
 from mobilellm_jax.data.sources.source import TRAIN, BadLine, Document, OnBadLine, Piece, Source
 from mobilellm_jax.errors import UserError
 
-# Footers are small and lie, in the worst case, behind a network.
+# Footers are small, and reading them may have to wait for a network.
 _FOOTERS_AT_ONCE = 16
 _BATCH_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 20
@@ -20,14 +20,16 @@ _BUFFER_BYTES = 1 << 20
 
 class _RowGroup(NamedTuple):
     rows: int
-    encoded_bytes: int  # before compression, of all columns
+    encoded_bytes: int  # bytes of all columns before compression
 
 
 class ParquetSource(Source):
-    """Rows of the files in order of the paths; an empty text is a document, null is a bad record.
+    """The rows of the files in the order of the paths.
 
-    Only the column of the text is read, in batches. A row group is the least that a piece can
-    have: a file that was written as one group is read by one process.
+    An empty text is a document, and null is a bad record.
+
+    Only the column with the text is read, in batches. A row group is the smallest piece, so one
+    process reads a file that was written as one row group.
     """
 
     def __init__(self, spec: str, pattern: str, field: str) -> None:
@@ -45,7 +47,7 @@ class ParquetSource(Source):
         """Returns the pieces; reads the footer of every file for its row groups.
 
         Raises:
-          ValueError: for a file that is no Parquet, or has no such column of text.
+          UserError: if a file is not Parquet, or has no such column of text.
         """
         assert split == TRAIN, f"{self.spec} has no split {split}"
         return files.pack(self.spec, self._parts)
@@ -83,7 +85,7 @@ class ParquetSource(Source):
                 batch = next(batches, None)
                 if batch is None:
                     return
-                # As bytes: PyArrow does not check that text is UTF-8.
+                # The text is read as bytes, because PyArrow does not check that text is UTF-8.
                 texts = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
             for content in texts:
                 row += 1
@@ -108,8 +110,8 @@ class ParquetSource(Source):
                 raise self._column_error(file.path, table.schema_arrow)
             found = []
             for i in range(table.num_row_groups):
-                # Of all columns: asking for one of them aborts the process if its part of the
-                # footer is damaged (PyArrow 26 declares no exception there).
+                # The sizes count all columns. PyArrow 26 aborts the process if the size of one
+                # column is requested and that part of the footer is damaged.
                 with _refused(file.path):
                     group = table.metadata.row_group(i)
                 found.append(_RowGroup(group.num_rows, max(0, group.total_byte_size)))
@@ -121,7 +123,7 @@ class ParquetSource(Source):
 
         with files.opened(path, size_bytes) as file:
             with _refused(path):
-                # As it is by default, PyArrow has a row group's whole column in memory at once.
+                # By default, PyArrow holds the whole column of a row group in memory.
                 table = pyarrow.parquet.ParquetFile(
                     file, buffer_size=_BUFFER_BYTES, pre_buffer=False
                 )
@@ -141,7 +143,7 @@ class ParquetSource(Source):
 
 
 def _parts(file: files.File, groups: list[_RowGroup]) -> Iterator[files.Part]:
-    """Yields every row group, with a share of the file's size such that the shares add up to it."""
+    """Yields every row group with its share of the file's size; the shares add up to the size."""
     whole = sum(group.encoded_bytes for group in groups)
     stored = rows = 0
     for index, group in enumerate(groups):
@@ -170,14 +172,15 @@ def _is_text(kind: Any) -> bool:
 
 @contextlib.contextmanager
 def _refused(path: str) -> Iterator[None]:
-    """Turns PyArrow's complaints about a file's contents into one that names the file."""
+    """Turns PyArrow's errors about the contents of a file into an error that names the file."""
     import pyarrow
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last, of a name
+    # the last one belongs to a name
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's, not the format's
+            raise  # an error of the disk, not of the format
         raise _damaged(path, " ".join(str(error).split())) from error
 
 

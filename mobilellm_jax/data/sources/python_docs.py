@@ -1,9 +1,9 @@
 """`python_docs`: the English text that ships with every CPython, as a TFDS dataset.
 
-Documents are the language-reference topics of `pydoc_data` and, from the sources of the standard
-library, each module's docstrings and each class's, under headings as `pydoc` would write them. The
-sources are parsed and never imported, nothing is downloaded, and a docstring that occurs twice is
-kept once. The text depends on the Python release, so `identity` names it.
+The documents are the language-reference topics of `pydoc_data`, and the docstrings of each module
+and each class of the standard library, under headings like those of `pydoc`. The sources are parsed
+and never imported. Nothing is downloaded. A docstring that occurs twice is kept once. The text
+depends on the Python release, so `identity` names the release.
 """
 
 import ast
@@ -24,13 +24,13 @@ from mobilellm_jax.errors import MissingFileError
 _VERSION = "1.0.0"
 VALIDATION_PERCENT = 5
 
-# Not documentation of the library, or other projects' code that happens to lie in its folder.
+# These folders do not document the library, or contain code of other projects.
 _SKIPPED_FOLDERS = frozenset(
     "__phello__ __pycache__ dist-packages ensurepip idlelib lib2to3 pydoc_data site-packages test "
     "tests turtledemo".split()
 )
-# Shorter modules hold boilerplate only: the 120 character-map codecs differ in one word. Shorter
-# classes stay in their module's document.
+# Shorter modules contain boilerplate only: the 120 character-map codecs differ in one word. Shorter
+# classes stay in the document of their module.
 _MIN_CHARACTERS = 200
 
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -55,7 +55,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # TFDS
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager  # nothing to download
+        del dl_manager  # there is nothing to download
         found = list(documents(standard_library()))
         return {
             split: self._generate_examples([d for d in found if split_of(d[0]) == split])
@@ -68,11 +68,11 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # TFDS
 
 
 def build(data_dir: Path) -> Any:
-    """Returns the builder, its array_record files written under `data_dir` if they are missing."""
+    """Returns the builder; writes its array_record files under `data_dir` if they are missing."""
     builder = PythonDocs(data_dir=str(data_dir), file_format="array_record")
     tfds.disable_progress_bar()
     try:
-        # TFDS announces a download of unknown size, which this is not.
+        # TFDS would announce a download of unknown size.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     finally:
@@ -81,7 +81,7 @@ def build(data_dir: Path) -> Any:
 
 
 def identity() -> str:
-    """Returns a line that is equal for equal text: our version and Python's."""
+    """Returns a line that is equal for equal text: our version and Python's version."""
     return (
         f"python_docs {_VERSION} of {platform.python_implementation()} {platform.python_version()}"
     )
@@ -93,7 +93,7 @@ def standard_library() -> Path:
 
 
 def split_of(name: str) -> str:
-    """Returns 'train' or 'validation' for a document, by a hash of its id alone."""
+    """Returns 'train' or 'validation' for a document, by a hash of its id."""
     percent = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
     return "validation" if percent < VALIDATION_PERCENT else "train"
 
@@ -101,8 +101,8 @@ def split_of(name: str) -> str:
 def documents(stdlib: Path) -> Iterator[tuple[str, str]]:
     """Yields (id, text) in a fixed order: topics, then modules by name, each with its classes.
 
-    A class is a document of its own, so that the few percent that are held out come from all over
-    the library: of 450 whole modules and topics, 23 would be, and say little about the rest.
+    A class is a document of its own, so the few percent of held-out documents come from all parts
+    of the library. Of 450 whole modules and topics, only 23 would be held out.
 
     Raises:
       MissingFileError: if the topics or the library's sources are not installed.
@@ -146,9 +146,9 @@ def _module_name(relative: Path) -> str:
 
 
 def _module_documents(name: str, path: Path, seen: set[str]) -> dict[str, str]:
-    """Returns {id: text} of the module's docstrings not in `seen`, and adds them to it."""
+    """Returns {id: text} of the module's docstrings that are not in `seen`, and adds them to it."""
     with warnings.catch_warnings():
-        # Old escapes in string literals are the library's business.
+        # The library's string literals may contain old escapes.
         warnings.simplefilter("ignore")
         tree = ast.parse(path.read_bytes())
 
@@ -186,7 +186,7 @@ def _documented(node: _Definition, prefix: str) -> Iterator[tuple[str, _Document
 
 
 def _definitions(node: ast.AST) -> Iterator[_Definition]:
-    """Yields the classes and functions of a body, also those under `if` and `try`."""
+    """Yields the classes and functions of a body, and those under `if` and `try`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield child

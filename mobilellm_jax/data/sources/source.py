@@ -1,4 +1,4 @@
-"""What a source of documents is: pieces that any process can read, documents, bad lines."""
+"""The interface of a source of documents: pieces, documents and bad lines."""
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
@@ -10,19 +10,19 @@ from mobilellm_jax.errors import UserError
 TRAIN = "train"
 VALIDATION = "validation"
 
-# Of text, in a piece; about a second of tokenising on one core. One document may be longer.
+# Bytes of text in a piece, which one core tokenizes in about a second. One document may be longer.
 PIECE_BYTES = 8_000_000
 
 
 class Document(NamedTuple):
-    """`name` says in messages where the text is from."""
+    """A text; `name` tells in messages where the text comes from."""
 
     name: str
     text: str
 
 
 class TokenDocument(NamedTuple):
-    """A document that is tokens already; `loss_mask` has a 0 or 1 for each, None = all ones."""
+    """A document of token ids; `loss_mask` has a 0 or 1 per token, None means all ones."""
 
     name: str
     ids: Sequence[int]
@@ -31,10 +31,10 @@ class TokenDocument(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source that can be read alone, small enough to be one worker's next task.
+    """A part of a source that a worker can read alone as its next task.
 
-    `size_bytes` adds up over the pieces to the size of the corpus as it is stored. `where` is for
-    the source that made it; it consists of tuples (or lists, as JSON has them), text and numbers.
+    The `size_bytes` of all pieces add up to the stored size of the corpus. Only the source that
+    made the piece reads `where`, which consists of tuples (lists in JSON), text and numbers.
     """
 
     spec: str
@@ -45,10 +45,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class BadLine:
-    """What is wrong with a line, of a file of lines, or with a record, of anything else.
+    """The fault of a line in a file of lines, or of a record in another file.
 
-    Lines and records count from 1. `byte_offset` is where the fault is, in the file or, if that is
-    compressed, in its decompressed text; records have none.
+    Lines and records count from 1. `byte_offset` is the place of the fault in the file, or in the
+    decompressed text of a compressed file. Records have no offset.
     """
 
     file: str
@@ -70,7 +70,7 @@ OnBadLine = Callable[[BadLine], None]
 
 
 def stop(bad: BadLine) -> NoReturn:
-    """Refuses a bad line; the `on_bad` of whoever does not skip them."""
+    """Refuses a bad line; commands that do not skip bad lines use it as `on_bad`."""
     raise BadLineError(
         f"{bad}. Correct it, or leave such lines out with --on_bad_line=skip, which counts them."
     )
@@ -79,8 +79,8 @@ def stop(bad: BadLine) -> NoReturn:
 class Source(abc.ABC):
     """Documents in a fixed order, in pieces; `spec` is the text that named the source.
 
-    One object serves one process: keep it for all the pieces that the process reads, so that what
-    it opened and counted once need not be opened and counted again.
+    Use one object per process for all pieces that the process reads, because the object keeps
+    opened files and counts.
     """
 
     def __init__(self, spec: str) -> None:
@@ -88,14 +88,14 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> str:
-        """Returns a line that changes when the documents do, without reading them.
+        """Returns a line that changes when the documents change, without reading them.
 
-        Of files that is their names, sizes and times.
+        For files, the line depends on names, sizes and times.
         """
 
     @abc.abstractmethod
     def splits(self) -> tuple[str, ...]:
-        """Returns the splits that the source itself has: train, and perhaps validation."""
+        """Returns the source's own splits: train, and validation if it has one."""
 
     @abc.abstractmethod
     def pieces(self, split: str) -> list[Piece]:
@@ -103,14 +103,15 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document | TokenDocument]:
-        """Yields the documents of a piece in order, the empty ones too.
+        """Yields the documents of a piece in order, also empty ones.
 
-        Any process may do this with the source that it opened itself from `spec`. `on_bad` is
-        called for every line or record that is no document: raising ends the reading, returning
-        leaves the line out.
+        Any process may do this with a source that it opened from `spec`. `on_bad` is called for
+        every line or record that is not a document. If it raises, reading ends. If it returns, the
+        line is left out.
 
         Raises:
-          BadLineError: for a compressed file that is cut off or damaged, whatever `on_bad` does:
-            what is lost is more than a line.
-          UserError: for a file that has changed since the piece was listed.
+          BadLineError: if a compressed file is truncated or damaged, whatever `on_bad` does,
+              because more
+            than a line is lost.
+          UserError: if a file has changed since the piece was listed.
         """

@@ -1,4 +1,4 @@
-"""TFDS datasets as sources, `python_docs` among them: by record, and without TensorFlow."""
+"""TFDS datasets as sources, with `python_docs` among them, read by record without TensorFlow."""
 
 import abc
 import functools
@@ -21,24 +21,24 @@ from mobilellm_jax.data.sources.source import (
 )
 from mobilellm_jax.errors import UserError
 
-# Asked for together: TFDS starts threads for every request.
+# So many records are requested together, because TFDS starts threads for every request.
 _BATCH_BYTES = 1 << 20
 
 
 class _RecordSource(Source):
-    """The records of a prepared builder; a piece is a range of them.
+    """The records of a prepared builder; a piece is a range of records.
 
-    TFDS knows the bytes of whole splits, not of records or of a slice such as train[:10%], so that
-    sizes of pieces are averages.
+    TFDS knows the bytes of whole splits, but not of records or of slices such as train[:10%]. The
+    sizes of pieces are therefore averages.
     """
 
     _field = "text"
-    _split: str | None = None  # what TFDS calls the only split that is asked for
+    _split: str | None = None  # TFDS's own name of the requested split
 
     @property
     @abc.abstractmethod
     def _builder(self) -> Any:
-        """The builder, its files written."""
+        """The builder, whose files are written."""
 
     def pieces(self, split: str) -> list[Piece]:
         records, size = self._extent(self._split or split)
@@ -93,7 +93,7 @@ class _RecordSource(Source):
 
 
 class PythonDocsSource(_RecordSource):
-    """`python_docs`, built under `scratch` by the first process that asks for its pieces."""
+    """`python_docs`, which the first process that asks for pieces builds under `scratch`."""
 
     def __init__(self, spec: str, scratch: Path) -> None:
         super().__init__(spec)
@@ -139,7 +139,7 @@ class TfdsSource(_RecordSource):
         import tensorflow_datasets as tfds
 
         try:
-            builder = tfds.builder(self._name)  # in whatever format it lies there
+            builder = tfds.builder(self._name)  # the files may have any format
             if not builder.is_prepared():
                 builder = tfds.builder(self._name, file_format="array_record")
                 builder.download_and_prepare()
@@ -176,7 +176,7 @@ class TfdsSource(_RecordSource):
 
 
 def _is_text(feature: Any) -> bool:
-    """Whether a feature is one string: Text, or a scalar Tensor of bytes."""
+    """Returns whether a feature is one string: Text, or a scalar Tensor of bytes."""
     import tensorflow_datasets as tfds
 
     return (

@@ -22,7 +22,7 @@ from mobilellm_jax.storage.strict_json import plain, shown
 
 _SHOWN_TOKENS = 20
 
-# Where no tokenizer_config.json names them: Llama 1 and 2, Llama 3, Gemma, GPT-2 and NeoX.
+# Names of BOS and EOS without a tokenizer_config.json: Llama 1 and 2, Llama 3, Gemma, GPT-2, NeoX.
 _USUAL_BOS_EOS = (
     ("<s>", "</s>"),
     ("<|begin_of_text|>", "<|end_of_text|>"),
@@ -32,7 +32,7 @@ _USUAL_BOS_EOS = (
 
 
 class _Description(NamedTuple):
-    """What a tokenizer.json says about itself, besides what the library makes of it."""
+    """The fields of a tokenizer.json that this module reads itself."""
 
     kind: str
     unknown: str | None
@@ -58,7 +58,7 @@ class _Description(NamedTuple):
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`, taken as it is except that it may neither cut nor pad."""
+    """A `tokenizer.json`, used unchanged, but without truncation and padding."""
 
     def __init__(self, file: Path) -> None:
         try:
@@ -76,7 +76,7 @@ class HuggingFaceTokenizer:
             raise UserError(f"{file}: {error}") from error
         self._model.no_truncation()
         self._model.no_padding()
-        # A literal "<s>" in a text is text, not the token.
+        # A literal "<s>" in a text is plain text and not the BOS token.
         self._model.encode_special_tokens = True
         self.file = file
         self.kind = f"Hugging Face {described.kind}".rstrip()
@@ -87,7 +87,7 @@ class HuggingFaceTokenizer:
             raise UserError(
                 f"{file} has ids below {self.vocab_size:,}; there must be 1 to {MAX_VOCABULARY:,}."
             )
-        # A model of the Unigram kind names its unknown token by id, the others by text.
+        # A Unigram model names its unknown token by id, and other models by text.
         self.unknown_id = vocabulary.get(described.unknown or "", described.unknown_id)
         if self.unknown_id is not None and not 0 <= self.unknown_id < self.vocab_size:
             raise UserError(
@@ -107,7 +107,7 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         check_unicode(text)
-        # One at a time: a batch would start the library's threads, one per core.
+        # Texts are encoded one by one, because a batch would start the library's threads.
         ids: list[int] = self._encoding(text).ids
         if self.unknown_id is not None and self.unknown_id in ids:
             raise self._unknown(text)
@@ -146,18 +146,18 @@ class HuggingFaceTokenizer:
 
 
 def _refused(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Returns what the library's call returns; its refusal becomes a `JsonError`."""
+    """Returns the result of the library's call; the library's refusal becomes a `JsonError`."""
     try:
         return call(*args, **options)
     except BaseException as error:
-        # The library raises no class but Exception; where it panics, one that cannot be imported.
+        # The library raises plain Exception, and its panics have a class that cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise strict_json.JsonError(f"the `tokenizers` library says: {error}") from error
 
 
 def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
-    """Returns BOS and EOS as text: from tokenizer_config.json beside `file`, else by custom."""
+    """Returns BOS and EOS as text: from tokenizer_config.json beside `file`, else common names."""
     config = file.parent / TOKENIZER_CONFIG
     if config.is_file():
         try:
@@ -166,7 +166,7 @@ def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
         except strict_json.JsonError as error:
             raise UserError(f"{config}: {error}") from error
         if eos:
-            # Qwen and others have no BOS: there EOS alone parts the documents.
+            # Qwen and other models have no BOS; EOS alone separates their documents.
             return bos or eos, eos
     for bos, eos in _USUAL_BOS_EOS:
         if bos in special and eos in special:
@@ -180,7 +180,7 @@ def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
 
 
 def _token_text(config: Any, key: str) -> str:
-    """A token stands in tokenizer_config.json as its text or as an object with `content`."""
+    """tokenizer_config.json contains a token as text, or as an object with `content`."""
     token = strict_json.get(config, key, Any, "")
     if isinstance(token, dict):
         return str(strict_json.get(token, "content", str, name=key))

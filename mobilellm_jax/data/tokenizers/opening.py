@@ -13,11 +13,11 @@ from mobilellm_jax.storage import rundir
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Opens a SentencePiece `*.model`, a `tokenizer.json`, or a folder that holds either.
+    """Opens a SentencePiece `*.model`, a `tokenizer.json`, or a folder that contains one of them.
 
     Raises:
       MissingFileError: if there is no such file.
-      UserError: if it is no tokenizer, or has no BOS or EOS.
+      UserError: if the file is not a tokenizer, or has no BOS or EOS.
     """
     file: Path | None = path
     if path.is_dir():
@@ -41,7 +41,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
     """Copies the tokenizer into `folder` under its usual name and returns the copy.
 
-    A `tokenizer_config.json` beside a `tokenizer.json` goes along: it may name BOS and EOS.
+    A `tokenizer_config.json` beside a `tokenizer.json` is copied too, because it may name BOS and
+    EOS.
     """
     model = tokenizer.file.suffix == ".model"
     copy = folder / (rundir.SENTENCEPIECE_MODEL if model else rundir.TOKENIZER_JSON)

@@ -1,7 +1,7 @@
 """SentencePiece models (`*.model`) as tokenizers that lose nothing.
 
-SentencePiece writes spaces as U+2581 and would turn that character, met in a text, into a space;
-here it gets the tokens of its three bytes instead, which decode to the character.
+SentencePiece writes spaces as U+2581, and would turn a U+2581 in a text into a space. Here, a
+U+2581 in a text becomes the tokens of its three bytes, which decode to the character.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, check_unicode, join_documents
 from mobilellm_jax.errors import UserError
 
-_PRIVATE_USE = range(0xE000, 0xF900)  # three bytes in UTF-8, as U+2581
+_PRIVATE_USE = range(0xE000, 0xF900)  # it has three bytes in UTF-8, as U+2581 has
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; see the module's docstring for U+2581."""
+    """A SentencePiece model; the module's docstring explains U+2581."""
 
     def __init__(self, file: Path) -> None:
         content = file.read_bytes()
         if not content:
-            # SentencePiece takes it for a model without pieces, and answers with defaults.
+            # SentencePiece would read this file as a model without pieces and answer with defaults.
             raise UserError(f"{file} is not a SentencePiece model: it is empty.")
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -53,7 +53,7 @@ class SentencePieceTokenizer:
         if byte_ids and byte_ids.keys() != {*bytes_of}:
             raise UserError(f"{file} has tokens for {len(byte_ids)} of the 256 bytes; all or none.")
         self.byte_ids = [byte_ids[piece] for piece in bytes_of] if byte_ids else []
-        # Stands for U+2581: no piece holds it, so it always comes out as its own three bytes.
+        # This character stands for U+2581. No piece contains it, so it becomes its own three bytes.
         used = frozenset("".join(pieces))
         self._stand_in = next((chr(c) for c in _PRIVATE_USE if chr(c) not in used), None)
 
@@ -77,7 +77,7 @@ class SentencePieceTokenizer:
         """Returns the ids of each text, with BOS and EOS if `outer`."""
         for text in texts:
             check_unicode(text)
-        # As arrays, which cost no Python object per token.
+        # Arrays need no Python object per token.
         rows: list[NDArray[np.int32]] = self._model.encode(
             [self._without_space_mark(text) for text in texts],
             out_type="numpy",
@@ -100,11 +100,11 @@ class SentencePieceTokenizer:
         return text.replace(SPACE_MARK, self._stand_in)
 
     def _with_space_mark(self, ids: NDArray[np.int32], text: str) -> NDArray[np.int32]:
-        """Replaces the bytes of the stand-in by those of U+2581 wherever `text` has the latter."""
+        """Replaces the bytes of the stand-in by the bytes of U+2581 where `text` has U+2581."""
         assert self._stand_in is not None, "_without_space_mark was called before"
         first, second, third = self._bytes(self._stand_in)
         stands = (ids[:-2] == first) & (ids[1:-1] == second) & (ids[2:] == third)
-        # `text` may hold the stand-in itself too: the two are told apart by their order.
+        # `text` may contain the stand-in itself; the order of the characters tells the two apart.
         found = re.findall(f"[{SPACE_MARK}{self._stand_in}]", text)
         positions = np.flatnonzero(stands)
         assert len(positions) == len(found), f"{self.file} lost {self._stand_in!r}"

@@ -1,4 +1,4 @@
-"""What a tokenizer is: text to token ids and back, and nothing is lost."""
+"""The interface of a tokenizer: text to token ids and back, without loss."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,21 +12,21 @@ from mobilellm_jax.errors import UserError
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 MAX_VOCABULARY = 1 << 24
-"""Of a tokenizer, and of the tokens made with it: 60 times the largest there is."""
+"""Largest vocabulary of a tokenizer and of tokens, 60 times the largest vocabulary in use."""
 
 SPACE_MARK = "\u2581"
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer."""
+    """The interface of every tokenizer."""
 
     @property
     def file(self) -> Path:
-        """The file it was loaded from."""
+        """The file that the tokenizer was loaded from."""
 
     @property
     def kind(self) -> str:
-        """What it is, for the eye."""
+        """Kind of the tokenizer, for messages."""
 
     @property
     def vocab_size(self) -> int:
@@ -42,57 +42,61 @@ class Tokenizer(Protocol):
 
     @property
     def unknown_id(self) -> int | None:
-        """Id of what has no id, in texts that others encoded; None if there is none."""
+        """Id for unknown text in documents that others encoded, or None."""
 
     @property
     def byte_ids(self) -> Sequence[int]:
-        """Ids of bytes 0 to 255, for characters without an id; empty without byte fallback."""
+        """Ids of the bytes 0 to 255, for characters without an id; empty without byte fallback."""
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal checksum of the file."""
+        """Hexadecimal SHA-256 of the file."""
 
     def encode(self, text: str) -> list[int]:
         """Returns ids without BOS and EOS; a literal "<s>" in `text` is plain text.
 
         Raises:
-          UserError: if ids cannot hold `text`.
+          UserError: if ids cannot express `text`.
         """
 
     def encode_documents(
         self, texts: Sequence[str], dtype: np.dtype[Any]
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Returns BOS `encode(text)` EOS of all texts as one array, and where each one starts.
+        """Returns BOS, `encode(text)`, EOS of all texts as one array, and the start of each text.
 
-        It keeps to one thread: `prepare` runs it in a process per core.
+        The method uses one thread, because `prepare` runs it in a process per core.
 
         Args:
-          texts: the documents; an empty one gives BOS EOS.
-          dtype: of the ids; it must hold `vocab_size - 1`.
+          texts: the documents; an empty document gives BOS and EOS.
+          dtype: dtype of the ids; it must hold `vocab_size - 1`.
 
         Raises:
-          UserError: if ids cannot hold one of the texts.
+          UserError: if ids cannot express one of the texts.
         """
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text; BOS and EOS are dropped."""
+        """Returns the text without BOS and EOS."""
 
 
 def changes_text(tokenizer: Tokenizer) -> bool:
-    """Returns whether the tokenizer normalises, so that decoding does not give back the text."""
-    # Spaces at the edges and in a row, line ends, NFC, NFKC of a ligature and of a wide letter;
-    # and characters that some leave out without a word.
+    """Returns whether the tokenizer normalizes, so that decoding does not give the text back."""
+    # The probes contain spaces at the edges and in a row, line ends, NFC, NFKC of a ligature and of
+    # a wide letter, and characters that some tokenizers drop silently.
     for probe in ("  a  b  ", "a\t\r\n\nb", "e\u0301", "\ufb01", "\uff21", "\x00", "\U0001f600"):
         try:
             if tokenizer.decode(tokenizer.encode(probe)) != probe:
                 return True
         except ValueError:
-            continue  # refused, so not changed in silence
+            continue  # a refused text is not changed silently
     return False
 
 
 def check_unicode(text: str) -> None:
-    """Raises a ValueError that names the first lone surrogate in `text`, if it has one."""
+    """Checks that `text` contains no lone surrogate.
+
+    Raises:
+      UserError: naming the first one.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -106,7 +110,7 @@ def check_unicode(text: str) -> None:
 def join_documents(
     rows: Sequence[NDArray[Any]], dtype: np.dtype[Any], vocab_size: int
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Returns the rows end to end, and where each one starts: `Tokenizer.encode_documents`."""
+    """Returns the rows as one array, and the start of each row, as for `encode_documents`."""
     assert vocab_size - 1 <= np.iinfo(dtype).max, f"{dtype} cannot hold ids below {vocab_size}"
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     joined = np.concatenate(rows, dtype=dtype, casting="unsafe") if rows else np.empty(0, dtype)

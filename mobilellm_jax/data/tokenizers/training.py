@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer that loses nothing: BPE, byte fallback, no normalisation."""
+"""Trains a SentencePiece tokenizer that loses nothing: BPE, byte fallback, no normalization."""
 
 import io
 import re
@@ -12,22 +12,22 @@ from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, check_unicode
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
 
-# SentencePiece ignores sentences beyond a length limit, so that lines are cut well below ours.
+# SentencePiece ignores sentences beyond its length limit, so lines are cut well below this limit.
 _MAX_LINE_CHARACTERS = 8192
 _MAX_SENTENCE_BYTES = 4 * _MAX_LINE_CHARACTERS
 _BYTES_AND_SPECIAL = 256 + 3
-# Of all characters of the text; the rarest ones are left to byte fallback.
+# Share of all characters in the text; byte fallback expresses the rarest characters.
 _CHARACTER_COVERAGE = 0.9995
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> Tokenizer:
-    """Trains SentencePiece BPE on `texts` and writes it to the file `output`, whole or not at all.
+    """Trains SentencePiece BPE on `texts` and writes the whole file `output`, or no file.
 
-    Equal texts in equal order give an equal file. Ids: 0 unknown (never produced), 1 BOS, 2 EOS,
-    3 to 258 bytes. All texts are held in memory.
+    Equal texts in equal order give an equal file. The ids are 0 for unknown (never produced), 1 for
+    BOS, 2 for EOS, and 3 to 258 for bytes. Memory holds all texts.
 
     Raises:
-      UserError: if `vocab_size` is too large or too small for the texts, or they are empty.
+      UserError: if `vocab_size` is too large or too small for the texts, or the texts are empty.
     """
     if vocab_size <= _BYTES_AND_SPECIAL:
         raise UserError(
@@ -66,9 +66,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> Toke
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Yields the text's lines, long ones in parts, for training only.
+    """Yields the text's lines for training, with long lines in parts.
 
-    The newline itself is left to its byte token, so that pieces never reach over a line's end.
+    The newline has its own byte token, so pieces never span two lines.
     """
     check_unicode(text)
     for line in text.split("\n"):
@@ -77,7 +77,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _vocabulary_error(vocab_size: int, error: RuntimeError) -> Exception:
-    """Returns our message for SentencePiece's complaints about the size, else `error` itself."""
+    """Returns our message for SentencePiece's errors about the size, or else `error` itself."""
     if match := re.search(r"Vocabulary size too high.*<= (\d+)", str(error)):
         return UserError(
             f"vocab_size={vocab_size} is too large for this text, which supports at most "
