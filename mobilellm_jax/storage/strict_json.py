@@ -1,9 +1,13 @@
-"""JSON that anybody may have written: read within limits, and taken apart by type.
+"""Reads JSON from untrusted files within limits, and converts values to annotated types.
 
-`parse` and `read` take any bytes and return plain values or raise a `JsonError`. They refuse what
-Python's own reader lets through and what surprises whoever uses the values: a key that occurs
-twice, numbers that are not finite or beyond 64 bits, nesting that makes a recursion fail, half a
-surrogate pair. `as_type` turns the values into what a type annotation says, dataclasses included.
+`parse` and `read` take any bytes, and return plain values or raise a `JsonError`. They refuse JSON
+that Python's reader accepts and that causes errors later: a key that occurs twice in an object,
+numbers that are not finite or beyond 64 bits, and deep nesting. `as_type` converts the values to
+an annotated type, such as a dataclass, and refuses half a surrogate pair in a text.
+
+The package msgspec also checks types and names the path of a wrong field. But msgspec accepts a key
+that occurs twice, and its limit of depth is the recursion limit of Python. The tests of this file
+check both properties.
 """
 
 import collections
@@ -22,9 +26,9 @@ from typing import Any, Literal
 from mobilellm_jax.errors import MissingFileError, UserError
 
 MAX_BYTES = 1 << 27
-"""Of a file: four times the largest tokenizer.json, and a manifest of 100,000 shards."""
+"""Largest file: four times the largest tokenizer.json, or a manifest of 100,000 shards."""
 MAX_DEPTH = 64
-"""Of nesting. Python's reader and much that walks a value fail at some hundreds."""
+"""Deepest nesting. Python's reader and recursive functions fail at a few hundred levels."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INTEGERS = range(-(1 << 63), 1 << 64)
@@ -37,15 +41,15 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 class JsonError(UserError):
-    """What is wrong with a text or a value in it, to stand behind the file's name and a colon."""
+    """A text or a value in it is wrong; callers write the name of the file before the message."""
 
 
 def read(file: Path) -> Any:
-    """Returns what a JSON file holds.
+    """Returns the value in a JSON file.
 
     Raises:
-      MissingFileError: if there is no such file.
-      JsonError: naming the file.
+      MissingFileError: if the file does not exist.
+      JsonError: if the content is refused; the message names the file.
     """
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist.")
@@ -56,16 +60,16 @@ def read(file: Path) -> Any:
 
 
 def read_lines(file: Path, *, non_finite: bool = False) -> list[Any]:
-    """Returns the values of a file of JSON lines; none if there is no file.
+    """Returns the values of a file of JSON lines, or an empty list if the file does not exist.
 
-    A last line that a crash cut short, which has no line end, is left out.
+    A crash may cut off the last line. An invalid last line without a line end is therefore ignored.
 
     Args:
-      file: of lines of UTF-8; empty ones count for nothing.
+      file: lines of UTF-8; empty lines are ignored.
       non_finite: as for `parse`.
 
     Raises:
-      JsonError: naming the file and the line.
+      JsonError: if a line is refused; the message names the file and the line.
     """
     values = []
     lines = file.read_bytes().split(b"\n") if file.is_file() else []
@@ -76,7 +80,7 @@ def read_lines(file: Path, *, non_finite: bool = False) -> list[Any]:
         except JsonError as error:
             if number < len(lines):
                 raise JsonError(
-                    f"{file}, line {number}: {error} Correct the line or take it out."
+                    f"{file}, line {number}: {error} Correct the line or delete it."
                 ) from error
     return values
 
@@ -85,7 +89,7 @@ def content_of(file: Path) -> bytes:
     """Returns the bytes of a file that should hold JSON.
 
     Raises:
-      JsonError: if it is larger than any such file.
+      JsonError: if the file is larger than `MAX_BYTES`.
     """
     with file.open("rb") as opened:
         content = opened.read(MAX_BYTES + 1)
@@ -95,14 +99,14 @@ def content_of(file: Path) -> bytes:
 
 
 def parse(content: bytes | str, *, non_finite: bool = False) -> Any:
-    """Returns the value that the JSON text `content` stands for.
+    """Returns the value of a JSON text.
 
     Args:
-      content: UTF-8, or text.
-      non_finite: whether NaN and Infinity, which are not JSON but which Python writes, are numbers.
+      content: UTF-8 bytes, or a text.
+      non_finite: accept NaN and Infinity, which Python writes although JSON does not allow them.
 
     Raises:
-      JsonError: for everything else.
+      JsonError: if the text is refused.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
@@ -127,13 +131,13 @@ def parse(content: bytes | str, *, non_finite: bool = False) -> Any:
 
 
 def as_type(value: Any, expected: Any, name: str = "") -> Any:
-    """Returns a parsed value as the type `expected`; `name` is where it stands, for messages.
+    """Returns a parsed value as the type `expected`; messages use `name`, the path of the value.
 
-    A dataclass is made of an object with its fields, a tuple of an array; a whole number becomes a
-    float where one is expected. `Any` takes everything.
+    An object becomes a dataclass with these fields, and an array becomes a tuple. A whole number
+    becomes a float if `expected` is float. `Any` accepts every value.
 
     Raises:
-      JsonError: naming the field, the value and what it must be.
+      JsonError: if the value has another type; the message has field, value and rule.
     """
     if dataclasses.is_dataclass(expected):
         return _dataclass(value, expected, name)
@@ -172,14 +176,14 @@ def as_type(value: Any, expected: Any, name: str = "") -> Any:
 
 
 def get(holder: Any, key: str, expected: Any, default: Any = _REQUIRED, name: str = "") -> Any:
-    """Returns one field of an object in which others may stand, or `default` if it is missing.
+    """Returns one field of an object, which may have other fields, or `default`.
 
     Args:
       holder: the parsed object.
-      key: of the field.
-      expected: as for `as_type`; null is as good as missing.
-      default: without one the field is required.
-      name: where the object stands, for messages.
+      key: name of the field.
+      expected: type of the field, as for `as_type`.
+      default: value for a field that is missing or null; without it the field is required.
+      name: path of the object, for messages.
 
     Raises:
       JsonError: as `as_type`.
@@ -195,12 +199,12 @@ def get(holder: Any, key: str, expected: Any, default: Any = _REQUIRED, name: st
 
 
 def plain(name: str) -> str:
-    """Returns a name out of a file as it is if it is short and shows, else as Python writes it."""
+    """Returns a short printable name unchanged, and another name as Python's repr, shortened."""
     return name if name.isprintable() and 0 < len(name) <= _shortened.maxstring else shown(name)
 
 
 def shown(value: Any) -> str:
-    """Returns a value as Python writes it, long ones shortened, for a message."""
+    """Returns the repr of a value for a message, shortened if it is long."""
     text = _shortened.repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
@@ -217,7 +221,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    # Python refuses thousands of digits itself, since reading them takes the square of the time.
+    # Python takes quadratic time to convert many digits, and refuses thousands of them.
     if len(text) > 20 or (number := int(text)) not in _INTEGERS:
         raise JsonError(f"holds the whole number {text[:24]}..., which is beyond 64 bits.")
     return number
@@ -231,7 +235,7 @@ def _number(text: str) -> float:
 
 
 def _constant(text: str) -> float:
-    raise JsonError(f"holds {text}, which is not a number of JSON.")
+    raise JsonError(f"holds {text}, which is not a number in JSON.")
 
 
 def _check_depth(value: Any) -> None:

@@ -1,3 +1,5 @@
+"""Tests what checkpoints store, restore, keep and refuse."""
+
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ def abstract(config: Config) -> TrainState:
 
 
 def filled(config: Config, seed: int = 0) -> TrainState:
-    """A state of random numbers, in its shardings, without compiling its initialisation."""
+    """Returns a state of random numbers in its shardings; no initialisation is compiled."""
     rng = np.random.default_rng(seed)
 
     def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -66,7 +68,7 @@ def filled(config: Config, seed: int = 0) -> TrainState:
 
 
 def reseal(run: Path, step: int, **changes: Any) -> None:
-    """Writes a manifest that says something else, and is sound; what is None is left out."""
+    """Writes a valid manifest with other entries, and removes the entries that are None."""
     folder = checkpoint.step_folder(run, step)
     content = sealing.read_manifest(folder) | changes
     (folder / sealing.MANIFEST).unlink()
@@ -136,7 +138,7 @@ def test_data_state_comes_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_other_data_state_is_refused_where_it_is_needed(
     written: Any, named: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """Releases before the first version wrote none. Whoever does not resume does not care."""
+    """Old releases wrote no data state. Only resuming needs the data state."""
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
         writer.save(5, filled(CONFIG), DATA)
     reseal(tmp_path, 5, data=written)
@@ -156,7 +158,7 @@ def test_newest_and_every_fourth_are_kept(tokenizer: Tokenizer, tmp_path: Path) 
     assert checkpoint.latest_step(tmp_path) == 7
 
 
-def test_a_step_already_there_stays(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_existing_step_stays(tokenizer: Tokenizer, tmp_path: Path) -> None:
     first, second = filled(CONFIG, seed=1), filled(CONFIG, seed=2)
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
         writer.save(1, first, DATA)
@@ -176,7 +178,7 @@ def test_imported_model_cannot_be_resumed(tokenizer: Tokenizer, tmp_path: Path) 
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("float32")}
 
 
-def test_unfinished_step_is_not_seen(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_unfinished_step_is_not_listed(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer:
         writer.save(1, filled(CONFIG), DATA)
     folder = tmp_path / "checkpoints"
@@ -195,7 +197,7 @@ def test_other_format_version_is_refused(tokenizer: Tokenizer, tmp_path: Path) -
     for use in (checkpoint.restore_model, checkpoint.read_data_state):
         with pytest.raises(checkpoint.CheckpointError, match=r"format_version=99.*reads 2"):
             use(tmp_path, 1)
-    # Not skipped like a damaged one: an older one would undo what another release has done.
+    # The step is not skipped like a damaged step, because an older step would lose training.
     with pytest.raises(checkpoint.CheckpointError, match=r"format_version=99.*reads 2"):
         checkpoint.latest_step(tmp_path)
     with pytest.raises(checkpoint.DamagedError, match=r"is incomplete: it has no manifest.json"):

@@ -1,4 +1,4 @@
-"""A run of a few seconds, to be hurt in every way."""
+"""A run of a few seconds for the tests of faults."""
 
 import dataclasses
 from pathlib import Path

@@ -1,8 +1,7 @@
-"""Lives of a run: processes that train until they are done or somebody kills them.
+"""Starts processes that train until they finish or a test kills them.
 
-They are forked by a server that has imported everything and started nothing (multiprocessing's
-forkserver), so that a life begins in a fraction of a second; each is a process like any other, with
-a command line's `main` in it.
+The forkserver of multiprocessing has imported every module and started no backend, so a process
+starts in a fraction of a second. Each process runs the `main` of the command line.
 """
 
 import atexit
@@ -18,7 +17,7 @@ _server.set_forkserver_preload(["mobilellm_jax.cli.train", "mobilellm_jax.pretra
 
 
 def start(arguments: Sequence[str], output: Path, cache: Path) -> ForkServerProcess:
-    """Starts `mobilellm train` with these arguments; what it says is added to `output`."""
+    """Starts `mobilellm train` with these arguments; its output goes to the end of `output`."""
     process = _server.Process(target=_live, args=(list(arguments), str(output), str(cache)))
     process.start()
     return process
@@ -28,13 +27,13 @@ def _live(arguments: list[str], output: str, cache: str) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    quick = os.environ["XLA_FLAGS"].split()[1:]  # but not the eight devices
+    quick = os.environ["XLA_FLAGS"].split()[1:]  # without the flag for eight devices
     os.environ["XLA_FLAGS"] = " ".join(quick)
     import jax
 
     from mobilellm_jax.cli.main import main
 
-    # What the first life compiles, the next finds.
+    # Later processes find the programs that the first process compiled.
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -43,7 +42,7 @@ def _live(arguments: list[str], output: str, cache: str) -> None:
     try:
         code = main(["train", *arguments])
     finally:
-        atexit._run_exitfuncs()  # a process of multiprocessing leaves them out
+        atexit._run_exitfuncs()  # multiprocessing does not call these functions
         sys.stdout.flush()
         sys.stderr.flush()
         if code == 1:

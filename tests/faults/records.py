@@ -1,4 +1,4 @@
-"""What two runs have to share to the bit: their log, and what their last checkpoint holds."""
+"""Compares the logs and the last checkpoints of two runs to the bit."""
 
 from pathlib import Path
 from typing import Any
@@ -10,20 +10,20 @@ from jax.sharding import SingleDeviceSharding
 
 from mobilellm_jax.train.metrics import read_metrics
 
-# Rates depend on the machine's other work; everything else is a result.
+# Rates depend on other work of the machine. All other values are results.
 _RATES = ("train/tokens_per_sec", "train/data_wait", "train/mfu")
 
 
 def log(workdir: Path) -> list[dict[str, Any]]:
-    """The run's record without its rates."""
+    """Returns the record of the run without its rates."""
     records = read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in _RATES} for record in records]
 
 
 def stored(workdir: Path, step: int) -> dict[str, Any]:
-    """Everything that a step holds, read by Orbax itself: parameters, optimizer, step, key."""
+    """Returns all arrays of a step, as Orbax reads them: parameters, optimizer, step and key."""
     folder = workdir / "checkpoints" / str(step)
-    here = SingleDeviceSharding(jax.devices()[0])  # two processes may have written it
+    here = SingleDeviceSharding(jax.devices()[0])  # two processes may have written the arrays
     args = ocp.args.StandardRestore(fallback_sharding=here)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         return {n: reader.restore(folder / n, args=args) for n in ("params", "optimizer")}

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, again and again, leave what an undisturbed run leaves."""
+"""Tests that runs which are killed at any moment give the same results as an undisturbed run."""
 
 import collections
 import dataclasses
@@ -18,14 +18,14 @@ from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from tests.faults import lives
 from tests.faults.records import assert_same_run, log
 
-STEPS = 120
+STEPS = 48
 KINDS = ("time", "progress", "saving", "evaluating")
-_WAIT_SEC = 600  # for a machine that does other things
+_WAIT_SEC = 600  # the machine may be busy
 
 
 @pytest.fixture(scope="module")
 def config_file(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config file whose run has 120 steps, 24 checkpoints and 15 evaluations."""
+    """Writes a config file of a run with 48 steps, 10 checkpoints and 6 evaluations."""
     return write_config(config, tmp_path_factory.mktemp("kills") / "config.py", STEPS)
 
 
@@ -42,7 +42,7 @@ def write_config(config: Config, path: Path, steps: int) -> Path:
 
 @dataclasses.dataclass
 class Harness:
-    """Starts lives of one run folder and ends them early."""
+    """Starts processes that train in one run folder, and ends them early."""
 
     config_file: Path
     cache: Path
@@ -56,7 +56,7 @@ class Harness:
         return lives.start(arguments, workdir.with_suffix(".log"), self.cache)
 
     def uninterrupted(self, workdir: Path) -> float:
-        """Lets a run live; returns how long it took."""
+        """Trains to the end; returns the time in seconds."""
         began = time.monotonic()
         process = self.start(workdir)
         process.join(_WAIT_SEC)
@@ -64,8 +64,8 @@ class Harness:
         return time.monotonic() - began
 
     def kill_once(self, workdir: Path, life_sec: float) -> bool:
-        """Starts a life and ends it at a random moment; returns whether it was done before."""
-        if not self.planned:  # every kind comes up before one comes up again
+        """Starts a process and ends it at a random moment; returns whether it finished before."""
+        if not self.planned:  # every kind comes once before a kind comes again
             signals = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
             self.planned = [(kind, number) for kind in KINDS for number in signals]
             self.random.shuffle(self.planned)
@@ -88,7 +88,7 @@ class Harness:
         return False
 
     def _moment(self, kind: str, workdir: Path, life_sec: float) -> Callable[[], bool]:
-        """Returns a function that says when to kill; it begins to look now."""
+        """Returns a function that tells when the moment to kill has come."""
         delay = self.random.choice([0.0, self.random.uniform(0, 0.03)])
         reached: list[float] = []
 
@@ -108,9 +108,9 @@ class Harness:
             return a_moment_after(lambda: bool(names_in(workdir / "checkpoints") - before))
         if kind == "evaluating":
             return a_moment_after(lambda: 0 <= last_loss(workdir) - last_validation(workdir) - 8)
-        steps = self.random.randint(1, 40)
+        steps = self.random.randint(1, self.steps // 3)
         first = last_loss(workdir)
-        # The record is cut back at the start, so that a life may be past `first` only late.
+        # A start shortens the record, so a process may pass `first` only late.
         return a_moment_after(lambda: last_loss(workdir) >= min(first + steps, self.steps - 1))
 
     def _check(
@@ -127,7 +127,7 @@ class Harness:
 
 
 def catches_sigterm(pid: int | None) -> bool:
-    """Whether the process has come so far that it has a say in how SIGTERM ends it."""
+    """Returns whether the process has installed a handler of SIGTERM."""
     try:
         caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -158,7 +158,7 @@ def said(workdir: Path, *, whole: bool = False) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> "Undisturbed":
-    """A harness, a run that nobody killed, and how long one takes that has nothing to compile."""
+    """Returns a harness, an undisturbed run, and the time of a run that need not compile."""
     folder = tmp_path_factory.mktemp("undisturbed")
     harness = Harness(config_file, folder / "cache", random.Random(0))
     expected = folder / "expected"
@@ -172,7 +172,7 @@ Undisturbed = tuple[Harness, Path, float]
 
 
 def kill_and_compare(undisturbed: Undisturbed, folder: Path, kills: int, seed: int) -> str:
-    """Kills runs so many times in all, letting each end; returns the figures."""
+    """Kills runs `kills` times in all and lets each run finish; returns the figures."""
     made, expected, life_sec = undisturbed
     harness = Harness(made.config_file, made.cache, random.Random(seed))
     runs = done = 0
@@ -189,9 +189,9 @@ def kill_and_compare(undisturbed: Undisturbed, folder: Path, kills: int, seed: i
     return f"{done} kills of {runs} runs, seed {seed}: all equal to the bit ({counts})"
 
 
-def test_killed_runs_end_like_one_that_was_not(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    said = kill_and_compare(undisturbed, tmp_path, kills=6, seed=0)
-    assert said.startswith("6 kills of "), said
+def test_killed_runs_give_the_same_results(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    said = kill_and_compare(undisturbed, tmp_path, kills=3, seed=0)
+    assert said.startswith("3 kills of "), said
 
 
 def test_sigterm_while_a_run_starts_asks_for_another_start(
@@ -199,7 +199,7 @@ def test_sigterm_while_a_run_starts_asks_for_another_start(
 ) -> None:
     harness, expected, _ = undisturbed
     workdir = tmp_path / "run"
-    for seconds in (0.0, 0.2, 0.6, 1.2):
+    for seconds in (0.0, 0.5):
         process = harness.start(workdir)
         while not catches_sigterm(process.pid):
             time.sleep(0.001)
@@ -207,7 +207,7 @@ def test_sigterm_while_a_run_starts_asks_for_another_start(
         process.terminate()
         process.join(_WAIT_SEC)
         assert process.exitcode == SAVED_REQUEUE_ME, said(workdir)
-        # Nothing is left over: no file under a final name, and no lock that nobody holds.
+        # No unfinished file has its final name, and no lock is left behind.
         left = names_in(workdir) - names_in(expected)
         assert all(name.startswith(".") for name in left), (left, said(workdir))
     assert "SIGTERM: no step is running; stopping." in said(workdir, whole=True)

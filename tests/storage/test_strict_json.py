@@ -1,3 +1,5 @@
+"""Tests which JSON is refused, and how its values become dataclasses."""
+
 import dataclasses
 import json
 import math
@@ -11,7 +13,7 @@ from mobilellm_jax.storage.strict_json import JsonError, as_type, get, parse, pl
 
 
 @pytest.mark.parametrize("value", [None, True, -1.5, (1 << 63) - 1, "é\U0001f600", [], {"a": [{}]}])
-def test_json_is_what_pythons_reader_makes_of_it(value: Any) -> None:
+def test_values_equal_those_of_pythons_reader(value: Any) -> None:
     assert parse(json.dumps(value)) == value
     assert parse(json.dumps(value, ensure_ascii=False).encode()) == value
 
@@ -24,8 +26,8 @@ def test_json_is_what_pythons_reader_makes_of_it(value: Any) -> None:
         (b"\xff", r"is not UTF-8 \(invalid start byte at byte 0\)"),
         (b"\xef\xbb\xbf{}", r"is not JSON \(Unexpected UTF-8 BOM"),
         (b'{"a": 1, "b": 2, "a": 1}', "has the key 'a' twice in one object"),
-        (b"NaN", "holds NaN, which is not a number of JSON"),
-        (b"[-Infinity]", "holds -Infinity, which is not a number of JSON"),
+        (b"NaN", "holds NaN, which is not a number in JSON"),
+        (b"[-Infinity]", "holds -Infinity, which is not a number in JSON"),
         (b"1e999", "holds the number 1e999, which is beyond the range of floats"),
         (b"18446744073709551616", "holds the whole number 18446744073709551616..., .* 64 bits"),
         (b"-9223372036854775809", "holds the whole number -9223372036854775809..., .* 64 bits"),
@@ -35,18 +37,18 @@ def test_json_is_what_pythons_reader_makes_of_it(value: Any) -> None:
         (b"[" * 100_000, "is nested more than 64 deep"),
     ],
 )
-def test_what_is_refused(content: bytes, message: str) -> None:
+def test_refused_texts(content: bytes, message: str) -> None:
     with pytest.raises(JsonError, match=message):
         parse(content)
 
 
-def test_the_deepest_and_largest_that_are_taken() -> None:
+def test_the_limits_of_depth_and_size_are_allowed() -> None:
     assert parse("[" * 64 + "]" * 64)
     assert parse("18446744073709551615") == (1 << 64) - 1
     assert parse("-9223372036854775808") == -(1 << 63)
 
 
-def test_numbers_that_are_not_finite_where_they_are_asked_for() -> None:
+def test_numbers_that_are_not_finite_are_allowed_on_request() -> None:
     assert math.isnan(parse("NaN", non_finite=True))
     assert parse("-Infinity", non_finite=True) == -math.inf
 
@@ -127,7 +129,7 @@ def test_wrong_fields_are_named_with_their_values(changes: Any, message: str) ->
         as_type(WHOLE | changes, Outer)
 
 
-def test_a_value_that_is_no_object_at_all() -> None:
+def test_a_value_that_is_not_an_object() -> None:
     with pytest.raises(JsonError, match="^must be an object"):
         as_type([], Outer)
 
