@@ -89,9 +89,8 @@ def main() -> None:
 
 def _ours(config: ModelConfig, params: Params, prompts: list[list[int]], new: int) -> Contender:
     prepared = generate.prepare(config, params)
-    return functools.partial(
-        generate.generate, config, prepared, prompts, max_new_tokens=new, sampling=GREEDY
-    )
+    request = generate.Request(prompts, max_new_tokens=new, sampling=GREEDY)
+    return functools.partial(generate.generate, config, prepared, request)
 
 
 def _transformers(

@@ -133,14 +133,8 @@ def _compare(forms: list[Form], arguments: argparse.Namespace) -> None:
         passes.append(functools.partial(_wait, compiled, form.params, tokens_BT))
         prepared = generate.prepare(form.config, form.params)
         held.append(stored_bytes(prepared.weights))
-        decoders.append(
-            functools.partial(
-                generate.generate,
-                *(form.config, prepared, prompts),
-                max_new_tokens=arguments.new,
-                sampling=GREEDY,
-            )
-        )
+        request = generate.Request(prompts, max_new_tokens=arguments.new, sampling=GREEDY)
+        decoders.append(functools.partial(generate.generate, form.config, prepared, request))
     times = [_alternating(contenders, arguments.rounds) for contenders in (passes, decoders)]
     print(
         f"{'form':10}{'MB stored':>10}{'MB decoding':>12}{'pass ms':>18}{'of f32':>8}"

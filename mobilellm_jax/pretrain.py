@@ -21,7 +21,7 @@ from mobilellm_jax.checkpoint import CheckpointWriter, DataState
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.evaluate.validation import make_validator
-from mobilellm_jax.generation.generate import generate
+from mobilellm_jax.generation.generate import Request, generate
 from mobilellm_jax.generation.sampling import Sampling
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.preflight import Ready
@@ -232,14 +232,13 @@ class _Run:
         model, tokenizer = self._config.model, self._ready.tokenizer
         key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
         seed = int(jax.random.randint(key, (), 0, np.iinfo(np.int32).max))
-        texts = generate(
-            model,
-            params,
+        request = Request(
             [[tokenizer.bos_id]] * self._config.evaluate.samples,
             max_new_tokens=min(_SAMPLE_TOKENS, model.max_seq_len - 1),
             sampling=Sampling(seed=seed),
             eos_id=tokenizer.eos_id,
         )
+        texts = generate(model, params, request)
         if not distributed.is_first():
             return
         with (self._workdir / rundir.SAMPLES).open("a", encoding="utf-8") as file:

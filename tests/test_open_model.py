@@ -14,7 +14,7 @@ from mobilellm_jax.config import Config, DataConfig, ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.export.huggingface.directory import write_huggingface
-from mobilellm_jax.generation.generate import generate
+from mobilellm_jax.generation.generate import Request, generate
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.open_model import open_model
@@ -125,7 +125,7 @@ def test_huggingface_directory_computes_what_the_run_does(
     prompt = [1, *from_hf.tokenizer.encode("the cat")]
     assert prompt[1:] == from_run.tokenizer.encode("the cat")
     texts = [
-        generate(m.config, m.params, [prompt], max_new_tokens=40, sampling=GREEDY)
+        generate(m.config, m.params, Request([prompt], max_new_tokens=40, sampling=GREEDY))
         for m in (from_run, from_hf)
     ]
     assert texts[0] == texts[1]

@@ -200,18 +200,19 @@ class _Speaker:
 
     def _continue(self, batch: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
         """Yields new tokens of every prompt, a few at a time; logs the speed at the end."""
-        from mobilellm_jax.generation.generate import stream_batch
+        from mobilellm_jax.generation.generate import Request, stream
 
         room = self.model.config.max_seq_len - max(map(len, batch))
         limit = _MAX_NEW_TOKENS.value or max(1, min(_DEFAULT_NEW_TOKENS, room))
         tokens, chunks, compiled = 0, 0, (0, 0.0)
         began = now = time.perf_counter()
-        for parts in stream_batch(
-            *(self.model.config, self.prepared, batch),
+        request = Request(
+            batch,
             max_new_tokens=limit,
             sampling=self.sampling,
             eos_id=self.model.tokenizer.eos_id,
-        ):
+        )
+        for parts in stream(self.model.config, self.prepared, request):
             tokens += sum(map(len, parts))
             chunks += 1
             now = time.perf_counter()

@@ -13,8 +13,8 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.prefix_trees import Query
 from mobilellm_jax.evaluate.scoring import Score, Scorer, checked_score, log_softmax
 from mobilellm_jax.export.runtime import Runtime, greedy
-from mobilellm_jax.generation.generate import prepare, stream_batch
-from mobilellm_jax.generation.sampling import GREEDY, Sampling
+from mobilellm_jax.generation.generate import Request, prepare, stream
+from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.transformer import Params
 
@@ -23,11 +23,9 @@ Continuations = Iterator[list[list[int]]]
 
 
 class Writer(Protocol):
-    """Continues prompts, with the same arguments as `generate.stream_batch`."""
+    """Continues prompts, as `generate.stream` does."""
 
-    def __call__(
-        self, prompts: Sequence[list[int]], *, max_new_tokens: int, sampling: Sampling, eos_id: int
-    ) -> Continuations: ...
+    def __call__(self, request: Request) -> Continuations: ...
 
 
 class Engine(Protocol):
@@ -69,7 +67,7 @@ class JaxEngine:
         return self.scorer.scores(self.params, queries)
 
     def writer(self) -> Writer:
-        return functools.partial(stream_batch, self.config, prepare(self.config, self.params))
+        return functools.partial(stream, self.config, prepare(self.config, self.params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +96,14 @@ class RuntimeEngine:
     def writer(self) -> Writer:
         return self._write
 
-    def _write(
-        self, prompts: Sequence[list[int]], *, max_new_tokens: int, sampling: Sampling, eos_id: int
-    ) -> Continuations:
-        if sampling != GREEDY:
+    def _write(self, request: Request) -> Continuations:
+        if request.sampling != GREEDY:
             raise UserError(
                 "A task asks for sampled texts, and an exported model only writes the likeliest "
                 "tokens; leave the task out, or evaluate the checkpoint."
             )
-        [prompt] = prompts
-        for token in greedy(self.runtime, prompt, max_new_tokens):
-            if token == eos_id:
+        [prompt] = request.prompts
+        for token in greedy(self.runtime, prompt, request.max_new_tokens):
+            if token == request.eos_id:
                 return
             yield [[token]]

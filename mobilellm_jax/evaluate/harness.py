@@ -25,6 +25,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.engine import Engine, Writer
 from mobilellm_jax.evaluate.journal import Journal, key
 from mobilellm_jax.evaluate.prefix_trees import Query, make_query
+from mobilellm_jax.generation import generate
 from mobilellm_jax.generation.sampling import GREEDY, Sampling
 from mobilellm_jax.model.size import parameter_count
 
@@ -213,13 +214,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         stopped = [False] * len(prompts)
-        parts = write(
+        request = generate.Request(
             prompts,
             max_new_tokens=int(how["max_gen_toks"]),
             sampling=_sampling(how),
             eos_id=self.eot_token_id,
         )
-        for part in parts:
+        for part in write(request):
             for b, new in enumerate(part):
                 if new and not stopped[b]:
                     rows[b] += new

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.prefix_trees import Batch, Query, grow_trees, make_batches, pack_rows
-from mobilellm_jax.model.products import narrowed, scores
-from mobilellm_jax.model.quantized import Kernel
+from mobilellm_jax.model.products import Kernel, scores
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
 from mobilellm_jax.sharding import (
     Rules,
@@ -104,7 +103,7 @@ class Scorer:
         mask_BTS = is_before_TS[None] & (place_T[None, :, None] < ends_BT[:, None, :])
         x_BTD = model.hidden(batch["tokens"], positions_BT=batch["positions"], mask_BTS=mask_BTS)
         x_BSD = jnp.take_along_axis(x_BTD, batch["sources"][:, :, None], axis=1)
-        head_VD = narrowed(head_matrix(params, self._config), x_BSD.dtype)
+        head_VD = head_matrix(params, self._config).astype(x_BSD.dtype)
         return self._score_vocabulary(x_BSD, head_VD, batch["targets"])
 
     def _score_vocabulary(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.runtime import Runtime, greedy
 from mobilellm_jax.export.source import Precision, Source
-from mobilellm_jax.generation.generate import generate
+from mobilellm_jax.generation.generate import Request, generate
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.transformer import Params, Transformer
 
@@ -124,7 +124,8 @@ def verify(runtime: Runtime, source: Source) -> Verification:
 
     prompt = tokens[: min(_PROMPT, room // 2)]
     count = min(_NEW, room - len(prompt))
-    [ours] = generate(config, params, [prompt], max_new_tokens=count, sampling=GREEDY)
+    request = Request([prompt], max_new_tokens=count, sampling=GREEDY)
+    [ours] = generate(config, params, request)
     theirs = list(greedy(runtime, prompt, count))
     equal = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), count)
     return Verification(

@@ -1,1 +1,1 @@
-"""From a prompt to text: decoding with a cache, sampling, streamed text."""
+"""Text from a model: decoding, sampling, and the text of a stream of tokens."""

@@ -1,12 +1,9 @@
-"""Text from a model: prefill, then decoding with a KV cache, one compiled loop per chunk of tokens.
+"""Continues prompts: prefill, then decoding with a KV cache, one compiled loop per chunk of tokens.
 
-Prompts of different lengths share a batch: they are padded on the right, read at once (prefill),
-and the cache is shifted so that all rows end at the same place. From then on the device draws a
-token, appends it and goes on without the host; the host hears of it once per chunk. Shapes are
-rounded up to powers of two, so that a session of many prompts compiles a handful of programs.
-
-A block that is applied R times (layer sharing, paper Sec. 2.5) has R slots in the cache, so cached
-decoding equals the full forward pass for every sharing order.
+Prompts of different lengths share a batch. They are padded on the right and read at once (prefill).
+The cache is then shifted so that all rows end at the same place. From there on the device draws a
+token, appends it and continues without the host, which reads the tokens once per chunk. Shapes are
+rounded up to powers of two, so a session of many prompts compiles only a few programs.
 """
 
 import dataclasses
@@ -31,150 +28,116 @@ from mobilellm_jax.generation.sampling import (
     next_token,
 )
 from mobilellm_jax.model.cache import AlignedCache, align, init_cache
-from mobilellm_jax.model.decoding import DecodingWeights, decode, decoding_weights, in_8_bits
+from mobilellm_jax.model.decoding import (
+    DecodingWeights,
+    decode,
+    decoding_weights,
+    in_compute_dtype,
+)
+from mobilellm_jax.model.parameters import products_of
 from mobilellm_jax.model.precision import compute_dtype
-from mobilellm_jax.model.products import narrowed
-from mobilellm_jax.model.quantized import Kernel, QuantizedKernel
+from mobilellm_jax.model.products import SpecialKernel
 from mobilellm_jax.model.transformer import Params, Transformer
 
-_CHUNK = 64  # tokens per host round trip when nobody watches; also the loop's output buffer
-_STREAM_CHUNK = 8  # the same while text is shown as it comes
-_SMALLEST_BUCKET = 64  # tokens; compiling another program takes longer than so much padding
+_CHUNK = 64  # tokens that the device draws before the host reads them; also the buffer's size
+_STREAM_CHUNK = 8  # tokens per chunk while a user reads the text
+_SMALLEST_BUCKET = 64  # tokens; compiling another program takes longer than this much padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Prompts, and how to continue them."""
+
+    prompts: Sequence[Sequence[int]]  # token ids; each prompt has at least BOS
+    _: dataclasses.KW_ONLY
+    max_new_tokens: int  # a row without EOS ends after this many tokens
+    sampling: Sampling = DEFAULT
+    eos_id: int | None = None  # the token that ends a row; None: no token does
 
 
 @struct.dataclass
 class Prepared:
-    """Parameters ready for generating: cast, and laid out for decoding."""
+    """Parameters that are ready for generating: cast, and laid out for decoding."""
 
     params: Params  # stacked, for the prefill
     weights: DecodingWeights
 
 
 def prepare(config: ModelConfig, params: Params) -> Prepared:
-    """Returns what every function here may be given instead of `params`.
+    """Returns a form of `params` that `generate` and `stream` can use many times.
 
-    They prepare parameters at every call otherwise, and let go of them at its end. It is a copy of
-    the parameters in the compute dtype (two if that is not float32): in training, no more than the
-    gradients, which are not there between steps.
+    Given plain parameters, both prepare them at every call. The prepared form holds a copy of the
+    parameters in the compute dtype, and a second copy if the dtype is not float32. In training this
+    needs no more memory than the gradients, which do not exist between steps.
     """
-    return Prepared(
-        params=_to_compute_dtype(params, config), weights=decoding_weights(params, config)
-    )
+    narrow = in_compute_dtype(params, config)
+    return Prepared(params=narrow, weights=decoding_weights(narrow, config))
 
 
-def generate(
-    config: ModelConfig,
-    params: Params | Prepared,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = DEFAULT,
-    eos_id: int | None = None,
-) -> list[list[int]]:
-    """Returns the new tokens of each prompt: without the prompt, up to and without `eos_id`.
+def generate(config: ModelConfig, params: Params | Prepared, request: Request) -> list[list[int]]:
+    """Returns the new tokens of each prompt, without the prompt and without EOS.
 
-    A greedy row depends on its own prompt only, and a sampled one on (its prompt, seed, its place
-    in the batch), not on its neighbours.
-
-    Args:
-      config: the architecture.
-      params: its parameters, on any device, or what `prepare` made of them.
-      prompts: token ids, each with at least BOS.
-      max_new_tokens: at which a row ends that met no `eos_id`.
-      sampling: how tokens are drawn.
-      eos_id: the token that ends a row. None: none does.
+    A greedy row depends on its prompt only. A sampled row depends on its prompt, the seed and its
+    place in the batch. No row depends on its neighbours.
 
     Raises:
-      UserError: for an empty prompt, or one that with `max_new_tokens` exceeds
+      UserError: if a prompt is empty, or if a prompt and `max_new_tokens` together exceed
         `model.max_seq_len`.
     """
-    rows: list[list[int]] = [[] for _ in prompts]
-    for parts in _parts(config, params, prompts, max_new_tokens, sampling, eos_id, _CHUNK):
+    rows: list[list[int]] = [[] for _ in request.prompts]
+    for parts in _parts(config, params, request, _CHUNK):
         for row, part in zip(rows, parts, strict=True):
             row.extend(part)
     return rows
 
 
-def stream_batch(
-    config: ModelConfig,
-    params: Params | Prepared,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = DEFAULT,
-    eos_id: int | None = None,
-) -> Iterator[list[list[int]]]:
-    """Yields the tokens that `generate` returns, a few of every prompt's at a time.
-
-    Whoever has seen enough stops asking, and no more are computed.
-    """
-    yield from _parts(config, params, prompts, max_new_tokens, sampling, eos_id, _STREAM_CHUNK)
-
-
 def stream(
-    config: ModelConfig,
-    params: Params | Prepared,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = DEFAULT,
-    eos_id: int | None = None,
-) -> Iterator[list[int]]:
-    """Yields the tokens that `generate` returns for one prompt, a few at a time."""
-    for [part] in stream_batch(
-        *(config, params, [prompt]),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        eos_id=eos_id,
-    ):
-        yield part
+    config: ModelConfig, params: Params | Prepared, request: Request
+) -> Iterator[list[list[int]]]:
+    """Yields the tokens that `generate` returns, a few tokens of every prompt at a time.
+
+    The device computes no more tokens when the caller stops iterating.
+    """
+    yield from _parts(config, params, request, _STREAM_CHUNK)
 
 
 @struct.dataclass
 class _State:
-    """Where every row of a batch stands."""
+    """The progress of every row of a batch."""
 
     cache: AlignedCache
-    token_B: Int[Array, "B"]  # drawn last, not yet in the cache
+    token_B: Int[Array, "B"]  # the last drawn tokens, which are not in the cache yet
     done_B: Bool[Array, "B"]
     drawn: Int[Array, ""]  # tokens per row so far
 
 
 def _parts(
-    config: ModelConfig,
-    params: Params | Prepared,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos_id: int | None,
-    chunk: int,
+    config: ModelConfig, params: Params | Prepared, request: Request, chunk: int
 ) -> Iterator[list[list[int]]]:
-    """Yields each prompt's new tokens, about `chunk` at a time, up to and without `eos_id`."""
-    ended = [False] * len(prompts)
-    for new_BT in _chunks(config, params, prompts, max_new_tokens, sampling, eos_id, chunk):
+    """Yields about `chunk` new tokens of each prompt at a time, without EOS."""
+    ended = [False] * len(request.prompts)
+    for new_BT in _chunks(config, params, request, chunk):
         parts: list[list[int]] = []
         for b, drawn in enumerate(new_BT.tolist()):
             ids: list[int] = [] if ended[b] else drawn
-            if eos_id in ids:
+            if request.eos_id in ids:
                 ended[b] = True
-                ids = ids[: ids.index(eos_id)]
+                ids = ids[: ids.index(request.eos_id)]
             parts.append(ids)
         yield parts
 
 
 def _chunks(
-    config: ModelConfig,
-    params: Params | Prepared,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos_id: int | None,
-    chunk: int,
+    config: ModelConfig, params: Params | Prepared, request: Request, chunk: int
 ) -> Iterator[np.ndarray]:
-    """Yields the drawn tokens, a column each, until every row is done; rows run on past EOS."""
+    """Yields the drawn tokens, [prompts, about chunk], until every row has met EOS.
+
+    A row may contain more tokens after its EOS.
+    """
+    prompts = request.prompts
     if not prompts:
         return
-    _check_lengths(config, prompts, max_new_tokens)
+    _check_lengths(config, request)
     count = len(prompts)
     lengths = [len(prompt) for prompt in prompts]
     prepared = params if isinstance(params, Prepared) else prepare(config, params)
@@ -184,11 +147,11 @@ def _chunks(
     for b, prompt in enumerate(prompts):
         tokens_BT[b, : lengths[b]] = prompt
         lengths_B[b] = lengths[b]
-    stop = np.int32(-1 if eos_id is None else eos_id)  # no token is -1
-    done_B = np.arange(batch) >= count  # rows that only fill the batch
-    draw = as_arrays(sampling, config.vocab_size, batch)
-    method = method_of(sampling)
-    capacity = _bucket(max(lengths) + max_new_tokens)
+    stop = np.int32(-1 if request.eos_id is None else request.eos_id)  # no token has id -1
+    done_B = np.arange(batch) >= count  # the rows after `count` only fill the batch
+    draw = as_arrays(request.sampling, config.vocab_size, batch)
+    method = method_of(request.sampling)
+    capacity = _bucket(max(lengths) + request.max_new_tokens)
     state = _prefill(
         *(prepared.params, tokens_BT, lengths_B, done_B, stop, draw),
         config=config,
@@ -196,7 +159,7 @@ def _chunks(
         method=method,
     )
     yield np.asarray(state.token_B)[:count, None]
-    left = max_new_tokens - 1
+    left = request.max_new_tokens - 1
     while left and not np.asarray(state.done_B).all():
         steps = min(chunk, left)
         state, new_BT = _decode(
@@ -206,13 +169,12 @@ def _chunks(
         left -= steps
 
 
-def _check_lengths(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> None:
+def _check_lengths(config: ModelConfig, request: Request) -> None:
+    prompts, max_new_tokens = request.prompts, request.max_new_tokens
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     if not all(prompts):
-        raise UserError("A prompt of no tokens has nothing to continue; start it with BOS.")
+        raise UserError("A prompt must have at least one token; start it with BOS.")
     limit, longest = config.max_seq_len, max(len(prompt) for prompt in prompts)
     if longest + max_new_tokens > limit:
         room = limit - longest
@@ -224,12 +186,12 @@ def _check_lengths(
 
 
 def _rows(config: ModelConfig, weights: DecodingWeights, count: int) -> int:
-    """Returns how many rows the batch has; those past `count` are done from the start."""
+    """Returns the number of rows of the batch; the rows after `count` are done from the start."""
     rows = _power_of_two(count)
-    # XLA's CPU backend has no product of a vector and a matrix of bfloat16 or int8: it converts the
+    # XLA's CPU backend has no product of a vector and a bfloat16 or int8 matrix. It converts the
     # matrix to float32 or int32 at every token, which takes longer than a second row.
-    down_FD = weights.blocks[0].down_FD
-    in_integers = isinstance(down_FD, QuantizedKernel) and down_FD.integer_products
+    down_FD = weights.blocks[0]["feed_forward"]["down"]
+    in_integers = isinstance(down_FD, SpecialKernel) and down_FD.integer_products
     converted = in_integers or compute_dtype(config) == jnp.bfloat16
     return max(rows, 2) if converted and jax.default_backend() == "cpu" else rows
 
@@ -240,21 +202,6 @@ def _power_of_two(at_least: int) -> int:
 
 def _bucket(tokens: int) -> int:
     return max(_SMALLEST_BUCKET, _power_of_two(tokens))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _to_compute_dtype(params: Params, config: ModelConfig) -> Params:
-    """Casts every matrix once instead of at every token; the model would cast it to the same.
-
-    Norm scales stay float32, since they are multiplied in float32, and integers integers.
-    """
-
-    def cast(path: tuple[jax.tree_util.DictKey, ...], leaf: Kernel) -> Kernel:
-        return leaf if path[-1].key == "scale" else narrowed(leaf, compute_dtype(config))
-
-    return jax.tree_util.tree_map_with_path(  # type: ignore[no-any-return]  # untyped
-        cast, params, is_leaf=lambda node: isinstance(node, QuantizedKernel)
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "method"))
@@ -270,16 +217,15 @@ def _prefill(
     capacity: int,
     method: Method,
 ) -> _State:
-    """Reads the prompts, padded on the right, and draws the first token of each row."""
+    """Reads the prompts, which are padded on the right, and draws each row's first token."""
     model, batch = Transformer(config).bind({"params": params}), tokens_BT.shape[0]
-    cache_dtype = jnp.int8 if in_8_bits(params).cache else compute_dtype(config)
-    cache = init_cache(config, batch, capacity, cache_dtype)
+    cache = init_cache(config, batch, capacity, compute_dtype(config), products_of(params))
     x_BTD, cache = model.extend(tokens_BT, cache)
     last_B1D = x_BTD[jnp.arange(batch)[:, None], lengths_B[:, None] - 1]
     logits_B1V = model.logits(last_B1D)
     drawn = jnp.zeros((), jnp.int32)
     token_B = next_token(logits_B1V[:, 0], draw, drawn, method)
-    # The padding's keys lie past the true length: not part of the row.
+    # The keys of the padding lie after the true length, so the row does not include them.
     cache = dataclasses.replace(cache, length_B=lengths_B)
     return _State(
         cache=align(cache),
@@ -289,7 +235,7 @@ def _prefill(
     )
 
 
-# The cache is by far the largest array here; donated, the loop updates it in place.
+# The cache is by far the largest array here. It is donated, so the loop updates it in place.
 @functools.partial(jax.jit, static_argnames=("config", "method"), donate_argnames="state")
 def _decode(
     weights: DecodingWeights,
@@ -301,9 +247,9 @@ def _decode(
     config: ModelConfig,
     method: Method,
 ) -> tuple[_State, Int[Array, "B T"]]:
-    """Draws up to `steps` tokens more per row, fewer if all rows are done.
+    """Draws up to `steps` more tokens per row; returns the new state and the tokens.
 
-    The columns of the second result past those are `stop`.
+    The loop ends earlier when all rows are done. Columns without a drawn token contain `stop`.
     """
     first = state.drawn
 

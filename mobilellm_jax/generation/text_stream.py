@@ -1,38 +1,14 @@
-"""Tokens of a model as text, while they come."""
+"""The text of a model's tokens while the model draws them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
-from mobilellm_jax.generation.generate import Prepared, stream
-from mobilellm_jax.generation.sampling import DEFAULT, Sampling
-from mobilellm_jax.model.transformer import Params
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def stream_text(
-    config: ModelConfig,
-    params: Params | Prepared,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = DEFAULT,
-) -> Iterator[str]:
-    """Yields the continuation of `prompt` as it comes; "" starts from BOS alone."""
-    ids = encode_prompt(tokenizer, prompt)
-    chunks = stream(
-        *(config, params, ids),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        eos_id=tokenizer.eos_id,
-    )
-    yield from decode_stream(tokenizer, ids, chunks)
-
-
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Returns BOS and the tokens of `prompt`, as training documents start."""
+    """Returns BOS and the tokens of `prompt`; training documents start with BOS too."""
     return [tokenizer.bos_id, *tokenizer.encode(prompt)]
 
 
@@ -41,9 +17,9 @@ def decode_stream(
 ) -> Iterator[str]:
     """Yields the text that each chunk of new tokens adds to the text of `prompt`.
 
-    The pieces together are the text of all tokens after that of the prompt. No piece ends inside a
-    character: a character that several byte tokens spell is held back until its last byte is there,
-    and bytes that never become one are shown as U+FFFD at the end of their run.
+    The text of the prompt and all pieces together are the text of all tokens. A piece ends at the
+    end of a character: if several byte tokens spell a character, its piece comes with the last
+    byte. Bytes that are not UTF-8 become U+FFFD at the end of their run.
     """
     ids = list(prompt)
     text = tokenizer.decode(ids)
@@ -51,14 +27,15 @@ def decode_stream(
     byte = _lone_byte(tokenizer)
     for chunk in chunks:
         ids.extend(chunk)
-        # Decoded whole: what a piece looks like depends on its neighbours (the space that starts a
-        # text is not part of it; the bytes of one character stand in several tokens).
+        # All tokens are decoded together, because the text of a token depends on its neighbours: a
+        # text drops its first space, and several tokens may hold the bytes of one character.
         text = tokenizer.decode(ids)
         stable = len(text.rstrip(_REPLACEMENT))
         if byte is not None:
-            # The `tokenizers` library shows a run of bytes that is not UTF-8 as U+FFFD throughout,
-            # whole characters included: none is safe while the next byte could spoil the run.
-            stable = min(stable, _common_prefix(text, tokenizer.decode([*ids, byte])))
+            # The `tokenizers` library replaces a whole run of bytes by U+FFFD if the run is not
+            # UTF-8, valid characters included. So no character of a run is final before its end.
+            longer = tokenizer.decode([*ids, byte])
+            stable = min(stable, _common_prefix(text, longer))
         if stable > shown:
             yield text[shown:stable]
             shown = stable
@@ -67,7 +44,7 @@ def decode_stream(
 
 
 def _lone_byte(tokenizer: Tokenizer) -> int | None:
-    """Returns the first token that is a part of a character, or None if there is none."""
+    """Returns the first token that is only a part of a character, or None."""
     ids = range(tokenizer.vocab_size)
     return next((i for i in ids if tokenizer.decode([i]) == _REPLACEMENT), None)
 

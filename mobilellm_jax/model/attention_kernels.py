@@ -1,9 +1,9 @@
-"""Attention of whole sequences by the accelerators' own kernels, which keep no T x T scores.
+"""Attention of whole sequences by kernels for accelerators, which keep no T x T scores.
 
-`model.attention` names one; `config.ATTENTION` says what each can do, and a config that asks one
-for more is refused before it gets here. All of them compute what `attention.attend` does, on the
-same arrays, and are tested against it. They serve training and scoring; decoding with a cache is
-`attention.attend`'s.
+`model.attention` names a kernel. `config.ATTENTION` lists the limits of each kernel, and the config
+refuses a combination that a kernel cannot compute. All kernels compute the same function as
+`softmax.attend`, and tests compare them with it. They serve training and scoring. Decoding uses
+`softmax.attend`.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 SAVED = "attention"
-"""What the backward pass of any implementation needs of its forward pass (`layer_sharing.py`)."""
+"""The checkpoint name of the forward results that a backward pass needs (`layer_sharing.py`)."""
 
 _SPLASH_BLOCK = 512
 
@@ -31,10 +31,10 @@ def self_attention(
     v_BTKH: Float[Array, "B T K H"],
     segments_BT: _Segments,
 ) -> Float[Array, "B T N H"]:
-    """Causal softmax(q k^T / sqrt(H)) v by the kernel `name`, within segments if there are any.
+    """Returns causal softmax(q k^T / sqrt(H)) v within segments, computed by the kernel `name`.
 
-    Under a mesh each device runs the kernel on its rows and heads: the compiler knows nothing of
-    how to split what is inside.
+    Under a mesh each device runs the kernel on its rows and heads, because the compiler cannot
+    split the inside of a kernel.
     """
     kernel = _KERNELS[name]
     mesh = jax.sharding.get_abstract_mesh()
@@ -48,7 +48,7 @@ def self_attention(
         kernel,
         in_specs=(heads, kv_heads, kv_heads, rows),
         out_specs=heads,
-        check_vma=False,  # a Pallas call does not say over which axes its results vary
+        check_vma=False,  # a Pallas call does not state the mesh axes over which its results vary
     )
     return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
@@ -56,7 +56,7 @@ def self_attention(
 def cudnn(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None
 ) -> jax.Array:
-    """NVIDIA's kernel, through JAX. It has no causal mask that also minds segments."""
+    """Calls NVIDIA's kernel through JAX. The kernel cannot combine a causal mask with segments."""
     assert segments_BT is None, "the config refuses document masks with cudnn"
     return jax.nn.dot_product_attention(
         q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn"
@@ -71,12 +71,14 @@ def tokamax(
     *,
     implementation: str = "mosaic_gpu",
 ) -> jax.Array:
-    """Tokamax's Hopper kernel, told the first key that every query may see.
+    """Calls Tokamax's Hopper kernel with the first key that every query may see.
 
-    That is how its own `Mask` describes packed documents: a number per query where a mask has T.
-    Its public function takes dense masks only, hence the private names (0.0.12 and 0.0.17 alike).
+    Tokamax describes packed documents by its private `Mask`, with one number per query instead of T
+    booleans. The public `tokamax.dot_product_attention` takes dense masks only (0.0.12 and 0.0.17),
+    so this function uses private names: https://github.com/openxla/tokamax. Use the public function
+    when it takes segments or the first key of each query.
     """
-    # Needed by nobody else, and an optional dependency.
+    # Tokamax is an optional dependency.
     from tokamax._src.ops.attention import api, base
 
     k_start_B1T = None if segments_BT is None else segment_starts(segments_BT)[:, None, :]
@@ -92,19 +94,21 @@ def splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """The TPU kernel that comes with JAX: blocks above the diagonal are skipped.
+    """Calls the TPU kernel that comes with JAX, which skips blocks above the diagonal.
 
-    Heads of 64 fill half of a tile of 128 where they are the minor axis; with the sequence minor
-    they fill all of it, and XLA lets the projections write that layout. Compiled for v5e, the rest
-    of a 125M step takes 270 M cycles that way and 360 M the other.
+    The sequence is the minor axis of its inputs. A head of 64 channels as the minor axis would fill
+    only half of a tile of 128. XLA lets the projections write the layout that the kernel reads.
+    Compiled for v5e, the rest of a 125M step takes 270 M cycles with the sequence as the minor
+    axis, and 360 M cycles with the head.
 
-    `interpret` runs it anywhere, slowly.
+    `interpret` runs the kernel on any device, slowly.
     """
-    # Half a second to import, and only TPUs need it.
+    # The import takes half a second, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     length, num_heads, head_dim = q_BTNH.shape[1:]
-    # 512 as in MaxText's defaults: 1024 computes a quarter more of the masked half at 2048.
+    # MaxText's default is 512 too. At length 2048, blocks of 1024 compute a quarter more of the
+    # masked scores.
     block = next(b for b in range(min(_SPLASH_BLOCK, length), 0, -128) if length % b == 0)
     minor = library.QKVLayout.SEQ_MINOR
     kernel = library.make_splash_mha(
@@ -125,8 +129,8 @@ def splash(
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
-    # It does not scale. There are fewer keys than queries, and for a head_dim that is a power of
-    # four nothing is rounded.
+    # The kernel does not scale the scores. The keys are scaled, because there are fewer keys than
+    # queries. If head_dim is a power of four, the scaling rounds nothing.
     k_BTKH = (k_BTKH.astype(jnp.float32) * head_dim**-0.5).astype(k_BTKH.dtype)
     segments = None if segments_BT is None else library.SegmentIds(q=segments_BT, kv=segments_BT)
     heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))

@@ -1,20 +1,26 @@
-"""One decoder block: attention and feed-forward, each behind a norm and around a residual.
+"""One decoder block: attention and feed-forward, each after a norm and with a residual sum.
 
-A block is the unit that layer sharing repeats (paper Fig. 6: MHSA and FFN together).
+This is the only decoder block in JAX. Training and prefill scan over it (`layer_sharing.py`).
+Decoding and the StableHLO export call it layer after layer (`decoding.py`). The callers differ only
+in the `attend` that they pass: it says which keys and values a query sees and where new ones go.
+
+A block is the unit that layer sharing repeats (paper Fig. 6: attention and feed-forward together).
 """
 
+from typing import Any
+
 import flax.linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.attention import Attention, AttentionContext
-from mobilellm_jax.model.cache import KVCache
+from mobilellm_jax.model.attention import Attend, Attention
 from mobilellm_jax.model.feed_forward import FeedForward
 from mobilellm_jax.model.norm import RMSNorm
+from mobilellm_jax.model.rope import Rotation
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Computes x + attention(norm(x)), and then x + feed_forward(norm(x))."""
 
     config: ModelConfig
 
@@ -25,13 +31,10 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(self.config)
 
     def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        context: AttentionContext,
-        cache: KVCache | None,
-        slot: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        out_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache, slot)
+        self, x_BTD: Float[Array, "B T D"], turn: Rotation, attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Returns the residual stream after the block, and the second result of `attend`."""
+        out_BTD, kept = self.attention(self.attention_norm(x_BTD), turn, attend)
         x_BTD = x_BTD + out_BTD
         x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
-        return nn.with_logical_constraint(x_BTD, ("batch", "length", "activation_embed")), cache
+        return nn.with_logical_constraint(x_BTD, ("batch", "length", "activation_embed")), kept

@@ -1,9 +1,11 @@
-"""Keys and values of earlier tokens, one slot per block APPLICATION.
+"""Keys and values of earlier tokens, with one slot per block APPLICATION.
 
-A shared block sees different inputs at each of its applications, so each application needs keys
-and values of its own: U * R slots, in order of application, as in the unshared model with copied
-layers. (The paper's own code writes both applications of a block into one slot, which is why its
-shared models decode without a cache.)
+A shared block sees different inputs at each of its applications, so each application needs its own
+keys and values. The cache therefore has U * R slots, in order of application, like the unshared
+model with copied layers. (The paper's own code writes both applications of a block into one slot.
+That is why its shared models decode without a cache.)
+
+`KVCache` serves prefill, where a scan carries it. `AlignedCache` serves decoding.
 """
 
 import dataclasses
@@ -14,18 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.quantized import QuantizedRows, to_rows
-
-Rows = Array | QuantizedRows
-"""Keys or values; in 8 bits, those of a head share a scale at each place."""
+from mobilellm_jax.model.attention import Attend
+from mobilellm_jax.model.softmax import IN_FLOAT, AttentionProducts, Rows, attend, attend_by_token
 
 
 @struct.dataclass
 class KVCache:
-    """Rotated keys and values, and how many tokens of each row are valid."""
+    """Rotated keys and values, and the number of valid tokens of each row."""
 
     k_LBSKH: Rows
     v_LBSKH: Rows
@@ -37,75 +37,75 @@ class KVCache:
         return jax.tree.leaves(self.k_LBSKH)[0].shape[2]  # type: ignore[no-any-return]  # untyped
 
 
-def init_cache(config: ModelConfig, batch: int, max_len: int, dtype: DTypeLike) -> KVCache:
-    """Returns an empty cache for `batch` rows of at most `max_len` tokens.
-
-    With int8 as its type it keeps quantized keys and values, and scales.
-    """
-    shape = (config.applied_depth, batch, max_len, config.num_kv_heads, config.head_dim)
-
-    def empty() -> Rows:
-        if dtype != jnp.int8:
-            return jnp.zeros(shape, dtype)
-        return QuantizedRows(jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], 1), jnp.float32))
-
-    return KVCache(k_LBSKH=empty(), v_LBSKH=empty(), length_B=jnp.zeros((batch,), jnp.int32))
-
-
-def written(
-    cache: KVCache,
-    slot: Int[Array, ""],
-    positions_BT: Int[Array, "#B T"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+def init_cache(
+    config: ModelConfig,
+    batch: int,
+    max_len: int,
+    dtype: DTypeLike,
+    products: AttentionProducts = IN_FLOAT,
 ) -> KVCache:
-    """Returns the cache with the keys and values in a slot, in the form that it keeps."""
-    rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
-
-    def write(there: Rows, new_BTKH: Float[Array, "B T K H"]) -> Rows:
-        new = to_rows(new_BTKH) if isinstance(there, QuantizedRows) else new_BTKH
-        at = (slot, rows_B1, positions_BT)
-        return cast(Rows, jax.tree.map(lambda x, y: x.at[at].set(y.astype(x.dtype)), there, new))
-
-    return dataclasses.replace(
-        cache, k_LBSKH=write(cache.k_LBSKH, k_BTKH), v_LBSKH=write(cache.v_LBSKH, v_BTKH)
+    """Returns an empty cache for `batch` rows of at most `max_len` tokens."""
+    shape = (config.applied_depth, batch, max_len, config.num_kv_heads, config.head_dim)
+    return KVCache(
+        k_LBSKH=products.empty_rows(shape, dtype),
+        v_LBSKH=products.empty_rows(shape, dtype),
+        length_B=jnp.zeros((batch,), jnp.int32),
     )
 
 
-def read(
-    cache: KVCache, slot: Int[Array, ""], dtype: DTypeLike
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Returns the keys and values of a slot."""
-    k_BSKH, v_BSKH = (_of_slot(rows, slot) for rows in (cache.k_LBSKH, cache.v_LBSKH))
-    return as_floats(k_BSKH, dtype), as_floats(v_BSKH, dtype)
+def attend_with_cache(
+    cache: KVCache,
+    slot: Int[Array, ""],
+    positions_BT: Int[Array, "B T"],
+    mask_BTS: Bool[Array, "B T S"],
+) -> Attend:
+    """Returns attention to a slot of the cache, after writing the new keys and values to it.
 
+    The caller keeps `positions_BT` within the capacity. The second result is the longer cache.
+    """
+    rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
 
-def as_floats(rows: Rows, dtype: DTypeLike) -> Float[Array, "..."]:
-    """Returns what the rows stand for."""
-    return rows.dequantized(dtype) if isinstance(rows, QuantizedRows) else rows.astype(dtype)
+    def write(old: Rows, new: Rows) -> Rows:
+        at = (slot, rows_B1, positions_BT)
+        return cast(Rows, jax.tree.map(lambda x, y: x.at[at].set(y.astype(x.dtype)), old, new))
+
+    def attend(
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKH: Float[Array, "B T K H"],
+        products: AttentionProducts,
+    ) -> tuple[Float[Array, "B T N H"], KVCache]:
+        k_LBSKH = write(cache.k_LBSKH, products.rows(k_BTKH))
+        v_LBSKH = write(cache.v_LBSKH, products.rows(v_BTKH))
+        k_BSKH, v_BSKH = (_slot(rows, slot).astype(q_BTNH.dtype) for rows in (k_LBSKH, v_LBSKH))
+        out_BTNH = attend_by_token(q_BTNH, k_BSKH, v_BSKH, mask_BTS, products)
+        return out_BTNH, dataclasses.replace(cache, k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH)
+
+    return attend
 
 
 @struct.dataclass
 class AlignedCache:
-    """The same for decoding: rows end at the same place, and every slot is an array of its own.
+    """A cache for decoding, in which all rows end at the same place.
 
-    So one token more is one write per slot, at the same place in all rows. Slots have the shape
-    that their matrix products want, W = B * K: with a reshape between, XLA copies them.
+    Every slot is a separate array, so appending a token is one write per slot at the same place in
+    all rows. A slot has the shape that the products of attention need, with one axis W = B * K for
+    batch and key heads. A reshape between the two would make XLA copy the slot at every token.
     """
 
     k_WSH: tuple[Rows, ...]
     v_WSH: tuple[Rows, ...]
-    start_B: Int[Array, "B"]  # where each row's first token lies
-    length: Int[Array, ""]  # where all rows end
+    start_B: Int[Array, "B"]  # place of each row's first token
+    length: Int[Array, ""]  # place after the last token of all rows
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row can hold, its start included."""
+        """Tokens that a row can hold, with the unused places before its start."""
         return jax.tree.leaves(self.k_WSH)[0].shape[1]  # type: ignore[no-any-return]  # untyped
 
 
 def align(cache: KVCache) -> AlignedCache:
-    """Moves every row to the end of the longest; what lies before its start has no meaning."""
+    """Moves every row to the end of the longest row; places before a row's start are unused."""
     length = jnp.max(cache.length_B)
     start_B = length - cache.length_B
 
@@ -118,12 +118,45 @@ def align(cache: KVCache) -> AlignedCache:
     def slots(rows: Rows) -> tuple[Rows, ...]:
         moved_rows = jax.tree.map(moved, rows)
         depth = jax.tree.leaves(moved_rows)[0].shape[0]
-        return tuple(_of_slot(moved_rows, slot) for slot in range(depth))
+        return tuple(_slot(moved_rows, slot) for slot in range(depth))
 
     return AlignedCache(
         k_WSH=slots(cache.k_LBSKH), v_WSH=slots(cache.v_LBSKH), start_B=start_B, length=length
     )
 
 
-def _of_slot(rows: Rows, slot: int | Int[Array, ""]) -> Rows:
+def attend_with_slot(
+    k_WSH: Rows, v_WSH: Rows, at: Int[Array, ""], mask_W11S: Bool[Array, "W 1 1 S"]
+) -> Attend:
+    """Returns attention of one new token per row to a slot of an `AlignedCache`.
+
+    The new keys and values are written at place `at` first. The second result is the slot's new
+    keys and values.
+    """
+
+    def write(old: Rows, new_B1KH: Float[Array, "B 1 K H"], products: AttentionProducts) -> Rows:
+        new_W1H = products.rows(new_B1KH.reshape(-1, 1, new_B1KH.shape[-1]))
+        return jax.tree.map(  # type: ignore[no-any-return]  # untyped
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), at, axis=1),
+            old,
+            new_W1H,
+        )
+
+    def attend_to_slot(
+        q_B1NH: Float[Array, "B 1 N H"],
+        k_B1KH: Float[Array, "B 1 K H"],
+        v_B1KH: Float[Array, "B 1 K H"],
+        products: AttentionProducts,
+    ) -> tuple[Float[Array, "B 1 N H"], tuple[Rows, Rows]]:
+        keys, values = write(k_WSH, k_B1KH, products), write(v_WSH, v_B1KH, products)
+        batch, _, num_kv_heads, head_dim = k_B1KH.shape
+        q_WG1H = q_B1NH.reshape(batch * num_kv_heads, -1, 1, head_dim)
+        dtype = q_B1NH.dtype
+        out_WG1H = attend(q_WG1H, keys.astype(dtype), values.astype(dtype), mask_W11S, products)
+        return out_WG1H.reshape(q_B1NH.shape), (keys, values)
+
+    return attend_to_slot
+
+
+def _slot(rows: Rows, slot: int | Int[Array, ""]) -> Rows:
     return cast(Rows, jax.tree.map(lambda x: x[slot], rows))

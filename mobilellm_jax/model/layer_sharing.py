@@ -1,9 +1,9 @@
 """Layer sharing (paper Sec. 2.5 and Fig. 6): every block applied R times, in one of three orders.
 
-Sharing is data, not control flow: one scan over the unique blocks' stacked weights. Under
-`immediate` (1 1 2 2) the scan's body applies its block R times; under `repeat_all` (1 2 1 2) the
-scan itself runs R times; under `reverse` (1 2 2 1) every second scan runs backwards. The parameters
-have the same shapes for every order and count.
+One scan runs over the stacked weights of the unique blocks. Under `immediate` (1 1 2 2) the body of
+the scan applies its block R times. Under `repeat_all` (1 2 1 2) the scan itself runs R times. Under
+`reverse` (1 2 2 1) every second scan runs backwards. The parameters have the same shapes for every
+order and every number of repeats.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from mobilellm_jax.config import ModelConfig, Remat, Sharing
-from mobilellm_jax.model.attention import AttentionContext
+from mobilellm_jax.model.attention import Attend
 from mobilellm_jax.model.attention_kernels import SAVED
 from mobilellm_jax.model.block import Block
 from mobilellm_jax.model.cache import KVCache
+from mobilellm_jax.model.rope import Rotation
 
 Carry = tuple[Float[Array, "B T D"], KVCache | None]
 
@@ -28,18 +29,17 @@ Policy = Callable[..., Any]
 
 _BLOCK_INPUT = "block_input"
 _KEPT: dict[str, tuple[str, ...]] = {
-    # Not queries, keys, values and the output of attention: on a v5e, writing and reading them
-    # takes longer than computing them again.
+    # Queries, keys and values are computed again. On a v5e, writing and reading them takes longer.
     "dots": (SAVED, "gate", "up"),
     "attention": (SAVED,),
     "full": (),
 }
-# cuDNN's backward pass needs a second result of its forward pass, which no name reaches.
+# cuDNN's backward pass needs a second result of its forward pass, and JAX gives it no name.
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
 
 def application_order(num_blocks: int, num_repeats: int, sharing: Sharing) -> tuple[int, ...]:
-    """Returns the block of every applied layer, first to last.
+    """Returns the number of the block of every applied layer, from first to last.
 
     >>> application_order(3, 2, "immediate")
     (0, 0, 1, 1, 2, 2)
@@ -57,7 +57,7 @@ def application_order(num_blocks: int, num_repeats: int, sharing: Sharing) -> tu
 
 
 def _policy(remat: Remat) -> Policy:
-    """Returns which results of a block's forward pass wait for its backward pass, and where."""
+    """Returns JAX's policy for the results of a block that wait for its backward pass."""
     policies = jax.checkpoint_policies
     if remat == "offload":
         offload: Policy = policies.save_and_offload_only_these_names(
@@ -83,21 +83,29 @@ def apply_blocks(
     blocks: Block,
     config: ModelConfig,
     x_BTD: Float[Array, "B T D"],
-    context: AttentionContext,
+    turn: Rotation,
+    attend_in_slot: Callable[[KVCache | None, Int[Array, ""]], Attend],
     cache: KVCache | None,
 ) -> Carry:
-    """Runs all applied layers. `blocks` holds the stacked parameters of the unique blocks.
+    """Runs all applied layers; returns the residual stream and the cache after them.
 
-    The cache's slot of a layer is its place in `application_order`.
+    Args:
+      blocks: the module that holds the stacked parameters of the unique blocks.
+      config: the architecture.
+      x_BTD: the embedded tokens.
+      turn: the rotation of queries and keys.
+      attend_in_slot: returns the attention of a layer. A layer's slot in the cache is its place in
+        `application_order`.
+      cache: the cache that the layers extend, or None.
     """
 
     def apply_block(block: Block, carry: Carry, slot: Int[Array, ""]) -> Carry:
         x_BTD, cache = carry
         x_BTD = checkpoint_name(x_BTD, _BLOCK_INPUT)
-        return block(x_BTD, context, cache, slot)
+        return block(x_BTD, turn, attend_in_slot(cache, slot))
 
     if config.remat != "none":
-        # prevent_cse=False: the scan already keeps the recomputation from being merged away.
+        # The scan already keeps XLA from merging the recomputation with the forward pass.
         apply_block = nn.remat(apply_block, policy=_policy(config.remat), prevent_cse=False)
 
     def body(block: Block, carry: Carry, slots_R: Int[Array, "R"]) -> tuple[Carry, None]:

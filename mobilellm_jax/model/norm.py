@@ -9,18 +9,17 @@ from mobilellm_jax.model.parameters import norm_scale
 
 
 def rms_norm(
-    x: Float[Array, "*rows D"], scale_D: Float[Array, "D"], eps: float
-) -> Float[Array, "*rows D"]:
-    """X / sqrt(mean(x^2) + eps) * scale, computed in float32, returned in the type of x."""
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(mean_square + eps)
-    scale = scale_D.reshape((1,) * (x.ndim - 1) + scale_D.shape)
-    return (normed * scale).astype(x.dtype)
+    x_BTD: Float[Array, "B T D"], scale_D: Float[Array, "D"], eps: float
+) -> Float[Array, "B T D"]:
+    """Returns x / sqrt(mean(x^2) + eps) * scale, computed in float32, in the type of x."""
+    wide_BTD = x_BTD.astype(jnp.float32)
+    mean_square_BT1 = jnp.mean(jnp.square(wide_BTD), axis=-1, keepdims=True)
+    normed_BTD = wide_BTD * jax.lax.rsqrt(mean_square_BT1 + eps)
+    return (normed_BTD * scale_D[None, None, :]).astype(x_BTD.dtype)
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a scale of its own."""
+    """Applies `rms_norm` with a trained scale."""
 
     eps: float
 

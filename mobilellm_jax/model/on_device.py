@@ -1,12 +1,13 @@
-"""What a config means on a device: the attention that `auto` is, and what cannot run there.
+"""Checks a config against a device, and chooses the attention that `auto` stands for.
 
-`model.attention=auto` is the first of these that the device has and that can do what the config
-asks for; nothing is measured, so the same config is the same program on every device of a kind:
+`model.attention=auto` takes the first kernel in this table that the device has and that supports
+the config. The choice does not depend on a measurement, so a config is the same program on every
+device of a kind:
 
-| device     | first choice | then                                       | else  |
+| device     | first choice | second choice                              | else  |
 |------------|--------------|--------------------------------------------|-------|
 | TPU        | `splash`     |                                            | `xla` |
-| NVIDIA GPU | `cudnn`      | `tokamax` (documents kept apart; optional) | `xla` |
+| NVIDIA GPU | `cudnn`      | `tokamax` (if installed; takes documents)  | `xla` |
 | other      |              |                                            | `xla` |
 """
 
@@ -23,14 +24,16 @@ INSTALL_TOKAMAX = 'pip install "mobilellm-jax[tokamax]"'
 _CHOICES: dict[str, tuple[Attention, ...]] = {"tpu": ("splash",), "gpu": ("cudnn", "tokamax")}
 _AMPERE, _HOPPER = 8.0, 9.0  # compute capabilities
 _CUDNN_HEAD_DIM = {_AMPERE: 128, _HOPPER: 256}
-_WITH_A_HOST = ("gpu", "tpu")  # on CPUs, JAX leaves the transfers out without a word
+_WITH_A_HOST = ("gpu", "tpu")  # on CPUs, JAX ignores the transfers silently
 
 
 def resolve_attention(config: Config, device: jax.Device) -> Config:
-    """Replaces `model.attention="auto"`; `compute_dtype` must have been resolved before."""
+    """Replaces `model.attention="auto"`; the caller resolves `compute_dtype` first."""
     if config.model.attention != "auto":
         return config
-    assert config.model.compute_dtype != "auto", "what a kernel takes depends on it"
+    assert config.model.compute_dtype != "auto", (
+        "the choice of a kernel depends on the compute dtype"
+    )
     able = [
         name
         for name in _CHOICES.get(device.platform, ())
@@ -42,12 +45,12 @@ def resolve_attention(config: Config, device: jax.Device) -> Config:
 
 
 def device_violations(config: Config, device: jax.Device) -> list[str]:
-    """Returns what the config asks for that the device cannot do, one message each."""
+    """Returns one message for each setting that the device does not support."""
     violations = list(_attention_on(config.model.attention, config.model, device))
     if config.model.remat == "offload" and device.platform not in _WITH_A_HOST:
         violations.append(
             "model.remat='offload' moves block inputs from the device's memory to the host's, and "
-            f"{device.device_kind} has none of its own; choose --config.model.remat=full."
+            f"{device.device_kind} has no memory of its own; choose --config.model.remat=full."
         )
     return violations
 
@@ -69,7 +72,7 @@ def _attention_on(name: str, model: ModelConfig, device: jax.Device) -> Iterator
 
 def _attention_on_gpu(name: str, model: ModelConfig, device: jax.Device) -> Iterator[str]:
     field = f"model.attention={name!r}"
-    # Only NVIDIA's is a number: AMD's looks like gfx90a.
+    # NVIDIA's compute capability is a number. AMD's is a name such as gfx90a.
     nvidia = device.device_kind.startswith("NVIDIA")
     capability = float(device.compute_capability) if nvidia else 0.0
     needed = _HOPPER if name == "tokamax" else _AMPERE

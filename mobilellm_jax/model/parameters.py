@@ -1,15 +1,17 @@
-"""How parameters are made: float32, with a logical name for every axis."""
+"""How parameters are made: in float32, with a logical name for every axis."""
 
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.quantized import Kernel, QuantizedAttention
+from mobilellm_jax.model.products import Kernel
+from mobilellm_jax.model.softmax import IN_FLOAT, AttentionProducts
 
-ATTENTION_IN_8_BITS = "in_8_bits"
+ATTENTION_PRODUCTS = "products"
+"""The name under which quantized parameters hold the `AttentionProducts` of their attention."""
 
 
 class _Configured(Protocol):
@@ -17,24 +19,29 @@ class _Configured(Protocol):
 
 
 def matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Kernel:
-    """Returns the module's matrix `name`, drawn from N(0, init_std^2) when it is initialised.
+    """Returns the matrix `name` of a module that has the model's `config`.
 
-    That holds for every matrix and the embedding table, with no scaling by depth, as in the
-    paper's published code. The module has the model's `config`.
-    Parameters that were quantized have it as such.
+    Initialisation draws every matrix and the embedding table from N(0, model.init_std^2), with no
+    scaling by depth, as in the paper's published code.
     """
     std = cast(_Configured, module).config.init_std
     init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
     return cast(Kernel, module.param(name, init, shape, jnp.float32))
 
 
-def attention_in_8_bits(module: nn.Module) -> QuantizedAttention:
-    """Returns what the parameters say about keys, values and their products: mostly nothing."""
-    said: QuantizedAttention | None = module.get_variable("params", ATTENTION_IN_8_BITS)
-    return said or QuantizedAttention()
+def attention_products(module: nn.Module) -> AttentionProducts:
+    """Returns the products of an attention module; the default is floating point."""
+    chosen: AttentionProducts | None = module.get_variable("params", ATTENTION_PRODUCTS)
+    return chosen or IN_FLOAT
+
+
+def products_of(params: dict[str, Any]) -> AttentionProducts:
+    """Returns the products of attention that a whole parameter tree asks for."""
+    chosen: AttentionProducts | None = params["blocks"]["attention"].get(ATTENTION_PRODUCTS)
+    return chosen or IN_FLOAT
 
 
 def norm_scale(module: nn.Module, name: str, width: int) -> jax.Array:
-    """Returns the module's norm scale `name`, 1 when it is initialised."""
+    """Returns the norm scale `name` of a module; initialisation sets it to 1."""
     init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
     return cast(jax.Array, module.param(name, init, (width,), jnp.float32))

@@ -1,4 +1,4 @@
-"""Which number type activations and matrix products use; parameters are float32 throughout."""
+"""The number type of activations and matrix products; parameters are always float32."""
 
 import dataclasses
 
@@ -9,15 +9,16 @@ from mobilellm_jax.config import ComputeDtype, ModelConfig
 from mobilellm_jax.startup.cpu import cpu_features
 
 _CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
-# Below, a step is made of passes over activations, which bfloat16 does not speed up on a CPU.
+# A step of a narrower model mostly passes over activations, and bfloat16 does not speed that up.
 _CPU_LEAST_WIDTH = 512
 
 
 def resolve_compute_dtype(config: ModelConfig, device: jax.Device | None = None) -> ModelConfig:
     """Replaces `compute_dtype="auto"` by the type that trains fastest on the (default) device.
 
-    That is bfloat16 on TPUs, on GPUs with matrix units for it (NVIDIA from 8.0, AMD from MI200),
-    and for models of width 512 and more on CPUs with instructions for it; float32 elsewhere.
+    The type is bfloat16 on TPUs, on GPUs with bfloat16 matrix units (NVIDIA from 8.0, AMD from
+    MI200), and on CPUs with bfloat16 instructions if the model has a width of at least 512. It is
+    float32 elsewhere.
     """
     if config.compute_dtype != "auto":
         return config
@@ -33,8 +34,8 @@ def resolve_compute_dtype(config: ModelConfig, device: jax.Device | None = None)
 def compute_dtype(config: ModelConfig) -> jax.typing.DTypeLike:
     """Returns the JAX type of activations.
 
-    An "auto" that training did not resolve is bfloat16 on TPUs and GPUs with matrix units for it,
-    float32 on CPUs: scores on a CPU are compared with other programs'.
+    An "auto" that training did not resolve means bfloat16 on TPUs and on GPUs with bfloat16 matrix
+    units. On CPUs it means float32, because users compare scores on CPUs with other programs.
     """
     if config.compute_dtype != "auto":
         return jnp.dtype(config.compute_dtype)

@@ -1,78 +1,97 @@
-"""Products of activations with weights, in the form that each device computes fastest.
+"""Products of activations with weights.
 
-The gradient is written out, because JAX's own costs XLA's CPU backend a transposed copy of every
-weight's gradient, a fifth of a block's time. In bfloat16 that backend has fast kernels only for
-products that return their float32 sums: asked for bfloat16 it converts all operands and multiplies
-in float32, at less than half the speed, or a sixth where a CPU has matrix units. Other devices
-accumulate in float32 whatever they return.
+The gradient of `product` is written out, and its bfloat16 form asks for float32 sums. Both are
+workarounds for XLA's CPU backend, measured on two Zen 4 cores with a block of the 125M model:
 
-A matrix may be quantized (`quantized.py`): what it is multiplied with then is its own rule.
+- JAX's own gradient of einsum("BTD,DF->BTF") computes every weight's gradient transposed, and the
+  CPU backend then copies it. The backward pass of a block took 165 ms, and takes 115 ms with the
+  gradient written out. See https://github.com/jax-ml/jax/issues/19327.
+- The CPU backend has fast bfloat16 kernels only for products that return float32 sums: 400 GFLOP/s.
+  A product that returns bfloat16 reached 100 to 170 GFLOP/s, because a compiler pass converts its
+  operands to float32 (https://github.com/jax-ml/jax/pull/22055 describes the pass). Other devices
+  sum in float32 for every result type, so their products stay as they are.
+
+Remove the written-out gradient when `jax.grad` of a plain einsum is as fast in
+`benchmarks/train_step.py`. Remove `_einsum` when a bfloat16 product on a CPU is as fast as one that
+returns float32.
 """
 
-import dataclasses
+import abc
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mobilellm_jax.model.quantized import (
-    Kernel,
-    QuantizedKernel,
-    TrainedKernel,
-    quantized_product,
-    tokens_on_levels,
-)
+Multiply = Callable[[str, jax.Array, jax.Array], jax.Array]
+
+
+class SpecialKernel(abc.ABC):
+    """A weight matrix with its own product, such as integers with scales (`quantize/kernels.py`).
+
+    It offers the parts of an array's interface that the model uses.
+    """
+
+    integer_products: Any
+    """Whether activations are rounded to 8 bits before the product."""
+
+    @property
+    @abc.abstractmethod
+    def T(self) -> "SpecialKernel":  # noqa: N802  # the name that arrays use
+        """The transposed matrix."""
+
+    @abc.abstractmethod
+    def astype(self, dtype: jax.typing.DTypeLike) -> "SpecialKernel":
+        """Converts the floating-point values; integers stay as they are."""
+
+    @abc.abstractmethod
+    def __getitem__(self, rows: Int[Array, "*rows"]) -> Float[Array, "*rows columns"]:
+        """Returns rows of the matrix as floating-point numbers."""
+
+    @abc.abstractmethod
+    def operands(self, spec: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the two arrays that a floating-point product multiplies."""
+
+    def multiply(self, spec: str, x: jax.Array, multiply: Multiply) -> jax.Array:
+        """Returns einsum(spec, x, matrix); `multiply` is the caller's product of float arrays."""
+        return multiply(spec, *self.operands(spec, x))
+
+
+Kernel = Array | SpecialKernel
+"""A weight matrix in any form that `product` takes."""
 
 
 def product(spec: str, x: jax.Array, kernel: Kernel) -> jax.Array:
-    """Returns einsum(spec, x, kernel) in the type of x, which the kernel is converted to.
+    """Returns einsum(spec, x, kernel) in the type of x, with float32 sums in both directions.
 
-    Sums are float32 in both directions. `spec` is two inputs and an output, such as
-    "BTD,DF->BTF"; every letter of an input is in the other one or in the output.
+    `spec` names two inputs and an output, such as "BTD,DF->BTF". Every letter of an input occurs in
+    the other input or in the output.
     """
-    if isinstance(kernel, QuantizedKernel):
-        return quantized_product(spec, x, kernel).astype(x.dtype)
-    x, matrix = operands(spec, x, kernel)
-    return _product(spec, x, matrix.astype(x.dtype))
+    if isinstance(kernel, SpecialKernel):
+        return kernel.multiply(spec, x, _float_product).astype(x.dtype)
+    return _float_product(spec, x, kernel)
 
 
 def scores(spec: str, x: jax.Array, head: Kernel) -> jax.Array:
     """Returns einsum(spec, x, head) in float32; a float head is converted to the type of x."""
-    if isinstance(head, QuantizedKernel):
-        return quantized_product(spec, x, head)
-    x, matrix = operands(spec, x, head)
-    return jnp.einsum(spec, x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def narrowed(kernel: Kernel, dtype: jax.typing.DTypeLike) -> Kernel:
-    """Returns a matrix of floats in that type; one of integers has no other."""
-    if isinstance(kernel, QuantizedKernel):
-        return kernel
-    if isinstance(kernel, TrainedKernel):
-        return dataclasses.replace(kernel, values=kernel.values.astype(dtype))
-    return kernel.astype(dtype)
+    if isinstance(head, SpecialKernel):
+        return head.multiply(spec, x, _float_scores)
+    return _float_scores(spec, x, head)
 
 
 def operands(spec: str, x: jax.Array, kernel: Kernel) -> tuple[jax.Array, jax.Array]:
-    """Returns what is multiplied in floating point: with a `TrainedKernel`, numbers on levels."""
-    assert not isinstance(kernel, QuantizedKernel), "its products are integers, without gradients"
-    if not isinstance(kernel, TrainedKernel):
-        return x, kernel
-    if kernel.integer_products:
-        inputs, out_axes = spec.split("->")
-        summed = tuple(i for i, axis in enumerate(inputs.split(",")[0]) if axis not in out_axes)
-        x = tokens_on_levels(x, summed)
-    return x, kernel.values
+    """Returns the two float arrays that `product` multiplies."""
+    return kernel.operands(spec, x) if isinstance(kernel, SpecialKernel) else (x, kernel)
 
 
-def rows_of(table_VD: Kernel, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-    """Returns the table's rows, as floats of whatever type it holds or stands for."""
-    if isinstance(table_VD, QuantizedKernel):
-        rows: jax.Array = table_VD.values[tokens].astype(jnp.float32) * table_VD.scale[tokens]
-        return rows
-    table: jax.Array = table_VD.values if isinstance(table_VD, TrainedKernel) else table_VD
-    return table[tokens]
+def _float_scores(spec: str, x: jax.Array, head: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _float_product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _product(spec, x, kernel.astype(x.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -87,9 +106,9 @@ def _forward(
 
 
 def _backward(
-    spec: str, operands: tuple[jax.Array, jax.Array], grad: jax.Array
+    spec: str, residuals: tuple[jax.Array, jax.Array], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, kernel = operands
+    x, kernel = residuals
     inputs, out_axes = spec.split("->")
     x_axes, kernel_axes = inputs.split(",")
     grad_x = _einsum(f"{out_axes},{kernel_axes}->{x_axes}", grad, kernel)
@@ -103,10 +122,10 @@ def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     def plain(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(spec, a, b)
 
-    def summed_wide(a: jax.Array, b: jax.Array) -> jax.Array:
+    def with_float32_sums(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
 
     if a.dtype == jnp.float32:
         return plain(a, b)
-    product: jax.Array = jax.lax.platform_dependent(a, b, cpu=summed_wide, default=plain)
+    product: jax.Array = jax.lax.platform_dependent(a, b, cpu=with_float32_sums, default=plain)
     return product

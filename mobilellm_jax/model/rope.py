@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-The rotated pairs are (i, i + H/2), the layout of Hugging Face's Llama, so that query and key
-weights pass between the two unchanged.
+A rotated pair consists of the channels i and i + H/2, as in Hugging Face's Llama. So query and key
+weights pass between the two programs unchanged.
 """
 
 import jax.numpy as jnp
@@ -11,29 +11,26 @@ from jaxtyping import Array, Float, Int, Num
 
 @struct.dataclass
 class Rotation:
-    """Cosine and sine of every position's angles, float32, shared by all layers and heads."""
+    """Cosine and sine of every position's angles in float32; all layers and heads share them."""
 
-    cos_BT1H: Float[Array, "B T 1 half"]
-    sin_BT1H: Float[Array, "B T 1 half"]
+    cos_BT1P: Float[Array, "B T 1 P"]
+    sin_BT1P: Float[Array, "B T 1 P"]
 
 
 def rotation(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Rotation:
-    """Returns the rotation by angle position * theta^(-2i / head_dim) of pair i.
-
-    The last axis has head_dim / 2 entries, one per pair.
-    """
-    exponents_H = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequencies_H = 1.0 / (theta**exponents_H)
-    angles_BT1H = positions_BT[:, :, None, None] * frequencies_H[None, None, None, :]
-    return Rotation(cos_BT1H=jnp.cos(angles_BT1H), sin_BT1H=jnp.sin(angles_BT1H))
+    """Returns the rotation of pair i by the angle position * theta^(-2i / head_dim)."""
+    exponents_P = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies_P = 1.0 / (theta**exponents_P)
+    angles_BT1P = positions_BT[:, :, None, None] * frequencies_P[None, None, None, :]
+    return Rotation(cos_BT1P=jnp.cos(angles_BT1P), sin_BT1P=jnp.sin(angles_BT1P))
 
 
-def rotate(x_BTNH: Num[Array, "B T N H"], by: Rotation) -> Num[Array, "B T N H"]:
-    """Rotates every head of queries or keys, in float32, returned in the type of x."""
-    first_BTNH, second_BTNH = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+def rotate(x_BTNH: Num[Array, "B T N H"], turn: Rotation) -> Num[Array, "B T N H"]:
+    """Rotates every head of queries or keys, in float32; returns the type of x."""
+    first_BTNP, second_BTNP = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     halves = (
-        first_BTNH * by.cos_BT1H - second_BTNH * by.sin_BT1H,
-        second_BTNH * by.cos_BT1H + first_BTNH * by.sin_BT1H,
+        first_BTNP * turn.cos_BT1P - second_BTNP * turn.sin_BT1P,
+        second_BTNP * turn.cos_BT1P + first_BTNP * turn.sin_BT1P,
     )
-    # Each half to its final type before they are joined: joining is a pass over memory.
+    # Joining is a pass over memory, so each half gets its final, narrower type before.
     return jnp.concatenate([half.astype(x_BTNH.dtype) for half in halves], axis=-1)

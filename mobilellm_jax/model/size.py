@@ -1,8 +1,8 @@
 """Parameters and FLOPs of an architecture, by formula.
 
-Model FLOPs per token, forward and backward, are 6 * (weights used in matrix products, each
-application counted, the head included) + 6 * applied depth * N * H * T: the causal half of the
-attention products. Everything that reports MFU uses this convention and says so.
+Model FLOPs per token, forward and backward, are 6 * weights + 6 * applied depth * N * H * T. The
+weights are those of all matrix products, with the head, counted once per application. The second
+term is the causal half of the products of attention. Every report of MFU names this convention.
 """
 
 from mobilellm_jax.config import ModelConfig
@@ -11,21 +11,21 @@ FLOP_CONVENTION = "6 x matmul weights (each application, head included) + causal
 
 
 def block_matrix_parameters(config: ModelConfig) -> int:
-    """Returns the weights of one block's matrices."""
+    """Returns the number of weights in one block's matrices."""
     attention = 2 * config.embed_dim * config.head_dim * (config.num_heads + config.num_kv_heads)
     matrices = 3 if config.activation == "swiglu" else 2
     return attention + matrices * config.embed_dim * config.ffn_dim
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Returns all parameters, norms included, shared ones once."""
+    """Returns the number of parameters, with norms; shared parameters count once."""
     embeddings = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
     block = block_matrix_parameters(config) + 2 * config.embed_dim
     return embeddings + config.num_blocks * block + config.embed_dim
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Returns training FLOPs per token in sequences of `seq_len` tokens."""
+    """Returns the training FLOPs per token in sequences of `seq_len` tokens."""
     depth = config.applied_depth
     weights = depth * block_matrix_parameters(config) + config.vocab_size * config.embed_dim
     return 6 * weights + 6 * depth * config.num_heads * config.head_dim * seq_len

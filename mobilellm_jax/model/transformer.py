@@ -1,7 +1,8 @@
-"""The whole decoder: embed, apply the blocks, norm, and score the vocabulary.
+"""The whole decoder: it embeds tokens, applies the blocks, norms, and scores the vocabulary.
 
-Three ways through it: `hidden` for training (the loss scores the vocabulary itself, in chunks),
-`__call__` for logits of whole sequences, and `extend` for decoding with a cache.
+The model has three entry points. `hidden` serves training, where the loss scores the vocabulary
+itself, in chunks. `__call__` returns the logits of whole sequences. `extend` reads prompts into a
+cache. `decoding.py` then applies the same blocks to one token at a time.
 """
 
 import dataclasses
@@ -13,26 +14,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.attention import AttentionContext, uses_kernel
+from mobilellm_jax.model.attention import Attend, attend_within, uses_kernel
 from mobilellm_jax.model.block import Block
-from mobilellm_jax.model.cache import KVCache
+from mobilellm_jax.model.cache import KVCache, attend_with_cache
 from mobilellm_jax.model.layer_sharing import apply_blocks
 from mobilellm_jax.model.norm import RMSNorm
 from mobilellm_jax.model.parameters import matrix
 from mobilellm_jax.model.precision import compute_dtype
-from mobilellm_jax.model.products import rows_of, scores
-from mobilellm_jax.model.quantized import Kernel
+from mobilellm_jax.model.products import Kernel, scores
 from mobilellm_jax.model.rope import rotation
 
 Params = dict[str, Any]
-"""A nested dict of arrays, some of them perhaps quantized; the names are those of the modules."""
-
+"""A nested dict of arrays or of other kernels (`products.py`), keyed by the modules' names."""
 
 Table = TypeVar("Table", bound=Kernel)
 
 
 class Embedding(nn.Module):
-    """The token table; with embedding sharing (paper Sec. 2.3) also the head."""
+    """The token table; with tied embeddings (paper Sec. 2.3) it is the output matrix too."""
 
     config: ModelConfig
 
@@ -54,7 +53,7 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A MobileLLM of any shape in `ModelConfig`."""
+    """A MobileLLM of any shape that `ModelConfig` allows."""
 
     config: ModelConfig
 
@@ -72,7 +71,7 @@ class Transformer(nn.Module):
         segments_BT: Int[Array, "B T"] | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Returns float32 logits of the token after each position."""
+        """Returns the float32 logits of the token after each position."""
         x_BTD = self.hidden(tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT)
         return self.logits(x_BTD)
 
@@ -88,72 +87,79 @@ class Transformer(nn.Module):
 
         Args:
           tokens_BT: token ids.
-          segments_BT: document of each token; a token attends within its own only. None: one.
-          positions_BT: position for RoPE. None: 0, 1, 2, ...
-          mask_BTS: instead of segments, which tokens each may attend to; not for kernels, which
-            compute their masks. None: those before it in its segment.
+          segments_BT: the document of each token. A token attends only within its document. None
+            means that each row is one document.
+          positions_BT: the positions for RoPE. None means 0, 1, 2, ...
+          mask_BTS: True where a query may attend to a key. It replaces the causal mask and the
+            segments. Attention kernels compute their own masks, so they do not take one.
         """
         config = self.config
-        length = tokens_BT.shape[1]
         if positions_BT is None:
-            positions_BT = jnp.arange(length, dtype=jnp.int32)[None, :]
+            positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
         assert mask_BTS is None or not uses_kernel(config), f"a mask for {config.attention}"
-        context = AttentionContext(
-            rotation=rotation(positions_BT, config.head_dim, config.rope_theta),
-            positions_BT=positions_BT,
-            mask_BTS=mask_BTS,
-            segments_BT=segments_BT,
-        )
-        x_BTD, _ = apply_blocks(self.blocks, config, self._embed(tokens_BT), context, None)
+        attend = attend_within(config, segments_BT, mask_BTS)
+
+        def attend_in_slot(cache: KVCache | None, slot: Int[Array, ""]) -> Attend:
+            return attend
+
+        turn = rotation(positions_BT, config.head_dim, config.rope_theta)
+        embedded_BTD = self._embed(tokens_BT)
+        x_BTD, _ = apply_blocks(self.blocks, config, embedded_BTD, turn, attend_in_slot, None)
         return self.final_norm(x_BTD)
 
     def extend(
         self, tokens_BT: Int[Array, "B T"], cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Reads T more tokens per row; prefill is T = prompt, decoding T = 1.
+        """Reads T more tokens per row; returns their hidden states and the longer cache.
 
-        The tokens of row b stand at positions `cache.length_B[b] + 0 ... T - 1`, which must fit
-        the cache; the returned cache is T longer. A row that was padded on the right is taken
-        back to its true length by replacing `length_B`.
+        The tokens of row b get the positions `cache.length_B[b] + 0 ... T - 1`, which must fit into
+        the cache. If a row was padded on the right, the caller sets its `length_B` back to the true
+        length afterwards.
         """
         config = self.config
-        length, capacity = tokens_BT.shape[1], cache.capacity
+        length = tokens_BT.shape[1]
         positions_BT = cache.length_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
-        keys_11S = jnp.arange(capacity, dtype=jnp.int32)[None, None, :]
-        context = AttentionContext(
-            rotation=rotation(positions_BT, config.head_dim, config.rope_theta),
-            positions_BT=positions_BT,
-            mask_BTS=keys_11S <= positions_BT[:, :, None],
+        keys_11S = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None, :]
+        mask_BTS = keys_11S <= positions_BT[:, :, None]
+
+        def attend_in_slot(cache: KVCache | None, slot: Int[Array, ""]) -> Attend:
+            assert cache is not None, "the scan carries the cache that it was given"
+            return attend_with_cache(cache, slot, positions_BT, mask_BTS)
+
+        turn = rotation(positions_BT, config.head_dim, config.rope_theta)
+        embedded_BTD = self._embed(tokens_BT)
+        x_BTD, extended = apply_blocks(
+            self.blocks, config, embedded_BTD, turn, attend_in_slot, cache
         )
-        x_BTD, extended = apply_blocks(self.blocks, config, self._embed(tokens_BT), context, cache)
-        assert extended is not None, "a cache that goes in comes out"
+        assert extended is not None, "the scan returns the cache that it was given"
         longer = dataclasses.replace(extended, length_B=cache.length_B + length)
         return self.final_norm(x_BTD), longer
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores the vocabulary, accumulating in float32; tied embeddings are not scaled."""
+        """Scores the vocabulary with float32 sums; tied embeddings are not scaled."""
         head_DV = self.embedding().T if self.config.tie_embeddings else self.head()
         return scores("BTD,DV->BTV", x_BTD, head_DV)
 
     def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # Gathered over `fsdp` before the lookup: GSPMD would otherwise copy the result everywhere.
+        # The table is gathered over `fsdp` before the lookup. Otherwise GSPMD would copy the result
+        # to every device.
         table_VD = gathered(self.embedding())
-        # Rows are converted after the lookup, so that the gradients of a token that occurs often
-        # are summed in float32.
-        x_BTD = rows_of(table_VD, tokens_BT).astype(compute_dtype(self.config))
+        # The rows are converted after the lookup. So the gradients of a frequent token are summed
+        # in float32.
+        x_BTD = table_VD[tokens_BT].astype(compute_dtype(self.config))
         axes = ("batch", "length", "activation_embed")
         return cast(jax.Array, nn.with_logical_constraint(x_BTD, axes))
 
 
 def head_matrix(params: Params, config: ModelConfig) -> Kernel:
-    """Returns the matrix that scores the vocabulary, one row per token, from a parameter tree."""
+    """Returns the output matrix of a parameter tree, with one row per token."""
     if config.tie_embeddings:
         return cast(Kernel, params["embedding"]["table"])
     return cast(Kernel, params["head"]["kernel"]).T
 
 
 def gathered(table_VD: Table) -> Table:
-    """Returns a table, or the parts of a quantized one, whole over `fsdp`."""
+    """Returns a table whose arrays are whole over `fsdp`."""
     axes = ("vocab", "activation_embed")
     return cast(Table, jax.tree.map(lambda x: nn.with_logical_constraint(x, axes), table_VD))
 
@@ -166,5 +172,5 @@ def init_boxed(config: ModelConfig, key: PRNGKeyArray) -> Params:
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Returns a random float32 parameter tree: matrices N(0, 0.02^2), norms 1."""
+    """Returns a random float32 parameter tree: matrices N(0, model.init_std^2), norms 1."""
     return cast(Params, jax.jit(lambda k: nn.unbox(init_boxed(config, k)))(key))

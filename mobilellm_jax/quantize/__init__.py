@@ -1,5 +1,5 @@
-"""Quantized models: which schemes there are, after training and during it.
+"""Quantized models, after training and in training.
 
-The integers and what is computed with them are in `model/quantized.py`; here is what becomes of a
-whole model's parameters.
+`integers.py` rounds numbers. `kernels.py` and `attention.py` replace the float products of
+`model/`. `schemes.py` names the ways to quantize. `parameters.py` quantizes a whole model.
 """

@@ -1,7 +1,8 @@
-"""A model's parameters, quantized: after training as integers, during it as floats on their levels.
+"""Quantizes a model's parameters: after training to integers, in training to floats on levels.
 
-The float parameters stay the truth. Both functions are pure and are traced like the model: on a
-mesh, and with the blocks' matrices stacked, each of which is quantized by itself.
+Only float parameters are saved. `quantized` and `on_levels` are pure functions that jax traces like
+the model, on a mesh too. The matrices of the blocks are stacked, and each block's matrix is
+quantized separately.
 """
 
 import functools
@@ -14,31 +15,31 @@ import numpy as np
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.parameters import ATTENTION_IN_8_BITS
-from mobilellm_jax.model.quantized import (
-    Kernel,
-    QuantizedAttention,
+from mobilellm_jax.model.parameters import ATTENTION_PRODUCTS
+from mobilellm_jax.model.products import Kernel
+from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.quantize.attention import QuantizedAttention
+from mobilellm_jax.quantize.kernels import (
     QuantizedKernel,
     TrainedKernel,
     kernel_on_levels,
     to_kernel,
 )
-from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.quantize.schemes import Scheme, check_scheme
 
-# How many axes of a block's matrix are its inputs; the others are its outputs.
 NUM_INPUTS = {
     **dict.fromkeys(("query", "key", "value", "gate", "up", "down"), 1),
     "output": 2,  # heads and their channels
 }
+"""The number of leading axes of a block's matrix that are its inputs."""
 
 _Quantize = Callable[..., Kernel]
 
 
 def quantized(params: Params, scheme: Scheme) -> Params:
-    """Returns the parameters as the scheme has them: integers and scales for whatever it takes in.
+    """Returns the parameters with integers and scales for the matrices of the scheme.
 
-    Norms, and parts that the scheme leaves out, are as they were.
+    Norms, and parts that the scheme does not name, stay as they are.
     """
 
     def quantize(matrix: jax.Array, *, num_inputs: int, bits: int, group_size: int) -> Kernel:
@@ -54,10 +55,10 @@ def quantized(params: Params, scheme: Scheme) -> Params:
 
 
 def quantize_model(config: ModelConfig, params: Params, scheme: Scheme) -> Params:
-    """Returns `quantized` of a whole model that is on a device, after looking at it.
+    """Checks the parameters of a model on a device, and returns `quantized` of them.
 
     Raises:
-      ConfigError: if the scheme takes in half of a matrix.
+      ConfigError: if the scheme names one side of tied embeddings.
       UserError: if parameters are not finite.
     """
     check_scheme(scheme, config)
@@ -91,13 +92,13 @@ def _replaced(params: Params, scheme: Scheme, quantize: _Quantize) -> Params:
         }
 
     def rows(matrix: jax.Array) -> Kernel:
-        # A scale for every row of the table, or column of the head: for each token.
+        # Every token has a scale: a row of the table, or a column of the head.
         return quantize(matrix, num_inputs=1, bits=8, group_size=0)
 
     blocks = params["blocks"]
     attention = stacked(blocks["attention"])
     if {"attention", "cache"} & set(scheme.parts):
-        attention[ATTENTION_IN_8_BITS] = QuantizedAttention(
+        attention[ATTENTION_PRODUCTS] = QuantizedAttention(
             products="attention" in scheme.parts, cache="cache" in scheme.parts
         )
     changed = {
@@ -116,14 +117,14 @@ def _replaced(params: Params, scheme: Scheme, quantize: _Quantize) -> Params:
 
 
 def stored_bytes(params: object) -> int:
-    """Returns the bytes of all arrays in parameters of any layout, 4-bit ones two in a byte."""
+    """Returns the bytes of all arrays in a tree; two 4-bit numbers share a byte."""
     leaves: list[jax.Array] = jax.tree.leaves(params)
     bits = [4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for leaf in leaves]
     return sum(-(-leaf.size * b // 8) for leaf, b in zip(leaves, bits, strict=True))
 
 
 def bits_per_weight(params: Params) -> float:
-    """Returns the bits of all values and scales for each parameter of the model."""
+    """Returns the bits of all values and scales, divided by the parameters of the model."""
     numbers: int = sum(
         leaf.values.size if isinstance(leaf, QuantizedKernel) else leaf.size
         for leaf in jax.tree.leaves(params, is_leaf=_is_kernel)
@@ -134,8 +135,8 @@ def bits_per_weight(params: Params) -> float:
 def as_arrays(kernel: QuantizedKernel, num_inputs: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns a matrix for files: int8 values [inputs, outputs], float32 scales [groups, outputs].
 
-    Row i of the values belongs to row i // group_size of the scales. Values of 4 bits are in int8
-    too. For the table, whose inputs are its last axis, give its transpose.
+    Row i of the values uses row i // group_size of the scales. 4-bit values are int8 too. The
+    inputs of the embedding table are its last axis, so pass its transpose.
     """
     values = np.asarray(kernel.values.astype(jnp.int8))
     inputs = math.prod(values.shape[:num_inputs])
@@ -143,19 +144,11 @@ def as_arrays(kernel: QuantizedKernel, num_inputs: int) -> tuple[np.ndarray, np.
     return values.reshape(inputs, -1), scale.reshape(scale.shape[0], -1)
 
 
-def quantize_matrix(
-    matrix_IO: np.ndarray, *, bits: int, group_size: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `as_arrays` of a float matrix, inputs first: the numbers that `quantized` makes."""
-    kernel = to_kernel(jnp.asarray(matrix_IO), num_inputs=1, bits=bits, group_size=group_size)
-    return as_arrays(kernel, 1)
-
-
 def check_finite(params: Params) -> None:
-    """Refuses parameters that have no range.
+    """Refuses parameters that are not finite.
 
     Raises:
-      UserError: naming those that are not finite.
+      UserError: with their names.
     """
     wrong = [
         jax.tree_util.keystr(path, simple=True, separator=".")
@@ -164,8 +157,8 @@ def check_finite(params: Params) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{', '.join(wrong)} must be finite to be quantized; choose a checkpoint from before "
-            "the training went wrong."
+            f"{', '.join(wrong)} must be finite to be quantized; choose an earlier checkpoint, "
+            "from before the training diverged."
         )
 
 

@@ -1,4 +1,4 @@
-"""The schemes by name, and which parts of a model they take in.
+"""The quantization schemes by name, and the parts of a model that they quantize.
 
 | name              | matrices of the blocks                       | activations        |
 |-------------------|----------------------------------------------|--------------------|
@@ -7,19 +7,20 @@
 | w4g32, w4g128     | 4 bits, the same                             | floating point     |
 | w4a8g32, w4a8g128 | 4 bits, the same                             | 8 bits, per token  |
 
-w8, w4 and w4a8 mean groups of 32. The paper's W8A8 (Sec. 3.4) names neither granularity nor parts;
-LLM-QAT, of the same first author, has w8a8's (Liu et al. 2023, arXiv:2305.17888).
+w8, w4 and w4a8 are short names for groups of 32. The paper's W8A8 (Sec. 3.4) gives no granularity
+and no parts. Our w8a8 follows LLM-QAT by the same first author (Liu et al. 2023, arXiv:2305.17888).
 
-The parts beside the blocks' matrices, of which `embedding,head` is the default:
+A scheme always quantizes the matrices of the blocks. These other parts can be in 8 bits under every
+scheme; the default is `embedding,head`:
 
-| part      | what is in 8 bits, whatever the scheme                                          |
-|-----------|---------------------------------------------------------------------------------|
-| embedding | the table, a scale for each token                                               |
-| head      | the matrix that scores the vocabulary, a scale for each token of it             |
-| attention | queries, keys, values and the softmax's weights, and so both products           |
-| cache     | keys and values, a scale for each token and head                                |
+| part      | in 8 bits                                                          |
+|-----------|--------------------------------------------------------------------|
+| embedding | the token table, with one scale for each token                     |
+| head      | the output matrix, with one scale for each token                   |
+| attention | queries, keys, values and softmax weights, so both products        |
+| cache     | keys and values, with one scale for each token and head            |
 
-Tied embeddings are one matrix, in 8 bits or not.
+Tied embeddings are one matrix, so a scheme names both `embedding` and `head`, or neither.
 """
 
 import dataclasses
@@ -43,9 +44,9 @@ class Scheme:
     """How a model is quantized."""
 
     name: str
-    weight_bits: int  # of the blocks' matrices
-    group_size: int  # inputs that share a scale; 0 = all of a channel
-    integer_products: bool  # activations in 8 bits too
+    weight_bits: int  # bits per weight of the blocks
+    group_size: int  # inputs that share a scale; 0 = all inputs of an output channel
+    integer_products: bool  # whether activations have 8 bits too
     parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -81,10 +82,10 @@ ALIASES = {name: f"{name}g32" for name in _GROUPED}
 
 
 def find_scheme(name: str, parts: str = QuantizeConfig.parts) -> Scheme:
-    """Returns the scheme of that name, with the parts named, separated by commas.
+    """Returns the scheme `name` with the parts in `parts`, which commas separate.
 
     Raises:
-      ConfigError: if there is no such scheme or part.
+      ConfigError: if the scheme or a part does not exist.
     """
     known = [*SCHEMES, *ALIASES]
     if name not in known:
@@ -97,16 +98,16 @@ def find_scheme(name: str, parts: str = QuantizeConfig.parts) -> Scheme:
 
 
 def check_scheme(scheme: Scheme, model: ModelConfig) -> None:
-    """Refuses a scheme that takes in half of a matrix.
+    """Refuses a scheme that names one side of tied embeddings only.
 
     Raises:
-      ConfigError: if embeddings are tied, and only one side is among the parts.
+      ConfigError: with the rule.
     """
     _refuse(tied_violations("quantized_parts", ",".join(scheme.parts), model))
 
 
 def trained_scheme(config: Config) -> Scheme | None:
-    """Returns the scheme that a run is trained for, or None."""
+    """Returns the scheme of a quantization-aware run, or None."""
     chosen = config.quantize
     if chosen.scheme == "none":
         return None

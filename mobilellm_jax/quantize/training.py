@@ -1,8 +1,8 @@
-"""Quantization-aware training: what a training step and whoever measures it are handed.
+"""Quantization-aware training: functions of the parameters for the training step and validation.
 
-The step computes with matrices and activations on the levels of the run's scheme, and its gradient
-goes straight through to the float parameters, which are what is trained and saved. What is
-validated and sampled is the quantized model that they stand for, in integers.
+The step computes with matrices and activations on the levels of the run's scheme. Its gradient
+passes straight through the rounding to the float parameters, which the run trains and saves.
+Validation and samples use the quantized model in integers.
 """
 
 import functools
@@ -17,12 +17,18 @@ from mobilellm_jax.quantize.schemes import trained_scheme
 
 
 def training_transform(config: Config) -> Callable[[Params], Params]:
-    """Returns what the step does to the parameters before the model sees them; mostly nothing."""
+    """Returns the function that the step applies to the parameters before the model.
+
+    It is the identity if the run is trained for no scheme.
+    """
     scheme = trained_scheme(config)
     return functools.partial(on_levels, scheme=scheme) if scheme else lambda params: params
 
 
 def derivation(config: Config) -> Callable[[Params], Params]:
-    """Returns the function from a run's parameters to those of the model that it is to become."""
+    """Returns the function from a run's parameters to the parameters of its quantized model.
+
+    It is the identity if the run is trained for no scheme.
+    """
     scheme = trained_scheme(config)
     return jax.jit(functools.partial(quantized, scheme=scheme)) if scheme else lambda params: params

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mobilellm_jax.model.products import narrowed, scores
-from mobilellm_jax.model.quantized import Kernel
+from mobilellm_jax.model.products import Kernel, scores
 from mobilellm_jax.model.transformer import gathered
 
 
@@ -41,7 +40,7 @@ def token_losses(
     chunk: int,
 ) -> Float[Array, "B T"]:
     """Returns the cross-entropy of every target in nats, float32; use it without gradients."""
-    head_VD = gathered(narrowed(head_VD, x_BTD.dtype))
+    head_VD = gathered(head_VD.astype(x_BTD.dtype))
 
     def score(_: None, chunk_xs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         x_BCD, targets_BC = chunk_xs

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mobilellm_jax.cli import main as cli
-from mobilellm_jax.generation.generate import generate
+from mobilellm_jax.generation.generate import Request, generate, stream
 from mobilellm_jax.generation.sampling import GREEDY, Sampling
-from mobilellm_jax.generation.text_stream import stream_text
+from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
 from mobilellm_jax.open_model import OpenedModel, open_model
 from mobilellm_jax.quantize.parameters import quantized
 from mobilellm_jax.quantize.schemes import find_scheme
@@ -33,10 +33,9 @@ def model(run: Path) -> OpenedModel:
 def continuation(model: OpenedModel, prompt: str, count: int, sampling: Sampling) -> str:
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]
     [new] = generate(
-        *(model.config, model.params, [ids]),
-        max_new_tokens=count,
-        sampling=sampling,
-        eos_id=model.tokenizer.eos_id,
+        model.config,
+        model.params,
+        Request([ids], max_new_tokens=count, sampling=sampling, eos_id=model.tokenizer.eos_id),
     )
     return model.tokenizer.decode([*ids, *new])
 
@@ -108,10 +107,11 @@ def test_several_prompts_are_continued_together(
     for batch in (prompts[:2], prompts[2:]):
         ids = [[model.tokenizer.bos_id, *model.tokenizer.encode(prompt)] for prompt in batch]
         rows = generate(
-            *(model.config, model.params, ids),
-            max_new_tokens=12,
-            sampling=Sampling(seed=3),
-            eos_id=model.tokenizer.eos_id,
+            model.config,
+            model.params,
+            Request(
+                ids, max_new_tokens=12, sampling=Sampling(seed=3), eos_id=model.tokenizer.eos_id
+            ),
         )
         for before, new in zip(ids, rows, strict=True):
             expected += model.tokenizer.decode([*before, *new]) + "\n"
@@ -214,7 +214,10 @@ def test_text_appears_while_it_is_drawn(
     monkeypatch.setattr(command, "_show", shown.append)
     args = ["generate", f"--checkpoint={run}", "--prompt=the", "--max_new_tokens=40"]
     assert cli.main(args) == 0
-    pieces = stream_text(*(model.config, model.params, model.tokenizer, "the"), max_new_tokens=40)
+    ids = encode_prompt(model.tokenizer, "the")
+    request = Request([ids], max_new_tokens=40, eos_id=model.tokenizer.eos_id)
+    chunks = (part for [part] in stream(model.config, model.params, request))
+    pieces = decode_stream(model.tokenizer, ids, chunks)
     assert shown == ["the", *pieces]
     assert len(shown) > 4
 

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.generation import generate as generate_module
-from mobilellm_jax.generation.generate import generate, stream
+from mobilellm_jax.generation.generate import Request, generate, stream
 from mobilellm_jax.generation.sampling import GREEDY, Sampling
 from mobilellm_jax.model.cache import KVCache, init_cache
 from mobilellm_jax.model.decoding import decoding_weights
@@ -39,6 +40,11 @@ SHARINGS = [(s, r) for s in ("immediate", "repeat_all", "reverse") for r in (2, 
 # Both sides are float32 and sum at most 128 products per logit in another order.
 LOGIT_TOLERANCE = 2e-5
 PLAIN = Sampling(temperature=1.0, top_p=1.0)
+
+
+def joined(parts: Iterable[list[list[int]]]) -> list[list[int]]:
+    """Joins the parts of every row."""
+    return [list(itertools.chain(*row)) for row in zip(*parts, strict=True)]
 
 
 def lively_params(config: ModelConfig) -> Params:
@@ -113,7 +119,7 @@ def test_greedy_equals_argmax_over_full_forwards(sharing: str, repeats: int) -> 
     config = dataclasses.replace(TINY, sharing=sharing, num_repeats=repeats)
     params = lively_params(config)
     prompt = [1, 5, 7, 200, 31]
-    [ids] = generate(config, params, [prompt], max_new_tokens=64, sampling=GREEDY)
+    [ids] = generate(config, params, Request([prompt], max_new_tokens=64, sampling=GREEDY))
     assert len(set(ids)) > 8, "weights that only repeat a token would test nothing"
     assert ids == naive_greedy(params, prompt, 64, config)
 
@@ -125,7 +131,7 @@ def test_greedy_equals_transformers_generate_on_the_export(
     config = dataclasses.replace(TINY, sharing=sharing, num_repeats=repeats)
     params = lively_params(config)
     prompt = [1, 5, 7, 200, 31]
-    [ids] = generate(config, params, [prompt], max_new_tokens=64, sampling=GREEDY)
+    [ids] = generate(config, params, Request([prompt], max_new_tokens=64, sampling=GREEDY))
     write_huggingface(config, params, tokenizer, tmp_path / "hf", layout="hf")
     llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert llama.config.num_hidden_layers == 2 * repeats
@@ -146,7 +152,7 @@ def test_untied_model_in_bfloat16_generates_what_the_full_forward_says() -> None
         TINY, num_repeats=1, tie_embeddings=False, compute_dtype="bfloat16"
     )
     params = lively_params(config)
-    [ids] = generate(config, params, [[1, 2, 3]], max_new_tokens=12, sampling=GREEDY)
+    [ids] = generate(config, params, Request([[1, 2, 3]], max_new_tokens=12, sampling=GREEDY))
     # The winner may change hands where bfloat16 (8 bits) rounds another order of sums.
     for n, token in enumerate(ids):
         logits_V = next_logits(params, [1, 2, 3, *ids[:n]], config)
@@ -156,7 +162,7 @@ def test_untied_model_in_bfloat16_generates_what_the_full_forward_says() -> None
 def test_batch_of_different_lengths_equals_each_alone(params: Params) -> None:
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 300, n).tolist() for n in (1, 40, 3, 17, 16)]
-    together = generate(TINY, params, prompts, max_new_tokens=70, sampling=GREEDY)
+    together = generate(TINY, params, Request(prompts, max_new_tokens=70, sampling=GREEDY))
     alone = [naive_greedy(params, prompt, 40, TINY) for prompt in prompts]
     assert len({tuple(ids) for ids in alone}) == len(prompts)
     assert [ids[:40] for ids in together] == alone
@@ -166,11 +172,11 @@ def test_prepared_parameters_generate_the_same_and_are_prepared_once(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [[1, 5, 7, 200, 31], [1, 2]]
-    expected = generate(TINY, params, prompts, max_new_tokens=30, sampling=PLAIN)
+    expected = generate(TINY, params, Request(prompts, max_new_tokens=30, sampling=PLAIN))
     prepared = generate_module.prepare(TINY, params)
     monkeypatch.setattr(generate_module, "prepare", None)
     for _ in range(2):
-        rows = generate(TINY, prepared, prompts, max_new_tokens=30, sampling=PLAIN)
+        rows = generate(TINY, prepared, Request(prompts, max_new_tokens=30, sampling=PLAIN))
         assert rows == expected
 
 
@@ -185,36 +191,40 @@ def test_bfloat16_on_a_cpu_never_multiplies_one_row(
 
 def test_sampled_row_does_not_depend_on_its_neighbours(params: Params) -> None:
     a, b, c = [1, 20], [1, 30, 31, 32, 33], [1] * 30
-    first = generate(TINY, params, [a, b, a], max_new_tokens=20, sampling=PLAIN)
-    second = generate(TINY, params, [a, c, b], max_new_tokens=20, sampling=PLAIN)
+    first = generate(TINY, params, Request([a, b, a], max_new_tokens=20, sampling=PLAIN))
+    second = generate(TINY, params, Request([a, c, b], max_new_tokens=20, sampling=PLAIN))
     assert first[0] == second[0]
     assert first[1] != second[2]  # another place in the batch draws other numbers
 
 
 def test_row_ends_before_its_eos_and_others_go_on(params: Params) -> None:
     prompts = [[1, 5, 7, 200, 31], [1, 2, 3], *([1, n] for n in range(4, 7))]
-    free = generate(TINY, params, prompts, max_new_tokens=100, sampling=GREEDY)
+    free = generate(TINY, params, Request(prompts, max_new_tokens=100, sampling=GREEDY))
     eos = free[0][10]
     cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in free]
     assert len(cut[0]) <= 10 < len(cut[1])
-    stopped = generate(TINY, params, prompts, max_new_tokens=100, sampling=GREEDY, eos_id=eos)
+    stopped = generate(
+        TINY, params, Request(prompts, max_new_tokens=100, sampling=GREEDY, eos_id=eos)
+    )
     assert stopped == cut
-    pieces = stream(TINY, params, prompts[0], max_new_tokens=100, sampling=GREEDY, eos_id=eos)
-    assert list(itertools.chain(*pieces)) == cut[0]
+    pieces = stream(
+        TINY, params, Request(prompts[:1], max_new_tokens=100, sampling=GREEDY, eos_id=eos)
+    )
+    assert joined(pieces) == cut[:1]
 
 
 def test_eos_as_first_token_gives_no_tokens(params: Params) -> None:
-    [[first, *_]] = generate(TINY, params, [[1, 2, 3]], max_new_tokens=70, sampling=GREEDY)
-    kwargs = {"max_new_tokens": 70, "sampling": GREEDY, "eos_id": first}
-    assert generate(TINY, params, [[1, 2, 3]], **kwargs) == [[]]
-    assert list(itertools.chain(*stream(TINY, params, [1, 2, 3], **kwargs))) == []
+    [[first, *_]] = generate(TINY, params, Request([[1, 2, 3]], max_new_tokens=70, sampling=GREEDY))
+    request = Request([[1, 2, 3]], max_new_tokens=70, sampling=GREEDY, eos_id=first)
+    assert generate(TINY, params, request) == [[]]
+    assert joined(stream(TINY, params, request)) == [[]]
 
 
 def test_decoding_stops_early_when_all_rows_are_done(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = [1, 5, 7, 200, 31]
-    [ids] = generate(TINY, params, [prompt], max_new_tokens=100, sampling=GREEDY)
+    [ids] = generate(TINY, params, Request([prompt], max_new_tokens=100, sampling=GREEDY))
     calls: list[int] = []
     decode = generate_module._decode
 
@@ -225,7 +235,7 @@ def test_decoding_stops_early_when_all_rows_are_done(
 
     monkeypatch.setattr(generate_module, "_decode", counted)
     eos = ids[10]
-    generate(TINY, params, [prompt], max_new_tokens=100, sampling=GREEDY, eos_id=eos)
+    generate(TINY, params, Request([prompt], max_new_tokens=100, sampling=GREEDY, eos_id=eos))
     assert calls == [ids.index(eos) + 1]
 
 
@@ -233,17 +243,17 @@ def test_stream_of_a_batch_equals_generate_and_computes_what_is_asked_for(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [[1, 5, 7, 200, 31], [1, 2, 3], [1, 4]]
-    kwargs = {"max_new_tokens": 60, "sampling": GREEDY}
-    eos = generate(TINY, params, prompts, **kwargs)[0][12]
-    whole = generate(TINY, params, prompts, eos_id=eos, **kwargs)
+    endless = Request(prompts, max_new_tokens=60, sampling=GREEDY)
+    eos = generate(TINY, params, endless)[0][12]
+    request = dataclasses.replace(endless, eos_id=eos)
+    whole = generate(TINY, params, request)
     assert len(whole[0]) <= 12 < max(map(len, whole))
-    parts = list(generate_module.stream_batch(TINY, params, prompts, eos_id=eos, **kwargs))
-    rows = [list(itertools.chain(*row)) for row in zip(*parts, strict=True)]
-    assert rows == whole
+    parts = list(stream(TINY, params, request))
+    assert joined(parts) == whole
     assert len(parts) > 3
-    some = list(itertools.islice(generate_module.stream_batch(TINY, params, prompts, **kwargs), 2))
+    some = list(itertools.islice(stream(TINY, params, endless), 2))
     monkeypatch.setattr(generate_module, "_decode", None)
-    first = generate_module.stream_batch(TINY, params, prompts, **kwargs)
+    first = stream(TINY, params, endless)
     assert next(first) == some[0]  # what the prefill draws
     with pytest.raises(TypeError):
         next(first)
@@ -252,10 +262,11 @@ def test_stream_of_a_batch_equals_generate_and_computes_what_is_asked_for(
 def test_stream_of_any_length_equals_generate(params: Params) -> None:
     prompt = [1] * 62
     for count in (3, 8, 9, 10, 65, 66):
-        [whole] = generate(TINY, params, [prompt], max_new_tokens=count, sampling=PLAIN)
-        pieces = list(stream(TINY, params, prompt, max_new_tokens=count, sampling=PLAIN))
-        assert list(itertools.chain(*pieces)) == whole
-        assert len(whole) == count
+        request = Request([prompt], max_new_tokens=count, sampling=PLAIN)
+        whole = generate(TINY, params, request)
+        pieces = list(stream(TINY, params, request))
+        assert joined(pieces) == whole
+        assert len(whole[0]) == count
         assert len(pieces) == 1 + -(-(count - 1) // 8)
 
 
@@ -268,7 +279,7 @@ def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: fl
     params = lively_params(config)
     rows, prompt = 1024, [1, 5, 9]
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=3)
-    drawn = generate(config, params, [prompt] * rows, max_new_tokens=1, sampling=sampling)
+    drawn = generate(config, params, Request([prompt] * rows, max_new_tokens=1, sampling=sampling))
     counts_V = np.bincount(np.ravel(drawn), minlength=40)
 
     scaled_V = next_logits(params, prompt, config).astype(np.float64) / temperature
@@ -293,9 +304,11 @@ def test_every_step_row_and_seed_draws_anew(params: Params) -> None:
     draws_SBT = np.array(
         [
             generate(
-                *(TINY, uniform, [[1]] * 4),
-                max_new_tokens=60,
-                sampling=dataclasses.replace(PLAIN, seed=seed),
+                TINY,
+                uniform,
+                Request(
+                    [[1]] * 4, max_new_tokens=60, sampling=dataclasses.replace(PLAIN, seed=seed)
+                ),
             )
             for seed in range(20)
         ]
@@ -313,7 +326,7 @@ def test_every_step_row_and_seed_draws_anew(params: Params) -> None:
 def test_same_seed_same_tokens_other_seed_others(params: Params) -> None:
     def draw(seed: int) -> list[list[int]]:
         sampling = Sampling(temperature=1.0, top_p=1.0, seed=seed)
-        return generate(TINY, params, [[1, 2]] * 3, max_new_tokens=30, sampling=sampling)
+        return generate(TINY, params, Request([[1, 2]] * 3, max_new_tokens=30, sampling=sampling))
 
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
@@ -323,7 +336,7 @@ def test_same_seed_same_tokens_other_seed_others(params: Params) -> None:
 
 def test_lowest_temperature_and_top_k_1_are_greedy(params: Params) -> None:
     def first(sampling: Sampling) -> list[list[int]]:
-        return generate(TINY, params, [[1, 4]], max_new_tokens=70, sampling=sampling)
+        return generate(TINY, params, Request([[1, 4]], max_new_tokens=70, sampling=sampling))
 
     greedy = first(GREEDY)
     assert first(Sampling(temperature=1e-30)) == greedy
@@ -336,7 +349,7 @@ def test_lowest_temperature_and_top_k_1_are_greedy(params: Params) -> None:
 def test_other_lengths_and_settings_compile_nothing_new(params: Params) -> None:
     def run(length: int, new: int, **settings: float) -> None:
         sampling = Sampling(**settings)  # type: ignore[arg-type]  # numbers of both kinds
-        generate(TINY, params, [[1] * length], max_new_tokens=new, sampling=sampling)
+        generate(TINY, params, Request([[1] * length], max_new_tokens=new, sampling=sampling))
 
     def programs() -> tuple[int, int]:
         return generate_module._prefill._cache_size(), generate_module._decode._cache_size()
@@ -362,14 +375,14 @@ def test_requests_that_do_not_fit_are_refused(
     prompts: list[list[int]], new: int, message: str, params: Params
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        generate(TINY, params, prompts, max_new_tokens=new)
+        generate(TINY, params, Request(prompts, max_new_tokens=new))
 
 
 def test_longest_request_that_fits_is_served(params: Params) -> None:
     prompt = [1] + [5] * 99
-    [ids] = generate(TINY, params, [prompt], max_new_tokens=28, sampling=GREEDY)
+    [ids] = generate(TINY, params, Request([prompt], max_new_tokens=28, sampling=GREEDY))
     assert ids == naive_greedy(params, prompt, 28, TINY)
 
 
 def test_no_prompts_give_no_rows(params: Params) -> None:
-    assert generate(TINY, params, [], max_new_tokens=5) == []
+    assert generate(TINY, params, Request([], max_new_tokens=5)) == []

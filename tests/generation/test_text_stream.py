@@ -11,9 +11,9 @@ import tokenizers
 
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
-from mobilellm_jax.generation.generate import generate
-from mobilellm_jax.generation.sampling import GREEDY, Sampling
-from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt, stream_text
+from mobilellm_jax.generation.generate import Request, generate, stream
+from mobilellm_jax.generation.sampling import Sampling
+from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
 from mobilellm_jax.model.transformer import Params
 from tests import tiny
 
@@ -140,27 +140,19 @@ def test_streaming_keeps_real_replacement_characters(any_tokenizer: Tokenizer) -
     )
 
 
-def test_stream_text_is_the_text_of_generate(params: Params, tokenizer: Tokenizer) -> None:
-    ids = encode_prompt(tokenizer, "the cat")
-    assert ids[0] == tokenizer.bos_id
-    assert ids[1:] == tokenizer.encode("the cat")
-    for seed in range(3):
-        sampling = Sampling(seed=seed, temperature=1.0)
-        [new] = generate(
-            *(TINY, params, [ids]),
-            max_new_tokens=70,
-            sampling=sampling,
-            eos_id=tokenizer.eos_id,
-        )
-        pieces = stream_text(
-            *(TINY, params, tokenizer, "the cat"), max_new_tokens=70, sampling=sampling
-        )
-        assert "the cat" + "".join(pieces) == tokenizer.decode([*ids, *new])
+def test_a_prompt_starts_with_bos(tokenizer: Tokenizer) -> None:
+    assert encode_prompt(tokenizer, "the cat") == [tokenizer.bos_id, *tokenizer.encode("the cat")]
+    assert encode_prompt(tokenizer, "") == [tokenizer.bos_id]
 
 
-def test_empty_prompt_continues_bos(params: Params, tokenizer: Tokenizer) -> None:
-    [new] = generate(
-        TINY, params, [[tokenizer.bos_id]], max_new_tokens=70, sampling=GREEDY, eos_id=2
-    )
-    text = "".join(stream_text(TINY, params, tokenizer, "", max_new_tokens=70, sampling=GREEDY))
-    assert text == tokenizer.decode(new)
+def test_streamed_text_of_a_model_is_the_text_of_generate(
+    params: Params, tokenizer: Tokenizer
+) -> None:
+    for prompt in ("the cat", ""):
+        ids = encode_prompt(tokenizer, prompt)
+        sampling = Sampling(seed=1, temperature=1.0)
+        request = Request([ids], max_new_tokens=70, sampling=sampling, eos_id=tokenizer.eos_id)
+        [new] = generate(TINY, params, request)
+        chunks = (part for [part] in stream(TINY, params, request))
+        pieces = decode_stream(tokenizer, ids, chunks)
+        assert prompt + "".join(pieces) == tokenizer.decode([*ids, *new])

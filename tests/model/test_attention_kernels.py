@@ -1,6 +1,7 @@
-"""Every kernel against the float32 reference: on its device, or interpreted, or at least lowered.
+"""Every kernel is compared with softmax attention in float32.
 
-`attention.attend` is the reference; `test_attention.py` holds it to the definition.
+A kernel runs on its device, or interpreted, or a test at least lowers it. `test_softmax.py`
+compares softmax attention with its definition.
 """
 
 import dataclasses
@@ -20,15 +21,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mobilellm_jax.config import ATTENTION, Config, ModelConfig, Remat
 from mobilellm_jax.model import attention_kernels
-from mobilellm_jax.model.attention import attend
 from mobilellm_jax.model.attention_kernels import segment_starts, self_attention, splash, tokamax
 from mobilellm_jax.model.on_device import device_violations
+from mobilellm_jax.model.softmax import attend_by_token, causal_mask
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 from mobilellm_jax.sharding import AXES, logical_rules, use
-from tests.model.masks import causal_mask
 
 LENGTH = 256
-# A document border within a block, one on the edge of a block, and documents of one token.
+# Row 0 has document borders inside blocks. Row 1 has one on the edge of a block, and documents of
+# one token.
 SEGMENTS_BT = np.sort(
     np.stack([np.arange(LENGTH) // 100, np.where(np.arange(LENGTH) < 128, 0, np.arange(LENGTH))]), 1
 ).astype(np.int32)
@@ -43,7 +44,7 @@ def inputs(dtype: Any, heads: int = 4, kv_heads: int = 2, head_dim: int = 16) ->
 
 
 def output_and_gradients(function: Attend, *arrays: jax.Array) -> list[np.ndarray]:
-    """The output, and the gradient of its product with the last array, in float32."""
+    """Returns the output and the gradients of the inputs; the last array is the cotangent."""
     *qkv, cotangent = arrays
 
     @jax.jit
@@ -56,15 +57,15 @@ def output_and_gradients(function: Attend, *arrays: jax.Array) -> list[np.ndarra
 
 def reference(segments_BT: np.ndarray | None, *arrays: jax.Array) -> list[np.ndarray]:
     segments = None if segments_BT is None else jnp.asarray(segments_BT)
-    mask = causal_mask(segments, LENGTH)
+    mask = causal_mask(LENGTH, segments)
     wide = [x.astype(jnp.float32) for x in arrays]
-    return output_and_gradients(lambda q, k, v: attend(q, k, v, mask), *wide)
+    return output_and_gradients(lambda q, k, v: attend_by_token(q, k, v, mask), *wide)
 
 
 def assert_equal_to_reference(
     function: Attend, segments_BT: np.ndarray | None, arrays: list[jax.Array], tolerance: float
 ) -> None:
-    """Relative to the norm, for the output and for each gradient."""
+    """Compares the output and each gradient; the tolerance is relative to the norm."""
     segments = None if segments_BT is None else jnp.asarray(segments_BT)
     found = output_and_gradients(lambda q, k, v: function(q, k, v, segments), *arrays)
     expected = reference(segments_BT, *arrays)
@@ -72,21 +73,24 @@ def assert_equal_to_reference(
         error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
         assert error < tolerance, name
     other = reference(None if segments_BT is not None else SEGMENTS_BT, *arrays)
-    for ours, unlike in zip(found, other, strict=True):  # the mask matters to all of them
+    for ours, unlike in zip(found, other, strict=True):  # the mask changes every array
         assert np.linalg.norm(ours - unlike) / np.linalg.norm(unlike) > 0.1
 
 
-@pytest.mark.parametrize("segments_BT", [None, SEGMENTS_BT], ids=["concat", "documents"])
-@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)], ids=str)
-def test_splash_interpreted(segments_BT: np.ndarray | None, heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("heads", "segments_BT"),
+    [((4, 2), SEGMENTS_BT), ((3, 1), None), ((2, 2), SEGMENTS_BT)],
+    ids=["documents", "concat", "documents without groups"],
+)
+def test_splash_interpreted(heads: tuple[int, int], segments_BT: np.ndarray | None) -> None:
     arrays = inputs(jnp.float32, *heads)
-    # float32 sums over at most 256 keys, in blocks.
+    # The tolerance allows for float32 sums over 256 keys in another order.
     run = functools.partial(splash, interpret=True)
     assert_equal_to_reference(run, segments_BT, arrays, 1e-5)
 
 
 def test_splash_interpreted_in_bfloat16() -> None:
-    # Inputs and results have 8 bits; scores and sums are float32.
+    # Inputs and results have 8 bits. Scores and sums are float32.
     run = functools.partial(splash, interpret=True)
     assert_equal_to_reference(run, SEGMENTS_BT, inputs(jnp.bfloat16), 2**-7)
 
@@ -95,7 +99,7 @@ def test_splash_interpreted_in_bfloat16() -> None:
 def test_under_a_mesh_each_device_has_its_rows_and_heads(
     monkeypatch: pytest.MonkeyPatch, segments_BT: np.ndarray | None
 ) -> None:
-    """Rows over data, heads over tensor, with nothing sent; the result is that of one device."""
+    """The mesh splits rows and heads; devices send nothing; the result is that of one device."""
     mesh = jax.make_mesh(
         (2, 1, 2, 1), AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:4]
     )
@@ -104,7 +108,7 @@ def test_under_a_mesh_each_device_has_its_rows_and_heads(
 
     def local(*arrays: Any) -> jax.Array:
         shapes.add(tuple(None if a is None else a.shape for a in arrays))
-        return attend(*arrays[:3], causal_mask(arrays[3], LENGTH))
+        return attend_by_token(*arrays[:3], causal_mask(LENGTH, arrays[3]))
 
     monkeypatch.setitem(attention_kernels._KERNELS, "splash", local)
     sharding = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
@@ -133,20 +137,20 @@ def test_every_implementation_is_there() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("tokamax") is None, reason="tokamax is optional")
 @pytest.mark.parametrize("segments_BT", [None, SEGMENTS_BT], ids=["concat", "documents"])
 def test_tokamax_told_by_first_keys(segments_BT: np.ndarray | None) -> None:
-    """Its reference implementation, which takes the same arguments as its kernel."""
-    # As in `mobilellm`; it would read pytest's arguments (0.0.12).
+    """Tokamax's reference implementation takes the same arguments as its kernel."""
+    # The command line parses the flags too. Otherwise Tokamax 0.0.12 would read pytest's arguments.
     flags.FLAGS.mark_as_parsed()
 
     def run(*arrays: Any) -> jax.Array:
-        with jax.numpy_rank_promotion("allow"):  # inside it (0.0.17)
+        with jax.numpy_rank_promotion("allow"):  # Tokamax 0.0.17 promotes ranks
             return tokamax(*arrays, implementation="xla")
 
     assert_equal_to_reference(run, segments_BT, inputs(jnp.float32), 1e-5)
 
 
 def test_cudnn_is_lowered_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as one gets without the GPU: JAX takes the shapes, and recomputes what it should."""
-    # JAX asks the installed cuDNN for its version before it lowers anything.
+    """Without a GPU, JAX still lowers the kernel calls, and `remat` recomputes the right ones."""
+    # JAX asks the installed cuDNN for its version before it lowers a kernel.
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
     config = ModelConfig(
         vocab_size=64,
@@ -189,7 +193,7 @@ def test_on_its_device(name: str, documents: bool) -> None:
     if missing:
         pytest.skip(missing[0])
     segments_BT = SEGMENTS_BT if documents else None
-    # 9 and 3 heads of 64, as in the 125M; inputs and results have 8 bits.
+    # The 125M model has 9 and 3 heads of 64 channels. Inputs and results have 8 bits.
     arrays = inputs(jnp.bfloat16, 9, 3, 64)
     assert_equal_to_reference(
         functools.partial(self_attention, name), segments_BT, arrays, tolerance=2**-7

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from mobilellm_jax.model.attention import attend
 from mobilellm_jax.model.blockwise_attention import causal_attention
-from tests.model.masks import causal_mask
+from mobilellm_jax.model.softmax import attend_by_token, causal_mask
 
 
 def arrays(length: int, heads: int = 6, kv_heads: int = 2) -> list[jax.Array]:
@@ -45,9 +44,9 @@ def output_and_gradients(
 def test_equals_attention_with_a_mask(length: int, kv_heads: int, split: bool) -> None:
     *qkv, grad = arrays(length, kv_heads=kv_heads)
     segments = documents(length) if split else None
-    mask = causal_mask(segments, length)
+    mask = causal_mask(length, segments)
     found = output_and_gradients(lambda q, k, v: causal_attention(q, k, v, segments), *qkv, grad)
-    expected = output_and_gradients(lambda q, k, v: attend(q, k, v, mask), *qkv, grad)
+    expected = output_and_gradients(lambda q, k, v: attend_by_token(q, k, v, mask), *qkv, grad)
     for name, ours, theirs in zip(("out", "q", "k", "v"), found, expected, strict=True):
         # Float32, the same terms in another order. A token alone has gradients that cancel.
         error = np.linalg.norm(ours - theirs) / max(*map(np.linalg.norm, (theirs, grad)))

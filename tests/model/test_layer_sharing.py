@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.config import ModelConfig, Sharing
-from mobilellm_jax.model.attention import AttentionContext
+from mobilellm_jax.model.attention import attend_within
 from mobilellm_jax.model.block import Block
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.rope import rotation
@@ -64,14 +64,12 @@ def test_scan_equals_an_unrolled_loop(
     def by_hand(params: Params, tokens: jax.Array) -> jax.Array:
         """Calls a plain block layer after layer, with no scan anywhere."""
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        context = AttentionContext(
-            rotation=rotation(positions, config.head_dim, config.rope_theta),
-            positions_BT=positions,
-        )
+        turn = rotation(positions, config.head_dim, config.rope_theta)
+        attend = attend_within(config, None)
         x = params["embedding"]["table"][tokens]
         for u in application_order(3, 2, "reverse"):
             block = jax.tree.map(lambda leaf, u=u: leaf[u], params["blocks"])
-            x, _ = Block(config).apply({"params": block}, x, context, None, jnp.int32(0))
+            x, _ = Block(config).apply({"params": block}, x, turn, attend)
         x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps)
         return x * params["final_norm"]["scale"][None, None, :] @ params["embedding"]["table"].T
 

@@ -8,20 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from mobilellm_jax.config import MeshConfig, ModelConfig
-from mobilellm_jax.generation.generate import generate, prepare
+from mobilellm_jax.generation.generate import Request, generate, prepare
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.decoding import decoding_weights
-from mobilellm_jax.model.quantized import QuantizedAttention, QuantizedKernel, dequantized
-from mobilellm_jax.model.transformer import Params, Transformer, init_params
+from mobilellm_jax.model.transformer import Params, Transformer, init_boxed, init_params
+from mobilellm_jax.quantize.attention import QuantizedAttention
+from mobilellm_jax.quantize.kernels import QuantizedKernel, dequantized, to_kernel
 from mobilellm_jax.quantize.parameters import (
     NUM_INPUTS,
     as_arrays,
     bits_per_weight,
     check_finite,
     on_levels,
-    quantize_matrix,
     quantized,
     stored_bytes,
 )
@@ -147,13 +148,13 @@ def test_decoding_with_a_cache_is_the_forward_pass(name: str, parts: str) -> Non
     """Greedy texts, which a wrong scale or slot would change at once."""
     params = jax.jit(functools.partial(quantized, scheme=find_scheme(name, parts)))(params_of())
     prompts = [[1, 5, 7, 20, 31], [1, 2]]
-    rows = generate(TINY, params, prompts, max_new_tokens=24, sampling=GREEDY)
+    rows = generate(TINY, params, Request(prompts, max_new_tokens=24, sampling=GREEDY))
     for prompt, row in zip(prompts, rows, strict=True):
         whole = jnp.asarray([[*prompt, *row]])
         likeliest = np.asarray(logits(TINY, params, whole)[0, len(prompt) - 1 : -1])
         gap = likeliest.max(-1) - likeliest[np.arange(len(row)), row]
         assert gap.max() < BORDER * np.abs(likeliest).max()
-    floats = generate(TINY, params_of(), prompts, max_new_tokens=24, sampling=GREEDY)
+    floats = generate(TINY, params_of(), Request(prompts, max_new_tokens=24, sampling=GREEDY))
     assert rows != floats
 
 
@@ -188,8 +189,8 @@ def test_parts_say_what_stays_float() -> None:
     params = quantized(params_of(False), find_scheme("w8a8", "head,cache"))
     assert params["embedding"]["table"] is params_of(False)["embedding"]["table"]
     assert isinstance(params["head"]["kernel"], QuantizedKernel)
-    assert params["blocks"]["attention"]["in_8_bits"] == QuantizedAttention(cache=True)
-    assert "in_8_bits" not in quantized(params_of(), find_scheme("w8a8"))["blocks"]["attention"]
+    assert params["blocks"]["attention"]["products"] == QuantizedAttention(cache=True)
+    assert "products" not in quantized(params_of(), find_scheme("w8a8"))["blocks"]["attention"]
 
 
 def test_arrays_for_files_are_the_models() -> None:
@@ -198,9 +199,8 @@ def test_arrays_for_files_are_the_models() -> None:
     values, scales = as_arrays(kernel, 2)
     assert (values.dtype, values.shape, scales.shape) == (np.int8, (32, 32), (1, 32))
     matrix = np.asarray(params_of()["blocks"]["attention"]["output"][1]).reshape(32, 32)
-    for found, expected in zip(
-        (values, scales), quantize_matrix(matrix, bits=4, group_size=32), strict=True
-    ):
+    alone = to_kernel(jnp.asarray(matrix), num_inputs=1, bits=4, group_size=32)
+    for found, expected in zip((values, scales), as_arrays(alone, 1), strict=True):
         np.testing.assert_array_equal(found, expected)
     restored = values * np.repeat(scales, 32, axis=0)
     assert np.abs(restored - matrix).max() <= 0.500001 * scales.max()
@@ -217,10 +217,6 @@ def test_a_mesh_changes_nothing() -> None:
         return Transformer(TINY).apply({"params": quantized(params, scheme)}, tokens(4))
 
     with use(mesh, rules):
-        from flax import linen as nn
-
-        from mobilellm_jax.model.transformer import init_boxed
-
         boxed = jax.eval_shape(lambda: init_boxed(TINY, jax.random.key(0)))
         shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, list(rules))
         spread = jax.device_put(params_of(), shardings)

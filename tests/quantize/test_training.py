@@ -19,8 +19,8 @@ from mobilellm_jax.config import (
     QuantizeScheme,
     TrainConfig,
 )
-from mobilellm_jax.model.quantized import TrainedKernel
 from mobilellm_jax.model.transformer import Params, Transformer
+from mobilellm_jax.quantize.kernels import TrainedKernel
 from mobilellm_jax.quantize.training import derivation, training_transform
 from mobilellm_jax.sharding import logical_rules, make_mesh, put_batch
 from mobilellm_jax.train.optimizer import make_optimizer

@@ -242,8 +242,8 @@ def _add_context(graph: Graph, config: ModelConfig, tokens: str, length: str) ->
     return _Context(
         last=graph.node("Sub", total, one),
         total=graph.node("Squeeze", total),
-        cos=angles("cos", turn.cos_BT1H),
-        sin=angles("sin", turn.sin_BT1H),
+        cos=angles("cos", turn.cos_BT1P),
+        sin=angles("sin", turn.sin_BT1P),
     )
 
 

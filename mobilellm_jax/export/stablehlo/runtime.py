@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, check_room
 
-_PREFILL, _WEIGHTS = "model.prefill.stablehlo", "model.safetensors"
-_HASHES = "sha256 of prefill and decode"
+PREFILL, WEIGHTS = "model.prefill.stablehlo", "model.safetensors"
+HASHES = "sha256 of prefill and decode"
+"""The key of the functions' hashes in the metadata of the weights."""
 _SMALLEST_BUCKET = 16  # number of tokens; jax would compile another program for every length
 
 
@@ -26,15 +27,15 @@ def load(file: Path, info: ArtifactInfo) -> "StableHloRuntime":
     Raises:
       UserError: if the files are damaged, or come from different exports.
     """
-    weights_file = file.with_name(_WEIGHTS)
+    weights_file = file.with_name(WEIGHTS)
     try:
         with safetensors.safe_open(weights_file, framework="np") as tensors:
-            hashes = (tensors.metadata() or {}).get(_HASHES, "").split()
+            hashes = (tensors.metadata() or {}).get(HASHES, "").split()
             weights = {name: tensors.get_tensor(name) for name in tensors.keys()}
     except (safetensors.SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{weights_file} is not a whole safetensors file: {error}") from error
     functions = []
-    for i, part in enumerate((file.with_name(_PREFILL), file)):
+    for i, part in enumerate((file.with_name(PREFILL), file)):
         content = part.read_bytes() if part.is_file() else b""
         # jax trusts what it deserializes. Other bytes could end in any error, or in a crash.
         if [hashlib.sha256(content).hexdigest()] != hashes[i : i + 1]:

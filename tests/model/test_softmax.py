@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobilellm_jax.model.attention import attend
-from tests.model.masks import causal_mask
+from mobilellm_jax.model.softmax import attend_by_token, causal_mask
 
 
 def naive(
@@ -29,21 +28,21 @@ def test_equals_the_definition(heads: int, kv_heads: int) -> None:
     q = rng.normal(size=(2, 7, heads, 8)) * 3
     k, v = rng.normal(size=(2, 2, 7, kv_heads, 8))
     segments_BT = np.array([[1, 1, 1, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 2]], np.int32)
-    mask = causal_mask(jnp.asarray(segments_BT), 7)
-    out = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask)
+    mask = causal_mask(7, jnp.asarray(segments_BT))
+    out = attend_by_token(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask)
     # float32 over sums of 7 terms of size 3.
     np.testing.assert_allclose(out, naive(q, k, v, np.asarray(mask)), atol=2e-6)
 
 
 def test_large_scores_stay_finite() -> None:
     q = jnp.full((1, 3, 1, 4), 1e4)
-    value = attend(q, q, q, causal_mask(None, 3))
-    gradient = jax.grad(lambda x: attend(x, x, x, causal_mask(None, 3)).sum())(q)
+    value = attend_by_token(q, q, q, causal_mask(3, None))
+    gradient = jax.grad(lambda x: attend_by_token(x, x, x, causal_mask(3, None)).sum())(q)
     np.testing.assert_allclose(value, 1e4)
     assert jnp.isfinite(gradient).all()
 
 
 def test_mask_is_causal_and_keeps_documents_apart() -> None:
-    mask = causal_mask(jnp.asarray([[1, 1, 2, 2]], jnp.int32), 4)
+    mask = causal_mask(4, jnp.asarray([[1, 1, 2, 2]], jnp.int32))
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     np.testing.assert_array_equal(mask[0], np.array(expected, bool))

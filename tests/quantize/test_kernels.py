@@ -6,19 +6,22 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.model.products import operands, product, scores
-from mobilellm_jax.model.quantized import (
-    QuantizedKernel,
-    TrainedKernel,
-    dequantized,
+from mobilellm_jax.model.softmax import attend_by_token
+from mobilellm_jax.quantize.attention import QuantizedAttention
+from mobilellm_jax.quantize.integers import (
     integer_einsum,
-    kernel_on_levels,
     on_levels,
     scale_of,
-    to_kernel,
     to_rows,
     tokens_on_levels,
 )
-from mobilellm_jax.model.quantized_attention import attend_in_8_bits
+from mobilellm_jax.quantize.kernels import (
+    QuantizedKernel,
+    TrainedKernel,
+    dequantized,
+    kernel_on_levels,
+    to_kernel,
+)
 
 # Every product of the model: shapes of x and of the kernel, and how many axes of it are inputs.
 PRODUCTS = {
@@ -27,8 +30,9 @@ PRODUCTS = {
     "BTD,DF->BTF": ((2, 5, 24), (24, 40), 1),
     "BTF,FD->BTD": ((2, 5, 40), (40, 24), 1),
     "BTD,DV->BTV": ((2, 5, 24), (24, 61), 1),
-    "BD,DKMH->BKMH": ((3, 24), (24, 2, 4, 8), 1),
-    "BD,DCF->BCF": ((3, 24), (24, 2, 40), 1),
+    "BTD,DKJH->BTKJH": ((3, 1, 24), (24, 2, 4, 8), 1),
+    "BTD,DJF->BTJF": ((3, 1, 24), (24, 2, 40), 1),
+    "BTQ,QD->BTD": ((3, 1, 24), (24, 40), 1),
 }
 # One rounding of a float32 per factor and sum, of which there are a few.
 FLOAT32 = 1e-6
@@ -224,7 +228,7 @@ def test_scale_is_a_level_of_the_largest() -> None:
 def test_attention_in_8_bits_is_numpys() -> None:
     q, k, v = normal(2, 5, 4, 8), normal(2, 7, 2, 8, seed=1), normal(2, 7, 2, 8, seed=2)
     mask = np.arange(7)[None, None, :] <= np.arange(5)[None, :, None] + 2
-    found = attend_in_8_bits(*map(jnp.asarray, (q, k, v, mask)))
+    found = attend_by_token(*map(jnp.asarray, (q, k, v, mask)), QuantizedAttention(products=True))
     expected = np.zeros(q.shape)
     for b in range(2):
         for n in range(4):

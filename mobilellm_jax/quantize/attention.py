@@ -1,0 +1,66 @@
+"""Attention with 8-bit integer products, and caches that keep 8-bit rows.
+
+Queries and keys have one scale per token and head. The values have one too, but they are summed
+over the tokens, so their scales cannot leave the sum. They are multiplied into the weights of the
+softmax, and the products then share one scale per query. Tokens that the mask hides change no
+scale.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from mobilellm_jax.model.softmax import AttentionProducts, Rows
+from mobilellm_jax.quantize.integers import integer_einsum, to_rows, tokens_on_levels
+
+_STATIC = {"pytree_node": False}  # part of the program instead of its input
+
+
+@struct.dataclass
+class QuantizedAttention(AttentionProducts):
+    """The parts of attention that a model computes in 8 bits; it has no arrays."""
+
+    products: bool = dataclasses.field(default=False, metadata=_STATIC)
+    cache: bool = dataclasses.field(default=False, metadata=_STATIC)
+
+    @property
+    def fast_attention(self) -> bool:
+        return not self.products
+
+    def scores(
+        self, q_GTH: Float[Array, "*lead G T H"], k_SH: Float[Array, "*lead S H"]
+    ) -> Float[Array, "*lead G T S"]:
+        if not self.products:
+            return AttentionProducts.scores(self, q_GTH, k_SH)
+        q, k = to_rows(q_GTH), to_rows(k_SH)
+        sums_GTS = integer_einsum("...GTH,...SH->...GTS", q.values, k.values)
+        return sums_GTS.astype(jnp.float32) * q.scale * _over_keys(k.scale)
+
+    def average(
+        self, weights_GTS: Float[Array, "*lead G T S"], v_SH: Float[Array, "*lead S H"]
+    ) -> Float[Array, "*lead G T H"]:
+        if not self.products:
+            return AttentionProducts.average(self, weights_GTS, v_SH)
+        v = to_rows(v_SH)
+        weights = to_rows(weights_GTS * _over_keys(v.scale))
+        sums_GTH = integer_einsum("...GTS,...SH->...GTH", weights.values, v.values)
+        return sums_GTH.astype(jnp.float32) * weights.scale
+
+    def rounded(self, x_BTKH: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
+        return tokens_on_levels(x_BTKH) if self.cache else x_BTKH
+
+    def empty_rows(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Rows:
+        struct_of_rows = jax.eval_shape(self.rows, jax.ShapeDtypeStruct(shape, dtype))
+        return jax.tree.map(  # type: ignore[no-any-return]  # untyped
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), struct_of_rows
+        )
+
+    def rows(self, x: Float[Array, "*rows H"]) -> Rows:
+        return to_rows(x) if self.cache else x
+
+
+def _over_keys(scale_S1: Float[Array, "*lead S 1"]) -> Float[Array, "*lead 1 1 S"]:
+    return scale_S1.swapaxes(-1, -2)[..., None, :, :]
