@@ -26,7 +26,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
 from mobilellm_jax.export.artifact import Artifact, open_artifact
 from mobilellm_jax.export.runtime import Runtime
-from mobilellm_jax.generation.generate import Prepared, Request, generate, prepare
+from mobilellm_jax.generation import generate
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.open_model import OpenedModel, open_model
 from mobilellm_jax.quantize.parameters import quantize_model, stored_bytes
@@ -98,7 +98,7 @@ class _InJax:
 
         self._config = model.config
         self._params = model.params
-        self._prepared: Prepared = prepare(model.config, model.params)
+        self._prepared: generate.Prepared = generate.prepare(model.config, model.params)
         self.name = f"JAX {jax.__version__}"
 
     def read(self, prompt: Sequence[int]) -> None:
@@ -114,8 +114,8 @@ class _InJax:
         return perplexity(self._config, self._params, tokenizer, text, stride=length).loss
 
     def _generate(self, prompt: Sequence[int], count: int) -> None:
-        request = Request([prompt], max_new_tokens=count, sampling=GREEDY)
-        generate(self._config, self._prepared, request)
+        request = generate.Request([prompt], max_new_tokens=count, sampling=GREEDY)
+        generate.generate(self._config, self._prepared, request)
 
 
 def is_artifact(path: Path) -> bool:
