@@ -23,7 +23,7 @@ from mobilellm_jax.model.transformer import Params, Transformer, init_params
 from tests import tiny
 from tests.generation.test_sampling import naive_support
 
-torch.set_num_threads(1)  # two pools of threads on one machine wait for each other
+torch.set_num_threads(1)  # the thread pools of torch and jax would wait for each other
 TINY = ModelConfig(
     vocab_size=300,
     embed_dim=32,
@@ -36,7 +36,7 @@ TINY = ModelConfig(
     max_seq_len=128,
     compute_dtype="float32",
 )
-SHARINGS = [(s, r) for s in ("immediate", "repeat_all", "reverse") for r in (2, 3)]
+SHARINGS = [("immediate", 2), ("repeat_all", 2), ("reverse", 3)]
 # Both sides are float32 and sum at most 128 products per logit in another order.
 LOGIT_TOLERANCE = 2e-5
 PLAIN = Sampling(temperature=1.0, top_p=1.0)
@@ -48,14 +48,14 @@ def joined(parts: Iterable[list[list[int]]]) -> list[list[int]]:
 
 
 def lively_params(config: ModelConfig) -> Params:
-    """Weights so large that the next token depends on the whole context."""
+    """Returns large weights, so that the next token depends on the whole context."""
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     rng = np.random.default_rng(0)
 
     def draw(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if path[-1].key == "scale":
             return np.ones(leaf.shape, np.float32)
-        # Small against what the blocks add, or a tied head would repeat the last token.
+        # With a larger table, a tied head would repeat the last token.
         deviation = 0.05 if path[-1].key == "table" else 0.3
         return (deviation * rng.standard_normal(leaf.shape)).astype(np.float32)
 
@@ -69,7 +69,7 @@ def full_forward(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> j
 
 def next_logits(params: Params, ids: list[int], config: ModelConfig = TINY) -> np.ndarray:
     padded_1T = np.zeros((1, config.max_seq_len), np.int32)
-    padded_1T[0, : len(ids)] = ids  # causal: what follows is not seen
+    padded_1T[0, : len(ids)] = ids  # a causal model ignores the padding after the tokens
     return np.asarray(full_forward(params, padded_1T, config))[0, len(ids) - 1]
 
 
@@ -153,7 +153,7 @@ def test_untied_model_in_bfloat16_generates_what_the_full_forward_says() -> None
     )
     params = lively_params(config)
     [ids] = generate(config, params, Request([[1, 2, 3]], max_new_tokens=12, sampling=GREEDY))
-    # The winner may change hands where bfloat16 (8 bits) rounds another order of sums.
+    # bfloat16 sums in another order round differently, so two likely tokens may change places.
     for n, token in enumerate(ids):
         logits_V = next_logits(params, [1, 2, 3, *ids[:n]], config)
         assert logits_V[token] >= logits_V.max() - 0.05 * np.abs(logits_V).max()
@@ -194,7 +194,7 @@ def test_sampled_row_does_not_depend_on_its_neighbours(params: Params) -> None:
     first = generate(TINY, params, Request([a, b, a], max_new_tokens=20, sampling=PLAIN))
     second = generate(TINY, params, Request([a, c, b], max_new_tokens=20, sampling=PLAIN))
     assert first[0] == second[0]
-    assert first[1] != second[2]  # another place in the batch draws other numbers
+    assert first[1] != second[2]  # the draws depend on the place in the batch
 
 
 def test_row_ends_before_its_eos_and_others_go_on(params: Params) -> None:
@@ -254,7 +254,7 @@ def test_stream_of_a_batch_equals_generate_and_computes_what_is_asked_for(
     some = list(itertools.islice(stream(TINY, params, endless), 2))
     monkeypatch.setattr(generate_module, "_decode", None)
     first = stream(TINY, params, endless)
-    assert next(first) == some[0]  # what the prefill draws
+    assert next(first) == some[0]  # the prefill draws this token
     with pytest.raises(TypeError):
         next(first)
 
@@ -289,7 +289,8 @@ def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: fl
     expected_V *= rows / expected_V.sum()
     assert counts_V.sum() == rows
     assert set(np.flatnonzero(counts_V)) <= set(support)
-    # Chi-square over the cells of at least 5, the rest pooled into one.
+    # The chi-square test has a cell for each token with at least 5 expected draws, and one for the
+    # other tokens.
     large = expected_V >= 5
     observed = np.append(counts_V[large], counts_V[~large].sum())
     expected = np.append(expected_V[large], expected_V[~large].sum() + 1e-9)

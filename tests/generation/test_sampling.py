@@ -6,7 +6,7 @@ from mobilellm_jax.generation.sampling import Sampling, truncate
 
 
 def naive_support(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
-    """Token by token, in float64, from the definition."""
+    """Finds the kept tokens by the definition, in float64."""
     order = sorted(range(len(logits)), key=lambda v: (-logits[v], v))
     if top_k:
         order = order[:top_k]
@@ -27,8 +27,8 @@ def naive_support(logits: np.ndarray, top_k: int, top_p: float) -> set[int]:
 def test_truncate_keeps_what_the_definition_keeps(top_k: int, top_p: float) -> None:
     rng = np.random.default_rng(top_k)
     logits_BV = (3 * rng.standard_normal((4, 64))).astype(np.float32)
-    logits_BV[1] = np.round(logits_BV[1]) + 0.0  # ties; +0 and -0 are one
-    logits_BV[2, 10] = 40.0  # one token has it all
+    logits_BV[1] = np.round(logits_BV[1]) + 0.0  # ties, without negative zeros
+    logits_BV[2, 10] = 40.0  # one token has nearly all probability
     kept_BV = np.asarray(truncate(jnp.asarray(logits_BV), top_k, top_p))
     for row_V, kept_V in zip(logits_BV, kept_BV, strict=True):
         support = naive_support(row_V, top_k, top_p)

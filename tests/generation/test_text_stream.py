@@ -1,4 +1,4 @@
-"""Text as it comes is whole characters and, put together, the text of all tokens."""
+"""Streamed pieces end at characters and together are the text of all tokens."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def byte_fallback_json(folder: Path) -> Path:
-    """A tokenizer.json laid out like Llama's: byte tokens, decoded by run."""
+    """Writes a tokenizer.json like Llama's, with byte tokens that are decoded in runs."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     pieces += ["\u2581", "a", "b", "\u2581a", "é", "\ufffd"]
     model = tokenizers.models.BPE(
@@ -58,7 +58,7 @@ def byte_fallback_json(folder: Path) -> Path:
 
 
 def byte_level_json(folder: Path) -> Path:
-    """A tokenizer.json laid out like GPT-2's: every byte is a character of a piece."""
+    """Writes a tokenizer.json like GPT-2's, in which every byte is a character of a piece."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     pieces = ["<s>", "</s>", *alphabet, "ðŁ", "Ġa"]
     merges = [("ð", "Ł"), ("Ġ", "a")]
@@ -114,13 +114,13 @@ def test_streamed_text_is_whole_characters_and_the_whole_text(
 
 
 def test_streaming_shows_a_character_with_its_last_byte(tokenizer: Tokenizer) -> None:
-    new = tokenizer.encode("x😀y")[-6:]  # x is a byte too, or a piece
+    new = tokenizer.encode("x😀y")[-6:]  # the token before the bytes may be x or a longer piece
     assert tokenizer.decode(new[-5:-1]) == "😀"
     shown = []
     chunks = iter([[i] for i in new[-5:]])
     for piece in decode_stream(tokenizer, [tokenizer.bos_id], chunks):
         shown.append((piece, len(list(chunks)) if piece == "😀" else 0))
-    assert shown == [("😀", 1)]  # all but the last token were taken when it came
+    assert shown == [("😀", 1)]  # one token was left when the character came
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -23,7 +23,7 @@ TINY = ModelConfig(
 
 @pytest.fixture
 def tiny() -> Callable[..., ModelConfig]:
-    """A small float32 config with the given fields replaced."""
+    """Returns a function that makes a small float32 config with the given fields."""
     return lambda **fields: dataclasses.replace(TINY, **fields)
 
 
@@ -35,8 +35,8 @@ def _strong_params() -> Params:
 
 @pytest.fixture
 def strong_params() -> Params:
-    """Parameters of the tiny config, so large that every part of it matters to the logits.
+    """Large parameters of the tiny config, so that every part of it changes the logits.
 
-    Repeats and their order change no shape, so they serve every way of sharing.
+    Repeats and their order change no shape, so these parameters fit every way of sharing.
     """
     return _strong_params()

@@ -1,4 +1,4 @@
-"""Blocks of queries against `attend` with the mask written out."""
+"""Blockwise attention is compared with softmax attention under an explicit mask."""
 
 import re
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from mobilellm_jax.model.softmax import attend_by_token, causal_mask
 
 
 def arrays(length: int, heads: int = 6, kv_heads: int = 2) -> list[jax.Array]:
-    """q, k, v, and the gradient of the output."""
+    """Returns q, k, v and the gradient of the output."""
     rng = np.random.default_rng(length)
     shapes = [(2, length, n, 8) for n in (heads, kv_heads, kv_heads, heads)]
     return [jnp.asarray(2 * rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
 def documents(length: int) -> jax.Array:
-    """Borders within blocks, one document over several of them, and documents of one token."""
+    """Returns segments with borders inside blocks, a long document, and documents of one token."""
     places = np.arange(length)
     rows = [places // 90, np.where(places < length // 2, 0, places)]
     return jnp.asarray(np.stack(rows), jnp.int32)
@@ -38,9 +38,19 @@ def output_and_gradients(
     return [np.asarray(x, np.float64) for x in both(q, k, v, grad)]
 
 
-# One block; two that do not divide; the most there are, unequal; groups of one and of all heads.
-@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (70, 2), (301, 1), (1100, 2), (256, 6)])
-@pytest.mark.parametrize("split", [False, True])
+# The lengths give one block, two unequal blocks, and the largest number of blocks. The key heads
+# give groups of one head, of three heads, and of all heads.
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "split"),
+    [
+        (1, 2, False),
+        (70, 2, True),
+        (301, 1, True),
+        (301, 1, False),
+        (1100, 2, True),
+        (256, 6, True),
+    ],
+)
 def test_equals_attention_with_a_mask(length: int, kv_heads: int, split: bool) -> None:
     *qkv, grad = arrays(length, kv_heads=kv_heads)
     segments = documents(length) if split else None
@@ -48,7 +58,8 @@ def test_equals_attention_with_a_mask(length: int, kv_heads: int, split: bool) -
     found = output_and_gradients(lambda q, k, v: causal_attention(q, k, v, segments), *qkv, grad)
     expected = output_and_gradients(lambda q, k, v: attend_by_token(q, k, v, mask), *qkv, grad)
     for name, ours, theirs in zip(("out", "q", "k", "v"), found, expected, strict=True):
-        # Float32, the same terms in another order. A token alone has gradients that cancel.
+        # Both sides sum the same float32 terms in another order. The gradients of a single token
+        # cancel.
         error = np.linalg.norm(ours - theirs) / max(*map(np.linalg.norm, (theirs, grad)))
         assert error < 2e-6, name
 
@@ -60,7 +71,7 @@ def test_bfloat16_is_as_near_to_float32_as_its_rounding() -> None:
     found = output_and_gradients(lambda q, k, v: causal_attention(q, k, v, None), *narrow, grad)
     expected = output_and_gradients(lambda q, k, v: causal_attention(q, k, v, None), *wide, grad)
     for name, ours, theirs in zip(("out", "q", "k", "v"), found, expected, strict=True):
-        # 8 bits of mantissa: 0.4% at most in operands and results, most of which averages out.
+        # bfloat16 has 8 bits: errors of at most 0.4% in operands and results, which average out.
         assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 6e-3, name
 
 
@@ -81,11 +92,11 @@ def test_no_array_holds_all_scores() -> None:
         np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)
     ]
     whole = 2 * 6 * 1024 * 1024
-    assert max(sizes) <= whole / 8  # the last block: an eighth of the queries, all keys
+    assert max(sizes) <= whole / 8  # the last block has an eighth of the queries and all keys
 
 
 def test_one_block_where_the_sequence_is_split_over_devices() -> None:
-    """Cut into blocks, each would be one device's work, and the others would wait."""
+    """With several blocks, one device would work on a block while the other devices wait."""
     *qkv, _ = arrays(512)
     mesh = jax.make_mesh((2,), ("sequence",), axis_types=(AxisType.Auto,))
 

@@ -31,7 +31,7 @@ def logits(config: ModelConfig, params: Params) -> jax.Array:
     ],
 )
 def test_order_is_the_papers(sharing: Sharing, two: str, three: str) -> None:
-    # Fig. 6 shows two blocks twice: 1 1 2 2, 1 2 1 2, 1 2 2 1.
+    # Fig. 6 of the paper shows 1 1 2 2, 1 2 1 2 and 1 2 2 1.
     assert "".join(map(str, application_order(2, 2, sharing))) == two
     assert "".join(map(str, application_order(3, 3, sharing))) == three
 
@@ -48,7 +48,7 @@ def test_shared_equals_unshared_with_copied_blocks(
     params = strong_params
     order = np.array(application_order(3, repeats, sharing))
     copied = {**params, "blocks": jax.tree.map(lambda x: x[order], params["blocks"])}
-    # The same float32 sums in the same order, but for how XLA fuses two different loops.
+    # Both sides compute the same float32 sums, but XLA fuses the two loops differently.
     np.testing.assert_allclose(logits(shared, params), logits(unshared, copied), atol=3e-5)
     other = logits(tiny(), params)
     assert float(jnp.abs(other - logits(shared, params)).max()) > 0.1
@@ -62,7 +62,7 @@ def test_scan_equals_an_unrolled_loop(
     params = strong_params
 
     def by_hand(params: Params, tokens: jax.Array) -> jax.Array:
-        """Calls a plain block layer after layer, with no scan anywhere."""
+        """Calls a block layer after layer, without a scan."""
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         turn = rotation(positions, config.head_dim, config.rope_theta)
         attend = attend_within(config, None)
@@ -118,13 +118,15 @@ def test_remat_changes_no_gradient(
         return function(params), function.lower(params).as_text()
 
     (expected, plain_text), (found, text) = gradient(plain), gradient(recomputed)
-    assert text.count("dot_general") > plain_text.count("dot_general")  # it does compute again
+    assert text.count("dot_general") > plain_text.count(
+        "dot_general"
+    )  # the backward pass computes products again
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), expected, found)
 
 
 def test_policies_keep_what_they_say(tiny: Callable[..., ModelConfig]) -> None:
-    """What waits for the backward pass, counted by hand: per token of each of 3 blocks."""
+    """The numbers that wait for the backward pass, per token and block, agree with a hand count."""
 
     def kept(remat: str) -> int:
         config = tiny(remat=remat)
@@ -132,7 +134,9 @@ def test_policies_keep_what_they_say(tiny: Callable[..., ModelConfig]) -> None:
 
         def residuals(params: Params) -> Any:
             forward = functools.partial(Transformer(config).apply, tokens_BT=jnp.asarray(TOKENS))
-            return jax.vjp(lambda p: forward({"params": p}), params)[1]  # a tree; its leaves wait
+            return jax.vjp(lambda p: forward({"params": p}), params)[
+                1
+            ]  # the leaves of this tree wait
 
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params))
         stacked = [leaf for leaf in leaves if leaf.shape[:3] == (3, *TOKENS.shape)]

@@ -18,7 +18,7 @@ MI300 = ("gpu", "AMD Instinct MI300X", "gfx942")
 
 
 def device(platform: str, kind: str, capability: str | None) -> jax.Device:
-    """One that is not there."""
+    """Returns a fake device."""
     found = mock.Mock(spec=jax.Device)
     found.platform, found.device_kind, found.compute_capability = platform, kind, capability
     return found
@@ -30,7 +30,7 @@ def config(**model: Any) -> Config:
 
 @pytest.fixture
 def tokamax(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that says whether Tokamax is to count as installed."""
+    """Returns a function that makes Tokamax look installed or absent."""
 
     def install(there: bool) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: there or None)
@@ -50,7 +50,7 @@ def tokamax(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else "",
 )
-def test_auto_is_what_the_table_says(
+def test_auto_follows_the_table(
     tokamax: Any, where: Any, concat: str, documents: str, documents_with_tokamax: str
 ) -> None:
     masked = dataclasses.replace(config(), data=DataConfig(boundaries="document_mask"))
@@ -95,7 +95,7 @@ def test_a_choice_is_kept() -> None:
         ("tokamax", H100, 'not installed: pip install "mobilellm-jax[tokamax]"'),
     ],
 )
-def test_what_the_device_cannot_do_is_refused(
+def test_a_setting_that_the_device_does_not_support_is_refused(
     tokamax: Any, name: str, where: Any, rule: str
 ) -> None:
     tokamax(False)
@@ -103,7 +103,7 @@ def test_what_the_device_cannot_do_is_refused(
     assert rule in found
 
 
-def test_heads_that_only_a_newer_gpu_takes() -> None:
+def test_wide_heads_need_a_newer_gpu() -> None:
     (found,) = device_violations(config(attention="cudnn", head_dim=256), device(*A100))
     assert "model.head_dim=256 must be at most 128" in found
     assert device_violations(config(attention="cudnn", head_dim=256), device(*H100)) == []
@@ -118,7 +118,7 @@ def test_offload_needs_a_device_with_a_host() -> None:
     assert device_violations(config(remat="full"), device(*CPU)) == []
 
 
-def test_this_machine_runs_what_auto_means_here() -> None:
+def test_this_machine_runs_the_attention_that_auto_chooses() -> None:
     here = jax.devices()[0]
     found = resolve_attention(config(), here)
     assert found.model.attention == "xla"

@@ -1,4 +1,4 @@
-"""Norm, rotation and feed-forward, each against NumPy in float64."""
+"""Norm, rotation and feed-forward are compared with NumPy in float64."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_norm_equals_its_formula() -> None:
 
 
 def test_norm_of_bfloat16_is_computed_in_float32() -> None:
-    # 300^2 * 1000 terms: a bfloat16 sum would lose all but the first digits.
+    # A bfloat16 sum of 1000 terms of 300^2 would keep only the first digits.
     x = jnp.full((1, 1, 1000), 300.0, jnp.bfloat16)
     out = RMSNorm(eps=1e-5).apply({"params": {"scale": jnp.ones(1000)}}, x)
     assert out.dtype == jnp.bfloat16
@@ -39,7 +39,7 @@ def test_rotation_turns_pairs_by_their_angles() -> None:
     for pair in range(3):
         angle = positions[0] * 100.0 ** (-2 * pair / 6)
         turned = (x[0, :, :, pair] + 1j * x[0, :, :, pair + 3]) * np.exp(1j * angle)[:, None]
-        # float32 angles of up to 100 radians carry about 1e-5.
+        # A float32 angle of 100 radians has an error of about 1e-5.
         np.testing.assert_allclose(out[0, :, :, pair], turned.real, atol=3e-5)
         np.testing.assert_allclose(out[0, :, :, pair + 3], turned.imag, atol=3e-5)
 

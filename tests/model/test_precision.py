@@ -1,4 +1,4 @@
-"""Which type `compute_dtype="auto"` is, by device."""
+"""The type that `compute_dtype="auto"` stands for on each device."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_accelerators(platform: str, capability: str | None, expected: str) -> N
     ("text", "width", "expected"),
     [
         (ZEN4, 576, "bfloat16"),
-        (ZEN4, 448, "float32"),  # narrow models spend their time elsewhere
+        (ZEN4, 448, "float32"),  # a narrow model gains nothing from bfloat16
         (SKYLAKE, 576, "float32"),
         (None, 576, "float32"),  # not Linux
     ],

@@ -1,4 +1,4 @@
-"""Products against plain einsum, whose gradient is JAX's own."""
+"""Products and their gradients are compared with a plain einsum and JAX's gradient."""
 
 from collections.abc import Callable
 
@@ -35,13 +35,13 @@ def test_equals_einsum_in_float32(spec: str, dtype: jnp.dtype) -> None:
     assert [leaf.dtype for leaf in found] == [dtype, dtype, jnp.float32]
     for name, ours, theirs in zip(("out", "x", "kernel"), found, expected, strict=True):
         error = np.linalg.norm(np.asarray(ours, np.float32) - theirs) / np.linalg.norm(theirs)
-        # bfloat16 rounds the results by 0.4% at most, and the gradient that comes in.
+        # bfloat16 rounds results and incoming gradients by at most 0.4%.
         assert error < (1e-6 if dtype == jnp.float32 else 6e-3), name
 
 
 @pytest.mark.parametrize("spec", SHAPES)
 def test_bfloat16_products_on_a_cpu_return_their_sums(spec: str) -> None:
-    """Otherwise XLA converts the operands, and multiplies in float32."""
+    """XLA would multiply in float32 if a bfloat16 product did not return float32 sums."""
     x, kernel = (jnp.ones(shape, jnp.bfloat16) for shape in SHAPES[spec])
     step = jax.jit(lambda x, w: output_and_gradients(lambda x, w: product(spec, x, w), x, w))
     products = [line for line in step.lower(x, kernel).as_text().splitlines() if "dot_gen" in line]

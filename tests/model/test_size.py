@@ -10,7 +10,7 @@ from mobilellm_jax.model.size import flops_per_token, parameter_count
 from mobilellm_jax.model.transformer import Transformer, init_params
 from mobilellm_jax.paper.architectures import TABLE_ROWS
 
-# paper.md: layers, heads, kv heads, width, feed-forward and the exact totals (Table 9).
+# Table 9 of the paper: layers, heads, key heads, width, feed-forward width, parameters.
 SIZES = {
     "125m": (30, 9, 3, 576, 1536, 124_635_456),
     "350m": (32, 15, 5, 960, 2560, 345_355_200),
@@ -21,7 +21,7 @@ SIZES = {
 
 
 def initialised_total(config: ModelConfig) -> int:
-    """Counts the tree that initialisation makes, without allocating it."""
+    """Counts the parameters that initialisation would make, without allocating them."""
     tree = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
@@ -63,7 +63,7 @@ def test_formula_equals_the_tree(activation: str, tied: bool) -> None:
 
 
 def test_flops_are_those_of_the_compiled_products() -> None:
-    """XLA's own count of the forward and backward pass, with nothing looped or recomputed."""
+    """The formula agrees with XLA's count for a program without loops and recomputation."""
     config = ModelConfig(
         vocab_size=512,
         embed_dim=128,
@@ -82,10 +82,10 @@ def test_flops_are_those_of_the_compiled_products() -> None:
     params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     cost = jax.jit(jax.grad(loss)).lower(params, tokens).compile().cost_analysis()
-    # The compiled attention computes the masked half too, so it counts twice.
+    # The compiled attention computes the masked half of the scores too.
     masked_half = 6 * 2 * 4 * 32 * 64
     expected = (flops_per_token(config, 64) + masked_half) * 4 * 64
-    # Norms, softmax and activations are not products: a few percent at this width.
+    # XLA also counts norms, softmax and activations, which are a few percent at this width.
     assert cost["flops"] == pytest.approx(expected, rel=0.08)
 
 
@@ -95,5 +95,5 @@ def test_shared_blocks_cost_flops_but_no_parameters() -> None:
     assert parameter_count(once) == parameter_count(twice)
     head = 6 * once.vocab_size * once.embed_dim
     assert flops_per_token(twice, 2048) - head == 2 * (flops_per_token(once, 2048) - head)
-    # peers.md: 0.960 GFLOP per token for 125M at length 2048.
+    # By hand, the 125M model needs 0.960 GFLOP per token at length 2048.
     assert flops_per_token(once, 2048) / 1e9 == pytest.approx(0.960, abs=0.001)

@@ -1,3 +1,5 @@
+"""Softmax attention is compared with its definition."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from mobilellm_jax.model.softmax import attend_by_token, causal_mask
 def naive(
     q_BTNH: np.ndarray, k_BSKH: np.ndarray, v_BSKH: np.ndarray, mask_BTS: np.ndarray
 ) -> np.ndarray:
-    """One query at a time, in float64, straight from the definition."""
+    """Computes attention by its definition in float64, one query at a time."""
     batch, length, heads, head_dim = q_BTNH.shape
     group = heads // k_BSKH.shape[2]
     out_BTNH = np.zeros(q_BTNH.shape)
@@ -30,7 +32,7 @@ def test_equals_the_definition(heads: int, kv_heads: int) -> None:
     segments_BT = np.array([[1, 1, 1, 2, 2, 3, 3], [1, 1, 1, 1, 1, 1, 2]], np.int32)
     mask = causal_mask(7, jnp.asarray(segments_BT))
     out = attend_by_token(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask)
-    # float32 over sums of 7 terms of size 3.
+    # The tolerance allows for float32 sums of 7 terms of size 3.
     np.testing.assert_allclose(out, naive(q, k, v, np.asarray(mask)), atol=2e-6)
 
 

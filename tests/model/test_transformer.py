@@ -55,7 +55,7 @@ def test_documents_in_one_window_do_not_see_each_other(
         alone = jax.jit(lambda t: Transformer(config).apply({"params": params}, t))(
             TOKENS[row : row + 1, start:stop]
         )
-        # Masked scores are exactly zero weight; only the length of the sums differs.
+        # A masked key has weight zero exactly. Only the length of the sums differs.
         np.testing.assert_allclose(packed[row, start:stop], alone[0], atol=2e-5)
         changed = TOKENS.copy()
         changed[row, start:stop] = (changed[row, start:stop] + 7) % 61
@@ -74,7 +74,7 @@ def test_tied_head_is_the_embedding_table(tiny: Callable[..., ModelConfig]) -> N
 
 @pytest.mark.parametrize("std", [0.02, 0.06])
 def test_initial_weights_are_normal(tiny: Callable[..., ModelConfig], std: float) -> None:
-    assert ModelConfig().init_std == 0.02  # the paper's
+    assert ModelConfig().init_std == 0.02  # as in the paper
     config = tiny(vocab_size=4000, embed_dim=64, ffn_dim=256, num_blocks=4, init_std=std)
     params = init_params(config, jax.random.key(0))
     flat = jax.tree_util.tree_leaves_with_path(params)
@@ -83,10 +83,10 @@ def test_initial_weights_are_normal(tiny: Callable[..., ModelConfig], std: float
         if path[-1].key == "scale":
             np.testing.assert_array_equal(leaf, 1)
         else:
-            # Its relative standard error is 1 / sqrt(2 * size), at most 1.3% here.
+            # The relative standard error is 1 / sqrt(2 * size), which is at most 1.3% here.
             assert float(jnp.std(leaf)) == pytest.approx(std, rel=0.05)
     query = params["blocks"]["attention"]["query"]
-    assert float(jnp.abs(query[0] - query[1]).max()) > std / 2  # every block draws its own
+    assert float(jnp.abs(query[0] - query[1]).max()) > std / 2  # blocks are drawn independently
 
 
 def test_every_parameter_has_logical_axes(tiny: Callable[..., ModelConfig]) -> None:
@@ -113,7 +113,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(
     expected, found = apply(wide, params), apply(narrow, params)
     assert found.dtype == jnp.float32
     assert not np.array_equal(expected, found)
-    # bfloat16 has 8 bits of precision; three blocks of it stay within a few percent.
+    # bfloat16 has 8 bits, so three blocks have an error of a few percent.
     assert float(jnp.abs(found - expected).max()) < 0.05 * float(jnp.abs(expected).max())
 
 
@@ -130,6 +130,6 @@ def test_gradients_of_a_frequent_token_are_summed_in_float32(
         return jnp.sum(rows.astype(jnp.float32))
 
     gradient = jax.jit(jax.grad(total))(strong_params["embedding"]["table"])
-    # In bfloat16, 256 + 1 is 256.
+    # A bfloat16 sum would stop at 256, because 256 + 1 rounds to 256.
     np.testing.assert_array_equal(gradient[7], 3000)
     np.testing.assert_array_equal(jnp.delete(gradient, 7, axis=0), 0)

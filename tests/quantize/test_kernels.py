@@ -1,4 +1,4 @@
-"""Integers against NumPy's, product by product, and what the straight-through rule lets through."""
+"""Quantized products are compared with NumPy; straight-through gradients follow their rule."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from mobilellm_jax.quantize.kernels import (
     to_kernel,
 )
 
-# Every product of the model: shapes of x and of the kernel, and how many axes of it are inputs.
+# Every product of the model: the shapes of x and kernel, and the number of the kernel's input axes.
 PRODUCTS = {
     "BTD,DNH->BTNH": ((2, 5, 24), (24, 3, 8), 1),
     "BTNH,NHD->BTD": ((2, 5, 3, 8), (3, 8, 24), 2),
@@ -34,7 +34,7 @@ PRODUCTS = {
     "BTD,DJF->BTJF": ((3, 1, 24), (24, 2, 40), 1),
     "BTQ,QD->BTD": ((3, 1, 24), (24, 40), 1),
 }
-# One rounding of a float32 per factor and sum, of which there are a few.
+# The tolerance allows for a few float32 roundings.
 FLOAT32 = 1e-6
 LEVELS = {8: 127, 4: 7}
 
@@ -44,14 +44,14 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def rows_by_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric min-max along the last axis, from its definition."""
+    """Quantizes along the last axis by the definition of symmetric min-max."""
     largest = np.abs(x).max(-1, keepdims=True)
     scale = np.where(largest > 0, largest / np.float32(127), np.float32(1))
     return np.round(x / scale).astype(np.int8), scale
 
 
 def groups_by_numpy(kernel_IO: np.ndarray, bits: int, size: int) -> list[tuple[slice, np.ndarray]]:
-    """Returns (inputs of the group, its scales) of every group."""
+    """Returns the inputs and the scales of every group."""
     slices = [slice(start, start + size) for start in range(0, len(kernel_IO), size)]
     scales = [np.abs(kernel_IO[s]).max(0) / np.float32(LEVELS[bits]) for s in slices]
     return list(zip(slices, scales, strict=True))
@@ -59,7 +59,7 @@ def groups_by_numpy(kernel_IO: np.ndarray, bits: int, size: int) -> list[tuple[s
 
 @pytest.mark.parametrize("spec", PRODUCTS)
 @pytest.mark.parametrize(("bits", "size"), [(8, 0), (8, 8), (4, 8), (4, 16)])
-def test_integer_product_is_numpys(spec: str, bits: int, size: int) -> None:
+def test_integer_product_equals_numpy(spec: str, bits: int, size: int) -> None:
     x_shape, kernel_shape, num_inputs = PRODUCTS[spec]
     x, kernel = normal(*x_shape), normal(*kernel_shape, seed=1)
     quantized = to_kernel(jnp.asarray(kernel), num_inputs=num_inputs, bits=bits, group_size=size)
@@ -84,7 +84,7 @@ def test_integer_product_is_numpys(spec: str, bits: int, size: int) -> None:
     assert error <= FLOAT32 * np.abs(expected).max()
 
 
-def test_head_as_its_table_lies() -> None:
+def test_a_tied_head_has_the_layout_of_the_table() -> None:
     x, table = normal(2, 5, 24), normal(61, 24, seed=1)
     table = jnp.asarray(table)
     rows = to_kernel(table.T, num_inputs=1, bits=8).T
@@ -113,7 +113,7 @@ def test_no_number_is_farther_than_half_a_step(bits: int, size: int) -> None:
     assert abs(np.asarray(quantized.values.astype(jnp.int8))).max() == LEVELS[bits]
 
 
-def test_last_group_is_what_is_left() -> None:
+def test_the_last_group_may_be_shorter() -> None:
     kernel = normal(20, 4)
     kernel[16:] *= 100
     quantized = to_kernel(jnp.asarray(kernel), num_inputs=1, bits=8, group_size=8)
@@ -121,7 +121,7 @@ def test_last_group_is_what_is_left() -> None:
     np.testing.assert_allclose(quantized.scale[2], np.abs(kernel[16:]).max(0) / 127, rtol=1e-6)
     x = jnp.asarray(normal(3, 20, seed=1))
     expected = np.asarray(x) @ np.asarray(dequantized(quantized, num_inputs=1))
-    # 8 bits for x: half a step of 1/127 in each of 20 terms, that mostly cancel.
+    # Rounding x to 8 bits adds an error of up to half a step of 1/127 to each of 20 terms.
     error = np.abs(product("BD,DF->BF", x, quantized) - expected).max()
     assert error < 0.02 * np.abs(expected).max()
 
@@ -167,7 +167,7 @@ def test_outlier_costs_its_row_and_no_other() -> None:
     np.testing.assert_array_equal(rows.values[::2], rows_by_numpy(x[::2])[0])
 
 
-def test_what_is_not_finite_shows() -> None:
+def test_a_number_that_is_not_finite_spoils_its_token_only() -> None:
     x = normal(3, 24)
     x[1, 5] = np.nan
     kernel = to_kernel(jnp.asarray(normal(24, 4)), num_inputs=1, bits=8)
@@ -187,7 +187,7 @@ def test_gradient_is_one_within_the_range_and_zero_beyond() -> None:
 
 
 def test_min_max_clips_nothing() -> None:
-    """So the gradient of the largest number, whose scale it is, goes through like every other."""
+    """The largest number sets the scale, and its gradient passes through like any other."""
     x = jnp.asarray(normal(5, 24))
     grad = jax.grad(lambda x: jnp.sum(tokens_on_levels(x) * jnp.arange(24.0)[None, :]))(x)
     np.testing.assert_array_equal(grad, np.tile(np.arange(24.0, dtype=np.float32), (5, 1)))
@@ -206,7 +206,7 @@ def test_trained_product_is_the_integer_one(spec: str, bits: int, size: int) -> 
     how = {"num_inputs": num_inputs, "bits": bits, "group_size": size}
     trained = product(spec, x, TrainedKernel(kernel_on_levels(kernel, **how)))
     integer = product(spec, x, to_kernel(kernel, **how))
-    # Both are sums of the same numbers, in float32 and in integers.
+    # Both sides sum the same numbers, one in float32 and one in integers.
     np.testing.assert_allclose(trained, integer, rtol=0, atol=1e-5 * float(abs(integer).max()))
     assert float(abs(trained - product(spec, x, kernel)).max()) > 1e-3
 
@@ -225,7 +225,7 @@ def test_scale_is_a_level_of_the_largest() -> None:
     assert found[0] == 2 and found[1] == 1 and np.isnan(found[2])
 
 
-def test_attention_in_8_bits_is_numpys() -> None:
+def test_attention_in_8_bits_equals_numpy() -> None:
     q, k, v = normal(2, 5, 4, 8), normal(2, 7, 2, 8, seed=1), normal(2, 7, 2, 8, seed=2)
     mask = np.arange(7)[None, None, :] <= np.arange(5)[None, :, None] + 2
     found = attend_by_token(*map(jnp.asarray, (q, k, v, mask)), QuantizedAttention(products=True))
@@ -241,12 +241,12 @@ def test_attention_in_8_bits_is_numpys() -> None:
             wi, ws = rows_by_numpy((weights * vs.T).astype(np.float32))
             sums = wi.astype(np.int32) @ vi.astype(np.int32)
             expected[b, :, n] = sums * ws / weights.sum(-1, keepdims=True)
-    # float32 throughout; a weight that lies at the border of two levels may take the other.
+    # A weight at the border of two levels may round to either level.
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_integers_are_summed_in_32_bits() -> None:
-    """127 x 127 x 3,000 is more than 16 bits, and exact, where float32 would not be."""
+    """127 x 127 x 3,000 needs more than 16 bits, and float32 could not represent it exactly."""
     ones = jnp.full((1, 3000), 127, jnp.int8)
     assert integer_einsum("RI,OI->RO", ones, ones).tolist() == [[127 * 127 * 3000]]
 

@@ -1,4 +1,4 @@
-"""Whole models in integers: what is quantized, sharing, decoding, meshes, bytes."""
+"""Quantized models: their matrices, sharing, decoding, meshes and bytes."""
 
 import dataclasses
 import functools
@@ -39,13 +39,13 @@ TINY = ModelConfig(
     head_dim=8,
     ffn_dim=48,
     max_seq_len=64,
-    init_std=0.3,  # so large that every matrix matters
+    init_std=0.3,  # large, so that every matrix changes the logits
     compute_dtype="float32",
 )
 EVERYTHING = "embedding,head,attention,cache"
-# Sums of float32 in another order, before numbers are rounded to levels: one that lies at the
-# border of two may take the other. That is a step of 1/127 in one of dozens of terms, which the
-# next layers pass on; the tokens that none of it reaches are the same.
+# The two sides compute float32 sums in another order, so a number at the border of two levels may
+# round to either. One term of dozens then changes by a step of 1/127, and later layers pass the
+# change on. The other tokens are the same.
 BORDER, SAME = 0.03, 1e-5
 
 
@@ -65,7 +65,7 @@ def tokens(batch: int = 2, length: int = 12) -> jax.Array:
 
 
 def floats_of(params: Params) -> Params:
-    """The float parameters that the integers stand for, block by block."""
+    """Returns the float parameters value * scale."""
 
     def stacked(name: str, kernel: QuantizedKernel) -> jax.Array:
         return jax.vmap(lambda k: dequantized(k, num_inputs=NUM_INPUTS[name]))(kernel)
@@ -101,7 +101,7 @@ def test_weights_alone_are_a_float_model_of_what_they_stand_for(sharing: str) ->
     config = dataclasses.replace(TINY, sharing=sharing)
     params = quantized(params_of(), find_scheme("w4g32"))
     found = logits(config, params, tokens())
-    # Sums of the same numbers.
+    # Both sides sum the same numbers.
     assert relative(found, logits(config, floats_of(params), tokens())) < 1e-5
     assert relative(found, logits(config, params_of(), tokens())) > 1e-2
 
@@ -124,7 +124,7 @@ def test_eight_bits_stay_close_and_four_are_farther() -> None:
         found = logits(TINY, quantized(params_of(), find_scheme(name, parts)), tokens())
         return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
 
-    # A text costs what a cache in 8 bits does, though nothing is cached.
+    # Scoring a text rounds keys and values like an 8-bit cache, although it uses no cache.
     assert 1e-4 < abs(error("w4", "cache") - error("w4", ""))
     eight, whole = error("w8a8", ""), error("w8a8", EVERYTHING)
     assert 1e-3 < eight < whole < 0.06 < error("w4a8", "")
@@ -135,7 +135,8 @@ def test_every_product_multiplies_int8() -> None:
     lowered = logits.lower(TINY, params, tokens()).as_text()
     products = [line for line in lowered.splitlines() if "stablehlo.dot_general" in line]
     integers = [p for p in products if re.search(r"xi8>, tensor<\S*xi8>\) -> tensor<\S*xi32>", p)]
-    # Per application seven matrices and two of attention; the scan's body has both; the head.
+    # An application has seven matrices and two products of attention. The body of the scan has two
+    # applications. The head is one more product.
     assert len(integers) == 2 * 9 + 1
     assert len(products) == len(integers)
 
@@ -145,7 +146,7 @@ def test_every_product_multiplies_int8() -> None:
     [("w8a8", EVERYTHING), ("w4g32", "embedding,head"), ("w4a8", "embedding,head,cache")],
 )
 def test_decoding_with_a_cache_is_the_forward_pass(name: str, parts: str) -> None:
-    """Greedy texts, which a wrong scale or slot would change at once."""
+    """A wrong scale or slot would change a greedy text."""
     params = jax.jit(functools.partial(quantized, scheme=find_scheme(name, parts)))(params_of())
     prompts = [[1, 5, 7, 20, 31], [1, 2]]
     rows = generate(TINY, params, Request(prompts, max_new_tokens=24, sampling=GREEDY))
@@ -165,7 +166,7 @@ def test_decoding_keeps_the_integers() -> None:
         types = {leaf.dtype.name for leaf in jax.tree.leaves(weights) if leaf.ndim > 1}
         assert types == {"int8", "float32"}
         floats = [leaf for leaf in jax.tree.leaves(weights) if leaf.dtype == jnp.float32]
-        # Norms and scales.
+        # The floats are norms and scales.
         assert sum(leaf.size for leaf in floats) < 0.1 * sum(
             leaf.size for leaf in jax.tree.leaves(weights)
         )
@@ -176,7 +177,7 @@ def test_decoding_keeps_the_integers() -> None:
 def test_bytes_are_those_of_values_and_scales() -> None:
     params = quantized(params_of(), find_scheme("w4g32"))
     matrices = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)
-    # Inputs of 32 are a group, of 48 two.
+    # 32 inputs are one group, and 48 inputs are two groups.
     scales = 2 * (32 + 2 * 16 + 32 + 2 * 48 + 2 * 32)
     table, norms = 64 * 32 + 4 * 64, 4 * (4 * 32 + 32)
     assert stored_bytes(params) == matrices // 2 + 4 * scales + table + norms

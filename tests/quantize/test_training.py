@@ -1,4 +1,4 @@
-"""Quantization-aware training: what the step computes with, its gradient, meshes."""
+"""Quantization-aware training: the loss of the step, its gradient, and meshes."""
 
 import dataclasses
 import functools
@@ -91,11 +91,11 @@ def test_step_has_the_loss_of_the_integer_model(scheme: QuantizeScheme) -> None:
     config = config_of(scheme)
     params, losses = run(config, MeshConfig(data=1))
     start, _ = run(config, MeshConfig(data=1), steps=0)
-    # The first update is zero: warm-up.
+    # The first update is zero, because of the warm-up.
     for loss, at in ((losses[0], start), (losses[1], start)):
         expected = loss_of_integers(config, at, batch_of(losses.index(loss)))
-        # Numbers at the border of two levels may take the other: in the mean of 128 targets, that
-        # shows less than the scheme itself.
+        # A number at the border of two levels may round to either. In the mean of 128 targets this
+        # changes less than the scheme does.
         assert loss == pytest.approx(expected, rel=3e-5)
     assert abs(losses[0] - loss_of_integers(CONFIG, start, batch_of(0))) > 1e-4 * losses[0]
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, start)
@@ -104,7 +104,7 @@ def test_step_has_the_loss_of_the_integer_model(scheme: QuantizeScheme) -> None:
 
 
 def test_gradient_is_that_at_the_levels() -> None:
-    """Straight through: of weights alone, the gradient of a float model that lies on the levels."""
+    """With quantized weights alone, the gradient equals that of a float model on the levels."""
     config = dataclasses.replace(CONFIG, quantize=QuantizeConfig(scheme="w4"))
     transform = training_transform(config)
     params = jax.tree.map(jnp.asarray, run(config, MeshConfig(data=1), steps=0)[0])
