@@ -79,8 +79,7 @@ def prepare(
 
     Raises:
       UserError: if a setting is bad, a source has no text, a document is refused, or `output`
-          contains
-        something else.
+        contains something else.
       MissingFileError: if the tokenizer file is missing, or a pattern matches nothing.
     """
     _check_settings(
@@ -89,10 +88,8 @@ def prepare(
     given = load_tokenizer(tokenizer) if tokenizer else None
     work = output.absolute().with_name(f".{output.name}.preparing")
     opened = [open_source(spec, work / "sources" / str(i)) for i, spec in enumerate(sources)]
-    settings = {
-        "sources": [source.identity() for source in opened],
-        "weights": list(weights) if weights else None,
-        "tokenizer": f"SHA-256 {given.sha256}" if given else f"trained, {vocab_size} tokens",
+    settings = _settings(opened, weights, given, vocab_size)
+    settings |= {
         "validation_fraction": validation_fraction,
         "on_bad_line": on_bad_line,
         "shard_tokens": shard_tokens,
@@ -119,6 +116,27 @@ def prepare(
         manifest = preparation.finish(used, parts)
         os.replace(work / "output", output)
         shutil.rmtree(work)
+    _report_totals(manifest, output, report)
+    return manifest
+
+
+def _settings(
+    sources: Sequence[Source],
+    weights: Sequence[float] | None,
+    tokenizer: Tokenizer | None,
+    vocab_size: int | None,
+) -> dict[str, Any]:
+    """Returns the settings that describe the sources and the tokenizer."""
+    return {
+        "sources": [source.identity() for source in sources],
+        "weights": list(weights) if weights else None,
+        "tokenizer": (
+            f"SHA-256 {tokenizer.sha256}" if tokenizer else f"trained, {vocab_size} tokens"
+        ),
+    }
+
+
+def _report_totals(manifest: Manifest, output: Path, report: Callable[[str], None]) -> None:
     for name, split in manifest.splits.items():
         report(
             f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} "
@@ -128,7 +146,6 @@ def prepare(
         report(
             f"WARNING: {skipped:,} bad lines were left out; {output / shards.MANIFEST} lists them."
         )
-    return manifest
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -122,30 +122,8 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
         )
     # transformers treats null like a missing key.
     values = {key: value for key, value in values.items() if value is not None}
-    other = []
-    # a list, because the value may have any type
-    if values.get("model_type") not in [*_ARCHITECTURES]:
-        model_type = shown(values.get("model_type"))
-        other.append(f"model_type={model_type} must be {' or '.join(_ARCHITECTURES)}.")
-    ill_typed = list(_ill_typed(values))
-    ill_typed += [
-        f"{key}={values.get(key)!r} must be a whole number above 0."
-        for key in _REQUIRED
-        if values.get(key) is None or (type(values[key]) is int and values[key] < 1)
-    ]
-    # Only values of the right type can be checked further.
-    problems = other + (ill_typed or list(_unsupported(values)))
-    if problems:
-        raise UserError("\n".join([f"{file} describes a model that is none of ours:", *problems]))
+    _check_values(values, file)
     width, heads = values["hidden_size"], values["num_attention_heads"]
-    head_dim = values.get("head_dim")
-    if head_dim is None:
-        if width % heads:
-            raise UserError(
-                f"{file}: hidden_size={width} must be a multiple of num_attention_heads={heads} "
-                "where head_dim is not given; add head_dim."
-            )
-        head_dim = width // heads
     kv_heads = values.get("num_key_value_heads")
     shared = bool(values.get("layer_sharing", False))
     # LlamaConfig's defaults replace missing keys.
@@ -158,7 +136,7 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
         sharing=values.get("layer_sharing_order", "immediate"),
         num_heads=heads,
         num_kv_heads=heads if kv_heads is None else kv_heads,
-        head_dim=head_dim,
+        head_dim=_head_dim(values, file),
         ffn_dim=values["intermediate_size"],
         activation=next(a for a, act in _ACTIVATIONS.items() if act == _activation(values)),
         # The paper's configs say tie_word_embeddings: false and share_embedding: true.
@@ -174,6 +152,37 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     except ConfigError as error:
         raise UserError(f"{file} describes a model that is none of ours:\n{error}") from error
     return model
+
+
+def _check_values(values: Mapping[str, Any], file: Path) -> None:
+    other = []
+    # a list, because the value may have any type
+    if values.get("model_type") not in [*_ARCHITECTURES]:
+        model_type = shown(values.get("model_type"))
+        other.append(f"model_type={model_type} must be {' or '.join(_ARCHITECTURES)}.")
+    ill_typed = list(_ill_typed(values))
+    ill_typed += [
+        f"{key}={values.get(key)!r} must be a whole number above 0."
+        for key in _REQUIRED
+        if values.get(key) is None or (type(values[key]) is int and values[key] < 1)
+    ]
+    # Only values of the right type can be checked further.
+    problems = other + (ill_typed or list(_unsupported(values)))
+    if problems:
+        raise UserError("\n".join([f"{file} describes a model that is none of ours:", *problems]))
+
+
+def _head_dim(values: Mapping[str, Any], file: Path) -> int:
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    head_dim: int | None = values.get("head_dim")
+    if head_dim is not None:
+        return head_dim
+    if width % heads:
+        raise UserError(
+            f"{file}: hidden_size={width} must be a multiple of num_attention_heads={heads}, "
+            "because there is no head_dim; add head_dim."
+        )
+    return int(width // heads)
 
 
 def _ill_typed(values: Mapping[str, Any]) -> Iterator[str]:

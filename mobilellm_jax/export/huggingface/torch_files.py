@@ -1,10 +1,12 @@
-"""The tensors of a `pytorch_model.bin`, read as data: nothing in the file is run, nor is torch.
+"""Reads the tensors of a `pytorch_model.bin` as data, without torch and without unpickling.
 
-`torch.save` writes a zip archive of a pickle, `NAME/data.pkl`, and of the numbers, `NAME/data/KEY`.
-A pickle is a program: whoever unpickles it calls what it names. Here the instructions that tensors
-need are followed, the functions that they name are told apart by their names and never called, and
-everything else is refused. The numbers stay in the archive, uncompressed, until they are asked for,
-and their checksums are compared then.
+`torch.save` writes a zip archive with a pickle, `NAME/data.pkl`, and the numbers, `NAME/data/KEY`.
+A pickle is a program that calls the functions it names. This module follows only the instructions
+that tensors need, recognizes functions by their names, and never calls them. It refuses everything
+else. The numbers stay in the archive until they are needed, and their checksums are then compared.
+
+`torch.load(weights_only=True)` lacks two properties that the tests check: a small pickle of nested
+tuples must not take 2^n steps, and a changed number must be found by its checksum.
 """
 
 import errno
@@ -26,7 +28,7 @@ from mobilellm_jax.storage.strict_json import plain, shown
 # A thousand tensors take a quarter of a megabyte.
 _MOST_PICKLE_BYTES = 1 << 22
 _MOST_AXES = 8
-# Tied weights are stored once and named twice; more would make much memory of a small file.
+# Tied weights are stored once and named twice. More names would turn a small file into much memory.
 _MOST_SHARING = 2
 
 _DTYPES = {
@@ -37,7 +39,7 @@ _DTYPES = {
 
 
 class TorchTensor(NamedTuple):
-    """A tensor in the file: read only when asked for."""
+    """A tensor in the file, which is read when its values are needed."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -45,11 +47,11 @@ class TorchTensor(NamedTuple):
 
 
 class _Refused(Exception):  # noqa: N818  # never leaves this file
-    """Why a file is none that this one reads."""
+    """The reason why a file is refused."""
 
 
 class _Name(NamedTuple):
-    """A class or function that the pickle names: only its name."""
+    """The name of a class or function in the pickle."""
 
     module: str
     name: str
@@ -73,7 +75,7 @@ class _Tensor(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The value after the last one that it reaches in its storage."""
+        """Index after the last value that the tensor uses in its storage."""
         if not self.size:
             return self.offset
         return (
@@ -84,10 +86,10 @@ class _Tensor(NamedTuple):
 
 
 def open_torch(file: Path) -> dict[str, TorchTensor]:
-    """Returns the tensors of a file that `torch.save` (1.6 or newer) wrote of a dict of tensors.
+    """Returns the tensors of a file in which `torch.save` (1.6 or newer) saved a dict of tensors.
 
     Raises:
-      UserError: if it is no such file, or holds anything else.
+      UserError: if the file contains anything else.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -102,7 +104,7 @@ def open_torch(file: Path) -> dict[str, TorchTensor]:
     except _Refused as error:
         raise _error(file, str(error)) from error
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of a place before the file's start, where it was sent
+        if error.errno != errno.EINVAL:  # a damaged index points before the start of the file
             raise
         raise _error(file, "it refers to what is not in it") from error
 
@@ -110,7 +112,7 @@ def open_torch(file: Path) -> dict[str, TorchTensor]:
 def _is_zip(file: Path) -> bool:
     try:
         return zipfile.is_zipfile(file)
-    except zipfile.BadZipFile:  # one of several disks
+    except zipfile.BadZipFile:  # an archive of several disks
         return True
 
 
@@ -173,7 +175,7 @@ def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int) -
 
 
 def _check(name: str, tensor: _Tensor, dtype: np.dtype[Any], info: zipfile.ZipInfo) -> None:
-    """Refuses a tensor that is not in its storage, or a storage that is not all there."""
+    """Checks that a tensor is inside its storage, and that the storage is complete."""
     if info.file_size != tensor.storage.values * dtype.itemsize:
         raise _Refused(
             f"the numbers of {plain(name)} are {info.file_size:,} bytes, not "
@@ -192,87 +194,106 @@ def _read(
     except (zipfile.BadZipFile, struct.error, _Refused) as error:
         raise _error(file, f"{plain(name)}: {error}") from error
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of a place before the file's start, where it was sent
+        if error.errno != errno.EINVAL:  # a damaged index points before the start of the file
             raise
         raise _error(file, "it refers to what is not in it") from error
     if not tensor.size:
         return np.empty(tensor.shape, dtype)
     values = np.frombuffer(content, dtype)[tensor.offset :]
     strides = [stride * dtype.itemsize for stride in tensor.strides]
-    # Within its storage, as `_check` has seen.
+    # `_check` has checked that this is inside the storage.
     return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
 
 
 def _interpreted(content: bytes) -> Any:
-    """Returns what the pickle would build, tensors as `_Tensor`s."""
-    stack: list[Any] = []
-    marks: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-
-    def pop(count: int) -> list[Any]:
-        if len(stack) < count:
-            raise _Refused("its pickle takes more from the stack than there is")
-        taken = stack[len(stack) - count :]
-        del stack[len(stack) - count :]
-        return taken
-
-    def pop_mark() -> list[Any]:
-        nonlocal stack
-        if not marks:
-            raise _Refused("its pickle takes more from the stack than there is")
-        taken, stack = stack, marks.pop()
-        return taken
-
+    """Returns the value that the pickle describes, with `_Tensor`s in the place of tensors."""
+    stack = _Stack()
     for code, argument in _instructions(content):
+        if code == "STOP":
+            return stack.result()
+        stack.execute(code, argument)
+    raise _Refused("its pickle does not end")
+
+
+class _Stack:
+    """The values of an interpreted pickle; a mark starts a new level of values."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+        self._levels: list[list[Any]] = []  # the values below each mark
+        self._memo: dict[int, Any] = {}
+
+    def result(self) -> Any:
+        """Returns the only value."""
+        if self._levels or len(self._values) != 1:
+            raise _Refused("its pickle ends with more than one value")
+        return self._values[0]
+
+    def execute(self, code: str, argument: Any) -> None:
+        """Follows one instruction; raises `_Refused` if tensors do not need it."""
+        push = self._values.append
         match code:
             case "PROTO" | "FRAME":
                 pass
             case "MARK":
-                marks.append(stack)
-                stack = []
+                self._levels.append(self._values)
+                self._values = []
             case "EMPTY_DICT":
-                stack.append({})
+                push({})
             case "EMPTY_LIST" | "EMPTY_TUPLE":
-                stack.append([] if code == "EMPTY_LIST" else ())
+                push([] if code == "EMPTY_LIST" else ())
             case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[code])
+                push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[code])
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
-                stack.append(argument)
+                push(argument)
             case "GLOBAL":
                 module, _, name = argument.partition(" ")
-                stack.append(_Name(module, name))
+                push(_Name(module, name))
             case "BINPUT" | "LONG_BINPUT":
-                [memo[argument]] = pop(1)
-                stack.append(memo[argument])
+                [self._memo[argument]] = self._pop(1)
+                push(self._memo[argument])
             case "BINGET" | "LONG_BINGET":
-                if argument not in memo:
-                    raise _Refused("its pickle recalls what it has not remembered")
-                stack.append(memo[argument])
+                if argument not in self._memo:
+                    raise _Refused("its pickle recalls a value that it has not stored")
+                push(self._memo[argument])
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(pop(int(code[-1]))))
+                push(tuple(self._pop(int(code[-1]))))
             case "TUPLE":
-                items = pop_mark()  # which puts another stack in this one's place
-                stack.append(tuple(items))
+                items = tuple(self._pop_level())
+                self._values.append(items)
+            case _:
+                self._change_or_call(code)
+
+    def _change_or_call(self, code: str) -> None:
+        match code:
             case "APPEND" | "APPENDS":
-                _extend(pop(1) if code == "APPEND" else pop_mark(), stack)
+                _extend(self._pop(1) if code == "APPEND" else self._pop_level(), self._values)
             case "SETITEM" | "SETITEMS":
-                _set_items(pop(2) if code == "SETITEM" else pop_mark(), stack)
+                _set_items(self._pop(2) if code == "SETITEM" else self._pop_level(), self._values)
             case "BINPERSID":
-                stack.append(_storage(*pop(1)))
+                self._values.append(_storage(*self._pop(1)))
             case "REDUCE":
-                stack.append(_called(*pop(2)))
+                self._values.append(_called(*self._pop(2)))
             case "BUILD":
-                # The state of a dict is about the modules it is of; a tensor has none.
-                pop(1)
-                if not stack or not isinstance(stack[-1], dict):
-                    raise _Refused("its pickle gives a state to what has none")
-            case "STOP":
-                if marks or len(stack) != 1:
-                    raise _Refused("its pickle ends with more than one value")
-                return stack[0]
+                # The state of a dict describes its modules, and a tensor has no state.
+                self._pop(1)
+                if not self._values or not isinstance(self._values[-1], dict):
+                    raise _Refused("its pickle gives a state to a value without one")
             case _:
                 raise _Refused(f"its pickle has the instruction {code}, which no tensor needs")
-    raise _Refused("its pickle does not end")
+
+    def _pop(self, count: int) -> list[Any]:
+        if len(self._values) < count:
+            raise _Refused("its pickle takes more from the stack than there is")
+        taken = self._values[len(self._values) - count :]
+        del self._values[len(self._values) - count :]
+        return taken
+
+    def _pop_level(self) -> list[Any]:
+        if not self._levels:
+            raise _Refused("its pickle takes more from the stack than there is")
+        taken, self._values = self._values, self._levels.pop()
+        return taken
 
 
 def _instructions(content: bytes) -> Iterator[tuple[str, Any]]:
@@ -308,7 +329,7 @@ def _storage(identifier: Any) -> _Storage:
 
 
 def _called(function: Any, arguments: Any) -> Any:
-    """Returns what the call would; only these three calls are known."""
+    """Returns the result of a call; only three calls are known."""
     match function, arguments:
         case _Name("collections", "OrderedDict"), ():
             return {}
