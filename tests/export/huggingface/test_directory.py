@@ -297,7 +297,7 @@ def test_keys_of_the_papers_code(tokenizer, tmp_path):
         ({"hidden_size": KEY_ABSENT}, "hidden_size=None must be a whole number above 0"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number above 0"),
         ({"num_key_value_heads": 3}, "must be a multiple of model.num_kv_heads=3"),
-        ({"num_attention_heads": 3, "head_dim": None}, "where head_dim is not given"),
+        ({"num_attention_heads": 3, "head_dim": None}, "because there is no head_dim"),
         ({"model_type": "mobilellm", "hidden_act": "relu"}, "hidden_act='relu' must be silu gat"),
         ({"model_type": "mobilellm", "layer_sharing": True, "layer_sharing_order": "odd"}, "odd"),
     ],
