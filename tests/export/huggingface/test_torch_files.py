@@ -133,7 +133,7 @@ def changed(file: Path, entry: str, content: bytes | None, compression: int = 0)
         ("data.pkl", b"\x80\x02)Na.", "its pickle appends to what is no list"),
         ("data.pkl", b"\x80\x020.", "has the instruction POP"),
         ("data.pkl", b"\x80\x02r\xff\xff\xff\xff.", "takes more from the stack"),
-        ("data.pkl", b"\x80\x02j\xff\xff\xff\xff.", "recalls what it has not remembered"),
+        ("data.pkl", b"\x80\x02j\xff\xff\xff\xff.", "recalls a value that it has not stored"),
         ("data.pkl", bytes((1 << 22) + 1), "bytes, over 4,194,304"),
         ("byteorder", b"big", "its byte order is b'big', not little"),
     ],
