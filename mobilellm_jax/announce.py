@@ -1,6 +1,6 @@
-"""What a training run says of itself, by process 0 alone: at its start, at its end and in trouble.
+"""The messages of process 0 at the start and the end of a training run, and after bad steps.
 
-So that a log says what its numbers mean, and what to type next.
+The messages explain the numbers in the log and name the next command.
 """
 
 import logging
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 def start(
     config: Config, mixture: Mixture, mesh: Mesh, state: TrainState, resume_step: int | None
 ) -> None:
-    """Prints what is about to run, once, so that a log says what its numbers mean."""
+    """Describes the run that starts: model, data, batch, mesh and memory."""
     if not distributed.is_first():
         return
     model, train = config.model, config.train
@@ -90,7 +90,7 @@ def _describe_slices(config: Config, mesh: Mesh) -> str:
 
 
 def going_back(bad: BadSteps, good_step: int) -> None:
-    """Prints that steps were bad and that the run goes on from an earlier checkpoint."""
+    """Reports bad steps and the return to an earlier checkpoint."""
     if distributed.is_first():
         _log.warning(
             f"GOING BACK to the checkpoint of step {good_step}: steps {bad.first} to {bad.last} "
@@ -100,7 +100,7 @@ def going_back(bad: BadSteps, good_step: int) -> None:
 
 
 def divergence(config: Config, workdir: Path, bad: BadSteps, good_step: int | None) -> str:
-    """Says what happened, and how to see the batch and to meet it again."""
+    """Describes the bad steps, and the commands that show and repeat the first bad batch."""
     data, batch = config.data, config.train.global_batch
     inspect = [
         *("mobilellm", "inspect", f"--data={data.path}", f"--seq_len={data.seq_len}"),
@@ -123,7 +123,7 @@ def divergence(config: Config, workdir: Path, bad: BadSteps, good_step: int | No
 
 
 def end(workdir: Path, finished: bool) -> None:
-    """Prints where the run stands and what to do with it next."""
+    """Reports the result of the run and the next commands."""
     if not distributed.is_first():
         return
     records = read_metrics(workdir / rundir.METRICS)

@@ -1,9 +1,9 @@
-"""Every setting of a run: frozen dataclasses, their defaults and the rules they must obey.
+"""The settings of a run: frozen dataclasses with defaults and rules.
 
 The defaults are MobileLLM-125M and its recipe (Liu et al. 2024, arXiv:2402.14905, Table 9 and
-Sec. 3.1). A `ConfigDict` exists only at the edge (`configs/*.py` and the command line);
-`from_config_dict` turns it into a `Config` once, checks every rule that needs neither a file nor a
-device, and lists all violations together. Rules that do need one are in `pretrain.preflight`.
+Sec. 3.1). Only `configs/*.py` and the command line use a `ConfigDict`; `from_config_dict` turns it
+into a `Config` and lists all broken rules together. `preflight.py` checks the rules that need files
+or devices.
 """
 
 import dataclasses
@@ -42,14 +42,14 @@ class ConfigError(UserError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionRules:
-    """What an implementation of attention can do; what it cannot is refused, never replaced."""
+    """The limits of an implementation of attention; a config beyond them is refused."""
 
-    device: str  # the only kind it runs on, for `model/on_device.py`; "" = any
-    float32: bool  # besides bfloat16
-    documents: bool  # keeps those of a window apart, which data.boundaries=document_mask needs
-    sequence_parallel: bool  # mesh.sequence other than 1
-    length_multiple: int = 1  # divides data.seq_len
-    head_dim_multiple: int = 1  # divides model.head_dim
+    device: str  # required platform; "" = any platform
+    float32: bool  # accepts float32 besides bfloat16
+    documents: bool  # supports data.boundaries=document_mask
+    sequence_parallel: bool  # supports mesh.sequence other than 1
+    length_multiple: int = 1  # data.seq_len must be a multiple of this number
+    head_dim_multiple: int = 1  # model.head_dim must be a multiple of this number
 
 
 ATTENTION: Mapping[str, AttentionRules] = {
@@ -64,126 +64,127 @@ ATTENTION: Mapping[str, AttentionRules] = {
         device="gpu", float32=False, documents=True, sequence_parallel=False, head_dim_multiple=8
     ),
 }
-"""The implementations that `model.attention` names; all but `xla` keep no T x T scores."""
+"""The implementations by the name in `model.attention`; only `xla` stores T x T scores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture. Applied depth is `num_blocks * num_repeats` (paper Sec. 2.5)."""
 
-    vocab_size: int = 32_000  # tokens; must equal the tokenizer's
-    embed_dim: int = 576  # width of the residual stream
-    num_blocks: int = 30  # unique blocks, each with weights of its own
-    num_repeats: int = 1  # times each block is applied (layer sharing); 1 = no sharing
+    vocab_size: int = 32_000  # number of tokens, at least 1; must equal the data's vocabulary
+    embed_dim: int = 576  # width of the residual stream, at least 1
+    num_blocks: int = 30  # number of blocks with different weights, at least 1
+    num_repeats: int = 1  # uses of each block per token (layer sharing); 1 = no sharing
     sharing: Sharing = "immediate"  # order of the repeats: 1122, 1212 (repeat_all), 1221 (reverse)
-    num_heads: int = 9  # query heads; a multiple of num_kv_heads
-    num_kv_heads: int = 3  # key and value heads
-    head_dim: int = 64  # even (RoPE rotates pairs); need not be embed_dim / num_heads
-    ffn_dim: int = 1536  # hidden width of the feed-forward
-    activation: Activation = "swiglu"  # swiglu has three matrices, relu and gelu two
-    tie_embeddings: bool = True  # logits from the transposed embedding table (paper Sec. 2.3)
-    max_seq_len: int = 2048  # longest sequence in tokens that the model is meant for
-    rope_theta: float = 10_000.0  # base of the rotary angles
-    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
-    init_std: float = 0.02  # of every matrix at the start; narrow models learn faster from more
-    attention: Attention = "auto"  # implementation, see ATTENTION; auto: see model/on_device.py
-    # What waits for the backward pass, per block: everything; attention and the wide products;
-    # attention; the input alone; the input, in the host's memory. The rest is computed again.
+    num_heads: int = 9  # number of query heads; a multiple of num_kv_heads
+    num_kv_heads: int = 3  # number of key and value heads, at least 1
+    head_dim: int = 64  # width of a head; an even number, independent of embed_dim
+    ffn_dim: int = 1536  # hidden width of the feed-forward layer, at least 1
+    activation: Activation = "swiglu"  # swiglu uses three matrices, relu and gelu use two
+    tie_embeddings: bool = True  # the output matrix is the embedding table (paper Sec. 2.3)
+    max_seq_len: int = 2048  # longest supported sequence in tokens, at least 1
+    rope_theta: float = 10_000.0  # base of the rotary angles, greater than 0
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm, greater than 0
+    init_std: float = 0.02  # standard deviation of initial matrices; narrow models need more
+    attention: Attention = "auto"  # a name in ATTENTION; auto: the first that fits the device
+    # Values that a block keeps for the backward pass; the block computes other values again.
+    # none: all values; dots: attention and wide matrix products; attention: attention only;
+    # full: the block's input only; offload: the block's input, in the memory of the host.
     remat: Remat = "none"
-    scan_unroll: int = 1  # blocks per iteration of the scan; num_blocks = no loop at all
-    compute_dtype: ComputeDtype = "auto"  # of activations and products; parameters stay float32
+    scan_unroll: int = 1  # blocks per iteration of the layer loop, 1 to num_blocks (no loop)
+    compute_dtype: ComputeDtype = "auto"  # type of activations; parameters are float32
 
     @property
     def applied_depth(self) -> int:
-        """Blocks that a token passes through, repeats included."""
+        """The number of blocks that a token passes through, with repeats."""
         return self.num_blocks * self.num_repeats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and in which windows."""
+    """The training data and its windows."""
 
-    path: str = ""  # folder that `prepare` wrote, or a mixture of such: DIR:0.7,DIR:0.3
-    source: str = ""  # made by `prepare --source=...` when `path` is missing; "" = never
-    seq_len: int = 2048  # targets per window; at most model.max_seq_len
-    boundaries: Boundaries = "concat"  # document_mask: attention and positions reset per document
-    verify: bool = True  # checksums of all data at every start: as long as reading it once takes
-    seed: int = 0  # of the window permutation
+    path: str = ""  # a folder of `prepare`, or a mixture of folders: DIR:0.7,DIR:0.3
+    source: str = ""  # source for `prepare` if `path` is missing; "" = report an error instead
+    seq_len: int = 2048  # targets per window, 1 to model.max_seq_len
+    boundaries: Boundaries = "concat"  # document_mask: a token sees its own document only
+    verify: bool = True  # compare checksums of all data at every start; reads all data once
+    seed: int = 0  # seed of the order of the windows, at least 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The update, with decoupled decay on matrices only, and its schedule."""
+    """The optimizer and its schedule; weight decay is decoupled and acts on matrices only."""
 
-    name: OptimizerName = "adamw"  # muon: for the blocks' matrices, at AdamW's learning rate
-    peak_lr: float = 2e-3  # for 1024 sequences of 2048 tokens; never scaled for you
-    schedule: Schedule = "cosine"  # wsd: constant, then linear over the last fifth
-    warmup_steps: int = 1000  # linear from 0
-    min_lr_ratio: float = 0.1  # final learning rate / peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # on every matrix, embeddings included; not on norms
-    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+    name: OptimizerName = "adamw"  # muon: Muon for the matrices of blocks, AdamW for the rest
+    peak_lr: float = 2e-3  # highest learning rate, greater than 0; not scaled with the batch
+    schedule: Schedule = "cosine"  # wsd: constant, then a linear fall over the last fifth
+    warmup_steps: int = 1000  # steps of linear growth from 0; less than train.steps
+    min_lr_ratio: float = 0.1  # final learning rate divided by peak_lr, 0 to 1
+    beta1: float = 0.9  # decay of the mean gradient, at least 0 and less than 1
+    beta2: float = 0.95  # decay of the mean squared gradient, at least 0 and less than 1
+    eps: float = 1e-8  # added to the denominator of the update, greater than 0
+    weight_decay: float = 0.1  # decay of matrices and embeddings, at least 0; norms have no decay
+    clip_norm: float = 1.0  # largest global gradient norm; 0 = no limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length, batch and rhythm of a run. Intervals are in optimizer steps."""
+    """Length, batch and intervals of a run; intervals are in optimizer steps."""
 
-    steps: int = 480_000
-    global_batch: int = 1024  # sequences per optimizer step, over all devices
+    steps: int = 480_000  # number of optimizer steps, at least 1
+    global_batch: int = 1024  # sequences per optimizer step on all devices together, at least 1
     accumulation_steps: int = 1  # micro-batches per step; divides global_batch
-    init_from: str = ""  # a CKPT whose parameters start the run; "" = random
-    log_every: int = 10
-    eval_every: int = 1000  # validation loss, also before the first and after the last; 0 = never
-    eval_batches: int = 0  # validation batches per evaluation; 0 = the whole split
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3  # newest ones kept
-    keep_every: int = 0  # also keep every multiple of this step for good; 0 = none
-    max_bad_steps: int = 10  # not finite, in a row (each skipped), before the run goes back or ends
-    # A step is skipped if its loss or gradient norm lies so many standard deviations above the mean
-    # of the last 128; 6 is usual, 0 = never.
+    init_from: str = ""  # a checkpoint with the initial parameters; "" = random parameters
+    log_every: int = 10  # steps between records of the training loss, at least 1
+    eval_every: int = 1000  # steps between validations; also at the start and end; 0 = never
+    eval_batches: int = 0  # batches per validation; 0 = the whole validation split
+    checkpoint_every: int = 1000  # steps between checkpoints, at least 1
+    keep_checkpoints: int = 3  # number of newest checkpoints to keep, at least 1
+    keep_every: int = 0  # keep checkpoints at multiples of this number of steps; 0 = off
+    max_bad_steps: int = 10  # consecutive steps with nan or inf before the run goes back or ends
+    # The optimizer skips a step if the loss or gradient norm is this number of standard deviations
+    # above the mean of the last 128 steps; 6 is a common choice; 0 = never.
     spike_factor: float = 0.0
-    loss_chunk: int = 4096  # tokens per device whose logits exist at once
-    deterministic: bool = False  # the same bits from the same start on GPUs too, at some cost
-    seed: int = 0  # of initialisation and sampling
+    loss_chunk: int = 4096  # tokens per device with logits in memory together, at least 1
+    deterministic: bool = False  # make GPUs repeat results exactly, which costs some speed
+    seed: int = 0  # seed of initialisation and sampling, at least 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What is looked at during training, besides the validation loss."""
+    """Evaluation during training besides the validation loss."""
 
-    every: int = 0  # steps between looks, after a checkpoint of the same step; 0 = never
-    samples: int = 2  # texts sampled into samples.txt
-    tasks: str = ""  # of lm-evaluation-harness, or groups, separated by commas
-    limit: int = 0  # rows of each task; 0 = all
-    data_dir: str = ""  # the tasks' rows, as for `evaluate --data_dir`; "" = they are downloaded
-    text: str = ""  # a file whose loss is measured
+    every: int = 0  # steps between evaluations; 0 = never
+    samples: int = 2  # number of texts to sample into samples.txt, at least 0
+    tasks: str = ""  # tasks of lm-evaluation-harness, separated by commas; "" = no tasks
+    limit: int = 0  # largest number of rows per task; 0 = all rows
+    data_dir: str = ""  # folder of task data, as in `evaluate --data_dir`; "" = download
+    text: str = ""  # a text file to measure the loss on; "" = no file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis of a slice; exactly one may be -1, meaning what is left."""
+    """Devices along each mesh axis of a slice; one axis may be -1, for all remaining devices."""
 
-    data: int = -1  # batch split, parameters copied
-    fsdp: int = 1  # batch split, parameters split too
-    tensor: int = 1  # heads, feed-forward and vocabulary split
-    sequence: int = 1  # tokens of a sequence split
-    dcn_data: int = 1  # slices that only DCN joins; the batch is split over them, parameters copied
+    data: int = -1  # splits the batch and copies the parameters
+    fsdp: int = 1  # splits the batch and the parameters
+    tensor: int = 1  # splits heads, feed-forward and vocabulary
+    sequence: int = 1  # splits the tokens of a sequence
+    dcn_data: int = 1  # number of slices; splits the batch over them and copies the parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
-    """Quantization-aware training: the step computes with matrices and activations on levels."""
+    """Quantization-aware training: the step rounds matrices and activations to integer levels."""
 
-    scheme: QuantizeScheme = "none"  # see quantize/schemes.py; none = floating point
-    parts: str = "embedding,head"  # of QUANTIZE_PARTS, besides the blocks' matrices
+    scheme: QuantizeScheme = "none"  # a scheme in quantize/schemes.py; none = floating point
+    parts: str = "embedding,head"  # names in QUANTIZE_PARTS, added to the matrices of blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A complete, checked run."""
+    """The complete config of a run; the constructor checks all rules."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -200,7 +201,7 @@ class Config:
 
 
 def to_config_dict(config: Config | None = None) -> ConfigDict:
-    """Returns the editable, locked form of `config` (the defaults if None) for `configs/*.py`."""
+    """Returns `config`, or the defaults, as a `ConfigDict` with fixed keys for `configs/*.py`."""
     return ConfigDict(dataclasses.asdict(config or Config())).lock()
 
 
@@ -208,7 +209,7 @@ def from_config_dict(config_dict: ConfigDict) -> Config:
     """Returns the checked `Config`.
 
     Raises:
-      ConfigError: for unknown keys, wrong types and broken rules, all of them listed.
+      ConfigError: listing all unknown keys, wrong types and broken rules.
     """
     return _from_mapping(config_dict.to_dict())
 
@@ -219,10 +220,10 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Returns the checked `Config` of the text of a `config.json`.
+    """Returns the checked `Config` in the text of a `config.json`.
 
     Raises:
-      ConfigError: as `from_config_dict`; for text that is not a JSON object too.
+      ConfigError: if the text is not a JSON object, or as in `from_config_dict`.
     """
     try:
         values = strict_json.parse(text)
@@ -232,11 +233,11 @@ def from_json(text: str) -> Config:
 
 
 def read_json(file: Path) -> Config:
-    """Returns the checked `Config` of a `config.json`.
+    """Returns the checked `Config` in a `config.json`.
 
     Raises:
-      MissingFileError: if there is none.
-      ConfigError: as `from_json`.
+      MissingFileError: if the file is missing.
+      ConfigError: as in `from_json`.
     """
     try:
         values = strict_json.read(file)
@@ -258,7 +259,7 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def field_types() -> dict[str, Any]:
-    """Returns {dotted field: annotated type} of every leaf of `Config`."""
+    """Returns {dotted field: annotated type} for every field of `Config`."""
     groups = typing.get_type_hints(Config)
     return {
         f"{group}.{name}": hint
@@ -309,9 +310,9 @@ def _from_mapping(values: Mapping[str, Any]) -> Config:
 
 
 def _as_annotated(cls: type, name: str, value: Any) -> Any:
-    """An int where a float belongs (JSON and Python both write 1 for 1.0) becomes that float."""
+    """Returns an int as a float if the field is a float, because JSON writes 1 for 1.0."""
     whole = typing.get_type_hints(cls)[name] is float and type(value) is int
-    # One that no float holds exactly stays what it is, and is refused for that.
+    # An int without an exact float stays an int, and the type check refuses it.
     return float(value) if whole and abs(value) <= 1 << 53 else value
 
 
@@ -340,9 +341,9 @@ def _name(value: Any) -> str:
 
 
 def attention_violations(config: Config, name: str) -> Iterator[str]:
-    """Yields what the implementation `name` cannot do that the config asks for, device aside."""
+    """Yields one message per demand of the config that attention `name` cannot meet."""
     model, data = config.model, config.data
-    # auto is one that can; what is no choice at all, of whatever type, is said elsewhere.
+    # "auto" has no limits, and the type check refuses unknown names.
     rules = ATTENTION.get(name) if isinstance(name, str) else None
     if rules is None:
         return
@@ -381,17 +382,17 @@ def attention_violations(config: Config, name: str) -> Iterator[str]:
 
 
 def part_violations(field: str, parts: str) -> Iterator[str]:
-    """Yields what among the names is no part of a model."""
+    """Yields one message for each name that is not in `QUANTIZE_PARTS`."""
     for part in quantize_parts(parts):
         if part not in QUANTIZE_PARTS:
             yield (
-                f"{field}={parts!r}: {plain(part)} is none of {', '.join(QUANTIZE_PARTS)}."
+                f"{field}={parts!r}: {plain(part)} must be one of {', '.join(QUANTIZE_PARTS)}."
                 + near_miss(part, QUANTIZE_PARTS)
             )
 
 
 def tied_violations(field: str, parts: str, model: ModelConfig) -> Iterator[str]:
-    """Yields that half of one matrix was named, if it was."""
+    """Yields a message if `parts` names only one user of a tied embedding."""
     chosen = quantize_parts(parts)
     if model.tie_embeddings is True and ("embedding" in chosen) != ("head" in chosen):
         yield (
@@ -405,7 +406,7 @@ def quantize_parts(parts: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts.split(",") if part.strip())
 
 
-# Of every whole number: what a device counts with, and far more than there is a use for.
+# Devices count with 32 bits.
 _WHOLE_NUMBERS = range(-(1 << 31), 1 << 31)
 _AT_LEAST_ONE = (
     *("model.vocab_size", "model.embed_dim", "model.num_blocks", "model.num_repeats"),
@@ -430,32 +431,54 @@ _POSITIVE = (
 )
 
 
+class _Rules:
+    """Knows the fields of a config that have a value of the right type."""
+
+    def __init__(self, config: Config) -> None:
+        self._value, hints = dict(_fields(config)), field_types()
+        self._sound = {
+            name
+            for name, value in self._value.items()
+            if type(value) is hints[name]
+            and not (hints[name] is int and value not in _WHOLE_NUMBERS)
+            and not (hints[name] is float and not math.isfinite(value))
+        }
+
+    def usable(self, *names: str) -> bool:
+        """Returns whether rules between these fields make sense."""
+        return all(
+            n in self._sound and (n not in _AT_LEAST_ONE or self._value[n] >= 1) for n in names
+        )
+
+    def broken(
+        self, names: tuple[str, ...], holds: typing.Callable[[Any], bool], rule: str
+    ) -> list[str]:
+        """Returns one message for each field that breaks a rule about one number."""
+        wrong = [n for n in names if n in self._sound and not holds(self._value[n])]
+        return [f"{n}={self._value[n]!r} must be {rule}." for n in wrong]
+
+
 def _rule_violations(config: Config) -> Iterator[str]:
-    """Yields one message per broken rule; values of a wrong type are left to the type check."""
-    value = dict(_fields(config))
-    types_of = field_types()
-    sound = {k for k, v in value.items() if type(v) is types_of[k]}
-    sound -= {k for k in sound if types_of[k] is int and value[k] not in _WHOLE_NUMBERS}
-    sound -= {k for k in sound if types_of[k] is float and not math.isfinite(value[k])}
-
-    def broken(names: tuple[str, ...], holds: typing.Callable[[Any], bool], rule: str) -> list[str]:
-        wrong = [n for n in names if n in sound and not holds(value[n])]
-        return [f"{n}={value[n]!r} must be {rule}." for n in wrong]
-
-    yield from broken(_AT_LEAST_ONE, lambda v: v >= 1, "at least 1")
-    yield from broken(_NOT_NEGATIVE, lambda v: v >= 0, "at least 0")
-    yield from broken(_POSITIVE, lambda v: v > 0, "greater than 0")
-    yield from broken(("optimizer.min_lr_ratio",), lambda v: 0 <= v <= 1, "between 0 and 1")
+    """Yields one message per broken rule; `_type_violations` reports values of a wrong type."""
+    rules = _Rules(config)
+    yield from rules.broken(_AT_LEAST_ONE, lambda v: v >= 1, "at least 1")
+    yield from rules.broken(_NOT_NEGATIVE, lambda v: v >= 0, "at least 0")
+    yield from rules.broken(_POSITIVE, lambda v: v > 0, "greater than 0")
+    yield from rules.broken(("optimizer.min_lr_ratio",), lambda v: 0 <= v <= 1, "between 0 and 1")
     betas = ("optimizer.beta1", "optimizer.beta2")
-    yield from broken(betas, lambda v: 0 <= v < 1, "at least 0 and less than 1")
+    yield from rules.broken(betas, lambda v: 0 <= v < 1, "at least 0 and less than 1")
+    yield from _model_violations(config, rules)
+    yield from _quantize_violations(config, rules)
+    yield from _training_violations(config, rules)
+    yield from _mesh_violations(config, rules)
 
-    model, data, train = config.model, config.data, config.train
-    mesh, optimizer = config.mesh, config.optimizer
 
-    def usable(*names: str) -> bool:
-        return all(n in sound and (n not in _AT_LEAST_ONE or value[n] >= 1) for n in names)
-
-    if usable("model.num_heads", "model.num_kv_heads") and model.num_heads % model.num_kv_heads:
+def _model_violations(config: Config, rules: _Rules) -> Iterator[str]:
+    model, data = config.model, config.data
+    if (
+        rules.usable("model.num_heads", "model.num_kv_heads")
+        and model.num_heads % model.num_kv_heads
+    ):
         heads = model.num_heads
         low = [d for d in range(1, math.isqrt(heads) + 1) if heads % d == 0]
         choices = ", ".join(map(str, sorted({*low, *(heads // d for d in low)})))
@@ -463,52 +486,69 @@ def _rule_violations(config: Config) -> Iterator[str]:
             f"model.num_heads={model.num_heads} must be a multiple of "
             f"model.num_kv_heads={model.num_kv_heads}; choose num_kv_heads from {choices}."
         )
-    if usable("model.head_dim") and model.head_dim % 2:
+    if rules.usable("model.head_dim") and model.head_dim % 2:
         yield (
             f"model.head_dim={model.head_dim} must be even, because RoPE rotates pairs; "
             f"choose {model.head_dim - 1 or 2} or {model.head_dim + 1}."
         )
-    if usable("model.scan_unroll", "model.num_blocks") and model.scan_unroll > model.num_blocks:
+    if (
+        rules.usable("model.scan_unroll", "model.num_blocks")
+        and model.scan_unroll > model.num_blocks
+    ):
         yield (
             f"model.scan_unroll={model.scan_unroll} must be at most "
             f"model.num_blocks={model.num_blocks}."
         )
-    if usable("data.seq_len", "model.max_seq_len") and data.seq_len > model.max_seq_len:
+    if rules.usable("data.seq_len", "model.max_seq_len") and data.seq_len > model.max_seq_len:
         yield (
             f"data.seq_len={data.seq_len} must be at most model.max_seq_len={model.max_seq_len}; "
             "shorten the windows or raise model.max_seq_len."
         )
-    if usable("data.seq_len", "model.head_dim", "mesh.sequence"):
+    if rules.usable("data.seq_len", "model.head_dim", "mesh.sequence"):
         yield from attention_violations(config, model.attention)
-    if usable("quantize.parts") and config.quantize.scheme != "none":
+
+
+def _quantize_violations(config: Config, rules: _Rules) -> Iterator[str]:
+    if rules.usable("quantize.parts") and config.quantize.scheme != "none":
         yield from part_violations("quantize.parts", config.quantize.parts)
-        yield from tied_violations("quantize.parts", config.quantize.parts, model)
+        yield from tied_violations("quantize.parts", config.quantize.parts, config.model)
         if "attention" in quantize_parts(config.quantize.parts):
             yield (
                 f"quantize.parts={config.quantize.parts!r}: attention is not trained in 8 bits; "
                 "leave it out, and name it when the model is evaluated."
             )
+
+
+def _training_violations(config: Config, rules: _Rules) -> Iterator[str]:
+    train, optimizer = config.train, config.optimizer
     for name in ("evaluate.tasks", "evaluate.text"):
-        if name in sound and value[name] and config.evaluate.every == 0:
+        value = getattr(config.evaluate, name.removeprefix("evaluate."))
+        if rules.usable(name) and value and config.evaluate.every == 0:
             yield (
-                f"{name}={value[name]!r} is never looked at, since evaluate.every=0; set "
+                f"{name}={value!r} has no effect, because evaluate.every=0; set "
                 "--config.evaluate.every to a number of steps."
             )
-    if usable("train.global_batch", "train.accumulation_steps") and (
+    if rules.usable("train.global_batch", "train.accumulation_steps") and (
         train.global_batch % train.accumulation_steps
     ):
         yield (
             f"train.global_batch={train.global_batch} must be a multiple of "
             f"train.accumulation_steps={train.accumulation_steps}."
         )
-    if usable("optimizer.warmup_steps", "train.steps") and optimizer.warmup_steps >= train.steps:
+    if (
+        rules.usable("optimizer.warmup_steps", "train.steps")
+        and optimizer.warmup_steps >= train.steps
+    ):
         yield (
             f"optimizer.warmup_steps={optimizer.warmup_steps} must be less than "
             f"train.steps={train.steps}; shorten the warm-up or train longer."
         )
+
+
+def _mesh_violations(config: Config, rules: _Rules) -> Iterator[str]:
     axes = ("data", "fsdp", "tensor", "sequence")
-    sizes = {f"mesh.{axis}": getattr(mesh, axis) for axis in axes}
-    if usable(*sizes):
+    sizes = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in axes}
+    if rules.usable(*sizes):
         yield from [
             f"{name}={size} must be at least 1, or -1 for what is left."
             for name, size in sizes.items()

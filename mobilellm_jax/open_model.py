@@ -1,4 +1,4 @@
-"""One way to open any checkpoint: a run folder, one of its steps, or a Hugging Face directory."""
+"""Opens any checkpoint: a run folder, a step of a run, or a Hugging Face directory."""
 
 import dataclasses
 from pathlib import Path
@@ -25,27 +25,27 @@ _LAYOUTS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenedModel:
-    """A model that is ready for use, wherever it came from."""
+    """A model that is ready for use."""
 
-    config: ModelConfig  # compute_dtype and attention are "auto": they belong to a device
+    config: ModelConfig  # compute_dtype and attention are "auto", because devices differ
     params: Params  # float32, on the default device
     tokenizer: Tokenizer
-    run_config: Config | None  # None: from a Hugging Face directory
-    step: int | None  # optimizer steps taken; None as above
-    origin: str  # what was opened, for messages and records
+    run_config: Config | None  # None for a Hugging Face directory
+    step: int | None  # completed optimizer steps; None for a Hugging Face directory
+    origin: str  # path of the checkpoint, for messages and records
 
 
 def open_model(ckpt: str | Path) -> OpenedModel:
-    """Opens a checkpoint; of a run folder, the latest step that is complete and not damaged.
+    """Opens a checkpoint; in a run folder, the latest step that is complete and not damaged.
 
     Raises:
-      MissingFileError: if there is no such folder, or a run in it has no complete step yet.
-      UserError: if the folder is none of the three, or what it holds cannot be used.
+      MissingFileError: if the folder does not exist, or is a run without a complete step.
+      UserError: if the folder is not a checkpoint, or its content cannot be used.
     """
     folder = Path(ckpt)
     if not folder.is_dir():
         raise _missing(folder)
-    # Resolved, so that "." and a link to a step ("best") count by what they are.
+    # The resolved path handles "." and links to a step, such as "best".
     run = folder.resolve().parent.parent
     if folder.resolve().parent.name == rundir.CHECKPOINTS and folder.resolve().name.isdecimal():
         return _open_step(run, int(folder.resolve().name))
@@ -120,7 +120,7 @@ def _checked(
 
 
 def _missing(folder: Path) -> MissingFileError:
-    """A step that a run lacks is answered with its steps, any other name with the closest one."""
+    """Returns an error that lists the steps of the run, or the most similar folder name."""
     parent = folder.parent
     if parent.name == rundir.CHECKPOINTS and (there := steps(parent.parent)):
         remedy = f" {parent.parent} has the steps {', '.join(map(str, there))}."

@@ -1,13 +1,13 @@
-"""The device mesh, and which axis of it each logical axis of an array is split over.
+"""The device mesh, and the rules that map logical axes of arrays to mesh axes.
 
-One device is a mesh of one. Where devices come in slices that only a slower network joins (TPU
-slices, GPU hosts: DCN), `mesh.dcn_data` copies the mesh onto each of them along `data`, so that
-gradients alone cross that network, once per step.
+A slower network (DCN) may join slices of devices, such as TPU slices or GPU hosts. `mesh.dcn_data`
+then copies the mesh onto each slice along `data`, so that only gradients cross the slower network,
+once per step.
 
 Modules name logical axes only; `logical_rules` maps them to the mesh axes (`data`, `fsdp`,
-`tensor`, `sequence`). Every trace of a model (initialisation, step, evaluation) happens inside
-`use`: flax looks the mesh up in JAX's ambient mesh and the rules in a context of its own, neither
-is part of jit's cache key, and without them every constraint vanishes without a word.
+`tensor`, `sequence`). Every trace of a model (initialisation, step, evaluation) must happen inside
+`use`, because flax reads the mesh and the rules from the context of the trace. Without this
+context, flax ignores every sharding constraint silently.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
 def mesh_shape(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Returns the devices along each axis, with -1 replaced by what is left.
+    """Returns the number of devices along each axis; -1 becomes the number of remaining devices.
 
-    `data` counts the slices too: it is `mesh.dcn_data` times the `mesh.data` of one slice.
+    The size of `data` is `mesh.data` of one slice times `mesh.dcn_data`.
 
     Raises:
       ConfigError: if the sizes do not multiply to `num_devices`.
@@ -50,19 +50,19 @@ def mesh_shape(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
         if mesh.dcn_data > 1:
             written = f"mesh.dcn_data={mesh.dcn_data} x {written}"
         raise ConfigError(
-            f"{written} must use all {num_devices} devices; set one axis to -1 to take what is "
-            "left, or choose sizes whose product is the number of devices."
+            f"{written} must use all {num_devices} devices; set one axis to -1 to take the "
+            "remaining devices, or choose sizes whose product is the number of devices."
         )
     return {**sizes, "data": sizes["data"] * mesh.dcn_data}
 
 
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh over `devices`, by default all there are.
+    """Returns the mesh over `devices`, or over all devices if None.
 
-    Its axes are `Auto`: linen needs the compiler's.
+    The axes have type `Auto`, because flax.linen needs sharding by the compiler.
 
     Raises:
-      ConfigError: if the sizes do not fit the devices, or `mesh.dcn_data` not their slices.
+      ConfigError: if the sizes or `mesh.dcn_data` do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(mesh, len(devices))
@@ -75,23 +75,23 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def count_slices(devices: Sequence[jax.Device]) -> int:
-    """Returns the number of groups of devices that only DCN joins; 1 where none are known."""
+    """Returns the number of slices that the devices belong to; 1 if JAX reports no slices."""
     return len({getattr(device, "slice_index", None) for device in devices})
 
 
 def _parts(dcn_data: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-    """Returns the devices of each part of a mesh with a DCN axis: one slice each.
+    """Returns the devices of each slice.
 
-    CPU devices stand in for slices of any size, in order, for tests and plans.
+    CPU devices are divided in order into slices of equal size, for tests and plans.
     """
     if dcn_data == 1:
         return [list(devices)]
     slices = count_slices(devices)
     if slices != dcn_data and not (slices == 1 and devices[0].platform == "cpu"):
         raise ConfigError(
-            f"mesh.dcn_data={dcn_data} must be the number of slices that the devices come in, "
-            f"which is {slices}; set --config.mesh.dcn_data={slices}, or 1 for a mesh that takes "
-            "no notice of them."
+            f"mesh.dcn_data={dcn_data} must be the number of slices of the devices, which "
+            f"is {slices}; set --config.mesh.dcn_data={slices}, or 1 for a mesh that ignores the "
+            "slices."
         )
     ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.id))
     size = len(ordered) // dcn_data
@@ -99,14 +99,14 @@ def _parts(dcn_data: int, devices: Sequence[jax.Device]) -> list[list[jax.Device
 
 
 def logical_rules(model: ModelConfig, shape: Mapping[str, int]) -> Rules:
-    """Returns logical axis -> mesh axis for a model on a mesh of this shape.
+    """Returns the mesh axis of each logical axis, for a model on a mesh of this shape.
 
-    Heads are split over `tensor` only when both kinds divide: padding 9 heads to 12 would cost
-    more than copying the smallest matrices of the block. The feed-forward and the vocabulary, where
-    most of a small model's weights are, must divide.
+    `tensor` splits heads only if it divides both `num_heads` and `num_kv_heads`. Padding 9 heads to
+    12 would cost more than copying the smallest matrices of the block. `tensor` must divide the
+    feed-forward and the vocabulary, because they hold most weights of a small model.
 
     Raises:
-      ConfigError: if `fsdp` or `tensor` does not divide the axes it splits.
+      ConfigError: if `fsdp` or `tensor` does not divide an axis that it must split.
     """
     wrong = [
         f"model.{field}={getattr(model, field)} must be a multiple of mesh.{axis}={shape[axis]}."
@@ -134,7 +134,7 @@ def logical_rules(model: ModelConfig, shape: Mapping[str, int]) -> Rules:
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
-    """Makes `mesh` and `rules` the ones that every trace inside the block sees."""
+    """Makes every trace inside the block use `mesh` and `rules`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
 
@@ -142,8 +142,8 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
 def with_rules(function: Callable[P, Result], rules: Rules) -> Callable[P, Result]:
     """Returns the function with `rules` inside it, for jit.
 
-    The ambient mesh is part of jit's cache key and rules are not: with the rules around the call
-    only, a trace made once under the mesh without them would serve every later call.
+    The cache key of jit contains the mesh but not the rules. If the rules were only around the
+    call, an earlier trace without the rules could serve the call.
     """
 
     @functools.wraps(function)
@@ -155,7 +155,7 @@ def with_rules(function: Callable[P, Result], rules: Rules) -> Callable[P, Resul
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole."""
+    """Returns the sharding that copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -170,7 +170,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def batch_violations(config: Config, mesh: Mesh) -> list[str]:
-    """Returns why the config's batches cannot be spread over the mesh, one message per reason."""
+    """Returns one message for each reason why the mesh cannot split the config's batches."""
     train, shards = config.train, batch_shards(mesh)
     violations = []
     if train.global_batch % (shards * train.accumulation_steps):
@@ -188,11 +188,11 @@ def batch_violations(config: Config, mesh: Mesh) -> list[str]:
 
 
 def local_rows(mesh: Mesh, global_batch: int) -> NDArray[np.int64]:
-    """Returns the rows of every global batch that this process feeds, ascending.
+    """Returns the row numbers of every global batch that this process feeds, ascending.
 
-    They follow from the sharding, not from the number of processes: where the batch is not split
-    over processes, each of them must feed the same rows, and where a host's devices lie scattered
-    in the mesh (a TPU's torus), its rows have gaps.
+    The rows follow from the sharding and not from the number of processes. All processes feed the
+    same rows if the mesh does not split the batch between processes. The rows have gaps if the
+    host's devices are not neighbours in the mesh, as on a TPU torus.
     """
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     indices = sharding.addressable_devices_indices_map((global_batch,)).values()
@@ -203,10 +203,10 @@ def local_rows(mesh: Mesh, global_batch: int) -> NDArray[np.int64]:
 def put_batch(
     batch: Mapping[str, np.ndarray], mesh: Mesh, global_batch: int
 ) -> dict[str, jax.Array]:
-    """Returns the global arrays of which this process holds the rows in `batch`.
+    """Returns global arrays from the rows of this process.
 
     Raises:
-      UserError: if those cannot be the rows that `local_rows` asks for.
+      UserError: if the number of rows differs from `local_rows`.
     """
     sharding = batch_sharding(mesh)
     own = local_rows(mesh, global_batch)
@@ -231,13 +231,13 @@ def put_batch(
 
 
 def place(value: jax.Array | np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns an array that every process holds whole, spread like `like`."""
+    """Returns an array with the sharding of `like`, from a copy in every process."""
     whole = np.asarray(value)
     return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Returns the bytes that each device holds of a tree of (abstract) arrays."""
+    """Returns the bytes per device of a tree of arrays or abstract arrays."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
     sizes = [int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves]
     return sum(sizes)

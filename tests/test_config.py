@@ -121,7 +121,7 @@ def test_the_edge_is_locked() -> None:
         ({"model__vocab_size": 0}, "model.vocab_size=0 must be at least 1."),
         (
             {"evaluate__tasks": "piqa"},
-            "evaluate.tasks='piqa' is never looked at, since evaluate.every=0; set "
+            "evaluate.tasks='piqa' has no effect, because evaluate.every=0; set "
             "--config.evaluate.every to a number of steps.",
         ),
         ({"model__norm_eps": 0.0}, "model.norm_eps=0.0 must be greater than 0."),
