@@ -7,10 +7,9 @@ the normaliser that the forward pass kept (Dao et al. 2022, arXiv:2205.14135).
 The blocks are shaped for XLA's CPU backend, where a pass over the T x T scores costs more than the
 product that made them. Forward and backward of the 125M model's attention at 2 x 512 tokens took 41
 ms in float32 and 66 ms in bfloat16 with `softmax.attend`, and take 22 ms and 20 ms here (two Zen 4
-cores). XLA does not fuse a product with the softmax after it on any device; accelerators have the
-kernels of `attention_kernels.py`. Remove this file when `jax.nn.dot_product_attention` has a CPU
-implementation that keeps no T x T scores (https://docs.jax.dev/en/latest/_autosummary/
-jax.nn.dot_product_attention.html lists the implementations) and is as fast.
+cores). Accelerators have the kernels of `attention_kernels.py`. Remove this file when
+`jax.nn.dot_product_attention` has an implementation for CPUs that is as fast and keeps no T x T
+scores.
 """
 
 import jax
