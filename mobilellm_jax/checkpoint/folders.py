@@ -101,7 +101,9 @@ def make_room(folder: epath.Path, step: int) -> bool:
 
 
 def work_folder(folder: epath.Path, step: int, attempt: int) -> epath.Path:
-    """Returns the folder where an attempt writes a step; it has the final name on a store.
+    """Returns the folder where an attempt writes a step.
+
+    On an object store, this folder already has the final name.
 
     Each attempt has its own folder, because threads of a failed attempt may still write.
     """

@@ -189,7 +189,7 @@ class CheckpointWriter:
             self._pending = step, self._pool.submit(self._finish, save, writer)
 
     def retry_is_due(self) -> bool:
-        """Returns whether a save failed, in any process, and the time for a new attempt has come.
+        """Returns True if a save failed in any process and it is time to try again.
 
         The caller then saves the state of this moment.
         """

@@ -122,7 +122,8 @@ def main(argv: list[str]) -> int:
             raise UsageError("--config is missing; --sweep without --grid varies this recipe.")
         file = f"configs/sweep_{scale}.py"
     base = load_config(file, argv[1:])
-    # jax loads slowly. Imports stand here, so that --help and mistakes in the config come fast.
+    # jax loads slowly. The imports are inside the function, so that --help and errors in the config
+    # appear quickly.
     from mobilellm_jax import preflight
     from mobilellm_jax.sweep import check_config, plan, run_here, submit
     from mobilellm_jax.sweep.runs import Variant, grid_variants, vary, with_seeds

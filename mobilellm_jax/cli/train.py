@@ -70,7 +70,8 @@ def main(argv: list[str]) -> int:
 
 
 def _train(config: Config) -> bool:
-    # jax loads slowly. Imports stand here, so that --help and mistakes in the config come fast.
+    # jax loads slowly. The imports are inside the function, so that --help and errors in the config
+    # appear quickly.
     from mobilellm_jax import preflight
     from mobilellm_jax.pretrain import pretrain
     from mobilellm_jax.processes import distributed

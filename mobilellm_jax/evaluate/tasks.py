@@ -224,7 +224,8 @@ def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
             for metric in ("exact_match", "f1")
         ]
     if base == "race":
-        # Examples come from the scored split; the harness leaves out the article in question.
+        # Examples come from the scored split. The harness does not use the scored article as an
+        # example.
         fields |= {"dataset_name": name.removeprefix("race_"), "fewshot_split": "test"}
     if data_dir is not None:
         data = TASK_DATA[name]

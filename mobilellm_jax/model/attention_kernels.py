@@ -76,7 +76,7 @@ def tokamax(
     Tokamax describes packed documents by its private `Mask`, with one number per query instead of T
     booleans. The public `tokamax.dot_product_attention` takes dense masks only (0.0.12 and 0.0.17),
     so this function uses private names: https://github.com/openxla/tokamax. Use the public function
-    when it takes segments or the first key of each query.
+    once it accepts segments or the first key of each query.
     """
     # Tokamax is an optional dependency.
     from tokamax._src.ops.attention import api, base

@@ -100,7 +100,7 @@ class AlignedCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row can hold, with the unused places before its start."""
+        """Number of places for tokens in a row, including the unused places before its start."""
         return jax.tree.leaves(self.k_WSH)[0].shape[1]  # type: ignore[no-any-return]  # untyped
 
 

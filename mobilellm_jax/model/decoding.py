@@ -12,8 +12,8 @@ the time to read the weights, and XLA on a CPU must not copy them:
 - The output matrix is stored transposed, in the order in which the product reads it.
 - The layers are unrolled. Each layer has its own slot in the cache (`cache.AlignedCache`).
 
-Use the stacked parameters instead when a scan inside a `while_loop` no longer copies its slices
-(XLA's CPU backend of jaxlib 0.10 does); `benchmarks/generate.py` measures both speeds.
+In jaxlib 0.10, XLA's CPU backend copies the slices of a scan inside a `while_loop`. Once a later
+version does not, use the stacked parameters here. `benchmarks/generate.py` measures the speed.
 """
 
 import dataclasses

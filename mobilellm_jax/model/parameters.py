@@ -30,7 +30,10 @@ def matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
 
 
 def attention_products(module: nn.Module) -> AttentionProducts:
-    """Returns the products of an attention module; the default is floating point."""
+    """Returns the functions that compute the two products of an attention module.
+
+    Without quantization, they compute in floating point.
+    """
     chosen: AttentionProducts | None = module.get_variable("params", ATTENTION_PRODUCTS)
     return chosen or IN_FLOAT
 

@@ -225,7 +225,8 @@ _SHARING: tuple[tuple[str, str, Sharing, int, float, str], ...] = (
     ("14", "350M", "immediate", 4, 386.7, "52.2 32.6 60.0 69.0 44.5 47.6 41.8 55.2 50.4"),
 )
 
-_EMBEDDING_SHARING = (  # blocks, tied, parameters; all 125M with 8 heads and width 512
+# Columns: blocks, tied, parameters. Every row is a 125M model with 8 heads and width 512.
+_EMBEDDING_SHARING = (
     (30, False, 135, "43.6 26.1 58.0 62.5 42.6 36.5 37.5 51.5 44.8"),
     (30, True, 119, "44.4 26.0 56.2 62.8 43.1 35.9 36.0 52.6 44.6"),
     (32, True, 125, "43.3 26.4 54.4 64.7 43.5 36.9 38.5 52.6 45.0"),

@@ -92,7 +92,7 @@ def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
 
 
 def _of_solved_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
-    """Returns a model of the scale's parameters, with the head width of the scale."""
+    """Returns a model with about the scale's number of parameters, and its head width."""
     untied = dataclasses.replace(
         base, num_kv_heads=base.num_heads, head_dim=scale.head_dim, tie_embeddings=False
     )

@@ -1,4 +1,4 @@
-"""Names TPU slices, and gives devices to compile for, without a TPU.
+"""Names of TPU slices, and their devices as targets of compilation; no TPU is needed.
 
 `v5e:16x16` is a slice of 16 x 16 chips. `2xv5e:16x16` is two such slices joined by the data center
 network (DCN).

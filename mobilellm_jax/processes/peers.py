@@ -121,7 +121,7 @@ class Peers:
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
 
     def listen(self) -> tuple[int, str]:
-        """Accepts connections in process 0; returns the port and the token of a greeting."""
+        """Accepts connections in process 0; returns the port and the secret of a greeting."""
         if socket.has_dualstack_ipv6():
             self._listener = socket.create_server(
                 ("", 0), family=socket.AF_INET6, dualstack_ipv6=True

@@ -29,8 +29,9 @@ TOKENIZER_FILES = (SENTENCEPIECE_MODEL, TOKENIZER_JSON)
 class WholeFile:
     """A file that gets its name in `complete`, with all that was written, also after a crash.
 
-    A file without a `complete` in the `with` block is deleted. An earlier file of the same name
-    stays until `complete` replaces it. The temporary name begins with a dot and the final name.
+    If the `with` block ends without a call of `complete`, the file is deleted. An earlier file of
+    the same name stays until `complete` replaces it. The temporary name begins with a dot and the
+    final name.
     """
 
     def __init__(self, path: Path) -> None:

@@ -77,7 +77,7 @@ def _train(sweep: Path, name: str) -> int:
 
 
 def _trial(sweep: Path, name: str) -> int:
-    """Prints seconds per step on random tokens, and those until the first is done."""
+    """Prints the seconds per step on random tokens, and the seconds of the first step."""
     from mobilellm_jax.startup.before_jax import before_jax
     from mobilellm_jax.startup.host_memory import keep_freed_memory
     from mobilellm_jax.sweep import folder as files

@@ -68,7 +68,8 @@ def grid_variants(
     for grid in grids:
         for row in grid_rows(grid, scale, group, vocab_size):
             shape = {name: getattr(row.model, name) for name in _SHAPE}
-            # Every block in the loop's body where the recipe says so: the body is small.
+            # The recipe may put every block into the loop's body, because the body of a small model
+            # is small.
             unroll = min(base.model.scan_unroll, row.model.num_blocks)
             model = dataclasses.replace(base.model, **shape, scan_unroll=unroll)
             train = dataclasses.replace(base.train, steps=base.train.steps * row.length)

@@ -41,9 +41,9 @@ def judge(
     """Returns whether the step is a spike, and the recent values after the step.
 
     The loss or the gradient norm of a spike lies more than `factor` standard deviations above the
-    mean of the recent values. With `factor` 0, no step is a spike. The buffers store a spike at
-    this limit instead of its value, so that a spike does not hide the next spike, but the limit
-    follows a level that stays higher. The buffers ignore steps that are not finite.
+    mean of the recent values. With `factor` 0, no step is a spike. The buffers store a spike as
+    this limit, and not as its value. One spike then does not hide the next one. If the level stays
+    higher, the limit rises with it. The buffers ignore steps that are not finite.
     """
     place = recent.seen % WINDOW_STEPS
     there_W = jnp.arange(WINDOW_STEPS) < recent.seen

@@ -25,7 +25,7 @@ _ROW = "{:<12}{:>13}{:>18}{:>18}{:>9}{:>9}{:>9}"
 def inspect(
     data: DataConfig, samples: int, report: Callable[[str], None], first_sample: int = 0
 ) -> None:
-    """Checks and counts `data.path`, and shows `samples` windows of training.
+    """Checks the data in `data.path`, counts its tokens, and shows some training windows.
 
     `report` gets the lines for the user.
 

@@ -56,7 +56,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One piece. Documents of a training piece whose digest is below `held_out` are validation."""
+    """One piece.
+
+    In a training piece, every document with a digest below `held_out` goes to the validation split.
+    """
 
     number: int
     source: int

@@ -33,8 +33,8 @@ class TokenDocument(NamedTuple):
 class Piece:
     """A part of a source that a worker can read alone as its next task.
 
-    The `size_bytes` of all pieces add up to the stored size of the corpus. Only the source that
-    made the piece reads `where`, which consists of tuples (lists in JSON), text and numbers.
+    The `size_bytes` of all pieces add up to the stored size of the corpus. `where` tells the source
+    which part it is. It consists of tuples (lists in JSON), text and numbers.
     """
 
     spec: str

@@ -90,7 +90,8 @@ def _lowered(program: "_Program", config: ModelConfig, data: str) -> Any:
         ExecutorchBackendConfig(
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-            # Without this pass, XNNPACK takes a quantized table for a product that has no kernel.
+            # Without this pass, XNNPACK mistakes a quantized table for a product, and has no kernel
+            # for it.
             do_quant_fusion_and_const_prop=True,
             external_constants=beside if config.tie_embeddings else False,
         )

@@ -1,8 +1,8 @@
 """Runs GGUF files in llama.cpp on the CPU, through the C functions of llama-cpp-python.
 
-The cache holds float32 keys and values, and attention is not fused. Only the file and the order of
-sums can then differ from the checkpoint. llama.cpp's default cache in float16 differs 300 times
-more.
+The cache holds float32 keys and values, and attention is not fused. A difference from the
+checkpoint can then only come from the file or from the order of sums. With llama.cpp's default
+cache in float16, the difference is 300 times larger.
 """
 
 import collections

@@ -275,7 +275,8 @@ class _Stack:
             case "REDUCE":
                 self._values.append(_called(*self._pop(2)))
             case "BUILD":
-                # The state of a dict describes its modules, and a tensor has no state.
+                # torch gives a state dict some metadata of its modules, and gives a tensor none.
+                # The metadata are ignored.
                 self._pop(1)
                 if not self._values or not isinstance(self._values[-1], dict):
                     raise _Refused("its pickle gives a state to a value without one")
