@@ -238,7 +238,6 @@ def _prepare(config: Config, path: Path) -> None:
         [config.data.source],
         path,
         vocab_size=config.model.vocab_size,
-        report=_log.info,
     )
 
 

@@ -1,7 +1,8 @@
 """Folders of token shards whose every token is known, and tokenizers of both kinds."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,27 @@ def _source_records(
             )
         )
     return records
+
+
+class _Lines(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """Yields the list of the package's log messages, which grows during the test.
+
+    `caplog` would miss messages after a test that called `show_messages`.
+    """
+    logger, handler = logging.getLogger("mobilellm_jax"), _Lines()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler.lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)

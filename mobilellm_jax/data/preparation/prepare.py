@@ -47,7 +47,7 @@ Runner = Literal["local", "beam"]
 
 # Two pieces: a smaller source is encoded before a second process has started.
 _TOO_SMALL_TO_SHARE_BYTES = 16_000_000
-_LOGGER = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -63,19 +63,15 @@ def prepare(
     runner: Runner = "local",
     beam_options: Sequence[str] = (),
     shard_tokens: int = SHARD_TOKENS,
-    report: Callable[[str], None] = _LOGGER.info,
 ) -> Manifest:
     """Writes the documents of `sources`, one source after another, as token shards to `output`.
 
-    Give `tokenizer` to use an existing file, or `vocab_size` to train a tokenizer on the training
-    documents. Sources without a validation split hold out about `validation_fraction` of their
-    documents, chosen by a hash of the content; at least one document, unless the fraction is 0.
-    With `weights`, one per source, training draws from the sources in these proportions. `workers`
-    is a number of processes, by default all cores. With `runner` "beam", Apache Beam runs the
-    workers with `beam_options`, and all workers see `output` on a shared disk.
+    `tokenizer` names an existing file; `vocab_size` trains a tokenizer on the training documents.
+    A hash of the content chooses about `validation_fraction` of the documents for validation in
+    sources without a validation split. With `weights`, training draws from the sources in these
+    proportions. With `runner` "beam", all workers must see `output` on a shared disk.
 
-    `output` appears when it is complete. A complete output with the same settings and documents
-    stays unchanged. An interrupted start is continued. `report` gets lines for the user.
+    `output` appears when it is complete. A complete output with equal settings stays unchanged.
 
     Raises:
       UserError: if a setting is bad, a source has no text, a document is refused, or `output`
@@ -95,10 +91,10 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     if made := _complete_output(output, settings):
-        report(f"{output} is complete already, made with the same settings; nothing to do.")
+        _log.info(f"{output} is complete already, made with the same settings; nothing to do.")
         shutil.rmtree(work, ignore_errors=True)  # an earlier start was killed at its last moment
         return made
-    with working_folder(work, settings, report):
+    with working_folder(work, settings):
         preparation = _Preparation(
             work=work,
             sources=opened,
@@ -106,7 +102,6 @@ def prepare(
             settings=settings,
             skip_bad_lines=on_bad_line == "skip",
             shard_tokens=shard_tokens,
-            report=report,
         )
         used, tasks = preparation.plan(given, vocab_size, validation_fraction)
         if runner == "beam":
@@ -116,7 +111,7 @@ def prepare(
         manifest = preparation.finish(used, parts)
         os.replace(work / "output", output)
         shutil.rmtree(work)
-    _report_totals(manifest, output, report)
+    _log_summary(output, manifest)
     return manifest
 
 
@@ -136,18 +131,6 @@ def _settings(
     }
 
 
-def _report_totals(manifest: Manifest, output: Path, report: Callable[[str], None]) -> None:
-    for name, split in manifest.splits.items():
-        report(
-            f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} "
-            f"tokens ({split.text_bytes / split.tokens:.2f} bytes per token)."
-        )
-    if skipped := sum(len(source.bad_lines) for source in manifest.sources):
-        report(
-            f"WARNING: {skipped:,} bad lines were left out; {output / shards.MANIFEST} lists them."
-        )
-
-
 @dataclasses.dataclass(kw_only=True)
 class _Preparation:
     """One start of one preparation, in its working folder."""
@@ -158,7 +141,6 @@ class _Preparation:
     settings: Mapping[str, Any]
     skip_bad_lines: bool
     shard_tokens: int
-    report: Callable[[str], None]
 
     def plan(
         self, given: Tokenizer | None, vocab_size: int | None, validation_fraction: float
@@ -173,14 +155,12 @@ class _Preparation:
         if given is not None:
             copy = copy_tokenizer(given, output)
             if changes_text(given):
-                self.report(
-                    f"{given.file} normalises text, so decoding will not restore it exactly."
-                )
+                _log.info(f"{given.file} normalises text, so decoding will not restore it exactly.")
         else:
             assert vocab_size is not None, "checked before"
             copy = output / rundir.SENTENCEPIECE_MODEL
             if not copy.is_file():
-                self.report(f"Training a tokenizer of {vocab_size:,} tokens.")
+                _log.info(f"Training a tokenizer of {vocab_size:,} tokens.")
                 texts = tokenizer_sample(self.sources, self.weights, held_out, on_bad)
                 train_tokenizer(texts, vocab_size, copy)
         tasks: list[Task] = []
@@ -225,11 +205,11 @@ class _Preparation:
         left_bytes = sum(task.piece.size_bytes for task in left)
         done_bytes = sum(task.piece.size_bytes for task in tasks) - left_bytes
         if done:
-            self.report(f"Going on: {len(done):,} of {len(tasks):,} parts are complete.")
+            _log.info(f"Going on: {len(done):,} of {len(tasks):,} parts are complete.")
         count = workers or available_cores()
         if left_bytes < _TOO_SMALL_TO_SHARE_BYTES and workers is None:
             count = 1
-        encoded = encode_pieces(job, left, min(count, max(len(left), 1)), done_bytes, self.report)
+        encoded = encode_pieces(job, left, min(count, max(len(left), 1)), done_bytes)
         with contextlib.closing(encoded):
             for task in tasks:
                 yield done.pop(task.number) if task.number in done else next(encoded)
@@ -324,6 +304,18 @@ class _SourceTotal:
             self.splits[split] += counts
         self.empty_documents += part.empty_documents
         self.bad_lines += part.bad_lines
+
+
+def _log_summary(output: Path, manifest: Manifest) -> None:
+    for name, split in manifest.splits.items():
+        _log.info(
+            f"{name}: {split.documents:,} documents, {split.text_bytes:,} bytes, {split.tokens:,} "
+            f"tokens ({split.text_bytes / split.tokens:.2f} bytes per token)."
+        )
+    if skipped := sum(len(source.bad_lines) for source in manifest.sources):
+        _log.warning(
+            f"WARNING: {skipped:,} bad lines were left out; {output / shards.MANIFEST} lists them."
+        )
 
 
 def _check_settings(

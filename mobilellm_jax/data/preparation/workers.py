@@ -1,13 +1,14 @@
 """Encodes pieces in parallel processes and returns the parts in order."""
 
 import collections
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task
 from mobilellm_jax.data.shards import Counts
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
+
+_log = logging.getLogger(__name__)
 
 _POLL_SEC = 0.5
 _LOG_EVERY_SEC = 30.0
@@ -66,7 +69,6 @@ def encode_pieces(
     tasks: Sequence[Task],
     workers: int,
     done_bytes: int,
-    report: Callable[[str], None],
 ) -> Generator[Part, None, None]:
     """Yields the parts of `tasks` in order, encoded by `workers` processes.
 
@@ -78,7 +80,7 @@ def encode_pieces(
       RuntimeError: if a worker process was killed.
     """
     total = done_bytes + sum(task.piece.size_bytes for task in tasks)
-    with _Progress(total, done_bytes, report) as progress:
+    with _Progress(total, done_bytes) as progress:
         if workers == 1:
             yield from _encode_here(job, tasks, progress)
         else:
@@ -186,8 +188,7 @@ def _as_counts(shared: Any) -> Counts:
 class _Progress:
     """Shows bytes of the sources, documents/s and tokens/s, as a bar on a terminal or as lines."""
 
-    def __init__(self, total: int, done: int, report: Callable[[str], None]) -> None:
-        self._report = report
+    def __init__(self, total: int, done: int) -> None:
         self._on_terminal = sys.stderr.isatty()
         self._bar: Any = tqdm(
             desc="encoding",
@@ -223,7 +224,7 @@ class _Progress:
         share = self._done / max(self._total, 1)
         new = self._done - self._before
         left = f"{(self._total - self._done) * elapsed / new / 60:,.1f}" if new else "?"
-        self._report(f"Encoded {share:.1%} of the sources; {rates}; {left} minutes left.")
+        _log.info(f"Encoded {share:.1%} of the sources; {rates}; {left} minutes left.")
 
     def finished(self, task: Task, counted: Counts) -> None:
         """Counts the bytes of a finished piece."""

@@ -2,10 +2,11 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from mobilellm_jax.storage import rundir
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
 WORKERS_LOCK = "workers.lock"
+_log = logging.getLogger(__name__)
+
 _JOB = "job.json"
 _LOCK = "lock"
 
 
 @contextlib.contextmanager
-def working_folder(
-    work: Path, settings: Mapping[str, Any], report: Callable[[str], None]
-) -> Iterator[None]:
+def working_folder(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     """Creates or takes over the working folder for this process alone.
 
     After an error, the folder stays for the next start if any part is complete.
@@ -56,7 +57,7 @@ def working_folder(
                 "use its settings to go on, or delete it, or name another output."
             )
         else:
-            report(f"Going on with the interrupted preparation in {work}.")
+            _log.info(f"Going on with the interrupted preparation in {work}.")
         rundir.write_whole(job, json.dumps(settings, indent=2))
         try:
             yield

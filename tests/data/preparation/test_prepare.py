@@ -166,14 +166,16 @@ def test_a_single_document_cannot_be_divided(
     assert texts_in(output, "train") == [(corpus / "00.txt").read_text()]
 
 
-def test_prepared_again_it_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+def test_prepared_again_it_is_left_alone(
+    corpus: Path, tmp_path: Path, log_lines: list[str]
+) -> None:
     output = tmp_path / "data"
 
     def again(**changes: Any) -> list[str]:
-        lines: list[str] = []
+        log_lines.clear()
         settings = {"sources": [f"text:{corpus}/*.txt"], "vocab_size": 300} | changes
-        prepare(settings.pop("sources"), output, report=lines.append, **settings)
-        return lines
+        prepare(settings.pop("sources"), output, **settings)
+        return list(log_lines)
 
     again()
     before = {file: file.stat().st_mtime_ns for file in output.iterdir()}

@@ -123,7 +123,7 @@ def test_killed_at_ten_random_moments(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_start_goes_on_with_its_parts(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     """What is complete is not encoded again, and other settings or sources do not get mixed in."""
     monkeypatch.setattr(sources, "PIECE_BYTES", 8_000)
@@ -139,14 +139,13 @@ def test_an_interrupted_start_goes_on_with_its_parts(
                 raise InterruptedError
 
     monkeypatch.setattr(prepare_module, "encode_pieces", some)
-    lines: list[str] = []
     with pytest.raises(InterruptedError):
-        prepare(specs(corpus), tmp_path / "data", workers=1, report=lines.append, **SETTINGS)
+        prepare(specs(corpus), tmp_path / "data", workers=1, **SETTINGS)
     with pytest.raises(ValueError, match="interrupted preparation with other settings .*0.1"):
         prepare(specs(corpus), tmp_path / "data", **{**SETTINGS, "validation_fraction": 0.3})
-    prepare(specs(corpus), tmp_path / "data", workers=1, report=lines.append, **SETTINGS)
+    prepare(specs(corpus), tmp_path / "data", workers=1, **SETTINGS)
     assert encoded == list(range(len(encoded)))  # each once
-    assert any(f"7 of {len(encoded)} parts are complete" in line for line in lines)
+    assert any(f"7 of {len(encoded)} parts are complete" in line for line in log_lines)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
@@ -189,7 +188,11 @@ def test_two_at_once_are_told_apart(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bad_lines_stop_or_are_listed(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    log_lines: list[str],
 ) -> None:
     """Whoever starts again with --on_bad_line=skip keeps what was encoded before the bad line."""
     monkeypatch.setattr(sources, "PIECE_BYTES", 5_000)
@@ -210,15 +213,12 @@ def test_bad_lines_stop_or_are_listed(
     with pytest.raises(ValueError, match=rf"b\.jsonl, line 101, byte {offset}"):
         prepare(specs(corpus), tmp_path / "data", **arguments)
     assert not (tmp_path / "data").exists()
-    report: list[str] = []
-    manifest = prepare(
-        specs(corpus), tmp_path / "data", on_bad_line="skip", report=report.append, **arguments
-    )
-    assert any("parts are complete" in line for line in report)
+    manifest = prepare(specs(corpus), tmp_path / "data", on_bad_line="skip", **arguments)
+    assert any("parts are complete" in line for line in log_lines)
     bad = manifest.sources[0].bad_lines
     assert [(line["file"], line["line"]) for line in bad] == [(str(file), 101), (str(file), 121)]
     assert bad[0]["byte_offset"] == offset
-    assert any("WARNING: 2 bad lines were left out" in line for line in report)
+    assert any("WARNING: 2 bad lines were left out" in line for line in log_lines)
     documents = sum(counts.documents for counts in manifest.sources[0].splits.values())
     assert documents + manifest.sources[0].empty_documents == 302 - 2
     del lines[120], lines[100]

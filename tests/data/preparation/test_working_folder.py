@@ -16,19 +16,20 @@ def names(work: Path) -> set[str]:
 
 def interrupted(work: Path, **settings: Any) -> None:
     """Leaves the folder of a start that was ended after its first part."""
-    with pytest.raises(KeyboardInterrupt), working_folder(work, SETTINGS | settings, print):
+    with pytest.raises(KeyboardInterrupt), working_folder(work, SETTINGS | settings):
         (work / "parts" / "0.train.tokens").write_bytes(b"12")
         (work / "parts" / ".1.train.tokens.4711").write_bytes(b"1")
         raise KeyboardInterrupt
 
 
-def test_a_part_is_gone_on_from_and_a_part_of_a_part_is_not(tmp_path: Path) -> None:
+def test_a_part_is_gone_on_from_and_a_part_of_a_part_is_not(
+    tmp_path: Path, log_lines: list[str]
+) -> None:
     work = tmp_path / ".data.preparing"
     interrupted(work)
-    lines: list[str] = []
-    with working_folder(work, SETTINGS, lines.append):
+    with working_folder(work, SETTINGS):
         assert names(work) == {"job.json", "lock", "workers.lock", "parts/0.train.tokens"}
-    assert lines == [f"Going on with the interrupted preparation in {work}."]
+    assert log_lines == [f"Going on with the interrupted preparation in {work}."]
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -36,34 +37,34 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     interrupted(work)
     with (
         pytest.raises(ValueError, match=r"other settings \(weights: there None, asked for \[1\]\)"),
-        working_folder(work, SETTINGS | {"weights": [1]}, print),
+        working_folder(work, SETTINGS | {"weights": [1]}),
     ):
         pytest.fail("the folder of other settings was taken")
     assert "parts/0.train.tokens" in names(work)
     # What was read without a bad line is what skipping them would have read.
-    with working_folder(work, SETTINGS | {"on_bad_line": "skip"}, print):
+    with working_folder(work, SETTINGS | {"on_bad_line": "skip"}):
         assert "parts/0.train.tokens" in names(work)
 
 
 def test_without_a_part_nothing_of_an_earlier_start_counts(tmp_path: Path) -> None:
     work = tmp_path / ".data.preparing"
-    with pytest.raises(KeyboardInterrupt), working_folder(work, SETTINGS, print):
+    with pytest.raises(KeyboardInterrupt), working_folder(work, SETTINGS):
         raise KeyboardInterrupt
     assert not work.exists()
     for folder in ("sources", "output"):
         (work / folder).mkdir(parents=True)
     for file in ("job.json", "pieces.sha256", "sources/0", "output/tokenizer.model"):
         (work / file).write_text("of other settings")
-    with working_folder(work, SETTINGS, print):
+    with working_folder(work, SETTINGS):
         assert names(work) == {"job.json", "lock", "workers.lock"}
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     work = tmp_path / "deep" / ".data.preparing"
-    with working_folder(work, SETTINGS, print):
+    with working_folder(work, SETTINGS):
         with (
             pytest.raises(ValueError, match=r"by another prepare \(process \d+ on .*wait for it"),
-            working_folder(work, SETTINGS, print),
+            working_folder(work, SETTINGS),
         ):
             pytest.fail("two had it at once")
         assert work.is_dir()  # the second one's error takes nothing from the first
