@@ -5,6 +5,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Protocol
 
+from mobilellm_jax.errors import require
+
 # A chunk is decompressed in memory at once. gzip can expand one byte to 1,032 bytes, and zstd can
 # expand four bytes to 128 kB. Both give a few dozen megabytes at most.
 _CHUNK_BYTES = {True: 1 << 15, False: 1 << 10}
@@ -64,6 +66,7 @@ def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
     if gzip:
         failures: type[Exception] = zlib.error
     else:
+        require("zstandard", "data", path)
         import zstandard
 
         failures = zstandard.ZstdError

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from mobilellm_jax.data.sources import source as sources
+from mobilellm_jax.data.sources import source
 from mobilellm_jax.data.sources.decompression import ChunkedFile, DamageError, decompressed
 from mobilellm_jax.data.sources.source import TRAIN, BadLine, BadLineError, Piece
-from mobilellm_jax.errors import MissingFileError, UserError
+from mobilellm_jax.errors import MissingFileError, UserError, require
 
 COMPRESSED = (".gz", ".zst")
 
@@ -99,7 +99,7 @@ def pack(spec: str, parts: Iterable[Part]) -> list[Piece]:
 
     text_bytes = 0
     for part in parts:
-        if text_bytes + part.text_bytes > sources.PIECE_BYTES:
+        if text_bytes + part.text_bytes > source.PIECE_BYTES:
             close()
             text_bytes = 0
         held.append(part)
@@ -253,6 +253,7 @@ def _too_long(path: str, line: int, offset: int) -> BadLineError:
 
 def _filesystem(url: str, culprit: str) -> tuple[Any, str]:
     """Returns fsspec's file system for the URL, and the path in it."""
+    require("fsspec", "data", culprit)
     import fsspec
 
     if "::" in url:

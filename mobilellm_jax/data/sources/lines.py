@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mobilellm_jax import config
-from mobilellm_jax.data.sources import files
-from mobilellm_jax.data.sources import source as sources
+from mobilellm_jax.data.sources import files, source
 from mobilellm_jax.data.sources.source import (
     TRAIN,
     BadLine,
@@ -131,7 +130,7 @@ class _LineSource(_FileSource):
     def _parts(self, file: files.File) -> Iterator[files.Part]:
         size = file.size_bytes
         whole = file.path.endswith(files.COMPRESSED)
-        for start, stop in files.cuts(size, 1 if whole else -(-size // sources.PIECE_BYTES)):
+        for start, stop in files.cuts(size, 1 if whole else -(-size // source.PIECE_BYTES)):
             yield files.Part((file.path, size, start, stop), stop - start, stop - start)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mobilellm_jax import config
 from mobilellm_jax.data.sources import files
 from mobilellm_jax.data.sources.source import TRAIN, BadLine, Document, OnBadLine, Piece, Source
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, require
 
 # Footers are small, and reading them may have to wait for a network.
 _FOOTERS_AT_ONCE = 16
@@ -119,6 +119,7 @@ class ParquetSource(Source):
 
     @contextlib.contextmanager
     def _opened(self, path: str, size_bytes: int) -> Iterator[Any]:
+        require("pyarrow", "data", "parquet: sources")
         import pyarrow.parquet
 
         with files.opened(path, size_bytes) as file:

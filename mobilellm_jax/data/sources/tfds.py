@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilellm_jax import config
-from mobilellm_jax.data.sources import files
-from mobilellm_jax.data.sources import source as sources
+from mobilellm_jax.data.sources import files, source
 from mobilellm_jax.data.sources.source import (
     TRAIN,
     VALIDATION,
@@ -42,7 +41,7 @@ class _RecordSource(Source):
 
     def pieces(self, split: str) -> list[Piece]:
         records, size = self._extent(self._split or split)
-        count = min(records, max(1, -(-size // sources.PIECE_BYTES)))
+        count = min(records, max(1, -(-size // source.PIECE_BYTES)))
         return [
             Piece(self.spec, split, size * stop // records - size * start // records, (start, stop))
             for start, stop in files.cuts(records, count)

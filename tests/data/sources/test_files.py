@@ -16,7 +16,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
 from mobilellm_jax.data.sources import decompression, files
-from mobilellm_jax.data.sources import source as sources
 from mobilellm_jax.data.sources.source import BadLineError
 
 SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"any"
@@ -151,7 +150,7 @@ def test_identity_reads_no_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_packing_keeps_order_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE_BYTES", 10)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 10)
     text_bytes = [4, 6, 0, 1, 10, 11, 3, 3, 3, 3, 0]
     parts = [files.Part((i,), size, 100 + size) for i, size in enumerate(text_bytes)]
     pieces = files.pack("spec", parts)

@@ -10,7 +10,6 @@ import pytest
 import zstandard
 
 from mobilellm_jax.data.sources import files
-from mobilellm_jax.data.sources import source as sources
 from mobilellm_jax.data.sources.opening import open_source
 from mobilellm_jax.data.sources.source import BadLine, BadLineError, Document, TokenDocument
 from tests.data.reading import read, texts
@@ -53,7 +52,7 @@ def test_text_files_are_documents_in_order_of_their_paths(tmp_path: Path) -> Non
 
 
 def test_small_files_share_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE_BYTES", 10)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 10)
     for name, size in (("a", 4), ("b", 5), ("c", 25), ("d", 1)):
         (tmp_path / name).write_bytes(b"x" * size)
     source = open_source(f"text:{tmp_path}/*", tmp_path)
@@ -110,7 +109,8 @@ def test_pieces_together_have_every_document_once(
     compress: Callable[[bytes], bytes] | None,
 ) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr(sources, "PIECE_BYTES", rng.choice([1, 3, 20, 150, 10_000]))
+    limit = rng.choice([1, 3, 20, 150, 10_000])
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", limit)
     monkeypatch.setattr(files, "_BUFFER_BYTES", rng.choice([2, 16, 1000]))
     suffix = {None: "", gzip.compress: ".gz", zstandard.compress: ".zst"}[compress]
     expected, expected_bad, stored = [], [], 0
@@ -128,7 +128,7 @@ def test_pieces_together_have_every_document_once(
     pieces = open_source(spec, tmp_path).pieces("train")
     assert sum(piece.size_bytes for piece in pieces) == stored
     if not compress:
-        assert all(piece.size_bytes <= sources.PIECE_BYTES for piece in pieces)
+        assert all(piece.size_bytes <= limit for piece in pieces)
 
 
 def test_a_byte_order_mark_is_dropped_at_the_start_only(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_documents_name_their_line(tmp_path: Path) -> None:
 
 
 def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE_BYTES", 30)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 30)
     path = tmp_path / "a.jsonl"
     rows = [
         {"token_ids": [5, 0, 70_000]},
@@ -254,7 +254,7 @@ def test_a_file_that_is_cut_off_is_no_bad_line(tmp_path: Path, scheme: str) -> N
 
 
 def test_lines_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE_BYTES", 20)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 20)
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     content = lines_of([{"text": text} for text in ("one", "two", "three")])

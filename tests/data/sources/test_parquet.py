@@ -13,9 +13,8 @@ import pytest
 
 from mobilellm_jax.data.sources import files
 from mobilellm_jax.data.sources import parquet as parquet_source
-from mobilellm_jax.data.sources import source as sources
 from mobilellm_jax.data.sources.opening import open_source
-from mobilellm_jax.data.sources.source import BadLine, BadLineError, Document
+from mobilellm_jax.data.sources.source import BadLine, BadLineError, Document, stop
 from tests.data.reading import read, texts
 
 
@@ -29,7 +28,9 @@ def test_pieces_together_have_every_row_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr(sources, "PIECE_BYTES", rng.choice([1, 60, 300, 10_000]))
+    monkeypatch.setattr(
+        "mobilellm_jax.data.sources.source.PIECE_BYTES", rng.choice([1, 60, 300, 10_000])
+    )
     monkeypatch.setattr(parquet_source, "_BATCH_BYTES", rng.choice([1, 50, 1000]))
     expected = []
     for name in ("a", "b", "c"):
@@ -59,7 +60,7 @@ def test_small_row_groups_share_a_piece(tmp_path: Path, monkeypatch: pytest.Monk
     )
     source = open_source(f"parquet:{tmp_path}/a", tmp_path)
     for limit, shared in ((1, 1), (9000, 2), (17_000, 4), (33_000, 8)):
-        monkeypatch.setattr(sources, "PIECE_BYTES", limit)
+        monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", limit)
         assert [len(piece.where) for piece in source.pieces("train")] == [shared] * (8 // shared)
     assert texts(source) == values
 
@@ -157,7 +158,7 @@ def test_rows_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     memory.pipe_file("/x/a.parquet", (tmp_path / "a.parquet").read_bytes())
-    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 1)
     source = open_source("parquet:memory://x/*.parquet", tmp_path)
     assert len(source.pieces("train")) == 2
     assert read(source)[1] == Document("memory:///x/a.parquet, record 2", "two")
@@ -182,7 +183,7 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
     tracemalloc.start()  # what PyArrow reads from a file of ours is Python's
     before = pa.total_allocated_bytes()
     most, count = 0, 0
-    for document in source.documents(piece, sources.stop):
+    for document in source.documents(piece, stop):
         count += len(document[1])
         most = max(most, pa.total_allocated_bytes() - before)
     most += tracemalloc.get_traced_memory()[1]

@@ -10,7 +10,6 @@ import pytest
 import zstandard
 
 from mobilellm_jax.data.sources import python_docs
-from mobilellm_jax.data.sources import source as sources
 from mobilellm_jax.data.sources.opening import open_source
 from mobilellm_jax.data.sources.source import BadLine, BadLineError, stop
 from tests.data.reading import read, read_in_other_processes
@@ -54,7 +53,7 @@ def test_stopping_at_a_bad_line() -> None:
 def test_every_kind_of_source_in_other_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PIECE_BYTES", 300)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 300)
     library = tmp_path / "lib"
     (library / "pydoc_data").mkdir(parents=True)
     topics = {name: f"About {name}. " * 9 for name in "abcdefgh"}

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mobilellm_jax.data.sources import source as sources
 from mobilellm_jax.data.sources import tfds as tfds_sources
 from mobilellm_jax.data.sources.opening import open_source
-from mobilellm_jax.data.sources.source import BadLine, BadLineError
+from mobilellm_jax.data.sources.source import BadLine, BadLineError, stop
 from tests.data.reading import read, texts
 
 
@@ -75,7 +74,7 @@ def test_pieces_are_ranges_of_records(data_dir: Path, monkeypatch: pytest.Monkey
     info = tfds.builder("river_notes").info
     assert size == int(info.splits["train"].num_bytes) > 100
     for limit in (1, size // 3 + 1, size // 2 + 1, size):
-        monkeypatch.setattr(sources, "PIECE_BYTES", limit)
+        monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", limit)
         pieces = source.pieces("train")
         assert len(pieces) == min(4, -(-size // limit))
         assert sum(piece.size_bytes for piece in pieces) == size
@@ -85,7 +84,7 @@ def test_pieces_are_ranges_of_records(data_dir: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_piece_reads_only_its_range(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 1)
     source = open_source("tfds:river_notes", data_dir)
     expected = texts(source)[2]
     asked: list[int] = []
@@ -98,7 +97,7 @@ def test_a_piece_reads_only_its_range(data_dir: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(kind, "__getitems__", spy)
     piece = source.pieces("train")[2]
-    assert [d[1] for d in source.documents(piece, sources.stop)] == [expected]
+    assert [d[1] for d in source.documents(piece, stop)] == [expected]
     assert asked == [2]
 
 
