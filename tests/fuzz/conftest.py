@@ -1,9 +1,9 @@
-"""How many hostile inputs there are: a few hundred of each kind, always the same, or many.
+"""Sets the number of hostile inputs: 60 of each kind, always the same, or many.
 
     pytest tests/fuzz --hypothesis-profile=soak
 
-gives every parser 20,000 (or FUZZ_INPUTS) that differ from one day to the next. Either way the
-summary says how many were tried.
+gives every parser 20,000 inputs (or FUZZ_INPUTS) that differ between two runs. With each number,
+the summary says how many inputs were tried.
 """
 
 import collections
@@ -23,7 +23,7 @@ _common = {
     "database": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
-hypothesis.settings.register_profile("default", max_examples=300, derandomize=True, **_common)
+hypothesis.settings.register_profile("default", max_examples=60, derandomize=True, **_common)
 hypothesis.settings.register_profile(
     "soak", max_examples=int(os.environ.get("FUZZ_INPUTS", "20000")), **_common
 )

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from mobilellm_jax.data.preparation.prepare import prepare
-from mobilellm_jax.data.sources import source as sources
 
 has_beam = importlib.util.find_spec("apache_beam") is not None
 needs_beam = pytest.mark.skipif(not has_beam, reason="Apache Beam has an environment of its own")
@@ -21,7 +20,7 @@ SETTINGS: dict[str, Any] = {"vocab_size": 300, "validation_fraction": 0.1, "shar
 @pytest.fixture
 def specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Sources in several pieces, one with a bad line."""
-    monkeypatch.setattr(sources, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 20_000)
     rng = random.Random(0)
     lines = [
         json.dumps({"text": " ".join(rng.choices(WORDS, k=rng.randrange(0, 200)))})

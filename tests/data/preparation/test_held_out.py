@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from mobilellm_jax.data.preparation.held_out import held_out_below, tokenizer_sample
-from mobilellm_jax.data.sources import source as sources
 from mobilellm_jax.data.sources.opening import open_source
-from mobilellm_jax.data.sources.source import BadLine, Document, Piece, Source, stop
+from mobilellm_jax.data.sources.source import BadLine, BadLineError, Document, Piece, Source, stop
 
 DIGESTS = 1 << 64
 
@@ -80,7 +79,7 @@ def test_bad_lines_are_left_to_the_caller(tmp_path: Path) -> None:
     bad: list[BadLine] = []
     assert 0 < held_out_below([source], 1e-9, bad.append) < DIGESTS
     assert [line.line for line in bad] == [2]
-    with pytest.raises(sources.BadLineError):
+    with pytest.raises(BadLineError):
         held_out_below([source], 1e-9, stop)
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from mobilellm_jax.data.preparation import prepare as prepare_module
 from mobilellm_jax.data.preparation.prepare import prepare
-from mobilellm_jax.data.sources import source as sources
 
 WORDS = "river stone light water cloud mountain under over between slowly,".split()
 WORDS += ["\u2581", "\u00e9\U0001f469", "\n"]
@@ -56,7 +55,7 @@ def test_workers_and_pieces_change_nothing(
         ("small", 1, 3_000),
         ("two", 2, 20_000),
     ):
-        monkeypatch.setattr(sources, "PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", piece_bytes)
         prepare(specs(corpus), tmp_path / name, workers=workers, **SETTINGS)
         outputs[name] = contents(tmp_path / name)
     assert len(outputs["one"]) > 10  # several shards of either split
@@ -126,7 +125,7 @@ def test_an_interrupted_start_goes_on_with_its_parts(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
     """What is complete is not encoded again, and other settings or sources do not get mixed in."""
-    monkeypatch.setattr(sources, "PIECE_BYTES", 8_000)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 8_000)
     prepare(specs(corpus), tmp_path / "whole", workers=1, **SETTINGS)
     encode = prepare_module.encode_pieces
     encoded: list[int] = []
@@ -163,10 +162,10 @@ def test_pieces_divided_in_another_way_are_not_mixed(
         raise InterruptedError
 
     monkeypatch.setattr(prepare_module, "encode_pieces", first)
-    monkeypatch.setattr(sources, "PIECE_BYTES", 8_000)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 8_000)
     with pytest.raises(InterruptedError):
         prepare(specs(corpus), tmp_path / "data", workers=1, **SETTINGS)
-    monkeypatch.setattr(sources, "PIECE_BYTES", 9_000)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 9_000)
     with pytest.raises(ValueError, match="divided the sources in another way"):
         prepare(specs(corpus), tmp_path / "data", workers=1, **SETTINGS)
 
@@ -195,7 +194,7 @@ def test_bad_lines_stop_or_are_listed(
     log_lines: list[str],
 ) -> None:
     """Whoever starts again with --on_bad_line=skip keeps what was encoded before the bad line."""
-    monkeypatch.setattr(sources, "PIECE_BYTES", 5_000)
+    monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 5_000)
     file = corpus / "b.jsonl"
     lines = file.read_text("utf-8").split("\n")
     lines[100] = '{"text": "cut off'
