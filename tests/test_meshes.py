@@ -38,11 +38,14 @@ FSDP4_TENSOR2 = MeshConfig(data=1, fsdp=4, tensor=2)
 PROCESS = """
 import signal, sys
 from pathlib import Path
-from mobilellm_jax import distributed, pretrain
+from mobilellm_jax import pretrain
 from mobilellm_jax.config import from_json
+from mobilellm_jax.processes import distributed
+from mobilellm_jax.startup.messages import show_messages
 from tests.test_meshes import stopping_after
 
 config, workdir, address, own, stop = sys.argv[1:]
+show_messages()
 print(distributed.start(address, 2, int(own)), file=sys.stderr)
 pretrain.make_train_step = stopping_after(int(stop))
 pretrain.pretrain(from_json(Path(config).read_text()), Path(workdir))

@@ -65,11 +65,11 @@ def test_workers_and_pieces_change_nothing(
 _PREPARE = """
 import json, sys
 from pathlib import Path
-from mobilellm_jax.data import sources
 from mobilellm_jax.data.preparation.prepare import prepare
+from mobilellm_jax.data.sources import source
 
 if __name__ == "__main__":
-    sources.PIECE_BYTES = 8_000
+    source.PIECE_BYTES = 8_000
     prepare(json.loads(sys.argv[1]), Path(sys.argv[2]), workers=2, **json.loads(sys.argv[3]))
 """
 
