@@ -21,14 +21,12 @@ NAMES = [f"num_blocks={blocks}-s{seed}" for seed in (0, 1) for blocks in (1, 2)]
 _WAIT_SEC = 900  # for a machine that does other things
 
 
-def environment(tmp_path: Path) -> dict[str, str]:
-    """One device, and a compile cache that the processes of a test share."""
+def environment() -> dict[str, str]:
+    """Returns the environment of a machine with one device; the session's cache stays in it."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return {
         **os.environ,
         "XLA_FLAGS": flags,
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
@@ -53,9 +51,7 @@ def start(config_file: Path, sweep: Path, *flags: str) -> "subprocess.Popen[byte
         *("--flops_per_sec=1e9", *flags),
     ]
     with sweep.with_suffix(".log").open("ab") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(sweep.parent), stdout=log, stderr=log
-        )
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
     _started.append(process)
     return process
 
@@ -171,7 +167,7 @@ def test_a_signal_saves_and_the_best_rate_is_taken(config_file: Path, tmp_path: 
         return subprocess.Popen(
             [sys.executable, "-m", "mobilellm_jax", "sweep", *command],
             cwd=ROOT,
-            env=environment(tmp_path),
+            env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
