@@ -156,7 +156,7 @@ def _price(runs: "list[Run]", sweep: Path, topology_name: str) -> int:
     from mobilellm_jax.storage import rundir
     from mobilellm_jax.sweep.chip_hours import price_all, price_table
 
-    jax.config.update("jax_platforms", "cpu")  # leaves an attached TPU free
+    jax.config.update("jax_platforms", "cpu")  # an attached TPU stays free
     topology = parse_topology(topology_name)
     sweep.mkdir(parents=True, exist_ok=True)
     name = topology.name.replace(":", "-")

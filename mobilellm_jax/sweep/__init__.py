@@ -1,8 +1,8 @@
-"""A comparison as a folder of runs: planned, launched, resumed.
+"""Plans, launches and resumes a sweep: a folder of training runs that are compared.
 
-`runs` says which runs there are; `folder` what is kept of them; `estimate` and `chip_hours` what
-they will take; `local` and `slurm` launch them, each run in a process of its own (`child`).
-`report` makes tables of the folder.
+`runs` lists the runs, and `folder` reads and writes the files of the sweep. `estimate` predicts the
+time on this machine, and `chip_hours` predicts the cost on TPUs. `local` and `slurm` launch the
+runs, and `child` is the process of one run. `report` makes tables from the folder.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from mobilellm_jax.sweep.slots import find_slots
 
 
 def plan(runs: Sequence[Run], sweep: Path, say: Say) -> None:
-    """Says what the sweep consists of and what has become of it."""
+    """Prints the models of the sweep and the number of runs in each state."""
     for line in estimate.plan_lines(runs):
         say(line)
     states = [files.state_of(sweep, run.name, run.config.train.steps) for run in runs]
@@ -41,16 +41,18 @@ def run_here(
     only_plan: bool,
     say: Say,
 ) -> bool | None:
-    """Runs on this machine what is not finished, with an estimate of the time first.
+    """Prints an estimate of the time, and runs the unfinished runs on this machine.
 
     Returns:
-      Whether all runs finished; None if a signal stopped them, saved.
+      True if all runs finished, False if a run failed, and None if a signal stopped the sweep after
+        its runs were saved. With `only_plan`, True.
 
     Raises:
-      ConfigError: for what cannot be run, before anything runs.
+      ConfigError: if the runs cannot start on this machine or with this data. The checks come
+        before the first run starts.
     """
     slots = find_slots(parallel)
-    # A plan makes no data; without any, it knows the batches of an evaluation if the recipe does.
+    # A plan does not prepare data, so it takes the number of validation batches from the recipe.
     batches = _stated_batches(runs) if only_plan else check_data(runs)
     with local.alone(sweep, say) as lock:
         files.record_runs(sweep, runs)
@@ -81,10 +83,10 @@ def run_here(
 
 
 def submit(runs: Sequence[Run], sweep: Path, arguments: str, at_once: int | None, say: Say) -> None:
-    """Submits what is not finished to Slurm.
+    """Submits the unfinished runs to Slurm.
 
     Raises:
-      ConfigError: for what cannot be run or submitted.
+      ConfigError: if the data do not fit the runs, or if the submission fails.
     """
     check_data(runs)
     files.record_runs(sweep, runs)
@@ -97,7 +99,7 @@ def submit(runs: Sequence[Run], sweep: Path, arguments: str, at_once: int | None
 
 
 def report_states(runs: Sequence[Run], sweep: Path, say: Say) -> bool:
-    """Says which runs failed, and what to do next; returns whether none did."""
+    """Prints the failed runs and the next command; returns True if no run failed."""
     failed = [r.name for r in runs if files.state_of(sweep, r.name) == "failed"]
     for name in failed:
         say(f"failed  {name}: see {files.log_file(sweep, name)}")
@@ -108,16 +110,18 @@ def report_states(runs: Sequence[Run], sweep: Path, say: Say) -> bool:
 
 
 def check_data(runs: Sequence[Run]) -> dict[str, int]:
-    """Checks what the runs need of their data, making it where a recipe says how.
+    """Checks the data of all runs, and prepares missing data if the recipe names a source.
 
-    Children would all find the same mistake, one after the other, and make the data at once.
+    The check runs once, before the processes of the runs start. Otherwise every process would
+    report the same mistake, and several processes would prepare the data at the same time.
 
     Returns:
-      Validation batches of one evaluation, by `data.path`.
+      The number of validation batches of one evaluation, by `data.path`.
 
     Raises:
-      ConfigError: for a vocabulary that is not the data's, or nothing held out.
-      FileNotFoundError: for missing data.
+      ConfigError: if the vocabulary of a model differs from the vocabulary of its data, or if a run
+        would not evaluate any held-out target.
+      FileNotFoundError: if data are missing and the recipe names no source.
     """
     batches: dict[str, int] = {}
     seen: set[tuple[str, int]] = set()
@@ -150,7 +154,11 @@ def _stated_batches(runs: Sequence[Run]) -> dict[str, int]:
 def _expected(
     runs: Sequence[Run], speeds: dict[str, Speed], batches: dict[str, int]
 ) -> dict[str, float]:
-    """Returns seconds by name; where no trial succeeded, by FLOPs as those that did."""
+    """Returns the expected seconds of each run, by the name of the run.
+
+    If the trial of a model failed, its seconds are computed from its FLOPs, at the mean rate of the
+    other runs.
+    """
     known = {
         run.name: speeds[key].seconds(run.config, batches[run.config.data.path])
         for run in runs
@@ -166,10 +174,10 @@ def _finished(sweep: Path, run: Run) -> bool:
 
 
 def check_config(config: Config) -> None:
-    """Refuses what a sweep decides itself.
+    """Refuses a setting that a sweep cannot use.
 
     Raises:
-      ConfigError: for a start from a checkpoint, which has one shape.
+      ConfigError: if `train.init_from` is set. A checkpoint has one shape, and a sweep has several.
     """
     if config.train.init_from:
         raise ConfigError(

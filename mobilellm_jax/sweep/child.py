@@ -1,11 +1,12 @@
-"""One run of a sweep, or a trial of its speed, in a process of its own.
+"""Trains one run of a sweep, or measures its speed in a trial, in a separate process.
 
     python -m mobilellm_jax.sweep.child run FOLDER NAME
     python -m mobilellm_jax.sweep.child trial FOLDER NAME
 
-`--cores=0,1` keeps it to these cores; a backend makes as many threads as it may use, so this comes
-before one starts. `--with_parent` ends it, saved, when the other end of its standard input closes,
-which happens whatever way the parent dies.
+`--cores=0,1` restricts the process to these cores. A backend starts one thread per allowed core, so
+the process applies `--cores` before jax starts a backend. With `--with_parent`, the process saves
+and ends when its standard input is closed. The operating system closes this pipe when the parent
+ends, even if the parent was killed.
 """
 
 import json
@@ -23,7 +24,7 @@ _TRIAL_STEPS = 5
 
 
 def main(arguments: list[str]) -> int:
-    """Runs; returns the exit code."""
+    """Runs the command and returns the exit code."""
     show_messages()
     positional = [a for a in arguments if not a.startswith("--")]
     for argument in arguments:
@@ -64,7 +65,8 @@ def _train(sweep: Path, name: str) -> int:
         distributed.start(num_processes=1)
         finished = pretrain(config, folder)
     except BaseException as error:
-        # Whatever it was, the sweep's other runs go on, and the traceback is in the log.
+        # Every exception marks the run as failed. The other runs of the sweep continue, and the log
+        # of this run has the traceback.
         reason = f"{type(error).__name__}: {error}"
         files.write_outcome(folder, "failed", reason=reason[:2000])
         raise
@@ -77,7 +79,7 @@ def _train(sweep: Path, name: str) -> int:
 
 
 def _trial(sweep: Path, name: str) -> int:
-    """Prints the seconds per step on random tokens, and the seconds of the first step."""
+    """Prints the median seconds per step on random tokens, and the seconds of the start."""
     from mobilellm_jax.startup.before_jax import before_jax
     from mobilellm_jax.startup.host_memory import keep_freed_memory
     from mobilellm_jax.sweep import folder as files
@@ -135,7 +137,7 @@ def _peaks() -> dict[str, int]:
 
     import jax
 
-    # Linux counts in KiB, macOS in bytes.
+    # Linux counts in KiB, and macOS counts in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     stats = jax.local_devices()[0].memory_stats() or {}

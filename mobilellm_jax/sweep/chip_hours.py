@@ -1,7 +1,8 @@
-"""What a sweep costs on TPUs: every model's real step compiled for a slice that is not there.
+"""Computes the cost of a sweep on TPUs by compiling each model's step for an absent TPU slice.
 
-Two prices are given. One takes model FLOPs utilization (MFU) as stated; the other is what libtpu
-estimates of the compiled step (`plan/prediction.py`). Neither was measured.
+The table has two prices. The first price assumes a model FLOPs utilization (MFU). The second price
+uses libtpu's estimate for the compiled step (`plan/prediction.py`). Both prices are predictions,
+not measurements.
 """
 
 import dataclasses
@@ -27,25 +28,26 @@ from mobilellm_jax.train.settling import mesh_of, settle
 
 Say = Callable[[str], object]
 _GIB = 2**30
-# What a compiled step follows from, besides its config.
+# The compiled step depends on the config, on this source code, and on the versions of these
+# libraries.
 _ROOMS = ("model", "quantize", "train", "plan", "sharding.py")
 _LIBRARIES = ("jax", "flax", "optax", "libtpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler said of one step."""
+    """The compiler's results for one step."""
 
-    change: str  # of the config that made it fit; "" = none was needed
-    peak_bytes: int  # of one chip; 0 = no change made it fit
-    step_sec: float  # predicted, no communication hidden
-    flops_sec: float  # model FLOPs of a step at the chip's peak
+    change: str  # change of the config that made the step fit; "": it fits unchanged
+    peak_bytes: int  # per chip; 0: no change made the step fit
+    step_sec: float  # prediction with no communication hidden
+    flops_sec: float  # time of a step's model FLOPs at the peak of the chips
     compile_sec: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """Of one model of the sweep, over all its runs."""
+    """The price of one model, for all its runs."""
 
     name: str
     runs: int
@@ -55,12 +57,12 @@ class Price:
     num_chips: int
 
     def stated(self, utilization: float) -> float:
-        """Chip-hours of all runs at a stated MFU."""
+        """Returns the chip-hours of all runs at an assumed MFU."""
         return self._chip_hours(self.compiled.flops_sec / utilization)
 
     @property
     def predicted(self) -> float:
-        """Chip-hours of all runs as libtpu estimates the step."""
+        """Returns the chip-hours of all runs with libtpu's estimate of the step."""
         return self._chip_hours(self.compiled.step_sec)
 
     def _chip_hours(self, step_sec: float) -> float:
@@ -71,14 +73,15 @@ def price_all(runs: Sequence[Run], topology: Topology, kept: Path, say: Say) -> 
     """Compiles the step of every model once and returns the prices.
 
     Args:
-      runs: of the sweep; those that differ in seeds, length or learning rate share a step.
-      topology: to compile for.
-      kept: a file of what was compiled before, which is not compiled again unless the code or the
-        compiler is another; added to after each.
-      say: given a line per model.
+      runs: the runs of the sweep. Runs that differ only in seeds, length or learning rate share one
+        compiled step.
+      topology: the TPU slice to compile for.
+      kept: a file with the results of earlier compilations. A step is compiled again only if the
+        code or a library changed. The function saves this file after each compilation.
+      say: receives one line per model.
 
     Raises:
-      ConfigError: if libtpu is missing, or a model cannot be on that slice at all.
+      ConfigError: if libtpu is missing, or if a model cannot be divided over the slice.
     """
     devices = topology_devices(topology)
     found = strict_json.read(kept) if kept.exists() else {}
@@ -112,7 +115,7 @@ def price_all(runs: Sequence[Run], topology: Topology, kept: Path, say: Say) -> 
 
 
 def price_table(prices: Sequence[Price], topology: Topology, utilization: float) -> list[str]:
-    """Returns the prices as lines of a Markdown table, with what they assume below."""
+    """Returns the prices as lines of a Markdown table, followed by the assumptions."""
     lines = [
         "| model | runs | parameters | steps | change to fit | peak GiB | predicted MFU "
         f"| chip-hours at MFU {utilization:.0%} | chip-hours, predicted |",
@@ -171,7 +174,11 @@ def _compile(config: Config, topology: Topology, devices: list[object]) -> Compi
 
 
 def _key(config: Config, topology: Topology) -> str:
-    """Names what the compiled step depends on; seeds, lengths and learning rates it does not."""
+    """Returns a name for everything that determines the compiled step.
+
+    Seeds, the number of steps and learning rates do not change the compiled step, so the name
+    ignores them.
+    """
     neutral = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, steps=480_000, seed=0),
@@ -184,12 +191,12 @@ def _key(config: Config, topology: Topology) -> str:
 
 @functools.cache
 def _code() -> str:
-    """Returns a digest of the sources, and versions of the libraries."""
+    """Returns a digest of the source code and the versions of the libraries."""
     return " ".join([source_digest(_ROOMS), *map(_version, _LIBRARIES)])
 
 
 def _version(library: str) -> str:
     try:
         return metadata.version(library)
-    except metadata.PackageNotFoundError:  # libtpu that came with the machine
+    except metadata.PackageNotFoundError:  # a TPU machine can have libtpu without package metadata
         return "unknown"

@@ -1,4 +1,4 @@
-"""How long a sweep will take: by a short trial of every model, or from a stated throughput."""
+"""Estimates the time of a sweep from a short trial of every model, or from a stated throughput."""
 
 import concurrent.futures
 import dataclasses
@@ -16,21 +16,21 @@ from mobilellm_jax.sweep.folder import TRIALS
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.sweep.slots import Slot
 
-_FORWARD = 1 / 3  # of a step's time: what an evaluation of as many tokens takes
-_START_SEC = 10.0  # of a process, where no trial has measured it
+_FORWARD = 1 / 3  # an evaluation takes this share of the time of a training step per token
+_START_SEC = 10.0  # start of a process, if no trial has measured it
 
 Say = Callable[[str], object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of one model here."""
+    """The speed of one model on this machine."""
 
     step_sec: float
-    start_sec: float  # of the process, until its first step is done
+    start_sec: float  # from the start of the process to the end of its first step
 
     def seconds(self, config: Config, validation_batches: int) -> float:
-        """Returns how long a run takes, whose evaluations have so many batches each."""
+        """Returns the seconds of a run; each evaluation has `validation_batches` batches."""
         train = config.train
         evaluations = 1 + -(-train.steps // train.eval_every) if train.eval_every else 0
         looks = evaluations * validation_batches * _FORWARD
@@ -38,17 +38,18 @@ class Speed:
 
 
 def speed_of(config: Config, flops_per_sec: float) -> Speed:
-    """Returns the speed at a stated throughput in model FLOPs."""
+    """Returns the speed at a stated throughput in model FLOPs per second."""
     tokens = config.train.global_batch * config.data.seq_len
     flops = flops_per_token(config.model, config.data.seq_len) * tokens
     return Speed(flops / flops_per_sec, _START_SEC)
 
 
 def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot], say: Say) -> dict[str, Speed]:
-    """Returns speeds by `key_of`, measured with as many runs at once as there will be.
+    """Returns measured speeds by `key_of`, with as many trials at once as the sweep has slots.
 
-    What was measured before is in `trials.json` and is not measured again. What a trial compiles
-    its runs find in the compile cache. A trial that fails has no entry: the run will say why.
+    Earlier measurements are read from `trials.json` and are not repeated. A trial fills the compile
+    cache, so the runs of its model start faster. The result has no entry for a trial that failed;
+    the log of the run will show the error.
     """
     known = _read(sweep / TRIALS)
     missing = {key_of(run): run for run in runs if key_of(run) not in known}
@@ -80,7 +81,7 @@ def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot], say: Say) -
 
 
 def key_of(run: Run) -> str:
-    """Returns what a trial's time depends on."""
+    """Returns a key of all settings that the time of a trial depends on."""
     config = run.config
     model = dataclasses.astuple(config.model)
     shape = (config.train.global_batch, config.train.accumulation_steps, config.data.seq_len)
@@ -89,7 +90,10 @@ def key_of(run: Run) -> str:
 
 
 def plan_lines(runs: Sequence[Run]) -> list[str]:
-    """Returns a line per model: runs, parameters, FLOPs; seeds and learning rates together."""
+    """Returns a line per model with its runs, parameters, tokens and FLOPs.
+
+    The runs of a model differ in seeds and learning rates and share one line.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(_without_seed(run), []).append(run)
@@ -130,14 +134,15 @@ def _try(sweep: Path, run: Run, slot: Slot) -> Speed | None:
 
 
 def child_environment(slot: Slot) -> dict[str, str]:
-    """Returns the environment of a child in this slot, which finds this very package."""
+    """Returns the environment of a child in this slot; the child imports the same package."""
     import os
 
     import mobilellm_jax
 
     root = str(Path(mobilellm_jax.__file__).parent.parent)
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    # A child is one process, whatever started its parent.
+    # A child trains as a single process, even if its parent was started with settings for several
+    # processes.
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **slot.environment}
 
 

@@ -1,13 +1,13 @@
-"""A sweep's folder: what is to be run, and what has become of it.
+"""Reads and writes the folder of a sweep: the requested runs and their results.
 
-    sweep.json            every run that was ever asked for: name, config
-    runs/NAME/            run folders, as `train` makes them
-    runs/NAME/outcome.json   written when a run has ended for good, finished or failed
-    logs/NAME.log         what it said
-    trials.json           seconds per step, measured before
-    slurm/                scripts as they were submitted
+    sweep.json               name and config of every run that was ever requested
+    runs/NAME/               run folders, as `train` makes them
+    runs/NAME/outcome.json   written when a run finishes or fails
+    logs/NAME.log            output of the run's process
+    trials.json              measured seconds per step
+    slurm/                   scripts as they were submitted
 
-Nothing else remembers anything: a sweep that was killed starts again from these files.
+A killed sweep resumes from these files alone.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def log_file(sweep: Path, name: str) -> Path:
 
 
 def record_runs(sweep: Path, runs: Sequence[Run]) -> None:
-    """Writes the runs into `sweep.json`, besides those that are there.
+    """Adds the runs to `sweep.json` and keeps the runs that are already in the file.
 
     Raises:
       ConfigError: if a run of the same name was started with another config.
@@ -66,10 +66,10 @@ def record_runs(sweep: Path, runs: Sequence[Run]) -> None:
 
 
 def read_runs(sweep: Path) -> list[Run]:
-    """Returns the runs in `sweep.json`; none if there is none.
+    """Returns the runs in `sweep.json`, or an empty list if the file does not exist.
 
     Raises:
-      ConfigError: for a file that `record_runs` did not write.
+      ConfigError: if `record_runs` did not write the file.
     """
     file = sweep / SWEEP
     if not file.exists():
@@ -100,10 +100,10 @@ def read_runs(sweep: Path) -> list[Run]:
 
 
 def find_run(sweep: Path, name: str) -> Run:
-    """Returns the run of this name.
+    """Returns the run with this name.
 
     Raises:
-      ConfigError: if `sweep.json` has none.
+      ConfigError: if `sweep.json` does not contain the run.
     """
     runs = {run.name: run for run in read_runs(sweep)}
     if name not in runs:
@@ -112,12 +112,13 @@ def find_run(sweep: Path, name: str) -> Run:
 
 
 def settled(sweep: Path, run: Run) -> Config:
-    """Returns the run's config with its learning rate chosen.
+    """Returns the run's config with its final learning rate.
 
-    That is the one it was started with, if it was: a choice is made once.
+    The learning rate is chosen only once. A run that has already started keeps its learning rate.
 
     Raises:
-      ConfigError: if there is nothing to choose from.
+      ConfigError: if the rate must be chosen and no run in `tune_from` has finished with a finite
+        loss.
     """
     if not run.tune_from:
         return run.config
@@ -130,7 +131,7 @@ def settled(sweep: Path, run: Run) -> Config:
             for name in run.tune_from
             if state_of(sweep, name) == "finished"
             and (loss := last_validation(run_folder(sweep, name))) is not None
-            and math.isfinite(loss)  # it has not diverged at that rate
+            and math.isfinite(loss)  # leaves out runs that diverged
         }
         if not losses:
             raise ConfigError(
@@ -144,7 +145,7 @@ def settled(sweep: Path, run: Run) -> Config:
 
 
 def state_of(sweep: Path, name: str, steps: int = 0) -> State:
-    """Returns what has become of a run; one that has finished fewer than `steps` goes on."""
+    """Returns the state of a run; a finish before step `steps` counts as started."""
     folder = run_folder(sweep, name)
     outcome = read_outcome(folder)
     if outcome.get("state") == "failed":
@@ -155,7 +156,7 @@ def state_of(sweep: Path, name: str, steps: int = 0) -> State:
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
-    """Returns what is in a run folder's `outcome.json`; nothing if there is none."""
+    """Returns the content of `outcome.json` in a run folder, or {} if the file does not exist."""
     file = folder / rundir.OUTCOME
     found = strict_json.read(file) if file.exists() else {}
     return found if isinstance(found, dict) else {}
@@ -164,9 +165,9 @@ def read_outcome(folder: Path) -> dict[str, Any]:
 def write_outcome(
     folder: Path, state: Literal["finished", "failed", "again"], **values: Any
 ) -> None:
-    """Marks a run as ended, or as started again.
+    """Records that a run finished, failed, or was started again.
 
-    The peaks of memory are those of all its processes.
+    The recorded memory peaks are the maxima over all processes of the run so far.
     """
     old = read_outcome(folder)
     peaks = ("peak_host_bytes", "peak_device_bytes")
@@ -179,12 +180,12 @@ def write_outcome(
 
 
 def last_step(folder: Path) -> int:
-    """Returns the last step in a run's record; 0 if there is none."""
+    """Returns the last step in the metrics of a run, or 0 if the run has no metrics."""
     return max((int(r["step"]) for r in read_metrics(folder / rundir.METRICS)), default=0)
 
 
 def last_validation(folder: Path) -> float | None:
-    """Returns the last validation loss in a run's record."""
+    """Returns the last validation loss in the metrics of a run."""
     records = read_metrics(folder / rundir.METRICS)
     losses = [r["validation/loss"] for r in records if "validation/loss" in r]
     return float(losses[-1]) if losses else None

@@ -1,8 +1,9 @@
-"""Runs of a sweep on this machine, several at once, each in a process of its own.
+"""Runs the runs of a sweep on this machine, several at the same time, each in its own process.
 
-A run that fails is marked, and the others go on. SIGTERM and Ctrl-C save every run and end the
-sweep. However this process dies, its children notice, save and end (`child.py`); a sweep that is
-started meanwhile waits for them, by a lock that they hold too.
+A failed run is recorded, and the other runs continue. On SIGTERM or Ctrl-C, all runs are saved and
+the sweep ends. If this process dies, its children notice the closed pipe, save and end
+(`child.py`). The children also hold a lock. A sweep that is started in the meantime waits for this
+lock.
 """
 
 import contextlib
@@ -41,10 +42,10 @@ class Child:
 
 @contextlib.contextmanager
 def alone(sweep: Path, say: Say) -> Iterator[FileLock]:
-    """Makes this process the only one that runs the sweep; yields the lock its children inherit.
+    """Makes this process the only one that runs the sweep; yields the lock for its children.
 
     Raises:
-      ConfigError: if another one does.
+      ConfigError: if another process runs the sweep.
     """
     sweep.mkdir(parents=True, exist_ok=True)
     children = sweep / _CHILDREN_LOCK
@@ -66,15 +67,16 @@ def run_all(
     lock: FileLock,
     say: Say,
 ) -> bool:
-    """Runs what is not finished; returns False if a signal stopped that.
+    """Runs the unfinished runs; returns False if a signal stopped the sweep.
 
     Args:
-      sweep: its folder, which `sweep.json` is in.
-      runs: all that were asked for, in this order.
-      slots: one run in each at a time.
-      expected_sec: by name of a run; only their proportions matter for the time that is left.
-      lock: of `alone`.
-      say: given a line per event, and how far it is every half minute.
+      sweep: the folder that contains `sweep.json`.
+      runs: all requested runs; earlier runs start first.
+      slots: shares of the machine. Each slot has one run at a time.
+      expected_sec: expected seconds by the name of a run. Only their ratios matter for the estimate
+        of the remaining time.
+      lock: the lock that `alone` yields.
+      say: receives a line per event, and the progress every 30 seconds.
     """
     waiting = [r for r in runs if not _is_finished(sweep, r)]
     free, children = list(slots), list[Child]()
@@ -101,7 +103,7 @@ def run_all(
                 time.sleep(_POLL_SEC)
             return stop.signal is None
     finally:
-        for child in children:  # an error of ours: they save and end
+        for child in children:  # an exception ended the loop: the children save and end
             child.process.terminate()
 
 
@@ -110,7 +112,7 @@ def _is_finished(sweep: Path, run: Run) -> bool:
 
 
 def _ready(waiting: Sequence[Run], children: Sequence[Child]) -> Run | None:
-    """Returns the next run whose learning rate is, or can be, chosen."""
+    """Returns the next run that needs no result of an unfinished run."""
     under_way = {run.name for run in waiting} | {child.run.name for child in children}
     return next((run for run in waiting if under_way.isdisjoint(run.tune_from)), None)
 
@@ -119,7 +121,7 @@ def _start(sweep: Path, run: Run, slot: Slot, lock: FileLock) -> Child:
     log = files.log_file(sweep, run.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     folder = files.run_folder(sweep, run.name)
-    if (folder / rundir.OUTCOME).exists():  # it failed before, or is to go on for more steps
+    if (folder / rundir.OUTCOME).exists():  # the run failed before, or continues to more steps
         files.write_outcome(folder, "again")
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -128,10 +130,10 @@ def _start(sweep: Path, run: Run, slot: Slot, lock: FileLock) -> Child:
                 *("--with_parent", *slot.arguments),
             ],
             env=child_environment(slot),
-            stdin=subprocess.PIPE,  # open as long as this process lives
+            stdin=subprocess.PIPE,  # the pipe stays open while this process lives
             stdout=output,
             stderr=output,
-            start_new_session=True,  # a terminal's Ctrl-C reaches it through this process alone
+            start_new_session=True,  # Ctrl-C in a terminal reaches only this process
             pass_fds=(lock.descriptor,),
         )
     return Child(run, slot, process)
@@ -140,11 +142,15 @@ def _start(sweep: Path, run: Run, slot: Slot, lock: FileLock) -> Child:
 def _terminate(children: Sequence[Child]) -> None:
     for child in children:
         if child.process.poll() is None and child.process.stdin is not None:
-            child.process.stdin.close()  # as if this process had died; once is enough
+            # a closed pipe tells the child to save and end; closing again does nothing
+            child.process.stdin.close()
 
 
 def _ended(sweep: Path, child: Child, stopping: bool) -> str:
-    """Returns what to say of a child that has ended, and marks what it could not mark itself."""
+    """Returns the message for a child that has ended, and records its failure.
+
+    A child records its own failure, unless it was killed.
+    """
     name, code = child.run.name, child.process.returncode
     folder = files.run_folder(sweep, name)
     if code == 0:
@@ -162,7 +168,7 @@ def _ended(sweep: Path, child: Child, stopping: bool) -> str:
 
 
 class _Progress:
-    """How far the sweep is, in time that its runs were expected to take."""
+    """The progress of the sweep, measured in expected seconds of its runs."""
 
     def __init__(self, sweep: Path, runs: Sequence[Run], expected_sec: Mapping[str, float]) -> None:
         self._sweep, self._runs, self._expected_sec = sweep, runs, expected_sec
@@ -201,7 +207,7 @@ class _Progress:
 
 
 def in_words(seconds: float) -> str:
-    """Returns a time as people say it: "50 s", "12 min", "3.4 h"."""
+    """Returns a duration in words: "50 s", "12 min", "3.4 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Which runs a sweep consists of: rows of grids x values of fields x learning rates x seeds."""
+"""Lists the runs of a sweep: rows of grids x values of fields x learning rates x seeds."""
 
 import dataclasses
 import itertools
@@ -23,15 +23,15 @@ _TUNED = "optimizer.peak_lr"
 class Run:
     """One training run of a sweep."""
 
-    name: str  # of its folder
+    name: str  # also the name of its folder
     config: Config
-    # Runs of the same model at other learning rates, of which the best decides this one's; the
-    # `optimizer.peak_lr` in `config` is then not the one it will have.
+    # Names of runs of the same model at other learning rates. This run takes the rate of the best
+    # of these runs, and ignores `optimizer.peak_lr` in `config`.
     tune_from: tuple[str, ...] = ()
 
     @property
     def flops(self) -> float:
-        """Model FLOPs of its training."""
+        """The model FLOPs of the whole training."""
         return float(tokens_of(self.config)) * flops_per_token(
             self.config.model, self.config.data.seq_len
         )
@@ -39,27 +39,28 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A config of a sweep, before seeds."""
+    """A config of a sweep, before seeds are set."""
 
     name: str
     config: Config
 
 
 def tokens_of(config: Config) -> int:
-    """Returns the tokens that a run trains on."""
+    """Returns the number of tokens that a run trains on."""
     return config.train.steps * config.train.global_batch * config.data.seq_len
 
 
 def grid_variants(
     base: Config, grids: Iterable[GridName], scale: ScaleName, group: str = ""
 ) -> list[Variant]:
-    """Returns the rows of the grids with the recipe of `base`; what several share comes once.
+    """Returns the rows of the grids with the recipe of `base`; a row of several grids comes once.
 
-    Of the model, `base` says what a row does not: initialisation, precision, `remat`. A small
-    scale's vocabulary and length are those of `base` too, which its data settle.
+    The row sets the shape of the model. `base` sets the other model fields, such as initialization,
+    precision and `remat`. At the small scales, `base` also sets the vocabulary and the sequence
+    length, because they depend on the data.
 
     Raises:
-      ConfigError: for a group that the grids do not have.
+      ConfigError: if the grids do not have this group.
     """
     if group not in ("", "125M", "350M"):
         raise ConfigError(f"--group={group} must be 125M or 350M, the groups of the paper's rows.")
@@ -91,13 +92,13 @@ def vary(
     """Returns every variant with every combination of values of the fields.
 
     Args:
-      variants: to start from.
-      fields: dotted field -> values.
-      parameters: solve the width for so many; None = take the models as they are.
+      variants: the configs to change.
+      fields: values by dotted field name.
+      parameters: solve the width for this number of parameters. None: keep the widths.
 
     Raises:
-      ConfigError: for values that no config takes, a field that is solved for, and a budget that no
-        width meets.
+      ConfigError: if a config does not accept a value, if `fields` contains a field that the solver
+        sets, or if no width gives this number of parameters.
     """
     solved = [name for name in fields if name in SOLVED] if parameters else []
     if solved:
@@ -125,11 +126,11 @@ def vary(
 
 
 def with_seeds(variants: Sequence[Variant], seeds: int, rates: Sequence[float] = ()) -> list[Run]:
-    """Returns the runs: every variant with so many seeds, of initialisation and of data order.
+    """Returns the runs: every variant with `seeds` seeds for initialization and data order.
 
-    With learning rates to choose from, the first seed is run at each of them, and the others at the
-    one that ended with the lowest validation loss. The first seeds of all variants come first, so
-    that a sweep that is stopped has something of everything.
+    With `rates`, the first seed of a variant trains at each rate. The other seeds train at the rate
+    with the lowest final validation loss. The first seeds of all variants come first, so a sweep
+    that stops early has results for every variant.
     """
     runs = []
     for seed, variant in itertools.product(range(seeds), variants):

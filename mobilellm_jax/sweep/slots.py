@@ -1,4 +1,4 @@
-"""Where runs can be at the same time on this machine: GPUs divided, or cores of a CPU."""
+"""Divides this machine's GPUs or CPU cores into slots for simultaneous runs."""
 
 import dataclasses
 import importlib.util
@@ -16,18 +16,20 @@ class Slot:
 
     name: str
     environment: dict[str, str]
-    arguments: tuple[str, ...] = ()  # of the child
+    arguments: tuple[str, ...] = ()  # arguments of the child process
 
 
 def find_slots(parallel: int | None, env: Mapping[str, str] = os.environ) -> list[Slot]:
-    """Returns the shares; no backend is started, which would take the GPUs' memory.
+    """Returns the slots; starts no backend, because a backend would reserve GPU memory.
 
     Args:
-      parallel: so many; None = one per GPU, and without GPUs one, which uses all cores.
-      env: of this process.
+      parallel: number of slots. None: one slot per GPU, or one slot with all cores if there are no
+        GPUs.
+      env: environment variables of this process.
 
     Raises:
-      ConfigError: if there are fewer GPUs or cores than that.
+      ConfigError: if the machine has fewer GPUs or cores than slots, or if the system cannot divide
+        its cores.
     """
     gpus = [] if env.get("JAX_PLATFORMS") == "cpu" else _gpus(env)
     if gpus:

@@ -1,7 +1,8 @@
-"""Runs of a sweep as one Slurm array: a script that is kept, submitted, and not submitted twice.
+"""Submits the runs of a sweep to Slurm as job arrays, and keeps the scripts.
 
-Each task trains the run in its line of a list beside the script. A task that Slurm ends early
-(--time, preemption) gets SIGTERM two minutes before, saves, and puts itself back into the queue.
+Each task trains the run in its line of a list beside the script. Slurm sends SIGTERM two minutes
+before it ends a task early (--time, preemption). The task then saves and puts itself back into the
+queue. A sweep with a job in the queue is not submitted again.
 """
 
 import shlex
@@ -18,7 +19,7 @@ from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.folder import SLURM
 from mobilellm_jax.sweep.runs import Run
 
-_JOBS = "jobs.json"  # numbers of what was submitted
+_JOBS = "jobs.json"  # job ids of the last submission
 
 _SCRIPT = """\
 #!/bin/bash
@@ -48,19 +49,19 @@ exit $code
 
 
 def submit(sweep: Path, runs: Sequence[Run], arguments: str, at_once: int | None) -> list[str]:
-    """Writes the scripts and submits them; returns what was done, in lines.
+    """Writes the scripts, submits them, and returns a line per submitted array.
 
-    Runs whose learning rate is chosen from others wait for those in an array of their own.
+    Runs with `tune_from` are in a second array, which starts after the first array has ended.
 
     Args:
-      sweep: its folder, which all nodes must see.
-      runs: that are not finished.
-      arguments: for sbatch, such as "--partition=gpu --gres=gpu:1 --time=4:00:00".
-      at_once: of the array's tasks; None = as many as Slurm allows.
+      sweep: the folder of the sweep, on a file system that all nodes share.
+      runs: the unfinished runs.
+      arguments: options of sbatch, such as "--partition=gpu --gres=gpu:1 --time=4:00:00".
+      at_once: the largest number of tasks that run at the same time. None: Slurm sets the limit.
 
     Raises:
-      ConfigError: without Slurm here, for a submission that is still in the queue, and for one that
-        sbatch refuses.
+      ConfigError: if this machine has no Slurm, if a job of this sweep is still in the queue, or if
+        sbatch refuses the submission.
     """
     for program in ("sbatch", "squeue"):
         if shutil.which(program) is None:
@@ -86,7 +87,7 @@ def submit(sweep: Path, runs: Sequence[Run], arguments: str, at_once: int | None
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise ConfigError(f"{shlex.join(command)}: {result.stderr.strip()}")
-        # "JOB", or "JOB;CLUSTER".
+        # sbatch --parsable prints "JOB" or "JOB;CLUSTER".
         jobs.append(result.stdout.strip().partition(";")[0])
         rundir.write_whole(
             sweep / SLURM / _JOBS, f'{{"jobs": [{", ".join(map(_quoted, jobs))}]}}\n'
@@ -128,7 +129,7 @@ def _check_queue(sweep: Path) -> None:
     for job in jobs:
         command = ["squeue", "--noheader", f"--jobs={job}"]
         result = subprocess.run(command, capture_output=True, text=True)
-        # squeue knows nothing of a job that has long ended, and says so with an error.
+        # squeue exits with an error for a job that ended long ago.
         if result.returncode == 0 and result.stdout.strip():
             raise ConfigError(
                 f"job {job} of this sweep is still in Slurm's queue; wait for it, or scancel {job} "
