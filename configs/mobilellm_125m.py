@@ -1,13 +1,13 @@
 """MobileLLM-125M (Liu et al. 2024, arXiv:2402.14905).
 
-Table 9: 30 blocks of width 576, 124,635,456 parameters.
+The model of Table 9 has 30 blocks of width 576 and 124,635,456 parameters.
 
 Data:   mobilellm prepare --source="text:corpus/*.txt" --vocab_size=32000 --output=data/pretrain
-        (the authors' mixture is not published)
+        (the authors have not published their mixture)
 Run:    mobilellm train --config=configs/mobilellm_125m.py --workdir=runs/mobilellm_125m
-        (--config.train.accumulation_steps=N where 1024 sequences do not fit at once)
-Cost:   1T tokens; the authors took about 3 days on 32 A100-80G.
-Result: mean zero-shot accuracy on the eight tasks 46.3 (Table 10).
+        (add --config.train.accumulation_steps=N if 1024 sequences do not fit in memory)
+Cost:   1T tokens. The authors needed about 3 days on 32 A100-80G.
+Result: the authors report a mean zero-shot accuracy of 46.3 on eight tasks (Table 10).
 """
 
 from ml_collections import ConfigDict
@@ -17,5 +17,5 @@ from mobilellm_jax.paper.architectures import MOBILELLM
 
 
 def get_config() -> ConfigDict:
-    """The paper's recipe is the default: 480k steps of 1024 sequences of 2048 tokens."""
+    """Returns the paper's recipe, the default: 480k steps of 1024 sequences of 2048 tokens."""
     return to_config_dict(Config(model=MOBILELLM["125m"], data=DataConfig(path="data/pretrain")))

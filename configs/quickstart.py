@@ -1,9 +1,9 @@
-"""A MobileLLM in miniature that a laptop trains in minutes: layer sharing, GQA, tied embeddings.
+"""Trains a small MobileLLM on a laptop in minutes: layer sharing, GQA, tied embeddings.
 
-Data:   made by `train` itself from the documentation that ships with Python (no download).
+Data:   `train` prepares the documentation that ships with Python (no download).
 Run:    mobilellm train --config=configs/quickstart.py --workdir=runs/quickstart
 Cost:   about three minutes on two CPU cores.
-Result: at most 2.0 bits per byte on the validation split, from 4.1.
+Result: the validation loss falls from 4.1 to at most 2.0 bits per byte.
 """
 
 from ml_collections import ConfigDict
@@ -12,10 +12,11 @@ from mobilellm_jax.config import to_config_dict
 
 
 def get_config() -> ConfigDict:
-    """Two unique blocks, each applied twice, and Muon, which makes the most of a million tokens.
+    """Returns a config with two unique blocks, each applied twice, and with Muon.
 
-    Two wide heads instead of four narrow ones: on a CPU attention costs by the head, not by its
-    width. `init_std` is the paper's 0.02 at the paper's widths; at 128 it would learn late.
+    Muon learns more than AdamW from a million tokens. The model has two wide heads, because on a
+    CPU two heads of 64 are faster than four heads of 32. The paper's `init_std` of 0.02 fits widths
+    from 576, and a model of width 128 learns faster from 0.06.
     """
     config = to_config_dict()
     config.model.update(

@@ -1,10 +1,10 @@
-"""The recipe of the paper's ablation grids at about 20M parameters; `sweep` sets the shapes.
+"""Trains the paper's ablation grids at about 20M parameters; `sweep` sets the shapes.
 
 Data:   mobilellm prepare --source="text:corpus/*.txt" --vocab_size=8192 --output=data/sweep_8192
 Run:    mobilellm sweep --grid=all --scale=small --seeds=3 --workdir=runs/small
-        (which reads --config=configs/sweep_small.py)
-Cost:   24 models x 3 seeds x 131M tokens, about 1,600 PFLOP: not run yet.
-Result: none yet.
+        (the default is --config=configs/sweep_small.py)
+Cost:   24 models x 3 seeds x 131M tokens, about 1,600 PFLOP.
+Result: we have not run this sweep yet.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from mobilellm_jax.config import to_config_dict
 
 
 def get_config() -> ConfigDict:
-    """AdamW as in the paper, 2000 steps of 65,536 tokens."""
+    """Returns the recipe: AdamW as in the paper, and 2000 steps of 65,536 tokens."""
     config = to_config_dict()
     config.model.update(vocab_size=8192, max_seq_len=1024, init_std=0.03)
     config.data.update(path="data/sweep_8192", seq_len=1024)

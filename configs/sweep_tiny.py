@@ -1,12 +1,12 @@
-"""The recipe of the paper's ablation grids at about 1.4M parameters; `sweep` sets the shapes.
+"""Trains the paper's ablation grids at about 1.4M parameters; `sweep` sets the shapes.
 
-Data:   made by `sweep` itself from the documentation that ships with Python (no download), or any
-        folder of `prepare` with a vocabulary of 2048.
+Data:   `sweep` prepares the documentation that ships with Python (no download). --config.data.path
+        can name another folder of `prepare` with a vocabulary of 2048.
 Run:    mobilellm sweep --grid=all --seeds=3 --parallel=2 --workdir=runs/tiny
-        (which reads --config=configs/sweep_tiny.py)
-Cost:   20 models x 3 seeds, 2.4 hours on two CPU cores by the trial's estimate.
-        All grids were run with half of the steps (--config.train.steps=200), depth_width with all.
-Result: docs/experiments.md.
+        (the default is --config=configs/sweep_tiny.py)
+Cost:   20 models x 3 seeds; the trial estimates 2.4 hours on two CPU cores.
+Result: docs/experiments.md has the results of depth_width, and of all grids with half of the steps
+        (--config.train.steps=200).
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,10 @@ from mobilellm_jax.config import to_config_dict
 
 
 def get_config() -> ConfigDict:
-    """AdamW as in the paper; `init_std` and the learning rate are for widths of about 100."""
+    """Returns the recipe: AdamW as in the paper, and 400 steps of 2,048 tokens.
+
+    `init_std` and the learning rate are chosen for widths of about 100.
+    """
     config = to_config_dict()
     config.model.update(vocab_size=2048, max_seq_len=256, init_std=0.06)
     config.data.update(path="data/python_docs_2048", source="python_docs", seq_len=256)

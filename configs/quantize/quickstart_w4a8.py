@@ -1,12 +1,13 @@
-"""The quickstart's model, trained a tenth longer for 4-bit weights and 8-bit activations.
+"""Trains the quickstart's model a tenth longer, for 4-bit weights and 8-bit activations.
 
-Data:   that of configs/quickstart.py, which is where the run starts from
+Data:   the data of configs/quickstart.py. The run starts from the model in runs/quickstart.
 Run:    mobilellm train --config=configs/quantize/quickstart_w4a8.py --workdir=runs/quickstart_w4a8
         mobilellm evaluate --checkpoint=runs/quickstart_w4a8 --quantize=w4a8 --perplexity=README.md
 Cost:   half a minute on two CPU cores.
-Result: validation loss in those levels 4.1874 before and 4.1776 after, where float32 is 4.1707: 58%
-        of what quantizing costs comes back (55% with other seeds). In groups of 128
-        (--config.quantize.scheme=w4a8g128) 4.1955 and 4.1789: 67%. Other rates: docs/decisions.md.
+Result: the quantized validation loss falls from 4.1874 to 4.1776. The float32 loss is 4.1707, so
+        the training recovers 58% of the loss from quantization (55% with other seeds). In groups of
+        128 (--config.quantize.scheme=w4a8g128), the loss falls from 4.1955 to 4.1789, which is 67%.
+        benchmarks/2026-11_design_measurements.md has the results of other learning rates.
 """
 
 import runpy
@@ -16,7 +17,10 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """A tenth of the steps at a fiftieth of the peak learning rate, which falls at the end only."""
+    """Returns the quickstart's config with a tenth of the steps and 1/50 of the peak learning rate.
+
+    The rate is constant after the warmup and falls over the last fifth of the steps.
+    """
     base = runpy.run_path(str(Path(__file__).parents[1] / "quickstart.py"))
     config: ConfigDict = base["get_config"]()
     config.quantize.scheme = "w4a8"
@@ -24,5 +28,5 @@ def get_config() -> ConfigDict:
     config.train.update(
         init_from="runs/quickstart", steps=56, eval_every=14, checkpoint_every=28, seed=1
     )
-    config.data.seed = 1  # other windows first than those that the run before saw first
+    config.data.seed = 1  # another order of windows than in the quickstart
     return config

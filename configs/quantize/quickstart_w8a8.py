@@ -1,12 +1,12 @@
-"""The quickstart's model, trained a tenth longer for 8-bit weights and 8-bit activations.
+"""Trains the quickstart's model a tenth longer, for 8-bit weights and 8-bit activations.
 
-Data:   that of configs/quickstart.py, which is where the run starts from
+Data:   the data of configs/quickstart.py. The run starts from the model in runs/quickstart.
 Run:    mobilellm train --config=configs/quantize/quickstart_w8a8.py --workdir=runs/quickstart_w8a8
         mobilellm evaluate --checkpoint=runs/quickstart_w8a8 --quantize=w8a8 --perplexity=README.md
 Cost:   half a minute on two CPU cores.
-Result: validation loss 4.1714 before and 4.1740 after, where float32 is 4.1707: 8 bits cost so
-        little that training has nothing to bring back. At this rate the float model would end at
-        4.1730.
+Result: the quantized validation loss rises from 4.1714 to 4.1740. The float32 loss is 4.1707, so
+        8 bits cost only 0.0007 nats and training has little to recover. At this learning rate, the
+        loss of the float32 model also rises, to 4.1730.
 """
 
 import runpy
@@ -16,7 +16,10 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """A tenth of the steps, at a 25th of the peak learning rate, to a hundredth of that."""
+    """Returns the quickstart's config with a tenth of the steps and 1/25 of the peak learning rate.
+
+    The rate falls to a hundredth of its peak.
+    """
     base = runpy.run_path(str(Path(__file__).parents[1] / "quickstart.py"))
     config: ConfigDict = base["get_config"]()
     config.quantize.scheme = "w8a8"
@@ -24,5 +27,5 @@ def get_config() -> ConfigDict:
     config.train.update(
         init_from="runs/quickstart", steps=56, eval_every=14, checkpoint_every=28, seed=1
     )
-    config.data.seed = 1  # other windows first than those that the run before saw first
+    config.data.seed = 1  # another order of windows than in the quickstart
     return config

@@ -1,4 +1,4 @@
-r"""Trains many models to compare them: grids of the paper, or values of your own, or both.
+r"""Trains many models to compare them: grids of the paper, your own values, or both.
 
   mobilellm sweep --grid=depth_width --workdir=runs/tiny --seeds=3
   mobilellm sweep --grid=all --workdir=runs/tiny --seeds=3 --parallel=2 --config.data.path=data/mine
@@ -13,7 +13,7 @@ First the command prints the number of runs, their parameters and FLOPs, and an 
 time. The estimate comes from a few steps of each model on this machine, or from --flops_per_sec.
 --plan stops there. Otherwise the runs start; the command asks no question.
 
-The same command resumes: it does not repeat finished runs, it resumes stopped runs and tries failed
+The same command resumes the sweep: it skips finished runs, resumes stopped runs, and tries failed
 runs again. More seeds or grids add runs. A row that several grids share is one run. Ctrl-C saves
 all runs. Each run is a folder in WORKDIR/runs, as `train` makes it, and its output is in
 WORKDIR/logs.
