@@ -6,8 +6,8 @@
 Both read the same Hugging Face directory and compute in float32 on the CPU. For each task, the
 script prints the number of requests, the largest difference between log-likelihoods, how many
 `is_greedy` and how many texts differ, and whether all metrics are equal. A text of several windows
-(wikitext) has a log-likelihood of thousands of nats, and a float32 sum keeps only seven digits of
-it. Such texts are also compared with float64, to show which of the two is more exact.
+(wikitext) has a log-likelihood of thousands of nats, and a float32 sum keeps only seven digits.
+Such texts are also compared with float64, to show which of the two is more exact.
 """
 
 import argparse

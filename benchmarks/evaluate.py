@@ -119,7 +119,7 @@ def main() -> None:
     for turn in range(-1, arguments.rounds):
         for name, score in contenders.items():
             if turn < 0 and name.startswith("hf"):
-                score(requests[:4])  # the harness compiles nothing; this only touches its memory
+                score(requests[:4])  # the harness does not compile; a few requests warm it up
                 continue
             started = time.perf_counter()
             scores[name] = score(requests)

@@ -11,12 +11,12 @@ our ratios to the other contenders.
 
     ours       generate with parameters that are prepared once
     eager      transformers.generate with its static cache
-    compiled   the same with a forward pass compiled by torch (needs a C++ compiler)
+    compiled   transformers.generate with torch.compile (needs a C++ compiler)
     llama.cpp  our GGUF export in --dtype with the default settings of llama.cpp (a float16 cache,
                fused attention at its choice); NumPy finds the likeliest token
 
-In float32, the script also compares our greedy tokens with the greedy tokens of the others. They
-may differ from the first place on where the two likeliest logits are closer than rounding errors.
+In float32, the script also compares our greedy tokens with the greedy tokens of the others. If the
+two highest logits are closer than rounding errors, the tokens may differ from this place on.
 """
 
 import argparse

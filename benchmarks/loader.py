@@ -74,7 +74,7 @@ def main() -> None:
             "plain": _ours(str(folder / "one"), arguments, boundaries="concat"),
         }
         if "torch" not in missing:
-            # A single file as in nanoGPT, which saves the search for the shard.
+            # nanoGPT also uses a single file, so the dataset does not search for the shard.
             whole = folder / "whole.bin"
             np.concatenate(
                 [np.fromfile(file, "<u2") for file in sorted((folder / "one").glob("*.tokens"))]

@@ -4,10 +4,10 @@
     python benchmarks/tpu_compile.py
     python benchmarks/tpu_compile.py --model=350m --topology=v6e:1x1 --remat=dots,full
 
-The script compiles the step of `train` once for each policy of remat. Cycles are libtpu's estimates
-of all instructions, multiplied by the repetitions of the loops around them. They leave out the
-attention kernels, which libtpu does not estimate. They can compare programs, but they do not give
-absolute times. "ms" is a prediction that adds the products of the kernels, at the share of the peak
+The script compiles the step of `train` once for each policy of `remat`. Cycles are libtpu's
+estimates of all instructions, multiplied by the repetitions of the loops around them. The cycles
+leave out the attention kernels, because libtpu does not estimate kernels. Cycles can compare
+programs, but they do not give absolute times. "ms" is a prediction that adds the products of the kernels, at the share of the peak
 that heads of this width can reach.
 """
 
@@ -28,8 +28,9 @@ from mobilellm_jax.train.metrics import peak_flops
 from mobilellm_jax.train.settling import mesh_of, settle
 
 _GIB = 2**30
-# Limits for a step of the 125M model with 8 rows on a v5e, which one policy must keep. Without
-# kernels, layouts and chunks the step took 482 M cycles and 10.9 GiB.
+# Limits for a step of the 125M model with 8 rows on a v5e. At least one policy must keep both
+# limits. Without attention kernels, layouts and loss chunks, the step took 482 M cycles and 10.9
+# GiB.
 _MOST_CYCLES, _MOST_TEMPORARIES = 320e6, 7 * _GIB
 
 
