@@ -7,8 +7,8 @@
 The script compiles the step of `train` once for each policy of `remat`. Cycles are libtpu's
 estimates of all instructions, multiplied by the repetitions of the loops around them. The cycles
 leave out the attention kernels, because libtpu does not estimate kernels. Cycles can compare
-programs, but they do not give absolute times. "ms" is a prediction that adds the products of the kernels, at the share of the peak
-that heads of this width can reach.
+programs, but they do not give absolute times. "ms" is a prediction that adds the products of the
+kernels, at the share of the peak that heads of this width can reach.
 """
 
 import argparse
