@@ -48,7 +48,6 @@ EXTRAS = {
     "data": DATA,  # parquet: sources, sources behind a URL, *.zst files
     "report": REPORT,  # mobilellm report, and loss.png of a run
     "tensorboard": [TENSORBOARD],  # event files of a run
-    "torch": [TORCH],  # import of pytorch_model.bin
     "beam": ["apache-beam>=2.70"],  # prepare --runner=beam; in an environment of its own
     "eval": [EVAL],  # evaluate --tasks
     "export": [  # formats for devices: writers and runtimes
