@@ -1,4 +1,4 @@
-"""Folders of token shards whose every token is known, and tokenizers of both kinds."""
+"""Fixtures: folders of token shards with known tokens, and tokenizers of both kinds."""
 
 import hashlib
 import logging
@@ -18,13 +18,13 @@ WriteTokens = Callable[..., shards.Dataset]
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """SentencePiece as `prepare` trains it, of 400 tokens."""
+    """Returns a SentencePiece tokenizer of 400 tokens, trained as `prepare` trains one."""
     return train_tokenizer(TEXTS, 400, tmp_path_factory.mktemp("trained") / "tokenizer.model")
 
 
 @pytest.fixture(scope="session")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer.json of 350 tokens."""
+    """Returns a tokenizer.json of 350 tokens."""
     return train_byte_level(TEXTS, 350, tmp_path_factory.mktemp("byte_level"))
 
 
@@ -32,8 +32,8 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def write_tokens(tmp_path: Path) -> WriteTokens:
     """Writes documents, given as lists of ids, and opens the folder.
 
-    `loss_masks` has, per split, a list of zeros and ones for each document; `sources` lists (spec,
-    weight, number of documents per split) where there are several.
+    `loss_masks` has, per split, a list of zeros and ones for each document. `sources` lists (spec,
+    weight, number of documents per split) for a folder of several sources.
     """
 
     def write(

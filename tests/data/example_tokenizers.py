@@ -16,7 +16,7 @@ TEXTS = [
 
 
 def train_byte_level(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """A GPT-2-like tokenizer.json, with truncation and padding left on by its maker."""
+    """Trains a GPT-2-like tokenizer.json that has truncation and padding turned on."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()

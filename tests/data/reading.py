@@ -1,4 +1,4 @@
-"""Reading whole sources, and pieces of them in a process of their own."""
+"""Helpers that read whole sources, and pieces of sources in a process of their own."""
 
 import json
 import multiprocessing
@@ -17,7 +17,7 @@ AnyDocument = Document | TokenDocument
 def read(
     source: Source, split: str = "train", on_bad: Callable[[BadLine], None] = stop
 ) -> list[AnyDocument]:
-    """The documents of all pieces, each piece as JSON would give it back."""
+    """Returns the documents of all pieces. Each piece has passed through JSON."""
     pieces = [Piece(**json.loads(json.dumps(vars(piece)))) for piece in source.pieces(split)]
     return [document for piece in pieces for document in source.documents(piece, on_bad)]
 
@@ -31,7 +31,7 @@ def texts(
 
 
 def read_piece(spec: str, scratch: Path, piece: Piece) -> tuple[list[AnyDocument], list[str]]:
-    """What a worker does; also returns the heavy packages that it had to import."""
+    """Does the work of a worker and returns the heavy packages that it had to import."""
     documents = list(open_source(spec, scratch).documents(piece, stop))
     heavy = {"jax", "fsspec", "pyarrow", "tensorflow_datasets", "zstandard"}
     return documents, sorted(heavy.intersection(sys.modules))
@@ -40,7 +40,7 @@ def read_piece(spec: str, scratch: Path, piece: Piece) -> tuple[list[AnyDocument
 def read_in_other_processes(
     sources: Sequence[tuple[str, Path]],
 ) -> Iterator[tuple[list[AnyDocument], set[str]]]:
-    """The same as `read`, every piece in a process that does nothing else."""
+    """Does the same as `read`, with a separate process for every piece."""
     for spec, scratch in sources:
         pieces = open_source(spec, scratch).pieces("train")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

@@ -1,7 +1,8 @@
-"""No token of a document reaches another one in its window: loader, segments, attention, logits.
+"""No token reaches another document in its window: loader, segments, attention, logits.
 
-For every implementation of attention that claims `documents`. Where its device is not at hand, the
-kernel itself runs interpreted, or its library's own reference with the kernel's arguments does.
+The tests cover every implementation of attention that claims `documents`. Without the device of an
+implementation, the tests run the kernel interpreted, or they give the kernel's arguments to the
+reference function of the kernel's library.
 """
 
 import functools
@@ -19,13 +20,13 @@ from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.model import attention_kernels
 from mobilellm_jax.model.transformer import Transformer, init_params
 
-SEQ_LEN = 128  # the shortest that every kernel takes
+SEQ_LEN = 128  # the shortest window that every kernel takes
 VOCABULARY = 64
 APART = [name for name, rules in ATTENTION.items() if rules.documents]
 
 
 def tokamax_reference(*arrays: Any) -> jax.Array:
-    with jax.numpy_rank_promotion("allow"):  # which Tokamax relies on
+    with jax.numpy_rank_promotion("allow"):  # Tokamax relies on this package
         return attention_kernels.tokamax(*arrays, implementation="xla")
 
 
@@ -65,7 +66,10 @@ def logits_of(attention: str, batch: dict[str, np.ndarray], segments: bool = Tru
 
 @pytest.fixture
 def window(write_tokens: Any) -> dict[str, np.ndarray]:
-    """Of five documents: the first began before the row, the last goes on after it, one has one."""
+    """Returns rows of five documents, one of which has a single token.
+
+    The first document began before the row. The last document continues after the row.
+    """
     rng = np.random.default_rng(0)
     lengths = (60, 150, 2, 30, 1, 17, 2, 80, 40)
     docs = [rng.integers(3, VOCABULARY, n).tolist() for n in lengths]
@@ -88,8 +92,9 @@ def test_no_token_reaches_another_document(
     monkeypatch.setattr(sys, "argv", sys.argv[:1])  # Tokamax parses it
     if attention in ELSEWHERE:
         monkeypatch.setitem(attention_kernels._KERNELS, attention, ELSEWHERE[attention])
-    # In row n token n is another one. All rows are compared with equal rows of an equal program,
-    # because the place of a row in a matrix product may decide the order of its sums.
+    # Row n has another token at place n. The test compares the rows with equal rows of an equal
+    # program, because the place of a row in a matrix product may decide the order of the row's
+    # sums.
     same = {name: np.repeat(array, SEQ_LEN, axis=0) for name, array in window.items()}
     changed = {name: array.copy() for name, array in same.items()}
     every = np.arange(SEQ_LEN)
@@ -99,12 +104,12 @@ def test_no_token_reaches_another_document(
     segments_T = window["segments"][0]
     own_BT = segments_T[:, None] == segments_T[None, :]
     assert not moved_BT[~own_BT].any()
-    # Within its document a token reaches itself and all that follow, and nothing before.
+    # Within its document, a token reaches itself and all later tokens, and no earlier token.
     np.testing.assert_array_equal(moved_BT, own_BT & (every[:, None] <= every[None, :]))
 
 
 def test_without_segments_it_would(window: dict[str, np.ndarray]) -> None:
-    """The test above can fail: positions alone keep nothing apart."""
+    """The test above can fail: positions alone do not separate documents."""
     changed = {name: array.copy() for name, array in window.items()}
     changed["tokens"][0, 0] = 3 + (changed["tokens"][0, 0] - 2) % 61
     before, after = (logits_of("xla", batch, segments=False) for batch in (window, changed))

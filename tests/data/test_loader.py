@@ -13,7 +13,7 @@ BOS, EOS = 1, 2
 
 
 def documents(*lengths: int) -> list[list[int]]:
-    """BOS, unique ids from 10 on, EOS."""
+    """Writes documents of BOS, unique ids from 10 on, and EOS."""
     ids = itertools.count(10)
     return [[BOS, *itertools.islice(ids, n), EOS] for n in lengths]
 
@@ -27,7 +27,7 @@ def masked(seq_len: int, **changes: Any) -> DataConfig:
 
 
 def naive_window(docs: list[list[int]], data: DataConfig, window: int) -> dict[str, list[Any]]:
-    """One row, written token by token from the definition."""
+    """Writes one row, token by token, from the definition."""
     stream = [
         (number, token, at == 0) for number, d in enumerate(docs) for at, token in enumerate(d)
     ]
@@ -152,10 +152,10 @@ def test_training_rows_are_the_naive_windows_in_another_order(write_tokens: Any,
 
 @pytest.mark.parametrize("make", [concat, masked])
 def test_the_order_depends_on_the_sample_index_alone(write_tokens: Any, make: Any) -> None:
-    """Any start, any batch size, any split into hosts' rows, past the ends of epochs."""
+    """Tests any start, any batch size and any split into hosts' rows, past the ends of epochs."""
     dataset = write_tokens(train=documents(20, 3, 17, 40, 1), shard_tokens=30)
     data = make(6, seed=7)
-    assert windows_per_epoch(dataset, "train", 6) == 15  # no batch below divides an epoch
+    assert windows_per_epoch(dataset, "train", 6) == 15  # no batch size below divides an epoch
 
     def rows(first: int, batch: int, count: int, part: slice | None = None) -> list[Any]:
         batches = train_batches(

@@ -1,4 +1,4 @@
-"""The order of batches: one for any number of hosts, any stop and any start, over epoch wraps."""
+"""The order of batches is the same for any number of hosts, any stop and any start."""
 
 import hashlib
 import itertools
@@ -25,7 +25,7 @@ def documents(seed: int, count: int) -> list[list[int]]:
 
 @pytest.fixture(params=["folder", "mixture"])
 def mixture(request: pytest.FixtureRequest, write_tokens: Any, tmp_path: Path) -> Mixture:
-    """Of few windows, of which no batch divides an epoch: 8,000 samples are many epochs of each."""
+    """Folders of few windows: 8,000 samples are many epochs, and no batch size divides an epoch."""
     write_tokens(name="a", train=documents(0, 71), shard_tokens=300)
     other = documents(1, 11)
     masks = [[n % 3 > 0 for n in range(len(document))] for document in other]
@@ -36,13 +36,13 @@ def mixture(request: pytest.FixtureRequest, write_tokens: Any, tmp_path: Path) -
 
 
 def hosts_rows(hosts: int) -> list[slice]:
-    """The rows of each of `hosts` processes, as `sharding.local_rows` divides them."""
+    """Returns the rows of each of `hosts` processes, as `sharding.local_rows` divides them."""
     size = GLOBAL_BATCH // hosts
     return [slice(host * size, (host + 1) * size) for host in range(hosts)]
 
 
 def digests(mixture: Mixture, first_batch: int, count: int, hosts: int = 1) -> list[str]:
-    """A checksum per global batch, put together from what each host reads for itself."""
+    """Returns a checksum per global batch, joined from the rows that each host reads."""
     parts = [
         train_batches(
             mixture,
@@ -66,7 +66,7 @@ def _digest(of_hosts: Sequence[dict[str, Any]]) -> str:
 
 
 def runs(mixture: Mixture, stops: Sequence[int], hosts: Iterator[int]) -> list[str]:
-    """A run that is stopped before these batches, each part on the next number of hosts."""
+    """Stops a run before these batches and continues with the next number of hosts."""
     borders = [0, *stops, BATCHES]
     return [
         digest
@@ -85,7 +85,8 @@ def test_a_thousand_batches_on_any_hosts_with_any_stops(mixture: Mixture) -> Non
         for component in mixture.components
     ]
     assert all(w % GLOBAL_BATCH for w in windows), "epochs end within batches"
-    # In the first epoch, about its end, and after many, a different number of hosts each time.
+    # Test the first epoch, the end of that epoch, and a late epoch, each with another number of
+    # hosts.
     wrap = windows[0] // GLOBAL_BATCH
     stops = [1, 2, wrap - 1, wrap, wrap + 1, wrap + 2, 3 * wrap + 5, 500, 501, 999]
     assert stops == sorted(set(stops))
@@ -99,7 +100,7 @@ def test_any_step_is_a_start(mixture: Mixture) -> None:
 
 
 def test_a_lone_folder_keeps_its_order(write_tokens: Any) -> None:
-    """Runs under way rely on it: sample i is window permuted(i mod W) of epoch i // W."""
+    """Existing runs rely on this order: sample i is window permuted(i mod W) of epoch i // W."""
     dataset = write_tokens(train=[list(range(10, 10 + 89))])
     windows = windows_per_epoch(dataset, "train", 4)
     assert windows == 22

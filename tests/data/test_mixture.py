@@ -1,4 +1,4 @@
-"""Mixtures: the text that names them, their exact proportions, and every component's coverage."""
+"""Tests the text that names mixtures, the exact proportions, and each component's coverage."""
 
 import hashlib
 import itertools
@@ -17,7 +17,7 @@ from mobilellm_jax.data.mixture import Mixture, mixture_of, open_mixture, split_
 
 
 def documents(first_id: int, *lengths: int) -> list[list[int]]:
-    """BOS, unique ids, EOS."""
+    """Writes documents of BOS, unique ids and EOS."""
     ids = itertools.count(first_id)
     return [[1, *itertools.islice(ids, n), 2] for n in lengths]
 
@@ -40,7 +40,7 @@ def three(write_tokens: Any, tmp_path: Path) -> str:
 
 
 def component_of(row: Any) -> int:
-    """From the ids: 1 and 2 are BOS and EOS, 0 is padding."""
+    """Computes windows from the ids: 1 is BOS, 2 is EOS, 0 is padding."""
     return int(max(row)) % 500 // 100 - 1
 
 
@@ -115,7 +115,7 @@ def test_sources_with_weights_are_components(write_tokens: Any, tmp_path: Path) 
 def test_each_component_covers_its_targets_once_per_epoch(
     three: str, epochs: int, boundaries: Any
 ) -> None:
-    """Component c reaches the end of epoch E at its sample E * W, wherever that is in the run."""
+    """Component c reaches the end of epoch E at its sample E * W, anywhere in the run."""
     mixture = open_mixture(three)
     data = DataConfig(seq_len=5, seed=1, boundaries=boundaries)
     windows = [
@@ -139,7 +139,7 @@ def test_each_component_covers_its_targets_once_per_epoch(
 
 
 def test_components_have_orders_of_their_own(write_tokens: Any, tmp_path: Path) -> None:
-    """Equal folders are not read in step, nor in step with the blocks."""
+    """Two equal folders are read in different orders, and neither order follows the blocks."""
     for name in "ab":
         write_tokens(name=name, train=documents(100, 200))
     mixture = open_mixture(f"{tmp_path}/a:1,{tmp_path}/b:1")
@@ -232,7 +232,7 @@ def test_an_existing_folder_is_a_folder_whatever_its_name(tmp_path: Path) -> Non
     for name in ("web:0.7", "a:0.5,b:0.5"):
         (tmp_path / name).mkdir()
         assert split_path(f"{tmp_path}/{name}") == [(tmp_path / name, 1)]
-    # In a mixture the last colon divides.
+    # The last colon in a mixture separates the weight.
     assert split_path(f"{tmp_path}/web:0.7:3,x:1") == [(tmp_path / "web:0.7", 3), (Path("x"), 1)]
     assert split_path("none:0.7") == [(Path("none"), Fraction(7, 10))]
     assert split_path("no:such") == [(Path("no:such"), 1)]

@@ -45,12 +45,12 @@ def test_streams_are_orders_of_their_own() -> None:
 
 
 def test_images_are_spread_evenly() -> None:
-    """Over many keys each of 5 indices takes each of 5 places about equally often."""
+    """Over many keys, each of 5 indices takes each of 5 places about equally often."""
     keys = 1000
     counts_55 = np.zeros((5, 5))
     for epoch in range(keys):
         counts_55[np.arange(5), permuted(np.arange(5), 5, seed=0, epoch=epoch)] += 1
-    # The standard deviation of each count is sqrt(1000 * 0.2 * 0.8) = 13; allow five.
+    # The standard deviation of each count is sqrt(1000 * 0.2 * 0.8) = 13. The test allows five.
     assert np.abs(counts_55 - keys / 5).max() < 65
 
 
@@ -58,12 +58,12 @@ def test_neighbours_are_torn_apart() -> None:
     image_W = permuted(np.arange(10_000), 10_000, seed=0, epoch=0)
     rank_correlation = np.corrcoef(np.arange(10_000), image_W)[0, 1]
     assert abs(rank_correlation) < 0.05  # five standard deviations of 1/sqrt(n)
-    # Neighbouring images differ by one about twice in a random order, never 10 times.
+    # In a random order, neighbouring images differ by one about twice, never 10 times.
     assert (np.abs(np.diff(image_W)) == 1).sum() < 12
 
 
 def _splitmix64(value: int) -> int:
-    """The finaliser in Python's own integers."""
+    """Computes the finaliser in Python's integers."""
     mask = 2**64 - 1
     value = (value + 0x9E3779B97F4A7C15) & mask
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
@@ -99,7 +99,7 @@ def test_equals_the_same_network_in_plain_integers(
 
 
 def test_the_order_never_changes() -> None:
-    """Runs under way rely on it; a change here makes every checkpoint's data position a lie."""
+    """Existing runs rely on these values: a change makes the data position of checkpoints wrong."""
     assert permuted(np.arange(10), 10, seed=0, epoch=0).tolist() == [
         _image(i, 10, 0, 0) for i in range(10)
     ]

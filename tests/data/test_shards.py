@@ -13,7 +13,7 @@ STREAM = [token for document in DOCUMENTS for token in document]
 
 
 def test_files_hold_what_the_layout_says(write_tokens: Any) -> None:
-    """Read raw: documents end their shard once it holds 6 tokens."""
+    """Reads the shards raw. A document ends its shard once the shard holds 6 tokens."""
     path = write_tokens(train=DOCUMENTS, shard_tokens=6).path
     assert {file.name for file in path.iterdir()} == {
         "manifest.json",

@@ -50,7 +50,7 @@ def test_the_loss_mask_of_every_range(write_tokens: Any, shard_tokens: int) -> N
 def test_more_shards_than_the_process_may_open(
     write_tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The soft limit is raised as far as it goes; then shards are mapped anew when needed."""
+    """The soft limit is raised to the maximum. Beyond that, shards are mapped again when needed."""
     documents = [[1, 10 + i, 2] for i in range(400)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     monkeypatch.setattr(token_stream, "_FILES_LEFT_FREE", 60)

@@ -8,7 +8,7 @@ from mobilellm_jax.data import shards
 from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.storage import sealing
 
-# Shards of 8 tokens in two documents, and of 4 in one.
+# One folder has shards of 8 tokens in two documents, one has shards of 4 tokens in one document.
 DOCUMENTS = [[1, 5, 6, 2], [1, 7, 8, 2], [1, 9, 9, 2]]
 MASKS = [[1, 1, 0, 1]] * 3
 FIRST = "train-00000-of-00002"
@@ -25,7 +25,7 @@ def dataset(write_tokens: Any) -> shards.Dataset:
 
 
 def replaced(dataset: shards.Dataset, suffix: str, values: list[int]) -> shards.Dataset:
-    """The folder with another array in its first shard, and its checksum in the manifest."""
+    """Replaces an array in the first shard, and the checksum of the array in the manifest."""
     file, manifest = dataset.path / f"{FIRST}.{suffix}", dataset.path / "manifest.json"
     before = hashlib.sha256(file.read_bytes()).hexdigest()
     np.array(values, ARRAYS[suffix]).tofile(file)
@@ -40,7 +40,7 @@ def test_a_whole_folder_is_right_in_chunks_of_any_size(
     verify_files(dataset)
     monkeypatch.setattr(sealing, "BLOCK_BYTES", 8)
     verify_files(dataset)
-    # The last chunk counts as well.
+    # The last chunk is checked as well.
     file = dataset.path / f"{FIRST}.tokens"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -1,4 +1,4 @@
-"""Parts and shards written from lists of ids, with NumPy and nothing else."""
+"""Helpers that write parts and shards from lists of ids, with only NumPy."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ def write_part(
     dtype: str = "<u2",
     loss_masks: Mapping[str, Documents] | None = None,
 ) -> Part:
-    """Writes a part with nothing but NumPy; every token has three bytes of text."""
+    """Writes a part with only NumPy. Every token stands for three bytes of text."""
     folder.mkdir(exist_ok=True)
     counts, loss_masks = {}, loss_masks or {}
     for split, documents in splits.items():

@@ -119,7 +119,7 @@ def test_sources_and_what_was_left_out(prepared: Prepared) -> None:
         ["3", "are", "from"],
         ["1", "are", "from"],
     ]
-    # Names as long as a test's folder aside.
+    # Ignore names as long as a test's folder.
     assert max(len(line) for line in lines if str(prepared.folder.parent) not in line) <= 100
 
 
@@ -152,7 +152,7 @@ def test_a_mixture_of_folders(prepared: Prepared, trained: Tokenizer, tmp_path: 
 
 
 def test_unknown_tokens_and_four_bytes_per_id(tmp_path: Path) -> None:
-    """Ids of a vocabulary too large for two bytes, encoded by others."""
+    """Writes ids of a vocabulary that is too large for two bytes."""
     tokenizer = tmp_path / "tokenizer.json"
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 70_000)}}
     special = [{"id": i, "content": token, "special": True} for token, i in vocabulary.items()][:3]

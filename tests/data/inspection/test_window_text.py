@@ -42,8 +42,8 @@ def test_a_window_of_everything(
         f"-- positions {start} to {start + length - 1}"
         for start, length in zip(starts, lengths, strict=True)
     ]
-    # A document's first token is no target where documents do not see each other; the window's
-    # first token is none of its targets at all.
+    # Where documents do not see each other, the first token of a document is never a target. The
+    # first token of a window is never a target.
     bos = "⟨BOS⟩" if boundaries == "concat" else "⟦⟨BOS⟩⟧"
     targets = total - 1 if boundaries == "concat" else total - 4
     assert without_rulers(lines) == [
@@ -66,7 +66,7 @@ def test_a_window_of_everything(
 def test_windows_of_one_epoch_add_up_to_the_text(
     kind: str, write_tokens: WriteTokens, request: pytest.FixtureRequest
 ) -> None:
-    """Also the space before a word with which a window begins."""
+    """The space before the first word of a window is shown too."""
     tokenizer = request.getfixturevalue(kind)
     text = "The quick brown fox jumps over the lazy dog. It did so many times. " * 4
     documents = encoded(tokenizer, [text])

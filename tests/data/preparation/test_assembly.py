@@ -1,4 +1,4 @@
-"""The shards follow from the documents, not from how they are divided into parts."""
+"""The shards do not depend on how the documents are divided into parts."""
 
 import random
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.data.token_folders import assemble_all, write_part
 
 
 def expected_shards(documents: list[list[int]], shard_tokens: int) -> list[list[list[int]]]:
-    """Document by document, from the definition."""
+    """Computes the shards document by document from the definition."""
     shards: list[list[list[int]]] = []
     open_shard: list[list[int]] = []
     for document in documents:
@@ -62,7 +62,7 @@ def test_random_parts_make_the_expected_shards(tmp_path: Path, seed: int) -> Non
 
 @pytest.mark.parametrize("stop_after", range(6))
 def test_an_interrupted_assembly_goes_on(tmp_path: Path, stop_after: int) -> None:
-    """Parts before the first that is needed may be gone by then."""
+    """Assembly works when the parts before the first needed part have been deleted."""
     documents = [[part, i] * (1 + i) for part in range(4) for i in range(5)]
     parts = [
         write_part(tmp_path / "parts", n, {"train": documents[5 * n : 5 * n + 5]}) for n in range(4)

@@ -1,4 +1,4 @@
-"""Beam writes what the local runner writes; only launch/test_beam.sh has Beam."""
+"""Beam writes the same files as the local runner. Only launch/test_beam.sh installs Beam."""
 
 import importlib.util
 import json

@@ -14,7 +14,7 @@ DIGESTS = 1 << 64
 
 
 class Listed(Source):
-    """Texts in pieces; remembers which pieces were read."""
+    """A source of texts in pieces that remembers which pieces were read."""
 
     def __init__(self, pieces: Sequence[Sequence[str]], splits: tuple[str, ...] = ("train",)):
         super().__init__("listed")

@@ -64,7 +64,7 @@ def test_tokens_get_the_bos_and_eos_that_they_lack(tmp_path: Path, tokenizer: To
 
 
 def test_a_loss_mask_goes_along(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """EOS is a target where the last token is; documents without a mask are targets throughout."""
+    """EOS is a target if the last token is one. Every token of an unmasked document is a target."""
     rows = [
         {"token_ids": [7, 8, 9]},
         {"token_ids": [7, 8, 9], "loss_mask": [0, 1, 1]},

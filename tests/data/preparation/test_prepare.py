@@ -33,13 +33,13 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def given(corpus: Path, tmp_path: Path) -> Tokenizer:
-    """A tokenizer of the user's own, with another name than ours."""
+    """`prepare` accepts a user's tokenizer file of any name."""
     texts = [file.read_text() for file in sorted(corpus.glob("[0-3]*.txt"))]
     return train_tokenizer(texts, 290, tmp_path / "mine.model")
 
 
 def texts_in(folder: Path, split: str) -> list[str]:
-    """The documents of a split, read with nothing but NumPy and raw SentencePiece."""
+    """Reads the documents of a split with only NumPy and raw SentencePiece."""
     raw = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     found = []
     for tokens in sorted(folder.glob(f"{split}-*.tokens")):
@@ -66,7 +66,7 @@ def test_every_document_comes_back_from_the_disk(corpus: Path, tmp_path: Path) -
     train, validation = texts_in(output, "train"), texts_in(output, "validation")
     assert sorted(train + validation) == sorted(files)
     assert train == [text for text in files if text in train]  # in order
-    assert 2 <= len(validation) <= 16  # 8 expected, standard deviation 2.6
+    assert 2 <= len(validation) <= 16  # the expected number is 8, the standard deviation 2.6
     assert len(manifest.splits["train"].shards) > 2
     for name, texts in (("train", train), ("validation", validation)):
         split = manifest.splits[name]
@@ -124,7 +124,7 @@ def test_python_docs_keep_their_own_split(
     held_out = {text for name, text in docs if python_docs.split_of(name) == "validation"}
     assert 0 < len(held_out) < 60
     assert set(texts_in(tmp_path / "data", "validation")) == held_out
-    # A single file is not held out where there is validation text already.
+    # `prepare` holds out no part of a single file if there is validation text already.
     assert {n: c.documents for n, c in manifest.sources[1].splits.items()} == {"train": 1}
     sources = ["python_docs", f"text:{corpus}/0*.txt"]
     half = prepare(sources, tmp_path / "half", vocab_size=295, validation_fraction=0.5)

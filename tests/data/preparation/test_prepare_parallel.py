@@ -1,4 +1,4 @@
-"""Workers, kills and restarts change nothing in what `prepare` writes."""
+"""Workers, kills and restarts do not change the files that `prepare` writes."""
 
 import json
 import os
@@ -93,7 +93,8 @@ def test_killed_at_ten_random_moments(corpus: Path, tmp_path: Path) -> None:
     while kills < 10:
         process = start(output)
         before = len(list(work.glob("parts/*.json")))
-        # At any moment, and, since imports take half of the time, every other one among the parts.
+        # Kill at a random moment. Imports take half of the time, so every second kill comes among
+        # the parts.
         moment = whole_sec * rng.uniform(0.1, 1.0)
         if kills % 2:
             while process.poll() is None and len(list(work.glob("parts/*.json"))) <= before:
@@ -124,7 +125,7 @@ def test_killed_at_ten_random_moments(corpus: Path, tmp_path: Path) -> None:
 def test_an_interrupted_start_goes_on_with_its_parts(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
 ) -> None:
-    """What is complete is not encoded again, and other settings or sources do not get mixed in."""
+    """A restart encodes no complete part again, and refuses other settings or sources."""
     monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 8_000)
     prepare(specs(corpus), tmp_path / "whole", workers=1, **SETTINGS)
     encode = prepare_module.encode_pieces
@@ -193,7 +194,7 @@ def test_bad_lines_stop_or_are_listed(
     workers: int,
     log_lines: list[str],
 ) -> None:
-    """Whoever starts again with --on_bad_line=skip keeps what was encoded before the bad line."""
+    """A restart with --on_bad_line=skip keeps the parts that were encoded before the bad line."""
     monkeypatch.setattr("mobilellm_jax.data.sources.source.PIECE_BYTES", 5_000)
     file = corpus / "b.jsonl"
     lines = file.read_text("utf-8").split("\n")

@@ -10,7 +10,7 @@ from mobilellm_jax.data.preparation import workers
 
 def test_a_start_waits_for_the_workers_of_the_one_before(tmp_path: Path) -> None:
     lock = tmp_path / "workers.lock"
-    workers.wait_for_workers(lock)  # nobody holds it
+    workers.wait_for_workers(lock)  # no process holds the lock
     with lock.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_SH)
         ended: list[float] = []

@@ -1,4 +1,4 @@
-"""Whose the folder of a preparation is, and when what lies there is gone on from."""
+"""Tests of who owns the folder of a preparation, and when a start continues from its content."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def names(work: Path) -> set[str]:
 
 
 def interrupted(work: Path, **settings: Any) -> None:
-    """Leaves the folder of a start that was ended after its first part."""
+    """Leaves the folder of a start that was stopped after its first part."""
     with pytest.raises(KeyboardInterrupt), working_folder(work, SETTINGS | settings):
         (work / "parts" / "0.train.tokens").write_bytes(b"12")
         (work / "parts" / ".1.train.tokens.4711").write_bytes(b"1")
@@ -41,7 +41,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     ):
         pytest.fail("the folder of other settings was taken")
     assert "parts/0.train.tokens" in names(work)
-    # What was read without a bad line is what skipping them would have read.
+    # A part that was read without a bad line is the same with --on_bad_line=skip.
     with working_folder(work, SETTINGS | {"on_bad_line": "skip"}):
         assert "parts/0.train.tokens" in names(work)
 
@@ -67,7 +67,8 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             working_folder(work, SETTINGS),
         ):
             pytest.fail("two had it at once")
-        assert work.is_dir()  # the second one's error takes nothing from the first
+        # the error of the second start does not release the first start's lock
+        assert work.is_dir()
 
 
 def test_a_setting_that_was_not_known_then_is_a_difference() -> None:

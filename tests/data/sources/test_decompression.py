@@ -1,4 +1,4 @@
-"""What was compressed comes back in chunks that memory holds; damage is said where it is."""
+"""Decompression yields chunks that fit in memory, and an error names the damaged place."""
 
 import gzip
 import io

@@ -23,7 +23,7 @@ SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"any"
 
 @pytest.fixture
 def memory() -> Iterator[MemoryFileSystem]:
-    """fsspec's file system in this process' memory, empty."""
+    """Returns an empty fsspec file system in the memory of this process."""
     filesystem = fsspec.filesystem("memory")
     filesystem.store.clear()
     yield filesystem
@@ -184,7 +184,7 @@ def test_a_file_that_changed_is_not_read(tmp_path: Path, prefix: str) -> None:
 
 
 def random_content(rng: random.Random) -> bytes:
-    """Lines of lengths that lie on both sides of a piece's, many of them empty."""
+    """Writes lines shorter and longer than a piece, many of them empty."""
     lines = [rng.randbytes(rng.choice([0, 0, 1, 5, 90])) for _ in range(rng.randrange(12))]
     return b"\n".join(line.replace(b"\n", b".") for line in lines) + rng.choice([b"", b"\n"])
 

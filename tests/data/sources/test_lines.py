@@ -22,7 +22,7 @@ def lines_of(values: list[Any], *, ascii_only: bool = True) -> bytes:
 
 
 def bad_lines(spec: str) -> tuple[list[Any], list[BadLine]]:
-    """What is read, and what is left out."""
+    """Tests of the lines that are read, and of the lines that are left out."""
     bad: list[BadLine] = []
     return [d[1] for d in read(open_source(spec, Path()), on_bad=bad.append)], bad
 
@@ -84,7 +84,7 @@ def random_line(rng: random.Random) -> bytes:
 
 
 def random_corpus(rng: random.Random) -> tuple[bytes, list[str], list[tuple[int, int]]]:
-    """Content, the texts in it, and (line, offset) of the lines that are no JSON."""
+    """File content, the texts in it, and (line, offset) of the lines that are not JSON."""
     content, found, wrong = rng.choice([b"", BYTE_ORDER_MARK]), [], []
     for number in range(1, rng.randrange(14) + 1):
         kind = rng.random()
@@ -146,7 +146,7 @@ FAULTS = {
     '{"é": "a" "b"}'.encode(): (11, "is not JSON (Expecting ',' delimiter at character 11)"),
     b'{"text": "a"} {}': (14, "is not JSON (Extra data at character 15)"),
     b'{"text": "\xe9"}': (10, "byte 0xe9 is not UTF-8 (invalid continuation byte); convert"),
-    # Python's json alone would take a surrogate written as UTF-8.
+    # Python's json module alone would accept a surrogate written as UTF-8.
     b'{"text": "\xed\xa0\x80"}': (10, "byte 0xed is not UTF-8"),
     b'{"text": "a\\ud800b"}': (0, "character 2 of the text is a lone surrogate (U+D800)"),
     b'{"text": 1%s}' % (b"0" * 5000): (0, "is not JSON that can be read (Exceeds the limit"),

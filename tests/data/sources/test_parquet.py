@@ -49,7 +49,7 @@ def test_pieces_together_have_every_row_once(
 
 
 def test_small_row_groups_share_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the bytes of all columns, and not by what compression makes of them."""
+    """Pieces are divided by the uncompressed bytes of all columns, not by the compressed bytes."""
     values = [letter * 1000 for letter in "abcdefgh"]
     write(
         tmp_path / "a",
@@ -139,7 +139,8 @@ def test_what_is_no_parquet_file(tmp_path: Path) -> None:
     "damaged",
     [
         b"%\x02\x18\x04\x80ext%",  # a name that is not UTF-8
-        b"%\x00\x18\x04text%",  # three of which the footer's part about a column aborts PyArrow 26
+        # for three of these footers, the part about a column aborts PyArrow 26
+        b"%\x00\x18\x04text%",
         b"%\x01\x18\x04text%",
         b"&\x02\x18\x04text%",
     ],
@@ -166,7 +167,7 @@ def test_rows_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_footers_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`prepare` asks for the pieces several times; a footer may lie behind a network."""
+    """`prepare` asks for the pieces several times, and a footer may be read over a network."""
     write(tmp_path / "a", ["one"])
     source = open_source(f"parquet:{tmp_path}/a", tmp_path)
     pieces = source.pieces("train")

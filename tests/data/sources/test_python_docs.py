@@ -101,10 +101,10 @@ def test_the_dataset_holds_every_document_once_and_writes_nowhere_else(
 
 
 def test_the_split_is_fixed() -> None:
-    """sha256 of the id: known values, which no release may change."""
+    """The split uses the sha256 of the id. No release may change these known values."""
     names = [f"module/{i}" for i in range(1000)]
     held_out = [name for name in names if python_docs.split_of(name) == "validation"]
-    assert 30 < len(held_out) < 70  # 50 expected, standard deviation 7
+    assert 30 < len(held_out) < 70  # the expected number is 50, the standard deviation 7
     assert python_docs.split_of("topic/while") == "train"
     assert held_out[:3] == ["module/7", "module/44", "module/68"]  # printf ID | sha256sum
 
@@ -121,7 +121,7 @@ def test_a_python_without_topics_or_sources(stdlib: Path) -> None:
 
 
 def test_the_real_topics() -> None:
-    """The parsed topics are the ones that Python's own help() shows."""
+    """The parsed topics are the topics that Python's own help() shows."""
     from pydoc_data.topics import topics
 
     found = python_docs.documents(python_docs.standard_library())

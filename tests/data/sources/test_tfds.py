@@ -49,7 +49,7 @@ class RiverTensors(RiverNotes):
 
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What TFDS_DATA_DIR would have set before the start."""
+    """Sets the folder that TFDS_DATA_DIR would have set before the start."""
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
     return tmp_path / "tfds"
 
@@ -135,7 +135,7 @@ def test_text_that_is_not_utf8_is_a_bad_record(data_dir: Path) -> None:
     ((name, text),) = read(source, on_bad=bad.append)
     (only,) = bad
     assert text == "Po"
-    # TFDS has its own order.
+    # TFDS orders the examples in its own way.
     assert {name, f"{only.file}, record {only.line}"} == {
         f"tfds:river_notes:test, record {i}" for i in (1, 2)
     }
@@ -166,7 +166,7 @@ def test_tfds_that_cannot_be_read(
 
 
 def test_tfds_files_without_their_code(data_dir: Path) -> None:
-    """Built elsewhere, then copied: this program does not know the builder."""
+    """The dataset was built elsewhere and then copied. This program does not know the builder."""
     built(data_dir, "river_notes", renamed_to="lake_notes")
     source = open_source("tfds:lake_notes", data_dir)
     assert source.splits() == ("train", "validation")
@@ -198,7 +198,7 @@ def built(data_dir: Path, name: str, *, renamed_to: str) -> Path:
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    """Makes `import package` fail as if it were not installed, whether it is or not."""
+    """Makes `import package` fail as if the package were not installed."""
     real = builtins.__import__
 
     def refuse(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""decode(encode(text)) == text, whatever the text, for both kinds of tokenizer."""
+"""For both kinds of tokenizer and any text, decode(encode(text)) == text."""
 
 import random
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_no_text_is_lost(kind: str, text: str, request: pytest.FixtureRequest) -
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_texts_come_back(kind: str, seed: int, request: pytest.FixtureRequest) -> None:
-    """Every seed has its own alphabet: few characters, so that odd neighbours do meet."""
+    """Every seed has a small alphabet of its own, so that rare neighbours do meet."""
     tokenizer = request.getfixturevalue(kind)
     rng = random.Random(seed)
     points = [c for c in range(0x11_0000) if not 0xD800 <= c <= 0xDFFF]
@@ -105,7 +105,7 @@ def test_a_lone_surrogate_is_refused(
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    """All of `python_docs`, training and validation."""
+    """Returns all of `python_docs`, training and validation."""
     return [text for _, text in python_docs.documents(python_docs.standard_library())]
 
 

@@ -15,7 +15,7 @@ def test_training_is_deterministic(trained: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_long_lines_take_part_in_training(tmp_path: Path) -> None:
-    """SentencePiece would skip a line of this length without a word."""
+    """SentencePiece would silently skip a line of this length."""
     words = ["aardvark", "zymurgy", "quixotic"]
     line = " ".join(random.Random(0).choices(words, k=20_000))
     tokenizer = train_tokenizer([line], 300, tmp_path / "tokenizer.model")
