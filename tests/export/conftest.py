@@ -19,7 +19,7 @@ from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.model.transformer import Transformer, init_params
 
-torch.set_num_threads(1)  # two pools of threads on one machine wait for each other
+torch.set_num_threads(1)  # two thread pools on one machine would wait for each other
 VOCAB = 320
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind.",
@@ -74,7 +74,7 @@ def shapes(config: ModelConfig):
 
 
 def random_params(config: ModelConfig, scale: float = 1.0):
-    """The standard initialisation, matrices times `scale`, but no two norms alike."""
+    """Returns standard initial matrices times `scale`, and norms that all differ."""
     rng = np.random.default_rng(3)
 
     def values(path, leaf):

@@ -1,4 +1,4 @@
-"""The JAX model behind the interface of a runtime, for tests of what uses one."""
+"""Wraps the JAX model in the interface of a runtime, for tests that need a runtime."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from mobilellm_jax.model.transformer import Params, Transformer
 
 
 class JaxRuntime:
-    """Reads and appends through a cache, in float32."""
+    """Reads and appends tokens through a cache, in float32."""
 
     def __init__(self, config: ModelConfig, params: Params) -> None:
         self._config = dataclasses.replace(config, compute_dtype="float32")

@@ -1,4 +1,4 @@
-"""What a program with room for so many tokens has to do, whichever runtime it is for."""
+"""Checks a program with room for a fixed number of tokens, for any runtime."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ TOLERANCE = 2e-4  # of the largest logit, as formats.EXACT has it: sums in anoth
 
 
 def read_and_append(runtime: Runtime, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns logits [T, V] twice: of all tokens read at once, and one by one by the cache."""
+    """Returns logits [T, V] twice: for all tokens at once, and for single tokens with the cache."""
     at_once_TV = runtime.read(tokens)
     steps = [runtime.read(tokens[:1])[0], *(runtime.append(token) for token in tokens[1:])]
     return at_once_TV, np.stack(steps)
@@ -26,7 +26,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 def assert_all_of_the_room_is_exact(
     artifact: Artifact, tokens: Sequence[int], logits_TV: np.ndarray
 ) -> None:
-    """Read at once and by the cache up to its end, and not a token further."""
+    """Checks that both ways of reading work up to the limit and refuse one token more."""
     runtime, room = artifact.load(), len(tokens)
     for found_TV in read_and_append(runtime, tokens):
         assert_close(found_TV, logits_TV)
@@ -45,7 +45,9 @@ def assert_nothing_stays_of_the_sequence_before(
     lengths: Sequence[int],
     appended: int,
 ) -> None:
-    """The second sequence, so many tokens of it and some more by the cache, after the first."""
+    """Reads a part of the second sequence, then more tokens with the cache, after the first
+    sequence.
+    """
     runtime = artifact.load()
     runtime.read(tokens[0])
     for length in lengths:

@@ -1,6 +1,6 @@
-"""The models that a format for devices is tried with: fields of `tiny`, by name."""
+"""The models that every device format is tested with, as fields of `tiny`, by name."""
 
-SCALE = 6.0  # of random matrices, so that logits are as large as a trained model's
+SCALE = 6.0  # random matrices of this scale give logits as large as a trained model's
 
 SHAPES: dict[str, dict[str, object]] = {
     "immediate": {"num_repeats": 2, "sharing": "immediate"},

@@ -1,4 +1,4 @@
-"""Exported folders: only those that are whole are opened."""
+"""The package opens an exported folder only if the folder is complete."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def test_what_was_sealed_is_opened_by_folder_and_by_file(folder: Path) -> None:
         found = open_artifact(path)
         assert found.info == INFO and found.file == folder / "model.gguf"
         assert (found.info.vocab_size, found.info.max_seq_len) == (290, 64)
-    # The model's own files, and neither the tokenizer nor the card.
+    # This list has the model's own files, without the tokenizer and the card.
     assert found.model_bytes == 9 * len("model.gguf" + "model.gguf.data")
 
 

@@ -4,7 +4,7 @@ import torch
 
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 
-# float32 sums in another order, over at most 96 terms, through few layers.
+# The tolerance covers float32 sums in another order, over up to 96 terms, through few layers.
 TOLERANCE = 2e-5
 
 MODELS = {
@@ -20,7 +20,7 @@ MODELS = {
 
 
 class Cache:
-    """Attention over lists of keys and values, written with torch's own."""
+    """Computes attention over lists of keys and values with torch's own function."""
 
     def __init__(self, slots: int):
         self.k = [torch.zeros(1, 0, 1, 1)] * slots

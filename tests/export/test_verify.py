@@ -1,4 +1,4 @@
-"""Verification finds what is wrong with an artefact, and passes what is right."""
+"""Verification finds the errors of a wrong artefact and passes a right artefact."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ def source(tiny_config, tiny_params, tokenizer) -> Source:
 
 
 class Wrong:
-    """A runtime one of whose answers is changed."""
+    """A runtime that changes one answer."""
 
     def __init__(self, inner: JaxRuntime, at_once=lambda x: x, by_cache=lambda x: x) -> None:
         self._inner, self._at_once, self._by_cache = inner, at_once, by_cache

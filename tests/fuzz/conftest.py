@@ -1,9 +1,9 @@
-"""Sets the number of hostile inputs: 60 of each kind, always the same, or many.
+"""Sets the number of hostile inputs: 60 fixed inputs of each kind, or many.
 
     pytest tests/fuzz --hypothesis-profile=soak
 
-gives every parser 20,000 inputs (or FUZZ_INPUTS) that differ between two runs. With each number,
-the summary says how many inputs were tried.
+gives every parser 20,000 inputs (or FUZZ_INPUTS). These inputs differ between two runs. The summary
+says how many inputs were tried.
 """
 
 import collections
@@ -27,7 +27,7 @@ hypothesis.settings.register_profile("default", max_examples=60, derandomize=Tru
 hypothesis.settings.register_profile(
     "soak", max_examples=int(os.environ.get("FUZZ_INPUTS", "20000")), **_common
 )
-# A profile that the command line names is loaded after this file.
+# pytest loads a profile from the command line after this file.
 hypothesis.settings.load_profile("default")
 
 

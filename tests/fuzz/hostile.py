@@ -1,9 +1,9 @@
-"""Hostile files, and the one thing that a parser may do with them: take them or refuse them.
+"""Makes hostile files and checks that a parser accepts or refuses each file.
 
-`damaged_bytes` and `damaged_json` make inputs out of a valid one. `fuzz` gives them to a parser,
-which has to return or to raise an error that the command line would show as bad input. Everything
-else fails: another exception, code run or a process started, a file touched outside of the folder,
-a gigabyte of address space more, 20 seconds of computing on one input.
+`damaged_bytes` and `damaged_json` damage a valid input. `fuzz` gives the inputs to a parser. The
+parser has to return, or to raise an error that the command line would show as bad input. The test
+fails if the parser raises another exception, runs code, starts a process, touches a file outside
+the folder, takes a gigabyte more of address space, or computes for 20 seconds on one input.
 """
 
 import collections
@@ -31,7 +31,7 @@ _MORE_MEMORY_BYTES = 1 << 30
 _CPU_SEC = 20
 _LONGEST_MESSAGE = 20_000
 
-# Sizes, counts and offsets that lie.
+# These are false sizes, counts and offsets.
 _NUMBERS = (0, 1, 2, 7, 255, 256, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 40, 1 << 62, (1 << 64) - 1)
 _SNIPPETS = (
     b"\0",
@@ -64,7 +64,7 @@ _REPEATED = "@repeated@"
 
 @st.composite
 def damaged_bytes(draw: DrawFn, valid: bytes) -> bytes:
-    """Up to four bytes, ranges or numbers of `valid` changed, inserted, cut or doubled."""
+    """Changes, inserts, cuts or doubles up to four bytes, ranges or numbers of `valid`."""
     content = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(content)))
@@ -90,7 +90,7 @@ def damaged_bytes(draw: DrawFn, valid: bytes) -> bytes:
 
 
 def damaged_json(valid: Any) -> SearchStrategy[bytes]:
-    """The JSON value `valid` with up to three places changed, or its text damaged as bytes."""
+    """Changes up to three places of the JSON value `valid`, or damages its text as bytes."""
     text = json.dumps(valid).encode()
     changed = [_changed_json(text)] * 6
     return st.one_of(*changed, damaged_bytes(text), st.binary(max_size=20))
@@ -125,13 +125,13 @@ def _changed_json(draw: DrawFn, text: bytes) -> bytes:
 
 
 def _raw(draw: DrawFn) -> str:
-    # Seldom one that nobody reads: it would hide what the rest does.
+    # Unreadable values are rare, because they would hide the effect of the other changes.
     last = len(_VALUES if draw(st.integers(0, 9)) == 9 else _READABLE) - 1
     return _RAW.format(draw(st.integers(0, last)))
 
 
 def _places(container: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields (container, key or index) of every value in it, at any depth."""
+    """Yields (container, key or index) of every value in `value`, at any depth."""
     keys = list(container) if isinstance(container, dict) else range(len(container))
     for key in keys:
         yield container, key
@@ -147,14 +147,14 @@ def fuzz(
     share: float = 1,
     refuses: bool = True,
 ) -> collections.Counter[str]:
-    """Gives the parser as many inputs as the profile says, times `share`, and counts them.
+    """Gives the parser the profile's number of inputs, times `share`, and counts the results.
 
     Args:
-      parse: writes an input where the parser finds it, in `folder`, and calls the parser.
-      inputs: what it is given.
-      folder: the only one that may be written to.
-      share: less than 1 for what takes long.
-      refuses: whether the parser refuses anything at all; a few answer damage by leaving it out.
+      parse: writes an input into `folder`, where the parser finds it, and calls the parser.
+      inputs: the inputs of the parser.
+      folder: the only folder that the parser may write to.
+      share: less than 1 for a slow parser.
+      refuses: whether the parser refuses anything. A few parsers leave damaged parts out instead.
 
     Returns:
       How many of the inputs were "taken" and how many "refused".
@@ -185,11 +185,11 @@ def fuzz(
 
 
 TRIED: dict[str, collections.Counter[str]] = {}
-"""Test -> how many of its inputs were taken and refused."""
+"""Maps a test to the numbers of inputs that were taken and refused."""
 
 
 class Forbidden(BaseException):
-    """A parser did what no parser may do; no `except` of a library holds it up."""
+    """A parser did something forbidden. The `except` of a library does not stop this error."""
 
 
 _FORBIDDEN = (
@@ -206,7 +206,7 @@ _INSTALLED = (
     str(Path(mobilellm_jax.__file__).parent),
     "<frozen",
 )
-# Classes are made of strings there, when a library is imported late.
+# A library that is imported late makes classes from strings there.
 _MAKE_CLASSES = (dataclasses.__file__, collections.__file__)
 _allowed: Path | None = None
 
@@ -226,7 +226,7 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
             return
         _check_path(event, path)
     elif event in _PATHS:
-        # What is copied may lie anywhere; what is renamed or linked to may not.
+        # A file may be copied from anywhere, but renamed or linked only inside the folder.
         paths = args[1:2] if event == "shutil.copyfile" else args[:2]
         for path in paths:
             if isinstance(path, (str, bytes, os.PathLike)):
@@ -242,7 +242,7 @@ def _check_path(event: str, path: Any) -> None:
 
 @functools.cache
 def _install_hook() -> None:
-    sys.addaudithook(_hook)  # for good: Python has no way to take one out
+    sys.addaudithook(_hook)  # the hook stays, because Python cannot remove an audit hook
 
 
 @contextlib.contextmanager
@@ -258,7 +258,7 @@ def _watched(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cpu_limited() -> Iterator[None]:
-    # Of the time that this process computes: it does not run on while others have the cores.
+    # This clock counts the computing time of this process, so it stops while others have the cores.
     def hung(*_: object) -> None:
         raise Forbidden(f"more than {_CPU_SEC} s of computing")
 

@@ -1,6 +1,6 @@
-"""Checkpoints: their manifest, damaged, or made on purpose with a checksum that is right.
+"""Tests damaged checkpoint manifests, and false manifests with a right checksum.
 
-What lies in the files of Orbax is for Orbax to refuse; damage to them does not get that far.
+Orbax has to refuse damage to its own files. Such damage does not reach this package's parser.
 """
 
 import json
@@ -36,7 +36,7 @@ def run(saved: Path, tmp_path: Path) -> Path:
 
 
 def use(run: Path) -> None:
-    """What a start does with the manifest of the newest step."""
+    """Does what a start does with the manifest of the newest step."""
     step = checkpoint.latest_step(run)
     assert step == 1
     assert checkpoint.steps(run) == checkpoint.whole_steps(run) == [1]
@@ -71,14 +71,14 @@ def test_manifest_that_is_sealed_on_purpose(run: Path, tmp_path: Path) -> None:
         try:
             changed = json.loads(content)
             file.write_text(sealing._text(changed))
-        except (ValueError, TypeError, RecursionError):  # nothing that can be sealed
+        except (ValueError, TypeError, RecursionError):  # this value cannot be sealed
             file.write_bytes(content)
         use(run)
 
     counts = fuzz(parse, damaged_json(valid), tmp_path)
     assert counts["refused"] > counts["taken"], "little that is changed fits the files"
     file.write_text(sealing._text(valid))
-    use(run)  # nothing was deleted because of what a manifest said
+    use(run)  # no step was deleted because of a manifest
 
 
 def test_names_that_a_manifest_gives(run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""config.json, of a run and of a Hugging Face directory."""
+"""Tests config.json of a run and of a Hugging Face directory."""
 
 import dataclasses
 from pathlib import Path

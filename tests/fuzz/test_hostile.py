@@ -1,4 +1,4 @@
-"""The harness itself: whatever no parser may do is noticed."""
+"""Tests that the harness notices every forbidden action of a parser."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a run and an evaluation leave behind, and the rows of tasks."""
+"""Tests the files that a run and an evaluation write, and the rows of tasks."""
 
 import json
 from pathlib import Path

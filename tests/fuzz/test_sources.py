@@ -1,4 +1,4 @@
-"""Corpora: files of lines, compressed or not, and Parquet tables."""
+"""Tests corpora: files of lines, compressed or not, and Parquet tables."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ LINES = b'{"text": "a\\u00e9"}\n\n{"text": "b", "n": [1]}\n{"text": ""}\n'
 
 
 def read(spec: str, file: Path, content: bytes) -> tuple[int, list[BadLine]]:
-    """Returns how many documents a file of such content has, and its bad lines."""
+    """Returns the number of documents in a file with this content, and its bad lines."""
     file.write_bytes(content)
     source = open_source(f"{spec}:{file}", file.parent / "scratch")
     documents, bad = 0, list[BadLine]()

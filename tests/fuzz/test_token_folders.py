@@ -1,4 +1,4 @@
-"""Token folders: the manifest, and the arrays of a shard behind right checksums."""
+"""Tests token folders: the manifest, and the arrays of a shard with right checksums."""
 
 import hashlib
 import json
@@ -68,7 +68,7 @@ def write_folder(folder: Path, arrays: dict[str, bytes]) -> dict[str, Any]:
 
 
 def use(dataset: shards.Dataset) -> None:
-    """What a run does with a folder, as far as its content decides it."""
+    """Does what a run does with a folder, as far as the content decides it."""
     mixture = mixture_of(dataset)
     assert dataset.fingerprint and mixture.fingerprint
     streams = [c.stream("train") for c in mixture.components]
@@ -101,7 +101,7 @@ def test_arrays(verify: bool, tmp_path: Path) -> None:
     joined = b"".join(whole.values())
 
     def parse(content: bytes) -> None:
-        # Of the size that the manifest says: all others are refused before.
+        # The array has the size that the manifest says. Other sizes are refused earlier.
         content = content[: len(joined)].ljust(len(joined), b"\0")
         arrays, at = {}, 0
         for suffix, array in whole.items():
@@ -131,7 +131,7 @@ def test_records_of_an_interrupted_preparation(tmp_path: Path) -> None:
 
     def parse(content: bytes) -> None:
         record_file(tmp_path, 0).write_bytes(content)
-        # A damaged record is refused; "not complete" would have its arrays written over.
+        # A damaged record is refused. The answer "not complete" would have the arrays overwritten.
         assert read_part(tmp_path, 0) is not None
 
     fuzz(parse, damaged_json(record), tmp_path)

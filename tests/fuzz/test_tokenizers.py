@@ -1,4 +1,4 @@
-"""tokenizer.json, tokenizer_config.json and SentencePiece's *.model: opened, then used."""
+"""Opens and uses tokenizer.json, tokenizer_config.json and SentencePiece's *.model."""
 
 import json
 import math
@@ -112,7 +112,7 @@ _BYTES = [b"", b"\0", b"\xff" * 9, b"\x04\0\0\0" + b"\1" * 8, b"\0\1\0\0" + b"\x
 
 @st.composite
 def changed_models(draw: DrawFn, valid: bytes) -> bytes:
-    """The model with up to three pieces or settings changed."""
+    """Returns the model with up to three pieces or settings changed."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(valid)
     for _ in range(draw(st.integers(1, 3))):

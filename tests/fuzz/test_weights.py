@@ -1,4 +1,4 @@
-"""Weights that somebody gave us: safetensors, their index, and torch's own format."""
+"""Tests weights from others: safetensors, their index, and torch's own format."""
 
 import io
 import json
@@ -77,7 +77,7 @@ def test_torch_files(tmp_path: Path) -> None:
 
 
 def test_pickles_in_torch_files(tmp_path: Path) -> None:
-    # Checksums are right, so that the interpreter sees every damage.
+    # The checksums are right, so that the interpreter reads all of the damage.
     with zipfile.ZipFile(io.BytesIO(torch_file(STATE))) as archive:
         entries = {info.filename: archive.read(info) for info in archive.infolist()}
     [name] = [name for name in entries if name.endswith("/data.pkl")]

@@ -1,4 +1,4 @@
-"""Programs of ExecuTorch, written and run here; lowering takes most of the time."""
+"""ExecuTorch programs are written and run here. Lowering takes most of the time."""
 
 import dataclasses
 import shutil
@@ -22,10 +22,10 @@ _REASON = "pip install 'mobilellm-jax[export]'"
 for library in ("executorch", "torchao"):
     pytest.importorskip(library, reason=_REASON)
 
-# torch, torchao and executorch warn about each other.
+# torch, torchao and executorch print warnings about each other.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-ROOM = 200  # more than a chunk, and not a multiple of it
+ROOM = 200  # more than a chunk, and not a multiple of a chunk
 SHARED = {"num_repeats": 2, "sharing": "reverse", "num_kv_heads": 1, "head_dim": 24}
 
 
@@ -47,7 +47,7 @@ def int4(make_model, tokenizer, tmp_path_factory):
 
 
 def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
-    """A model, two sequences, their logits, and the artefact, which was verified."""
+    """Returns a model, two sequences, their logits, and the verified artefact."""
     config, params, tokens_BT, logits_BTV = make_model(scale=5.0, max_seq_len=ROOM, **fields)
     folder = tmp_path_factory.mktemp("executorch") / precision
     source = Source(config, params, tokenizer, "a test")
@@ -73,16 +73,16 @@ def test_a_sequence_sees_nothing_of_the_one_before(exact) -> None:
 def test_blocks_and_tied_embeddings_are_stored_once(exact) -> None:
     config, _, _, artifact = exact
     angles = ROOM * config.head_dim  # cosines and sines
-    # The rest is the program: operators, names, padding.
+    # The remaining bytes are the program: operators, names and padding.
     assert artifact.model_bytes <= 4 * (parameter_count(config) + angles) + 80_000
     assert {file.name for file in artifact.folder.glob("model.*")} == {"model.pte", "model.ptd"}
 
 
 def test_activations_are_quantized_token_by_token(int8) -> None:
-    """So that a token's logits do not depend on what is read with it, and steps equal chunks.
+    """A token's logits do not depend on the tokens read with it, so steps equal chunks.
 
-    Sums of another order may end on the other side of a rounding, so that a few numbers are off by
-    a step of the quantization; quantized over all tokens, most would be.
+    Sums in another order may change a rounding, so a few numbers differ by one step of the
+    quantization. If the scale covered all tokens, most numbers would differ.
     """
     config, tokens, logits_BTV, artifact = int8
     runtime = artifact.load()
@@ -92,7 +92,7 @@ def test_activations_are_quantized_token_by_token(int8) -> None:
     assert np.abs(at_once_TV - steps_TV).mean() < 0.05 * error
     alone_V = runtime.read(tokens[0][:1])[0]
     np.testing.assert_array_equal(alone_V, at_once_TV[0])
-    # A byte a weight, each once, and a number a row.
+    # Each weight takes one byte and is stored once. Each row adds one number.
     assert artifact.model_bytes < 1.3 * parameter_count(config) + 120_000
 
 

@@ -1,4 +1,4 @@
-"""GGUF files that anybody may have written."""
+"""Tests of GGUF files from unknown authors."""
 
 import random
 import re
@@ -39,7 +39,7 @@ def written(tmp_path_factory) -> bytes:
 
 @pytest.fixture
 def check(tmp_path):
-    """Returns a function that checks a file of the given bytes."""
+    """Returns a function that checks a file with the given bytes."""
 
     def run(content: bytes):
         file = tmp_path / "model.gguf"

@@ -1,4 +1,4 @@
-"""What the runtime adds to llama.cpp: the cache's rules, its threads, and its errors as ours."""
+"""Tests what the runtime adds to llama.cpp: cache rules, threads, and our error types."""
 
 import dataclasses
 
@@ -126,7 +126,7 @@ def test_what_llama_cpp_says_is_passed_on(source, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize(("flags", "extra"), [("avx2 amx_tile amx_int8", False), ("avx2", True)])
 def test_amx_is_avoided_and_only_that(monkeypatch, artifact, flags, extra):
-    """A file of weights for the kernels of this machine is repacked where that is safe."""
+    """The runtime repacks the weights for the kernels of this machine where that is safe."""
     monkeypatch.setattr(llama_cpp, "cpu_features", lambda: frozenset(flags.split()))
     given = []
     monkeypatch.setattr(

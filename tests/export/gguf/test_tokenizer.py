@@ -1,4 +1,4 @@
-"""llama.cpp's own ids and texts beside SentencePiece's and the tokenizers library's."""
+"""Compares llama.cpp's ids and texts with SentencePiece's and the tokenizers library's."""
 
 import io
 import json
@@ -88,7 +88,7 @@ def byte_level_file(folder: Path, *steps, **changes) -> Path:
 
 @pytest.fixture
 def in_llama_cpp(tiny_config, tmp_path):
-    """Returns a function that writes a tokenizer into a file, and opens both."""
+    """Returns a function that writes a tokenizer into a file and opens both."""
 
     def opened(file: Path):
         tokenizer = load_tokenizer(file)
@@ -120,7 +120,7 @@ def test_sentencepiece_ids(tmp_path, in_llama_cpp, dummy_prefix):
 
 
 def test_a_text_with_a_control_token_in_it_stays_text(tmp_path, in_llama_cpp):
-    # "</" and "s>" are pieces here, and would merge to the token EOS.
+    # "</" and "s>" are pieces in this vocabulary and would merge to the token EOS.
     texts = ["</b x</i y</p 1</q", "as> bs> xs> 1s>"] * 9
     file = sentencepiece_file(tmp_path, texts, split_by_unicode_script=False)
     tokenizer, vocabulary = in_llama_cpp(file)
@@ -141,7 +141,7 @@ def test_a_text_with_a_control_token_in_it_stays_text(tmp_path, in_llama_cpp):
     ],
 )
 def test_byte_level_ids(tmp_path, in_llama_cpp, pre, steps, changes):
-    # The expressions as Meta and Alibaba publish them in their tokenizer.json.
+    # Meta and Alibaba publish these expressions in their tokenizer.json files.
     words = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,4 +1,4 @@
-"""GGUF files in llama.cpp itself, beside the JAX model that is equal to Hugging Face's."""
+"""Compares GGUF files in llama.cpp with the JAX model, which equals Hugging Face's model."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ QUANTIZED = [name for name, precision in FORMATS["gguf"].precisions.items() if n
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """llama.cpp's threads wait for each other by spinning, which other tests would pay for."""
+    """Limits llama.cpp's threads, which wait by spinning and would slow other tests."""
     monkeypatch.setattr(llama_cpp, "available_cores", lambda: 1)
 
 
@@ -70,7 +70,7 @@ def test_float32_is_exact(export, fields):
     found = verify(artifact.load(), source)
     assert found.problems(FORMATS["gguf"].precisions["float32"]) == []
     assert (found.positions, found.greedy_tokens) == (96, 64)
-    assert found.largest_logit > 1  # else the bound would be of 1, not of the logits
+    assert found.largest_logit > 1  # otherwise the bound would be 1 and not the largest logit
 
 
 def test_layers_are_stored_once_per_application(export):
@@ -92,7 +92,7 @@ def test_queries_and_keys_stand_in_the_order_of_llama_cpp(export):
     for name, ours, heads in (("attn_q", "query", 4), ("attn_k", "key", 2)):
         array_DNH = np.asarray(source.params["blocks"]["attention"][ours][0])
         rows = stored[f"blk.0.{name}.weight"].data.reshape(heads, 16, 64)
-        for channel in range(8):  # it is rotated together with channel + 8
+        for channel in range(8):  # RoPE rotates this channel together with channel + 8
             np.testing.assert_array_equal(rows[1, 2 * channel], array_DNH[:, 1, channel])
             np.testing.assert_array_equal(rows[1, 2 * channel + 1], array_DNH[:, 1, channel + 8])
 
@@ -118,7 +118,7 @@ def test_precisions(export, precision):
     assert sum(t.n_bytes for t in matrices) * 8 == allowed.bits * sum(
         t.n_elements for t in matrices
     )
-    # A weight is off by half a step of its block of 32, whose steps reach to its largest weight.
+    # A weight is off by at most half a step. The largest weight of its block of 32 sets the step.
     steps = {"q8_0": 127, "q5_1": 16, "q5_0": 16, "q4_1": 8, "q4_0": 8}
     share = (
         1.01 / steps[precision] if precision in steps else {"float16": 2**-10}.get(precision, 2**-7)

@@ -39,7 +39,7 @@ def assert_trees_equal(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-# The order of a shared model's layers, by hand.
+# The test writes the layer order of a shared model by hand.
 @pytest.mark.parametrize(
     ("sharing", "repeats", "order"),
     [
@@ -163,7 +163,7 @@ def random_llama(**changes):
 
 
 def our_error(folder, model, **fields) -> float:
-    """The largest difference of the imported model's logits from those of `model`, scaled."""
+    """Returns the largest scaled difference between the imported model's logits and `model`'s."""
     found = read_huggingface(folder)
     for name, value in fields.items():
         assert getattr(found.config, name) == value
@@ -229,7 +229,7 @@ def test_import_of_torch_weights(tied, tokenizer, tmp_path):
     copy_tokenizer(tokenizer, tmp_path)
     state = model.state_dict()
     assert "lm_head.weight" in state  # also where it is tied, as such files have it
-    # A buffer that files of older versions hold.
+    # Files of older versions hold this buffer.
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     torch.save(state, tmp_path / "pytorch_model.bin")
     assert our_error(tmp_path, model, tie_embeddings=tied) <= TOLERANCE
@@ -249,7 +249,7 @@ def drop_tensors(folder, *names, **added):
 
 
 def test_keys_of_the_papers_code(tokenizer, tmp_path):
-    """tie_word_embeddings false beside share_embedding true; layer_sharing: every block twice."""
+    """The config has tie_word_embeddings false, share_embedding true, and repeats every block."""
     model = random_llama(tie_word_embeddings=True, num_key_value_heads=2)
     model.save_pretrained(tmp_path)
     copy_tokenizer(tokenizer, tmp_path)
@@ -330,7 +330,7 @@ def test_tensors_that_do_not_fit_are_listed_three_ways(folder):
 
 
 def test_missing_embeddings_are_refused_and_torch_weights_beside_named(folder):
-    """The safetensors that a bot made of MobileLLM-125M lacked the embeddings."""
+    """The safetensors that a bot made from MobileLLM-125M lacked the embeddings."""
     drop_tensors(folder, "model.embed_tokens.weight")
     with pytest.raises(ValueError, match=r"missing: model\.embed_tokens\.weight"):
         read_huggingface(folder)

@@ -1,4 +1,4 @@
-"""The exported directories, computed by transformers, against the logits of our model."""
+"""Compares the logits that transformers computes from exported directories with our model's."""
 
 import json
 import sys
@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mobilellm_jax.export.huggingface.directory import write_huggingface
 
-# float32 sums of some hundred terms in another order, through at most six layers.
+# The tolerance covers float32 sums of some hundred terms in another order, through up to six
+# layers.
 TOLERANCE = 1e-4
 
 LLAMA_CASES = {
@@ -42,14 +43,14 @@ def load(folder, **kwargs):
 
 
 def error(model, tokens_BT, logits_BTV) -> float:
-    """Largest difference of logits over the larger of 1 and the largest logit."""
+    """Returns the largest difference of logits over the larger of 1 and the largest logit."""
     with torch.no_grad():
         theirs_BTV = model(torch.from_numpy(tokens_BT).long()).logits.numpy()
     assert theirs_BTV.dtype == np.float32
     return np.abs(theirs_BTV - logits_BTV).max() / max(1.0, np.abs(logits_BTV).max())
 
 
-# At 1 the standard initialisation; at 5 the blocks weigh as much as the embedding.
+# Scale 1 is the standard initialisation. At 5 the blocks weigh as much as the embedding.
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("case", LLAMA_CASES)
 def test_plain_llama_and_own_file_give_our_logits(case, scale, make_model, tokenizer, output):
@@ -122,7 +123,7 @@ def test_left_padding_changes_nothing(shared_folder):
 
 
 def test_padding_sees_itself_and_nothing_else(shared_folder):
-    """Some versions of torch give NaN for a query that may see no key."""
+    """Some versions of torch return NaN for a query that may see no key."""
     module = sys.modules[type(load(shared_folder, trust_remote_code=True)).__module__]
     mask_TS = module.causal_mask(torch.arange(1, 4), torch.tensor([[0, 0, 1, 1]]))[0, 0]
     assert mask_TS.int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]

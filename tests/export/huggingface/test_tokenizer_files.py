@@ -1,4 +1,4 @@
-"""transformers' ids and texts against SentencePiece's own."""
+"""Compares transformers' ids and texts with SentencePiece's."""
 
 import io
 import json
@@ -149,7 +149,7 @@ def test_other_settings_of_sentencepiece(changes, tmp_path):
     for text in HOSTILE:
         ids = fast.encode(text).ids
         assert ids == [model.bos_id(), *model.encode(text)], repr(text)
-        if model.unk_id() not in ids:  # SentencePiece writes " ?? " for what it does not know
+        if model.unk_id() not in ids:  # SentencePiece writes " ?? " for an unknown token
             assert fast.decode(ids) == model.decode(ids), repr(text)
 
 

@@ -65,7 +65,7 @@ def test_views_of_one_storage(tmp_path: Path) -> None:
 
 
 def test_many_tensors(tmp_path: Path) -> None:
-    # Enough of them for the pickle's other instructions: LONG_BINPUT, LONG_BINGET, BININT2.
+    # This many entries make the pickle use LONG_BINPUT, LONG_BINGET and BININT2.
     state = {f"layers.{i}.weight": torch.full((1, 300), float(i)) for i in range(400)}
     assert_same(saved(tmp_path, state), state)
 
@@ -110,7 +110,7 @@ def test_other_formats_and_protocols(tmp_path: Path) -> None:
 
 
 def changed(file: Path, entry: str, content: bytes | None, compression: int = 0) -> None:
-    """Writes the archive anew, with another content of one entry; None: without it."""
+    """Writes the archive again with another content for one entry. None removes the entry."""
     with zipfile.ZipFile(file) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     [name] = [name for name in entries if name.endswith(f"/{entry}")]
@@ -166,7 +166,8 @@ def test_numbers_that_are_compressed_or_flipped(tmp_path: Path) -> None:
 
 
 def test_an_exponential_pickle_takes_no_time(tmp_path: Path) -> None:
-    # A tuple of two of the one before, 64 times: its hash would take 2^64 steps, and so its text.
+    # Each tuple holds the previous tuple twice, 64 times over. Hashing or printing takes 2^64
+    # steps.
     doubled = b"\x80\x02}(" + b")" + b"q\x00h\x00\x86" * 64 + b"K\x01u."
     assert pickle.loads(b"\x80\x02)" + b"q\x00h\x00\x86" * 2 + b".") == (((), ()), ((), ()))
     file = saved(tmp_path, STATE)
@@ -188,7 +189,7 @@ def test_a_tensor_that_reaches_beyond_its_numbers(tmp_path: Path) -> None:
 
 
 def test_a_zip_archive_of_several_disks_is_refused(tmp_path):
-    """zipfile raises, instead of saying no, when it is asked whether this is an archive."""
+    """zipfile raises an error, instead of returning False, when it is asked about this file."""
     locator = b"PK\x06\x07" + struct.pack("<LQL", 0, 0, 2)
     end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 1, 1, 0, 0, 0)
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + locator + end)

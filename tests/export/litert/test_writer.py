@@ -1,4 +1,4 @@
-"""Models of LiteRT, written and run here."""
+"""LiteRT models are written and run here."""
 
 import dataclasses
 import shutil
@@ -22,10 +22,10 @@ for library in ("litert_torch", "ai_edge_quantizer"):
     pytest.importorskip(library, reason=_REASON)
 schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason=_REASON)
 
-# torch and the converter warn about what is to come.
+# torch and the converter print warnings about future changes.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-ROOM = 300  # more than two chunks, and not a multiple of one; more than the short span
+ROOM = 300  # more than two chunks, not a multiple of a chunk, and more than the short span
 SHARED = {"num_repeats": 2, "sharing": "reverse", "num_kv_heads": 1, "head_dim": 24}
 
 
@@ -41,7 +41,7 @@ def int8(make_model, tokenizer, tmp_path_factory):
 
 
 def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
-    """A model, two sequences, their logits, and the artefact, which was verified."""
+    """Returns a model, two sequences, their logits, and the verified artefact."""
     config, params, tokens_BT, _ = make_model(scale=5.0, max_seq_len=ROOM, **fields)
     tokens_BT = np.concatenate([tokens_BT, tokens_BT[::-1]], axis=1)[:, :ROOM]
     logits_BTV = np.asarray(make_model.logits(config)(params, tokens_BT))
@@ -74,22 +74,22 @@ def test_blocks_and_tied_embeddings_are_stored_once_for_all_signatures(exact) ->
 
 
 def constants_bytes(file: Path) -> int:
-    """What the buffers of a model hold, inside of the flatbuffer or behind it."""
+    """Returns the content of a model's buffers, which lie inside the flatbuffer or behind it."""
     model = schema.Model.GetRootAs(file.read_bytes(), 0)
     buffers = [model.Buffers(i) for i in range(model.BuffersLength())]
     return sum(buffer.DataLength() + buffer.Size() for buffer in buffers)
 
 
 def test_quantized_steps_equal_the_quantized_chunk(int8) -> None:
-    """A token's activations are quantized by themselves, whatever is read with it."""
+    """The activations of a token are quantized separately from the tokens read with it."""
     config, tokens, logits_BTV, artifact = int8
     at_once_TV, steps_TV = read_and_append(artifact.load(), tokens[0])
     error = np.abs(at_once_TV - logits_BTV[0]).mean()
     assert 1e-4 < error < 0.05 * np.abs(logits_BTV[0]).max()
-    # A sum of another order may end on the other side of a rounding.
+    # Sums in another order may change a rounding.
     assert np.abs(at_once_TV - steps_TV).mean() < 0.05 * error
     angles, norms = 384 * config.head_dim, (2 * config.num_blocks + 1) * config.embed_dim
-    stored = parameter_count(config) - norms + 4 * (angles + norms)  # a byte a weight
+    stored = parameter_count(config) - norms + 4 * (angles + norms)  # one byte per weight
     assert stored <= constants_bytes(artifact.file) <= stored + 4000
 
 

@@ -1,4 +1,4 @@
-"""The file of weights is one that a reader can map into memory, and the graph says where."""
+"""A reader can map the file of weights into memory, and the graph gives the offsets."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SIZES = {"tiny": 3, "large": 1 << 18, "small": 100, "larger": (1 << 18) + 1}  # 
 
 
 def written(folder):
-    """Returns the values, and the model as it comes back from `folder`."""
+    """Returns the values, and the model as read back from `folder`."""
     rng = np.random.default_rng(0)
     values = {name: rng.normal(size=size).astype(np.float32) for name, size in SIZES.items()}
     with (folder / WEIGHTS).open("wb") as file:

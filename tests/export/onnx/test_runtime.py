@@ -36,7 +36,7 @@ def artifacts(tokenizer, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def copied(artifacts, tmp_path):
-    """A float32 artefact that may be spoilt."""
+    """Returns a float32 artefact that a test may damage."""
     whole = artifacts["float32"]
     for file in whole.folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -52,7 +52,8 @@ def test_a_sequence_that_fills_the_cache(artifacts):
         runtime.append(1)
     with pytest.raises(ValueError, match="25 tokens"):
         runtime.read([*TOKENS, 1])
-    np.testing.assert_array_equal(runtime.read(TOKENS), read_TV)  # nothing of it stayed
+    # the cache kept no token of the refused call
+    np.testing.assert_array_equal(runtime.read(TOKENS), read_TV)
 
 
 def test_what_append_returned_stays(artifacts):
@@ -76,7 +77,7 @@ def test_the_cache_is_updated_in_place(artifacts):
 
 
 def test_quantized_logits_do_not_depend_on_later_tokens(artifacts):
-    """Activations are quantized too: one scale for all tokens would tell of later ones."""
+    """Activations are quantized too. One scale for all tokens would leak later tokens."""
     runtime = artifacts["int8"].load()
     longer_TV = runtime.read(TOKENS)
     np.testing.assert_allclose(runtime.read(TOKENS[:10]), longer_TV[:10], atol=SUMS)

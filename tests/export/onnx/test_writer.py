@@ -55,7 +55,7 @@ def test_shared_blocks_and_tied_embeddings_are_stored_once(make_source, output):
     doubled = export(make_source(num_blocks=4), output / "doubled")
     assert (shared.layers, plain.layers, doubled.layers) == (2, 2, 4)
     weights = [(output / d / "model.onnx.data").stat().st_size for d in ("shared", "plain")]
-    assert weights[0] == weights[1]  # the applications add nodes only
+    assert weights[0] == weights[1]  # the applications only add nodes
     block = 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
     assert doubled.model_bytes - shared.model_bytes > 1.9 * block
     untied = export(make_source(tie_embeddings=False), output / "untied")
@@ -76,7 +76,7 @@ def test_two_exports_have_the_same_bytes(make_source, output):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_codes_are_what_the_format_says(bits):
-    """MatMulNBits: (code - 2^(bits - 1)) scale, in blocks along the inputs."""
+    """Dequantizes as MatMulNBits does: (code - 2^(bits - 1)) scale, in blocks along the inputs."""
     weight_OI = np.random.default_rng(0).normal(size=(5, 70)).astype(np.float32)
     weight_OI[3] = 0
     codes, scales = onnx_file._quantized(weight_OI, bits)
@@ -87,7 +87,7 @@ def test_codes_are_what_the_format_says(bits):
     read = (wide.astype(np.float32) - (1 << bits - 1)) * scales[..., None]
     read_OI = read.reshape(5, -1)[:, :70]
     step_OI = np.repeat(np.abs(scales), block, 1)[:, :70]
-    # Half a step; a whole one at the end that has no code.
+    # The error is at most half a step, or a whole step at the end that lacks a code.
     assert (np.abs(read_OI - weight_OI) <= 1.001 * step_OI).all()
     assert np.mean(np.abs(read_OI - weight_OI) <= 0.501 * step_OI) > 0.95
     furthest = np.abs(weight_OI[:, :block]).argmax(1)

@@ -33,7 +33,7 @@ def exported(tokenizer, folder, **fields):  # noqa: F811
 
 @pytest.fixture
 def copied(artifact, tmp_path):
-    """The artefact, which may be spoilt."""
+    """Returns the artefact, which a test may damage."""
     folder = tmp_path / "copy"
     shutil.copytree(artifact.folder, folder)
     return dataclasses.replace(artifact, folder=folder)
@@ -48,7 +48,8 @@ def test_a_sequence_that_fills_the_cache(artifact):
         runtime.append(1)
     with pytest.raises(ValueError, match="25 tokens"):
         runtime.read([*TOKENS, 1])
-    np.testing.assert_array_equal(runtime.read(TOKENS), read_TV)  # nothing of it stayed
+    # the cache kept no token of the refused call
+    np.testing.assert_array_equal(runtime.read(TOKENS), read_TV)
 
 
 def test_a_length_between_two_programs(artifact):

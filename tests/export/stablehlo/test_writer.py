@@ -41,7 +41,7 @@ def test_computes_what_the_model_computes(fields, make_source, output):
 
 
 def test_bfloat16_halves_the_bytes_and_moves_the_logits_little(make_source, output):
-    # Random weights times SCALE amplify what rounding does; trained ones are held to BRAIN.
+    # Random weights times SCALE amplify rounding errors. Trained weights are held to BRAIN.
     source = make_source(num_repeats=2)
     whole = export(source, output / "float32").model_bytes
     half = export(source, output / "bfloat16", "bfloat16").model_bytes
