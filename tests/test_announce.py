@@ -1,4 +1,4 @@
-"""What a run says of itself, read as somebody would who has only the log."""
+"""Reads a run's log as a user would who has only the log."""
 
 import dataclasses
 import json
@@ -47,8 +47,8 @@ def test_the_start_says_what_the_numbers_of_the_log_mean(
     )
     started(config, mixture, 8)
     text = caplog.text
-    # By hand: a table of 300 x 16, tied; per block 16 x (2 + 1 + 1) x 8 + 16 x 16 of attention,
-    # 3 x 16 x 24 of feed-forward and two norms; the last norm.
+    # The count by hand: a tied table of 300 x 16; per block 16 x (2 + 1 + 1) x 8 + 16 x 16 of
+    # attention, 3 x 16 x 24 of feed-forward and two norms; the last norm.
     parameters = 300 * 16 + 2 * (16 * 4 * 8 + 16 * 16 + 3 * 16 * 24 + 2 * 16) + 16
     assert f"{parameters:,} parameters, 2 blocks x 2 (reverse), width 16, 2 heads over 1" in text
     assert "batch   8 x 16 = 128 tokens, 16 steps" in text
@@ -56,7 +56,7 @@ def test_the_start_says_what_the_numbers_of_the_log_mean(
     epochs = 16 * 128 / counts.tokens
     assert f"{counts.tokens:,} tokens of {counts.documents} documents, {epochs:.2f} ep" in text
     assert "attention crosses document borders" in text
-    # float32: the parameters, and twice as much for AdamW's moments.
+    # In float32, AdamW's moments take twice as much memory as the parameters.
     assert f"{4e-6 * parameters:.1f} MB of parameters and {8e-6 * parameters:.1f} MB of opt" in text
     assert "quantize trained for w4a8" in text
     assert "resume  from step 8" in text

@@ -22,11 +22,12 @@ from mobilellm_jax.config import (
 
 
 def changed(**fields: Any) -> Config:
-    """The default config with {"group__field": value} replaced."""
+    """Returns the default config with {"group__field": value} replaced."""
     config_dict = to_config_dict().unlock()
     for name, value in fields.items():
         group, field = name.split("__")
-        # Around ConfigDict's own type check: the rules here must not lean on it.
+        # The test goes around ConfigDict's own type check, because the rules here must not rely on
+        # it.
         with config_dict[group].ignore_type():
             config_dict[group][field] = value
     return from_config_dict(config_dict)
@@ -275,7 +276,7 @@ def test_near_miss() -> None:
 
 
 def test_defaults_are_written_once() -> None:
-    """No file but config.py falls back on a default of its own."""
+    """Only config.py sets defaults."""
     package = Path(__file__).parent.parent / "mobilellm_jax"
     readers = [f for f in package.rglob("*.py") if "config.get(" in f.read_text()]
     assert readers == []

@@ -1,4 +1,4 @@
-"""Every file in configs/ builds and is what its name and its header say."""
+"""Every file in configs/ builds and matches its name and its header."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The rooms of the package, and their floors: a file imports only from lower floors."""
+"""A file of the package imports only from rooms on lower floors."""
 
 import os
 import subprocess
@@ -61,7 +61,7 @@ def imports(file: Path, source: str) -> Iterator[str]:
 
 
 def wrong_imports(file: Path, source: str) -> list[str]:
-    """Returns the imports from a room that is neither the file's own nor on a lower floor."""
+    """Returns the imports from rooms other than the file's own and those on lower floors."""
     room = room_of(module_name(file))
     return [
         module
@@ -151,14 +151,14 @@ def test_training_is_handed_its_data_and_its_saving(file: Path) -> None:
 
 
 def needs_an_extra(file: Path) -> bool:
-    """Whether it is for PyTorch's users, needs the harness, or is a device format's."""
+    """Tells whether a file is for PyTorch's users, needs the harness, or is a device format's."""
     libraries = {module.split(".")[0] for module in imports(file, file.read_text())}
     extras = {"torch", "lm_eval", "onnx", "onnxruntime", "ai_edge_litert", "gguf", "llama_cpp"}
     return not libraries.isdisjoint(extras)
 
 
 def test_importing_starts_no_backend() -> None:
-    # A platform that does not exist: whatever starts a backend fails.
+    # The platform does not exist, so code that starts a backend fails.
     commands = [f"{PACKAGE}.cli.{name}" for name in (*COMMANDS, "import_")]
     modules = [module_name(file) for file in FILES if not needs_an_extra(file)]
     script = "\n".join(

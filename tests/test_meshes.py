@@ -1,7 +1,8 @@
-"""One run on every mesh and any number of processes, through its own checkpoints.
+"""Trains one run on every mesh and any number of processes, through its own checkpoints.
 
-The losses are those of one device, within the rounding of float32 sums in another order, wherever a
-run is stopped and on whatever it goes on. `test_sharding.py` compares the bare step.
+The losses equal the losses of one device, within the rounding of float32 sums in another order. The
+test stops the run at any step and continues it on any mesh. `test_sharding.py` compares the bare
+step.
 """
 
 import dataclasses
@@ -31,10 +32,10 @@ from mobilellm_jax.sharding import make_mesh
 from tests.together import free_port, run_together
 
 STEPS = 20
-# Relative for losses, absolute for parameters.
+# The tolerance is relative for losses and absolute for parameters.
 TOLERANCE = 1e-5
 FSDP4_TENSOR2 = MeshConfig(data=1, fsdp=4, tensor=2)
-# One process of the run: its config, its folder, and the step after which it is told to stop.
+# The program is one process of the run. It gets a config, a folder, and the step to stop after.
 PROCESS = """
 import signal, sys
 from pathlib import Path
@@ -140,7 +141,7 @@ def assert_same_run(workdir: Path, reference: Path) -> None:
 
 
 def go_on(config: Config, mesh: MeshConfig, workdir: Path, stop: int | None) -> None:
-    """Trains in this process, on eight devices, until the step after which it is told to stop."""
+    """Trains in this process, on eight devices, until the step that the run has to stop after."""
     with pytest.MonkeyPatch.context() as patch:
         if stop is not None:
             patch.setattr(pretrain, "make_train_step", stopping_after(stop))
@@ -152,7 +153,7 @@ def go_on(config: Config, mesh: MeshConfig, workdir: Path, stop: int | None) -> 
 def go_on_as_two(
     config: Config, mesh: MeshConfig, workdir: Path, stops: tuple[int, int]
 ) -> list[str]:
-    """Trains in two processes of four devices; returns what each has printed on stderr."""
+    """Trains in two processes of four devices. Returns what each process printed on stderr."""
     file = workdir.parent / "config.json"
     file.write_text(to_json(dataclasses.replace(config, mesh=mesh)))
     address = f"localhost:{free_port()}"
@@ -187,7 +188,7 @@ def test_two_processes_are_one_run(config: Config, on_one_device: Path, tmp_path
     )
     assert_same_run(workdir, on_one_device)
     assert "Preparing" in first and "Preparing" not in second
-    # One of them writes and talks.
+    # Only one process writes files and prints.
     assert "mesh    data 8" in first and f"step {STEPS}: validation" in first
     assert "mesh" not in second and "validation" not in second
     assert (workdir / "loss.png").stat().st_size > 1000
@@ -200,11 +201,11 @@ def test_a_run_goes_on_as_two_processes_and_back(
 ) -> None:
     workdir = tmp_path / "run"
     go_on(config, FSDP4_TENSOR2, workdir, 6)
-    # Parameters are split over both processes. The second alone is told to stop.
+    # Both processes hold parts of the parameters. Only the second process is told to stop.
     first, _ = go_on_as_two(config, MeshConfig(data=1, fsdp=8), workdir, (0, 10))
     assert checkpoint.latest_step(workdir) == 11
     assert "resume  from step 6" in first and "Stopped, saved" in first
-    assert [s["step"] for s in samples(workdir)] == [10]  # with parameters from both processes
+    assert [s["step"] for s in samples(workdir)] == [10]  # both processes hold parameters
     go_on(config, MeshConfig(), workdir, None)
     assert_same_run(workdir, on_one_device)
 

@@ -59,7 +59,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def saved_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A run with the complete steps 9 and 20, and a step 100 that was cut off."""
+    """Writes a run with the complete steps 9 and 20, and a step 100 that was cut off."""
     run = tmp_path_factory.mktemp("runs") / "quick"
     for step in (9, 20):
         made = run.with_name(f"made{step}")
@@ -187,7 +187,8 @@ def test_other_folder_is_answered_with_what_was_looked_for_and_found(tmp_path: P
         open_model(tmp_path)
     for n in range(10):
         (tmp_path / f"{n}.tokens").touch()
-    (tmp_path / "config.json").write_text("{}")  # alone it makes no Hugging Face directory
+    # this file alone does not make a Hugging Face directory
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds 0\.tokens, 1\.tokens, .*7\.tokens \.\.\.\."):
         open_model(tmp_path)
 

@@ -1,4 +1,4 @@
-"""What is refused before a run computes anything: damaged data, other data than the run's."""
+"""A run refuses damaged data, and other data than its own, before it computes anything."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`one` and `two` with the same tokenizer; `third` with one of its own."""
+    """`one` and `two` share a tokenizer. `third` has its own."""
     folder = tmp_path_factory.mktemp("prepared")
     rng = np.random.default_rng(0)
     words = ["thin", "deep", "block", "shared", "twice", "phone", "small", "model"]
@@ -61,7 +61,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(prepared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """Returns a copy that a test may damage."""
     shutil.copytree(prepared, tmp_path / "data")
     return tmp_path / "data"
 
@@ -158,7 +158,7 @@ def test_a_mixture_that_cannot_be_is_refused(
 
 
 def test_a_missing_mixture_is_not_prepared(prepared: Path, tmp_path: Path) -> None:
-    """`data.source` makes one folder; two would be two copies of it."""
+    """`data.source` makes one folder. Two folders would be two copies of the same data."""
     path = f"{tmp_path}/new:1,{prepared}/one:1"
     with pytest.raises(FileNotFoundError, match="new does not exist"):
         preflight.open_data(config_of(path, source="python_docs"))
@@ -166,7 +166,7 @@ def test_a_missing_mixture_is_not_prepared(prepared: Path, tmp_path: Path) -> No
 
 
 def test_no_held_out_targets_but_evaluation_is_refused(prepared: Path, tmp_path: Path) -> None:
-    """Also where everything held out is masked."""
+    """The run also refuses data whose held-out tokens are all masked."""
     file = tmp_path / "tokens.jsonl"
     lines = [{"token_ids": [50 + i, 60], "loss_mask": [0, 0]} for i in range(20)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -235,7 +235,7 @@ def test_other_data_than_the_first_process_has_is_refused(
 def test_attention_is_settled_for_this_machine_at_every_start(
     prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The kernel is how the same numbers are computed: a run may go on with another one."""
+    """A run may continue with another kernel, because every kernel computes the same numbers."""
     code, shown = train(str(prepared / "one"), tmp_path, capsys, "--config.train.steps=1")
     assert code == 0
     assert "attention xla" in shown
@@ -248,7 +248,7 @@ def test_attention_is_settled_for_this_machine_at_every_start(
         data = dataclasses.replace(config.data, seq_len=128)
         return dataclasses.replace(config, model=model, data=data)
 
-    recorded.write_text(to_json(as_if_on("splash")))  # it was started on a TPU
+    recorded.write_text(to_json(as_if_on("splash")))  # the run was started on a TPU
     resumed = preflight.settle(as_if_on("auto"), tmp_path / "run", resume_step=1)
     assert resumed.model.attention == "xla"
 

@@ -1,4 +1,4 @@
-"""A run from the command line to its checkpoint: resumed, extended, refused."""
+"""Trains a run from the command line to its checkpoint, and resumes, extends and refuses runs."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def run(config_file: Path, workdir: Path, *overrides: str) -> subprocess.Complet
 
 
 def one_device() -> dict[str, str]:
-    """Returns the environment of a machine with one device; the session's cache stays in it."""
+    """Returns the environment of a machine with one device, with the session's cache."""
     _, *quick = os.environ["XLA_FLAGS"].split()  # without the eight devices
     return {**os.environ, "XLA_FLAGS": " ".join(quick)}
 
@@ -89,7 +89,7 @@ def validations(workdir: Path) -> dict[int, float]:
 
 
 def stored(workdir: Path, step: int) -> dict[str, Any]:
-    """Everything that a step holds, read by Orbax itself: parameters, optimizer, step, key."""
+    """Returns the content of a step, read by Orbax: parameters, optimizer, step and key."""
     folder = workdir / "checkpoints" / str(step)
     with ocp.StandardCheckpointer() as reader:
         return {name: reader.restore(folder / name) for name in ("params", "optimizer")}
@@ -202,7 +202,7 @@ def test_evaluation_lost_after_the_last_save_is_made_again(
 def test_nothing_compiles_once_everything_has_happened(
     uninterrupted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Steps, evaluations, checkpoints and samples: each kind compiles when it first occurs."""
+    """Steps, evaluations, checkpoints and samples each compile when they first occur."""
     base = from_json((uninterrupted / "config.json").read_text())
     train = dataclasses.replace(base.train, eval_every=2, checkpoint_every=2, steps=8)
     evaluate = dataclasses.replace(base.evaluate, every=2)
@@ -255,7 +255,8 @@ def test_a_text_is_measured_after_saving_and_again_if_that_was_lost(
     expected = perplexity(
         *(model.config, model.params, model.tokenizer, file.read_text()), stride=64
     )
-    # Eight devices and trees of tokens there, one device and windows here, in float32.
+    # The run used eight devices and trees of tokens. `expected` used one device and windows, in
+    # float32.
     assert last["evaluate/text/loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert last["evaluate/text/bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
     board = workdir / "tensorboard"
@@ -294,7 +295,7 @@ def test_start_from_another_runs_parameters(
     )
     config = dataclasses.replace(base, train=train)
     assert pretrain.pretrain(config, tmp_path / "run")
-    # The first update is zero, so validation before it is that of the parameters given.
+    # The first update is zero, so the first validation measures the given parameters.
     expected = validations(uninterrupted)[16]
     assert validations(tmp_path / "run")[0] == pytest.approx(expected, rel=1e-5)
 
@@ -315,7 +316,7 @@ def test_quantized_training_goes_on_exactly_and_says_what_it_is(
     assert pretrain.pretrain(config, tmp_path / "run")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert_same_bits(stored(tmp_path / "run", 6), stored(tmp_path / "whole", 6))
-    # The floats are the truth; what is validated are the integers that they stand for.
+    # The floats are stored, but validation uses the integers that the floats stand for.
     opened = open_model(tmp_path / "run")
     assert opened.run_config is not None
     assert opened.run_config.quantize == quantize
@@ -330,7 +331,7 @@ def test_quantized_training_goes_on_exactly_and_says_what_it_is(
 def test_mixture_goes_on_exactly_and_is_told_apart(
     config_file: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Two components, one with a loss mask, windows with document borders; resumed at step 3."""
+    """Trains on two components, one with a loss mask, with document borders. Resumes at step 3."""
     rng = np.random.default_rng(1)
     with (tmp_path / "calls.jsonl").open("w") as file:
         for _ in range(60):

@@ -1,4 +1,4 @@
-"""The mesh and its rules, and that a run is the same run on every mesh."""
+"""Tests the mesh and its rules. A run trains the same on every mesh."""
 
 import contextlib
 import dataclasses
@@ -85,8 +85,9 @@ def test_mesh_takes_what_is_left(
     [
         ({"data": 4}, "mesh.data=4 x mesh.fsdp=1"),  # too few
         ({"data": 8, "tensor": 2}, "mesh.data=8 x mesh.fsdp=1 x mesh.tensor=2"),  # too many
-        ({"fsdp": 3}, "mesh.data=-1 x mesh.fsdp=3"),  # nothing whole is left
-        ({"data": 8, "dcn_data": 2}, "mesh.dcn_data=2 x mesh.data=8"),  # twice what there is
+        ({"fsdp": 3}, "mesh.data=-1 x mesh.fsdp=3"),  # 3 does not divide 8 devices
+        # twice the devices of this machine
+        ({"data": 8, "dcn_data": 2}, "mesh.dcn_data=2 x mesh.data=8"),
         ({"dcn_data": 3}, "mesh.dcn_data=3 x mesh.data=-1"),
     ],
 )
@@ -109,7 +110,7 @@ def test_mesh_is_over_all_devices() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """As much of a device as a mesh asks for."""
+    """Returns as many devices as a mesh asks for."""
 
     id: int
     slice_index: int
@@ -119,7 +120,7 @@ class Accelerator:
 
 
 def accelerators(slices: int, count: int = 8) -> list[Any]:
-    """Devices that come in turn from each slice, as no mesh should have them."""
+    """Returns devices that alternate between slices, an order that no mesh should have."""
     return [Accelerator(i, i % slices) for i in range(count)]
 
 
@@ -143,13 +144,13 @@ def test_dcn_axis_must_be_the_slices_there_are(dcn_data: int, slices: int) -> No
     with pytest.raises(ConfigError, match=rf"dcn_data={dcn_data} must.* {slices}; set") as error:
         make_mesh(MeshConfig(dcn_data=dcn_data), accelerators(slices))
     assert f"--config.mesh.dcn_data={slices}" in str(error.value)
-    # Without a DCN axis slices are no matter.
+    # Without a DCN axis, slices do not matter.
     mesh = make_mesh(MeshConfig(fsdp=4), accelerators(slices))
     assert tuple(mesh.shape.values()) == (2, 4, 1, 1)
 
 
 def test_heads_are_split_only_where_both_kinds_divide() -> None:
-    paper = ModelConfig(vocab_size=36_000)  # 9 heads over 3
+    paper = ModelConfig(vocab_size=36_000)  # 9 heads on 3 devices
     for tensor, heads in ((1, "tensor"), (2, None), (3, "tensor"), (4, None)):
         rules = rules_of(paper, tensor=tensor)
         assert (rules["heads"], rules["kv_heads"]) == (heads, heads)
@@ -177,7 +178,7 @@ def test_every_indivisible_axis_is_named() -> None:
 
 
 class _OneOfTwoProcesses:
-    """A batch sharding as it looks from the process that holds devices 4 to 7."""
+    """Returns a batch sharding as seen from the process that holds devices 4 to 7."""
 
     def __init__(self, mesh: Mesh, spec: PartitionSpec) -> None:
         self._whole = jax.sharding.NamedSharding(mesh, spec)
@@ -192,7 +193,7 @@ class _OneOfTwoProcesses:
     [
         ({}, range(8, 16)),
         ({"data": 2, "fsdp": 4}, range(8, 16)),
-        # The second process holds other weights but the same rows.
+        # The second process holds other weights and the same rows.
         ({"data": 1, "fsdp": 1, "tensor": 8}, range(16)),
         ({"data": 2, "tensor": 4}, range(8, 16)),
     ],
@@ -201,7 +202,7 @@ def test_a_process_feeds_the_rows_of_its_devices(
     sizes: dict[str, int], rows: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mesh = make_mesh(MeshConfig(**sizes))
-    assert local_rows(mesh, 16).tolist() == list(range(16))  # alone, it feeds all
+    assert local_rows(mesh, 16).tolist() == list(range(16))  # a single process feeds all rows
     monkeypatch.setattr("mobilellm_jax.sharding.NamedSharding", _OneOfTwoProcesses)
     assert local_rows(mesh, 16).tolist() == list(rows)
 
@@ -224,7 +225,7 @@ OPTIMIZER = make_optimizer(CONFIG.optimizer, STEPS)
 
 @functools.cache
 def batches() -> list[dict[str, np.ndarray]]:
-    """Every token fixes the next one but for one in five, so that there is something to learn."""
+    """Returns tokens that fix the next token four times in five, so that a model can learn."""
     rng = np.random.default_rng(0)
     follows = rng.permutation(CONFIG.model.vocab_size).astype(np.int32)
     found = []
@@ -249,7 +250,7 @@ def initial_state() -> TrainState:
 
 
 def run_on(mesh: Mesh) -> tuple[TrainState, list[float]]:
-    """Returns the state after `STEPS` steps from the one initial state, and the losses."""
+    """Returns the state after `STEPS` steps from one initial state, and the losses."""
     rules: Rules = logical_rules(CONFIG.model, mesh.shape)
     abstract = abstract_state(CONFIG, OPTIMIZER, mesh, rules)
     state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), initial_state(), abstract)
@@ -294,20 +295,20 @@ def test_a_run_is_the_same_on_every_mesh(name: str) -> None:
 
 
 def assert_bytes_are_counted(tree: Any, mesh: Mesh) -> None:
-    """The bytes that the log shows are those that each device holds."""
+    """The log shows the bytes that each device holds."""
     held = dict.fromkeys(mesh.devices.flat, 0)
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
     assert set(held.values()) == {bytes_per_device(tree)}
-    # All but the norms is split over fsdp and tensor.
+    # All parameters except the norms are split over fsdp and tensor.
     norms = 4 * 24 * (2 * 2 + 1)
     split = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) - norms
     assert bytes_per_device(tree) == norms + split // (mesh.shape["fsdp"] * mesh.shape["tensor"])
 
 
 def assert_split(params: Any, data: int, fsdp: int, tensor: int, sequence: int) -> None:
-    """Every device holds its part of every parameter, and no more."""
+    """Every device holds only its part of every parameter."""
     del data, sequence  # copies
     shapes = {
         "embedding": {"table": (32 // tensor, 24 // fsdp)},
@@ -337,14 +338,14 @@ MESH = MeshConfig(data=1, fsdp=4, tensor=2)
 
 @functools.cache
 def on_mesh() -> tuple[Mesh, Rules, TrainState]:
-    """A mesh on which the constraints matter, its rules and the state of the run on it."""
+    """Returns a mesh on which the constraints matter, its rules, and the run's state."""
     mesh = make_mesh(MESH)
     rules = logical_rules(CONFIG.model, mesh.shape)
     return mesh, rules, abstract_state(CONFIG, OPTIMIZER, mesh, rules)
 
 
 def constraints(entered: Any, *arguments: Any) -> int:
-    """The sharding constraints in the program that a function is lowered to."""
+    """Returns the sharding constraints in the lowered program of a function."""
     return int(entered.lower(*arguments).as_text().count("sdy.sharding_constraint"))
 
 
@@ -360,7 +361,7 @@ def loss_constraints(rules: Rules | None = None) -> int:
     return constraints(loss_sums, abstract.params, batches()[0])
 
 
-# Embedding table and its rows; in the scanned block queries, feed-forward and output.
+# The embedding table and its rows, and queries, feed-forward and output in the scanned block.
 IN_MODEL = 2 + 3
 IN_LOSS = IN_MODEL + 1  # the head, gathered
 # Once forward, once for the gradient; then the sum of the head's gradients before the first chunk,
@@ -371,7 +372,7 @@ IN_STEP = 2 * IN_MODEL + 1 + 3
 @pytest.mark.filterwarnings("ignore:.with mesh.:DeprecationWarning")
 @pytest.mark.parametrize("around", ["nothing", "another mesh", "another legacy mesh", "no rules"])
 def test_constraints_reach_the_program_whatever_surrounds_the_call(around: str) -> None:
-    """Flax leaves them out without a word where it finds no mesh or no rules."""
+    """Flax silently leaves the constraints out if it finds no mesh or no rules."""
     assert jax.sharding.get_abstract_mesh().empty
     surroundings: dict[str, Any] = {
         "nothing": contextlib.nullcontext(),
@@ -390,7 +391,7 @@ def test_constraints_reach_the_program_whatever_surrounds_the_call(around: str) 
 
 
 def test_constraints_reach_the_program_after_a_trace_without_rules() -> None:
-    """Rules are not part of jit's cache key: a trace without them must not serve a later call."""
+    """A trace without rules must not serve a later call with rules."""
     assert step_constraints(rules=()) == 0
     assert loss_constraints(rules=()) == 0
     assert step_constraints() == IN_STEP
@@ -406,7 +407,7 @@ def test_constraints_reach_the_program_after_a_trace_without_rules() -> None:
 
 
 def test_constraints_reach_the_program_that_runs() -> None:
-    """The first call, after the same model was run with no mesh around, as sampling does."""
+    """Tests the first call after the same model ran with no mesh around, as sampling does."""
     mesh, rules, abstract = on_mesh()
     model = Transformer(CONFIG.model)
     jax.jit(lambda p, t: model.apply({"params": p}, t))(
@@ -416,7 +417,7 @@ def test_constraints_reach_the_program_that_runs() -> None:
     batch = put_batch(batches()[0], mesh, 8)
     step_fn = make_train_step(CONFIG, OPTIMIZER, mesh, rules, abstract)
     state, _ = step_fn(state, batch)
-    assert constraints(step_fn, state, batch) == IN_STEP  # the call's own trace, kept by jit
+    assert constraints(step_fn, state, batch) == IN_STEP  # jit kept the trace of this call
     for shards in jax.tree.leaves(state.params["blocks"]["feed_forward"]):
         assert {shard.data.size for shard in shards.addressable_shards} == {shards.size // 8}
 
@@ -425,7 +426,7 @@ def test_an_initial_state_is_the_same_on_every_mesh() -> None:
     mesh = mesh_of(1, 4, 2, 1)
     state = init_state(CONFIG, OPTIMIZER, mesh, logical_rules(CONFIG.model, mesh.shape))
     assert_split(state.params, *mesh.shape.values())
-    # As far as XLA computes the normal distribution alike on arrays of another shape.
+    # XLA may compute the normal distribution differently on arrays of another shape.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
         jax.device_get(state),

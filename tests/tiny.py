@@ -1,4 +1,4 @@
-"""Texts, models and runs of a moment, for the tests that need a whole one of them."""
+"""Makes tiny texts, models and runs for the tests that need a whole one."""
 
 import dataclasses
 from pathlib import Path
@@ -59,7 +59,7 @@ def prepared_words(folder: Path) -> Path:
 
 
 def random_params(config: ModelConfig) -> Params:
-    """Returns parameters whose logits differ from token to token; norms' weights vary as well."""
+    """Returns parameters with different logits for every token. The norms' weights vary as well."""
     shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     rng = np.random.default_rng(0)
     params: Params = jax.tree.map(
@@ -69,13 +69,13 @@ def random_params(config: ModelConfig) -> Params:
 
 
 def tokenizer_of_few_words(folder: Path, vocab_size: int) -> Tokenizer:
-    """Returns a SentencePiece tokenizer, whose file is in the folder."""
+    """Returns a SentencePiece tokenizer and saves its file in the folder."""
     text = "the cat sat on the mat and the dog ran to the cat\n" * 20
     return train_tokenizer([text], vocab_size, folder / "tokenizer.model")
 
 
 def save_run(run: Path, model: ModelConfig, params: Params) -> Tokenizer:
-    """Saves a run of such a model; returns its tokenizer."""
+    """Saves a run of a tiny model and returns its tokenizer."""
     run.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_of_few_words(run.parent, model.vocab_size)
     save_model(run, Config(model=model, data=DataConfig(seq_len=64)), params, tokenizer)

@@ -1,4 +1,4 @@
-"""Two processes on this machine that train one run: start them, wait, leave none behind."""
+"""Starts two processes on this machine that train one run, waits, and ends every process."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ def free_port() -> int:
 def run_together(
     commands: Sequence[Sequence[str]], devices: int, timeout_sec: float = 240
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Runs one process per command, each with so many CPU devices, and waits for all."""
+    """Runs one process per command, each with this many CPU devices, and waits for all."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     assert f"device_count={devices}" in flags
     environment = {**os.environ, "XLA_FLAGS": flags}
@@ -35,7 +35,7 @@ def run_together(
         for command in commands
     ]
     try:
-        # A process that waits for another may fill a pipe meanwhile: none writes that much.
+        # A process that waits for another may fill a pipe. No process here writes that much.
         outputs = [process.communicate(timeout=timeout_sec) for process in processes]
     finally:
         for process in processes:

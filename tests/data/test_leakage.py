@@ -26,7 +26,7 @@ APART = [name for name, rules in ATTENTION.items() if rules.documents]
 
 
 def tokamax_reference(*arrays: Any) -> jax.Array:
-    with jax.numpy_rank_promotion("allow"):  # Tokamax relies on this package
+    with jax.numpy_rank_promotion("allow"):  # Tokamax relies on rank promotion
         return attention_kernels.tokamax(*arrays, implementation="xla")
 
 

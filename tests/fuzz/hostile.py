@@ -131,7 +131,7 @@ def _raw(draw: DrawFn) -> str:
 
 
 def _places(container: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields (container, key or index) of every value in `value`, at any depth."""
+    """Yields (container, key or index) of every value in `container`, at any depth."""
     keys = list(container) if isinstance(container, dict) else range(len(container))
     for key in keys:
         yield container, key

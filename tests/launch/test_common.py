@@ -1,4 +1,4 @@
-"""The launch scripts with stand-ins for Python: what is missing is said in one line."""
+"""Runs the launch scripts with stand-ins for Python. One line names whatever is missing."""
 
 import os
 import shutil
@@ -12,11 +12,12 @@ ROOT = Path(__file__).parent.parent.parent
 TOOLS = ("basename", "bash", "cat", "cksum", "dirname", "env", "mkdir", "cp", "chmod")
 
 FAILS = "#!/bin/sh\nexit 1\n"
-# Runs the check for real, on an interpreter that says it is older.
+# This stand-in runs the real check on an interpreter that reports an older version.
 TOO_OLD = f"""#!/bin/sh
 exec {sys.executable} -c "import sys; sys.version_info = (3, 10, 14); exec(sys.argv[1])" "$2"
 """
-# Says yes to every `-c`, makes an environment whose python is itself, and has the pip given.
+# This stand-in accepts every `-c`, makes an environment with itself as python, and has the given
+# pip.
 SUITABLE = """#!/bin/sh
 case "$*" in
   *version_info*1\\]*) echo {minor} ;;
@@ -28,7 +29,7 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder with the scripts and what they read, and a PATH with no Python in `bin`."""
+    """Returns a folder of the scripts and their inputs, and a PATH with no Python in `bin`."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     shutil.copytree(ROOT / "constraints", tmp_path / "constraints")
     shutil.copy(ROOT / "setup.py", tmp_path)

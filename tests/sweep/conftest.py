@@ -1,4 +1,4 @@
-"""A recipe whose runs take a moment."""
+"""Returns a recipe whose runs take a moment."""
 
 import dataclasses
 from pathlib import Path

@@ -83,7 +83,7 @@ def test_the_best_rate_is_that_of_the_lowest_loss(tmp_path: Path) -> None:
     assert files.settled(tmp_path, late).optimizer.peak_lr == 1e-2
     files.write_outcome(files.run_folder(tmp_path, tuning[1].name), "failed")
     assert files.settled(tmp_path, late).optimizer.peak_lr == 1e-1
-    # A choice that a run was started with stays.
+    # A run keeps the choice that it was started with.
     own = files.run_folder(tmp_path, late.name)
     own.mkdir()
     optimizer = dataclasses.replace(BASE.optimizer, peak_lr=1e-3)
@@ -95,7 +95,7 @@ def test_a_started_run_keeps_its_config(tmp_path: Path) -> None:
     run = Run(name="a-s0", config=BASE)
     folder = files.run_folder(tmp_path, run.name)
     folder.mkdir(parents=True)
-    # What `train` has settled, and what may change.
+    # These fields are settled by `train`, and these fields may change.
     model = dataclasses.replace(BASE.model, compute_dtype="float32", attention="xla")
     train = dataclasses.replace(BASE.train, steps=10_000)
     settled = dataclasses.replace(BASE, model=model, train=train)

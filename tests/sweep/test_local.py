@@ -1,4 +1,4 @@
-"""A sweep's real processes: several at once, failing, killed, started again."""
+"""Runs a sweep's real processes: several at once, failing, killed, started again."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from tests.together import ROOT
 
 STEPS = 64
 NAMES = [f"num_blocks={blocks}-s{seed}" for seed in (0, 1) for blocks in (1, 2)]
-_WAIT_SEC = 900  # for a machine that does other things
+_WAIT_SEC = 900  # the limit allows for a machine that does other work
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment of a machine with one device; the session's cache stays in it."""
+    """Returns the environment of a machine with one device, with the session's cache."""
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return {
         **os.environ,
@@ -36,7 +36,7 @@ _started: "list[subprocess.Popen[Any]]" = []
 
 @pytest.fixture(autouse=True)
 def _none_is_left() -> Iterator[None]:
-    """What a failing test has started ends with it: a sweep's runs notice that it is gone."""
+    """Ends the processes that a failing test has started: runs notice the end of their sweep."""
     yield
     for process in _started:
         process.kill()
@@ -87,7 +87,7 @@ def is_finished(sweep: Path, name: str) -> bool:
 
 
 def holder(sweep: Path, name: str) -> int:
-    """The process that trains a run, as its lock says."""
+    """Returns the process that trains a run, from the lock of the run."""
     return int(json.loads((sweep / "runs" / name / "run.lock").read_text())["pid"])
 
 
@@ -99,7 +99,7 @@ def test_killed_and_started_again_it_loses_and_repeats_nothing(
     assert start(config_file, whole).wait(_WAIT_SEC) == 0, said(whole)
     killed = tmp_path / "killed"
 
-    # Once with the run under way, which then has no time to save,
+    # The first kill also ends the run under way, which then has no time to save.
     process = start(config_file, killed)
     wait_until(lambda: is_finished(killed, NAMES[0]) and has_saved(killed, NAMES[1]), killed)
     child = holder(killed, NAMES[1])
@@ -107,7 +107,8 @@ def test_killed_and_started_again_it_loses_and_repeats_nothing(
     os.kill(child, signal.SIGKILL)
     process.wait(_WAIT_SEC)
     first = (killed / "runs" / NAMES[0] / "outcome.json").stat().st_mtime_ns
-    # and once without it: it notices, saves and ends, and the next sweep waits for that.
+    # The second kill spares the run. The run notices, saves and ends, and the next sweep waits for
+    # it.
     process = start(config_file, killed)
     wait_until(lambda: is_finished(killed, NAMES[1]) and steps_of(killed, NAMES[2]) >= 2, killed)
     process.send_signal(signal.SIGKILL)
@@ -123,7 +124,7 @@ def test_killed_and_started_again_it_loses_and_repeats_nothing(
     assert sum(NAMES[0] in line for line in started) == 1
     assert sum(NAMES[1] in line for line in started) == 2
     assert "resume  from step" in (killed / "logs" / f"{NAMES[1]}.log").read_text()
-    # A third time there is nothing to do.
+    # The third sweep has nothing to do.
     assert start(config_file, killed).wait(_WAIT_SEC) == 0
     assert [line for line in said(killed).splitlines() if line.startswith("start ")] == started
 
@@ -131,7 +132,7 @@ def test_killed_and_started_again_it_loses_and_repeats_nothing(
 @pytest.mark.slow
 def test_a_failed_run_is_marked_and_stops_no_other(config_file: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    # On one device a mesh of three cannot be; two at once, each with cores of its own.
+    # A mesh of three cannot exist on one device. Two runs train at once, each on its own cores.
     flags = ("--sweep=mesh.data=1,3", "--seeds=1", "--parallel=2")
     assert start(config_file, sweep, *flags).wait(_WAIT_SEC) == 1, said(sweep)
     names = [f"num_blocks={blocks}-data={data}-s0" for blocks in (1, 2) for data in (1, 3)]
@@ -143,7 +144,7 @@ def test_a_failed_run_is_marked_and_stops_no_other(config_file: Path, tmp_path: 
     assert "on cores" in said(sweep)
     assert outcome(sweep, names[0])["peak_host_bytes"] > 1e8
     assert outcome(sweep, names[0])["steps"] == STEPS
-    # Killed from outside, a run cannot mark itself; and what failed is tried again.
+    # A run that is killed from outside cannot mark itself. The next sweep tries failed runs again.
     process = start(config_file, sweep, "--sweep=mesh.data=1,3", "--seeds=2")
     wait_until(lambda: steps_of(sweep, "num_blocks=1-data=1-s1") >= 1, sweep)
     os.kill(holder(sweep, "num_blocks=1-data=1-s1"), signal.SIGKILL)
@@ -184,7 +185,7 @@ def test_a_signal_saves_and_the_best_rate_is_taken(config_file: Path, tmp_path: 
     process = tune()
     _, errors = process.communicate(timeout=_WAIT_SEC)
     assert process.returncode == 0, errors
-    # Which is the better of the two at 64 steps leaves no doubt.
+    # At 64 steps, one of the two runs is clearly better.
     config = json.loads((sweep / "runs" / "num_blocks=1-s1" / "config.json").read_text())
     assert config["optimizer"]["peak_lr"] == 1e-2
     assert config["train"]["seed"] == config["data"]["seed"] == 1

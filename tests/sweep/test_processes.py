@@ -1,4 +1,4 @@
-"""What the processes of a sweep promise each other, one promise at a time."""
+"""Tests the promises between the processes of a sweep, one promise at a time."""
 
 import fcntl
 import signal
@@ -18,7 +18,7 @@ from tests.together import ROOT
 
 
 def test_a_sweep_waits_for_the_runs_of_one_that_was_killed(tmp_path: Path) -> None:
-    """They hold the lock that they inherited until they have saved."""
+    """The processes hold the lock that they inherited until they have saved."""
     entered, said = threading.Event(), list[str]()
 
     def enter() -> None:

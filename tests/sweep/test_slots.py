@@ -10,7 +10,7 @@ from mobilellm_jax.sweep.slots import find_slots
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """Four GPUs, as a plugin and nvidia-smi tell."""
+    """Reports four GPUs, as a plugin and nvidia-smi would."""
     monkeypatch.setattr(slots.importlib.util, "find_spec", lambda name: object())
     program = tmp_path / "nvidia-smi"
     program.write_text('#!/bin/sh\nfor i in 0 1 2 3; do echo "GPU $i: H100 (UUID: x)"; done\n')

@@ -1,4 +1,4 @@
-"""The array's script, submitted to a Slurm of shell scripts and run as Slurm would."""
+"""Submits the array's script to a Slurm of shell scripts, and runs it as Slurm would."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ VARIANTS = [Variant(name=name, config=Config()) for name in ("a", "b")]
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which programs note their arguments; job numbers count from 100."""
+    """Returns a folder where programs note their arguments. Job numbers count from 100."""
     log = tmp_path / "cluster"
     log.mkdir()
     programs = {
@@ -88,7 +88,7 @@ def test_slurms_warning_reaches_the_run(
     cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = tmp_path / "ready"
-    # Like a run, it takes a moment to save after the signal.
+    # The stand-in takes a moment to save after the signal, like a run.
     body = f"trap 'sleep 0.3; exit 75' TERM; touch {ready}; while :; do sleep 0.05; done"
     monkeypatch.setattr(sys, "executable", str(stub_python(tmp_path / "python", body)))
     slurm.submit(tmp_path, with_seeds(VARIANTS, 1), "", at_once=None)

@@ -67,7 +67,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             working_folder(work, SETTINGS),
         ):
             pytest.fail("two had it at once")
-        # the error of the second start does not release the first start's lock
+        # the error of the second start does not delete the folder
         assert work.is_dir()
 
 
