@@ -232,7 +232,7 @@ def test_processes_that_do_not_mean_the_same_run_are_refused(
     results = run_together(commands, devices=4)
     expected = {
         "another config": "optimizer.peak_lr: 0.001 there, 0.5 here",
-        "another folder": f"workdir='{tmp_path}/run1' is not the folder that process 0 writes in",
+        "another folder": f"workdir='{tmp_path}/run1' is not the folder in which process 0 writes",
     }
     for result in results:
         assert result.returncode == 2, result.stderr

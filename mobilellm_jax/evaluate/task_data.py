@@ -57,7 +57,7 @@ def read_rows(file: Path, check: Check) -> list[Row]:
             check(row)
         except JsonError as error:
             raise UserError(
-                f"{file}, line {number}: {error} Correct the line or take it out."
+                f"{file}, line {number}: {error} Correct the line or delete it."
             ) from error
         rows.append(row)
     if not rows:

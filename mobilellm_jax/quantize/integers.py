@@ -7,6 +7,8 @@ finite, no number of its group is. The rounding error of every number is at most
 so an outlier makes the errors of its group large.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,12 +23,18 @@ LEVELS = {8: 127, 4: 7}
 _TINY = np.finfo(np.float32).tiny  # XLA's CPU backend replaces smaller numbers by 0
 
 
+if TYPE_CHECKING:
+    _Leaf = Array
+else:
+    _Leaf = Any  # `jax.eval_shape` puts descriptions of arrays into the fields
+
+
 @struct.dataclass
 class QuantizedRows(StoredRows):
     """8-bit numbers with one scale for each row along the last axis."""
 
-    values: Integer[Array, "*rows n"]
-    scale: Float[Array, "*rows 1"]
+    values: _Leaf  # int8[*rows n]
+    scale: _Leaf  # float32[*rows 1]
 
     def astype(self, dtype: jax.typing.DTypeLike) -> Float[Array, "*rows n"]:
         """Returns value * scale."""

@@ -75,7 +75,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             for name, value in record.items():
                 strict_json.as_type(value, str if name == _ATTENTION else float, name)
         except strict_json.JsonError as error:
-            raise UserError(f"{path}: {error} Correct the line or take it out.") from error
+            raise UserError(f"{path}: {error} Correct the line or delete it.") from error
     return records
 
 

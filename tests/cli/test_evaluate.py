@@ -54,7 +54,10 @@ def test_quantized_model_is_measured_and_named(
     ("flags", "words"),
     [
         (["--quantize=w8a"], "Did you mean w8a8?"),
-        (["--quantize=w8a8", "--quantized_parts=kv"], "none of embedding, head, attention, cache"),
+        (
+            ["--quantize=w8a8", "--quantized_parts=kv"],
+            "must be one of embedding, head, attention, cache",
+        ),
         (["--quantize=w8a8", "--quantized_parts=head"], "name both or neither"),
         (["--quantized_parts=head"], "goes with --quantize only"),
     ],

@@ -30,6 +30,7 @@ from mobilellm_jax.evaluate.journal import Journal
 from mobilellm_jax.evaluate.prefix_trees import Query
 from mobilellm_jax.evaluate.scoring import Score, Scorer
 from mobilellm_jax.export.huggingface.directory import write_huggingface
+from mobilellm_jax.generation.generate import Request
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
 
@@ -227,9 +228,9 @@ class Interrupted:
     def writer(self) -> Writer:
         write = self._engine.writer()
 
-        def counted(prompts: Sequence[list[int]], **settings: Any) -> Continuations:
-            self._answering(len(prompts))
-            return write(prompts, **settings)
+        def counted(request: Request) -> Continuations:
+            self._answering(len(request.prompts))
+            return write(request)
 
         return counted
 

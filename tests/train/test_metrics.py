@@ -120,7 +120,7 @@ def test_only_the_last_line_may_be_torn(tmp_path: Path) -> None:
 def test_a_record_that_is_none(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line.encode("latin-1") + b"\n")
-    with pytest.raises(ValueError, match=r"metrics.jsonl.*Correct the line or take it out"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl.*Correct the line or delete it"):
         read_metrics(path)
 
 
