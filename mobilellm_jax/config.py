@@ -392,7 +392,7 @@ def part_violations(field: str, parts: str) -> Iterator[str]:
 
 
 def tied_violations(field: str, parts: str, model: ModelConfig) -> Iterator[str]:
-    """Yields a message if `parts` names only one user of a tied embedding."""
+    """Yields a message if `parts` names only one of `embedding` and `head` of a tied model."""
     chosen = quantize_parts(parts)
     if model.tie_embeddings is True and ("embedding" in chosen) != ("head" in chosen):
         yield (

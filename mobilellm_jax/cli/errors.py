@@ -1,4 +1,7 @@
-"""Tells mistakes of the user, which get one message, from bugs, which get a traceback."""
+"""Distinguishes mistakes of the user from bugs.
+
+A mistake gets one message, and a bug gets a traceback.
+"""
 
 import errno
 

@@ -35,7 +35,7 @@ class _Arrays(NamedTuple):
 
 
 class TokenStream:
-    """Tokens 0 to `tokens` in `documents` documents; `view` gives a part as a stream."""
+    """A stream of `tokens` tokens in `documents` documents; `view` returns a part of it."""
 
     def __init__(
         self, folder: Path, files: Sequence[ShardFiles], dtype: np.dtype[Any], documents: int

@@ -67,8 +67,8 @@ def prepare(config: ModelConfig, params: Params) -> Prepared:
     """Returns a form of `params` that `generate` and `stream` can use many times.
 
     Given plain parameters, both prepare them at every call. The prepared form holds a copy of the
-    parameters in the compute dtype, and a second copy if the dtype is not float32. In training this
-    needs no more memory than the gradients, which do not exist between steps.
+    parameters in the compute dtype, and a second copy if the dtype is not float32. During training,
+    this fits into the memory of the gradients, which is free between steps.
     """
     narrow = in_compute_dtype(params, config)
     return Prepared(params=narrow, weights=decoding_weights(narrow, config))

@@ -13,7 +13,8 @@ the time to read the weights, and XLA on a CPU must not copy them:
 - The layers are unrolled. Each layer has its own slot in the cache (`cache.AlignedCache`).
 
 In jaxlib 0.10, XLA's CPU backend copies the slices of a scan inside a `while_loop`. Once a later
-version does not, use the stacked parameters here. `benchmarks/generate.py` measures the speed.
+version of jaxlib does not copy the slices, use the stacked parameters here.
+`benchmarks/generate.py` measures the speed.
 """
 
 import dataclasses

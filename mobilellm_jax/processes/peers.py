@@ -176,8 +176,8 @@ class Peers:
     def explain(self) -> str | None:
         """Returns what happened to another process, or None if all of them are alive.
 
-        The call waits for a new message of every process. A process that sends none is gone, and
-        then this process ends as well.
+        The call waits for a new message of every process. If a process sends no message, it counts
+        as lost, and this process ends as well.
         """
         began = time.monotonic()
         while time.monotonic() < began + 2 * self._timeout_sec:

@@ -1,9 +1,9 @@
 """Attention with 8-bit integer products, and caches that keep 8-bit rows.
 
-Queries and keys have one scale per token and head. The values have one too, but they are summed
-over the tokens, so their scales cannot leave the sum. They are multiplied into the weights of the
-softmax, and the products then share one scale per query. Tokens that the mask hides change no
-scale.
+Queries and keys have one scale per token and head. The values have a scale per token too, but the
+product sums over the tokens, so these scales cannot be moved out of the sum. They are multiplied
+into the weights of the softmax, and the products then share one scale per query. Tokens that the
+mask hides change no scale.
 """
 
 import dataclasses

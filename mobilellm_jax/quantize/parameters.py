@@ -135,8 +135,8 @@ def bits_per_weight(params: Params) -> float:
 def as_arrays(kernel: QuantizedKernel, num_inputs: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns a matrix for files: int8 values [inputs, outputs], float32 scales [groups, outputs].
 
-    Row i of the values uses row i // group_size of the scales. 4-bit values are int8 too. The
-    inputs of the embedding table are its last axis, so pass its transpose.
+    Row i of the values uses row i // group_size of the scales. 4-bit values are int8 too. The input
+    axis of the embedding table is its last axis, so pass the transposed table.
     """
     values = np.asarray(kernel.values.astype(jnp.int8))
     inputs = math.prod(values.shape[:num_inputs])

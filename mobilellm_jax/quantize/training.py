@@ -1,8 +1,8 @@
 """Quantization-aware training: functions of the parameters for the training step and validation.
 
-The step computes with matrices and activations on the levels of the run's scheme. Its gradient
-passes straight through the rounding to the float parameters, which the run trains and saves.
-Validation and samples use the quantized model in integers.
+The step computes with matrices and activations that are rounded to the levels of the run's scheme.
+Its gradient passes straight through the rounding to the float parameters, which the run trains and
+saves. Validation and samples use the quantized model in integers.
 """
 
 import functools

@@ -36,7 +36,8 @@ class Hooks:
     sample: Callable[[int, TrainState], None]
     # Returns whether a save failed and has to be repeated now; all processes get the same value.
     retry_is_due: Callable[[], bool] = lambda: False
-    # Takes whether this process wants to stop; returns whether all processes stop.
+    # The argument says whether this process wants to stop, and the result says whether all
+    # processes stop.
     agree: Callable[[bool], bool] = lambda asked: asked
 
 

@@ -173,7 +173,7 @@ def _updated(
 def make_loss_sums(
     config: Config, mesh: Mesh, rules: Rules, rows: int
 ) -> UnderMesh[tuple[jax.Array, jax.Array]]:
-    """Returns a jitted function of a batch to the sum of losses in nats and the targets."""
+    """Returns a jitted function from a batch to its sum of losses and number of targets."""
     model = Transformer(config.model)
     chunk = chunk_positions(config, rows, batch_shards(mesh))
 
@@ -186,7 +186,7 @@ def make_loss_sums(
 
 
 def _updates_made(optimizer: optax.OptState) -> jax.Array:
-    """Returns the number of updates; all counters of Optax agree, and skip skipped steps."""
+    """Returns the number of updates, which all counters of Optax contain."""
     (_, count), *_ = optax.tree.get_all_with_path(optimizer, "count")
     return cast(jax.Array, count)
 

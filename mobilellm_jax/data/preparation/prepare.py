@@ -133,7 +133,7 @@ def _settings(
 
 @dataclasses.dataclass(kw_only=True)
 class _Preparation:
-    """One start of one preparation, in its working folder."""
+    """A preparation that this process starts or continues in the working folder."""
 
     work: Path
     sources: Sequence[Source]

@@ -148,7 +148,8 @@ def _quantize(decoder: TorchDecoder, precision: str) -> None:
 
 def _exported(program: _Program, config: ModelConfig) -> torch.export.ExportedProgram:
     longest = min(CHUNK, config.max_seq_len)
-    # The example's number of tokens must differ from 1, which is a constant, and from the limit.
+    # The example's number of tokens must not be 1, because the export would make a size of 1 a
+    # constant, and must not be the limit.
     tokens_1T = torch.zeros(1, max(2, longest - 1), dtype=torch.long)
     length = torch.export.Dim("length", min=1, max=longest)
     with torch.no_grad():
