@@ -98,7 +98,7 @@ def test_the_message_for_a_wrong_row_names_file_and_line(
 ) -> None:
     file = tmp_path / "test.jsonl"
     file.write_text(f"{json.dumps(ROWS[task])}\n\n{json.dumps(row)}\n")
-    with pytest.raises(ValueError, match=rf"test\.jsonl, line 3: .*{message}.* take it out"):
+    with pytest.raises(ValueError, match=rf"test\.jsonl, line 3: .*{message}.* delete it"):
         read_rows(file, TASK_DATA[task].check)
 
 
