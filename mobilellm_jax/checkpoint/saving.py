@@ -62,7 +62,7 @@ class SaveError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class _Save:
-    """What one attempt to save writes, and where."""
+    """The contents and the folders of one attempt to save."""
 
     folder: epath.Path  # checkpoints of the run
     work: epath.Path  # the attempt writes here

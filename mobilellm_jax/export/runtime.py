@@ -13,7 +13,7 @@ from mobilellm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArtifactInfo:
-    """What the manifest says about a model file."""
+    """The manifest's description of a model file."""
 
     format: str  # of RUNTIMES
     file: str  # name of the model file in the folder

@@ -53,7 +53,7 @@ class VerificationError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was compared, and the differences that were found."""
+    """The result of a comparison: the differences that were found."""
 
     runtime: str
     positions: int

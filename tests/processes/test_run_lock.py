@@ -185,7 +185,7 @@ def test_content_that_no_run_wrote_stops_nobody(content: str, tmp_path: Path, so
     del soon
     (tmp_path / LOCK).write_text(content)
     with RunLock(tmp_path):
-        pass
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
 def test_a_stop_at_any_moment_leaves_no_lock_and_raises_nothing(

@@ -20,7 +20,7 @@ from mobilellm_jax.data.sources.source import (
 )
 from mobilellm_jax.errors import UserError
 
-# So many records are requested together, because TFDS starts threads for every request.
+# TFDS starts threads for every request, so records are requested in batches of about this size.
 _BATCH_BYTES = 1 << 20
 
 

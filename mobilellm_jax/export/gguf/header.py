@@ -73,7 +73,7 @@ _TYPES = {
 
 
 class Header(NamedTuple):
-    """What a GGUF file says about its model."""
+    """The description of the model in a GGUF file."""
 
     vocab_size: int
     context_length: int

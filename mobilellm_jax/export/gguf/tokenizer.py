@@ -50,7 +50,7 @@ _WHOLE_WORDS = ("llama-bpe",)  # these keep a word that is a token, whatever the
 
 
 class Vocabulary(NamedTuple):
-    """What a GGUF file says about its tokenizer."""
+    """The description of the tokenizer in a GGUF file."""
 
     model: str  # llama.cpp's implementation
     pre: str  # name of the rule that splits words
