@@ -52,7 +52,7 @@ def export_for_device(
     Raises:
       UserError: if `directory` is not empty, or the format cannot express the model.
       VerificationError: if the export differs from the checkpoint by more than its precision
-          allows.
+        allows.
     """
     _refuse_existing(directory)
     form = FORMATS[format_name]

@@ -92,7 +92,7 @@ class PieceEncoder:
 
         Raises:
           UserError: if the tokenizer or the source refuses a document, unless bad lines are
-              skipped.
+            skipped.
         """
         job, skipped = self._job, list[dict[str, Any]]()
         bad_lines = skipped if job.skip_bad_lines else None

@@ -60,7 +60,7 @@ def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
 
     Raises:
       DamageError: where the data are damaged or end too early, after the contents before that
-          place.
+        place.
     """
     gzip = path.endswith(".gz")
     if gzip:

@@ -142,7 +142,7 @@ def contents(path: str, size_bytes: int) -> bytes:
 
     Raises:
       BadLineError: if a compressed file is truncated or damaged, or the file is too long for a
-          document.
+        document.
     """
     with opened(path, size_bytes) as file:
         if not path.endswith(COMPRESSED):

@@ -111,7 +111,6 @@ class Source(abc.ABC):
 
         Raises:
           BadLineError: if a compressed file is truncated or damaged, whatever `on_bad` does,
-              because more
-            than a line is lost.
+            because more than a line is lost.
           UserError: if a file has changed since the piece was listed.
         """

@@ -48,8 +48,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
     Raises:
       UserError: if sequences are too short for a variable length, or if the inputs of a matrix do
-          not
-        divide into groups.
+        not divide into groups.
     """
     config = source.config
     if config.max_seq_len < _SHORTEST:

@@ -141,8 +141,7 @@ def write_huggingface(
 
     Raises:
       UserError: if `layout` cannot express the model, if `dtype` cannot express a weight, if
-          `directory`
-        is not empty, or if tokenizer.json cannot express the tokenizer.
+        `directory` is not empty, or if tokenizer.json cannot express the tokenizer.
     """
     if layout == "hf":
         check_llama(config)

@@ -26,8 +26,7 @@ class LitertRuntime:
 
     Args:
       model: a model with the signatures `decode` and `prefill`, and with `decode_256` and
-          `prefill_256` if it
-        reads more than 256 tokens.
+        `prefill_256` if it reads more than 256 tokens.
       chunk: number of tokens that `prefill` reads.
       info: the manifest's description.
     """

@@ -48,8 +48,8 @@ def write(source: Source, folder: Path, precision: str) -> int:
       source: the model.
       folder: folder for both files.
       precision: float32; float16 or bfloat16, which ONNX Runtime widens when it loads the file;
-          int8 or
-        int4, with a scale per 64 or 32 weights (int4 keeps the embeddings and the head in int8).
+        int8 or int4, with a scale per 64 or 32 weights (int4 keeps the embeddings and the head in
+        int8).
 
     Returns:
       The number of stored blocks.
