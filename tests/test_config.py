@@ -221,11 +221,25 @@ def test_attention_is_refused_what_it_cannot_do(asked: dict[str, Any], named: li
         changed(**asked | {"model__attention": other})
 
 
-def test_attention_may_do_what_it_can() -> None:
-    changed(model__attention="cudnn", data__boundaries="concat", model__compute_dtype="bfloat16")
-    for name in ("splash", "tokamax"):
-        changed(model__attention=name, data__boundaries="document_mask")
-    changed(model__attention="splash", data__seq_len=1024, model__compute_dtype="float32")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"boundaries": "concat", "dtype": "bfloat16", "name": "cudnn"},
+        {"boundaries": "document_mask", "name": "splash"},
+        {"boundaries": "document_mask", "name": "tokamax"},
+        {"seq_len": 1024, "dtype": "float32", "name": "splash"},
+    ],
+    ids=str,
+)
+def test_attention_is_accepted_where_it_can_run(fields: dict[str, Any]) -> None:
+    names = {
+        "boundaries": "data__boundaries",
+        "dtype": "model__compute_dtype",
+        "name": "model__attention",
+        "seq_len": "data__seq_len",
+    }
+    config = changed(**{names[key]: value for key, value in fields.items()})
+    assert config.model.attention == fields["name"]
 
 
 def test_every_implementation_of_attention_has_its_rules() -> None:
