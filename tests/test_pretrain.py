@@ -3,11 +3,8 @@
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,9 +22,8 @@ from mobilellm_jax.data.preparation.prepare import prepare
 from mobilellm_jax.evaluate.perplexity import perplexity
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.train.metrics import MetricsWriter
-from tests import tiny
+from tests import lives, tiny
 
-ROOT = Path(__file__).parent.parent
 STEPS = 16
 CONFIG = f"""
 from mobilellm_jax.config import to_config_dict
@@ -58,24 +54,11 @@ def config_file(data: Path, tmp_path: Path) -> Path:
 
 
 def command(config_file: Path, workdir: Path, *overrides: str) -> list[str]:
-    flags = [f"--config={config_file}", f"--workdir={workdir}", *overrides]
-    return [sys.executable, "-m", "mobilellm_jax", "train", *flags]
+    return ["train", f"--config={config_file}", f"--workdir={workdir}", *overrides]
 
 
-def run(config_file: Path, workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(config_file, workdir, *overrides),
-        cwd=ROOT,
-        env=one_device(),
-        capture_output=True,
-        text=True,
-    )
-
-
-def one_device() -> dict[str, str]:
-    """Returns the environment of a machine with one device, with the session's cache."""
-    _, *quick = os.environ["XLA_FLAGS"].split()  # without the eight devices
-    return {**os.environ, "XLA_FLAGS": " ".join(quick)}
+def run(config_file: Path, workdir: Path, *overrides: str) -> "subprocess.CompletedProcess[str]":
+    return lives.run(command(config_file, workdir, *overrides), workdir.with_suffix(".log"))
 
 
 def losses(workdir: Path) -> dict[int, float]:
@@ -135,20 +118,14 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(
     config_file: Path, tmp_path: Path, uninterrupted: Path, after_step: int
 ) -> None:
     workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(config_file, workdir),
-        cwd=ROOT,
-        env=one_device(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = lives.start(command(config_file, workdir), tmp_path / "killed.log")
     metrics = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and max(losses(workdir), default=0) >= after_step):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.exitcode is None and time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert (checkpoint.latest_step(workdir) or 0) < STEPS
 
     result = run(config_file, workdir)
@@ -163,18 +140,14 @@ def test_stopped_run_saves_and_asks_to_be_started_again(
     config_file: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     workdir = tmp_path / "run"
-    process = subprocess.Popen(
-        command(config_file, workdir, "--config.train.checkpoint_every=1000"),
-        cwd=ROOT,
-        env=one_device(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    flags = command(config_file, workdir, "--config.train.checkpoint_every=1000")
+    process = lives.start(flags, tmp_path / "stopped.log")
     while not ((workdir / "metrics.jsonl").exists() and losses(workdir)):
+        assert process.exitcode is None
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    _, text = process.communicate()
-    assert process.returncode == 75, text
+    process.terminate()
+    process.join()
+    assert process.exitcode == 75, (tmp_path / "stopped.log").read_text()
     step = checkpoint.latest_step(workdir)
     assert step is not None
     assert 1 <= step < STEPS

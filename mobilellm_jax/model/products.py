@@ -119,13 +119,13 @@ _product.defvjp(_forward, _backward)
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    def plain(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, a, b)
-
-    def with_float32_sums(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
-
+    plain = partial(jnp.einsum, spec)
     if a.dtype == jnp.float32:
         return plain(a, b)
+    with_float32_sums = partial(_einsum_with_float32_sums, spec)
     product: jax.Array = jax.lax.platform_dependent(a, b, cpu=with_float32_sums, default=plain)
     return product
+
+
+def _einsum_with_float32_sums(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(a.dtype)

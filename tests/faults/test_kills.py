@@ -15,7 +15,7 @@ import pytest
 from mobilellm_jax import checkpoint
 from mobilellm_jax.config import Config, to_json
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
-from tests.faults import lives
+from tests import lives
 from tests.faults.records import assert_same_run, log
 
 STEPS = 48
@@ -52,7 +52,7 @@ class Harness:
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def start(self, workdir: Path, *flags: str) -> ForkServerProcess:
-        arguments = [f"--config={self.config_file}", f"--workdir={workdir}", *flags]
+        arguments = ["train", f"--config={self.config_file}", f"--workdir={workdir}", *flags]
         return lives.start(arguments, workdir.with_suffix(".log"), self.cache)
 
     def uninterrupted(self, workdir: Path) -> float:

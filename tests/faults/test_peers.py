@@ -14,7 +14,7 @@ import pytest
 
 from mobilellm_jax import checkpoint
 from mobilellm_jax.config import Config
-from tests.faults import lives
+from tests import lives
 from tests.faults.records import assert_same_run
 from tests.faults.test_kills import SAVED_REQUEUE_ME, Harness, last_loss, write_config
 from tests.together import free_port, run_together
@@ -41,7 +41,7 @@ class Pair(Harness):
     def start_both(self, workdir: Path) -> list[ForkServerProcess]:
         together = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
         together += [f"--peer_timeout={PEER_TIMEOUT_SEC}"]
-        run = [f"--config={self.config_file}", f"--workdir={workdir}", *together]
+        run = ["train", f"--config={self.config_file}", f"--workdir={workdir}", *together]
         return [
             lives.start([*run, f"--process_id={own}"], log_of(workdir, own), self.cache)
             for own in (0, 1)

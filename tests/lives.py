@@ -1,4 +1,4 @@
-"""Starts processes that train until they finish or a test kills them.
+"""Starts processes that run a command of `mobilellm` until it ends or a test kills it.
 
 The forkserver of multiprocessing has imported every module and started no backend, so a process
 starts in a fraction of a second. Each process runs the `main` of the command line.
@@ -7,6 +7,7 @@ starts in a fraction of a second. Each process runs the `main` of the command li
 import atexit
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
@@ -16,11 +17,28 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["mobilellm_jax.cli.train", "mobilellm_jax.pretrain", __name__])
 
 
-def start(arguments: Sequence[str], output: Path, cache: Path) -> ForkServerProcess:
-    """Starts `mobilellm train` with these arguments; its output goes to the end of `output`."""
-    process = _server.Process(target=_live, args=(list(arguments), str(output), str(cache)))
+def start(arguments: Sequence[str], output: Path, cache: Path | None = None) -> ForkServerProcess:
+    """Starts `mobilellm` with these arguments on one device; appends what it says to `output`.
+
+    Args:
+      arguments: The command and its flags.
+      output: A file. The process creates it.
+      cache: A folder of compiled programs; None means that of the session.
+    """
+    folder = str(cache or os.environ["MOBILELLM_TEST_CACHE"])
+    process = _server.Process(target=_live, args=(list(arguments), str(output), folder))
     process.start()
     return process
+
+
+def run(arguments: Sequence[str], output: Path) -> "subprocess.CompletedProcess[str]":
+    """Runs `mobilellm` to its end; `stderr` of the result is all that this process said."""
+    before = output.stat().st_size if output.exists() else 0
+    process = start(arguments, output)
+    process.join()
+    assert process.exitcode is not None
+    said = output.read_bytes()[before:].decode()
+    return subprocess.CompletedProcess(list(arguments), process.exitcode, stderr=said)
 
 
 def _live(arguments: list[str], output: str, cache: str) -> None:
@@ -40,7 +58,7 @@ def _live(arguments: list[str], output: str, cache: str) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     code = 1
     try:
-        code = main(["train", *arguments])
+        code = main(arguments)
     finally:
         atexit._run_exitfuncs()  # multiprocessing does not call these functions
         sys.stdout.flush()
