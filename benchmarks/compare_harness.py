@@ -18,19 +18,15 @@ from typing import Any
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
-import jax
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from mobilellm_jax.config import MeshConfig
-from mobilellm_jax.evaluate.engine import JaxEngine
+from mobilellm_jax.evaluate.engine import jax_engine
 from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.journal import Journal
-from mobilellm_jax.evaluate.scoring import Scorer
 from mobilellm_jax.evaluate.task_data import GROUPS
 from mobilellm_jax.evaluate.tasks import load_tasks, run_tasks
 from mobilellm_jax.open_model import open_model
-from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
 
 _TASKS = (*GROUPS["mobilellm_zero_shot"], "triviaqa", "race_middle", "race_high", "wikitext")
 _CLOSE = 1e-3
@@ -111,10 +107,7 @@ def _asked(model: Any, tasks: Any, limit: int) -> tuple[dict[str, float], dict[A
 
 def _ours(folder: Path) -> HarnessModel:
     model = open_model(folder)
-    mesh = make_mesh(MeshConfig())
-    scorer = Scorer(model.config, mesh, logical_rules(model.config, mesh.shape))
-    params = jax.device_put(model.params, replicated(mesh))
-    engine = JaxEngine(model.config, scorer, params)
+    engine = jax_engine(model.config, model.params)
     return HarnessModel(engine, model.tokenizer, Journal(None, {}), origin=str(folder))
 
 

@@ -148,7 +148,7 @@ def _ours(config: ModelConfig, params: Params, tokenizer: Tokenizer, batch_token
     def score(requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         # Each call has a new journal, so no answer is reused.
         model = HarnessModel(
-            *(JaxEngine(config, scorer, placed), tokenizer, Journal(None, {})),
+            *(JaxEngine(scorer, placed), tokenizer, Journal(None, {})),
             origin="",
             show=False,
         )

@@ -35,7 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mobilellm_jax.config import ComputeDtype, ModelConfig
-from mobilellm_jax.evaluate.perplexity import perplexity
+from mobilellm_jax.evaluate.engine import jax_engine
+from mobilellm_jax.evaluate.perplexity import CutText, perplexity
 from mobilellm_jax.generation import generate
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix, init_params
@@ -231,8 +232,9 @@ def _print_losses(checkpoint: str, text: Path, schemes: list[str]) -> None:
     print(f"{opened.origin} on {text}")
     print(f"{'form':10}{'bits':>7}{'bytes':>14}{'loss':>10}{'of float32':>12}{'tok/s':>9}")
     first = None
+    cut = CutText.cut(opened.tokenizer, content, opened.config.max_seq_len, None)
     for form in forms:
-        measure = functools.partial(perplexity, form.config, form.params, opened.tokenizer, content)
+        measure = functools.partial(perplexity, jax_engine(form.config, form.params), cut)
         measure()  # compiles
         began = time.perf_counter()
         result = measure()

@@ -1,6 +1,7 @@
 """Opens any checkpoint: a run folder, a step of a run, or a Hugging Face directory."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import jax
@@ -13,8 +14,11 @@ from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.directory import CONFIG as HUGGINGFACE_CONFIG
 from mobilellm_jax.export.huggingface.directory import read_huggingface
 from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.quantize.parameters import bits_per_weight, quantize_model, stored_bytes
+from mobilellm_jax.quantize.schemes import Scheme
 from mobilellm_jax.storage import rundir
 
+_log = logging.getLogger(__name__)
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 _LAYOUTS = (
     f"a run folder ({rundir.CHECKPOINTS}/STEP/ in it), a step folder "
@@ -28,21 +32,37 @@ class OpenedModel:
     """A model that is ready for use."""
 
     config: ModelConfig  # compute_dtype and attention are "auto", because devices differ
-    params: Params  # float32, on the default device
+    params: Params  # float32 or quantized, on the default device
     tokenizer: Tokenizer
     run_config: Config | None  # None for a Hugging Face directory
     step: int | None  # completed optimizer steps; None for a Hugging Face directory
     origin: str  # path of the checkpoint, for messages and records
 
 
-def open_model(ckpt: str | Path) -> OpenedModel:
+def open_model(ckpt: str | Path, scheme: Scheme | None = None) -> OpenedModel:
     """Opens a checkpoint; in a run folder, the latest step that is complete and not damaged.
+
+    Args:
+      ckpt: a run folder, a step folder or a Hugging Face directory.
+      scheme: quantizes the parameters. None: they stay float32.
 
     Raises:
       MissingFileError: if the folder does not exist, or is a run without a complete step.
       UserError: if the folder is not a checkpoint, or its content cannot be used.
+      ConfigError: if the scheme quantizes only one of two matrices that are the same matrix.
     """
-    folder = Path(ckpt)
+    opened = _open(Path(ckpt))
+    if scheme is None:
+        return opened
+    params = quantize_model(opened.config, opened.params, scheme)
+    _log.info(
+        f"quantized {scheme}; {stored_bytes(params):,} bytes, "
+        f"{bits_per_weight(params):.2f} bits per weight"
+    )
+    return dataclasses.replace(opened, params=params)
+
+
+def _open(folder: Path) -> OpenedModel:
     if not folder.is_dir():
         raise _missing(folder)
     # The resolved path handles "." and links to a step, such as "best".
@@ -53,7 +73,7 @@ def open_model(ckpt: str | Path) -> OpenedModel:
         step = latest_step(folder, MODEL_PARTS)
         if step is None:
             raise MissingFileError(
-                f"checkpoint={str(ckpt)!r} is a run with no complete checkpoint yet; let it train "
+                f"checkpoint='{folder}' is a run with no complete checkpoint yet; let it train "
                 "until train.checkpoint_every."
             )
         return _open_step(folder, step, verified=True)
@@ -63,7 +83,9 @@ def open_model(ckpt: str | Path) -> OpenedModel:
         return _open_huggingface(folder)
     names = sorted(path.name for path in folder.iterdir())
     found = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-    raise UserError(f"checkpoint={str(ckpt)!r} must be {_LAYOUTS}; it holds {found or 'nothing'}.")
+    raise UserError(
+        f"checkpoint={str(folder)!r} must be {_LAYOUTS}; it holds {found or 'nothing'}."
+    )
 
 
 def _open_step(run: Path, step: int, *, verified: bool = False) -> OpenedModel:

@@ -19,7 +19,8 @@ from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Config, ConfigError, QuantizeConfig, from_json
 from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.preparation.prepare import prepare
-from mobilellm_jax.evaluate.perplexity import perplexity
+from mobilellm_jax.evaluate.engine import jax_engine
+from mobilellm_jax.evaluate.perplexity import CutText, perplexity
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.train.metrics import MetricsWriter
 from tests import lives, tiny
@@ -225,11 +226,9 @@ def test_a_text_is_measured_after_saving_and_again_if_that_was_lost(
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     last = json.loads(lines[-1])
     model = open_model(workdir)
-    expected = perplexity(
-        *(model.config, model.params, model.tokenizer, file.read_text()), stride=64
-    )
-    # The run used eight devices and trees of tokens. `expected` used one device and windows, in
-    # float32.
+    engine = jax_engine(model.config, model.params, jax.devices()[:1])
+    expected = perplexity(engine, CutText.cut(model.tokenizer, file.read_text(), 64, stride=64))
+    # The run used eight devices, and `expected` used one device.
     assert last["evaluate/text/loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert last["evaluate/text/bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
     board = workdir / "tensorboard"

@@ -4,10 +4,12 @@
 last line on the standard output is a `Measurement` as JSON. All runtimes use all cores.
 
 - load: seconds from the file to a model that can answer.
-- init: seconds for the first prompt and the token after it (two such passes in JAX), with
-  everything that is compiled, packed or allocated at first use.
-- prefill: seconds for a prompt that is read at once, with logits at every position.
-- decode: seconds per token with the cache, after such a prompt. JAX decodes in a compiled loop.
+- init: seconds for the first prompt and the two tokens after it, with everything that is compiled,
+  packed or allocated at first use.
+- prefill: seconds until the first token. The prompt is read at once; an export computes logits at
+  every position of it.
+- decode: seconds per further token of the same text, with the cache. JAX decodes in a compiled
+  loop.
 - memory: growth of the process's resident memory at its peak, without the libraries.
 """
 
@@ -16,20 +18,20 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+
+import jax
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
-from mobilellm_jax.export.artifact import Artifact, open_artifact
-from mobilellm_jax.export.runtime import Runtime
+from mobilellm_jax.evaluate.engine import Engine, RuntimeEngine, Writer, jax_engine
+from mobilellm_jax.evaluate.perplexity import CutText, perplexity
+from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.generation import generate
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.open_model import OpenedModel, open_model
-from mobilellm_jax.quantize.parameters import quantize_model, stored_bytes
+from mobilellm_jax.quantize.parameters import stored_bytes
 from mobilellm_jax.quantize.schemes import find_scheme
 from mobilellm_jax.storage import sealing, strict_json
 
@@ -51,71 +53,6 @@ class Measurement:
     decode_sec: list[float]  # per token
     memory_bytes: int
     loss: float  # nats per token of the text
-
-
-class _Loaded(Protocol):
-    """A loaded model."""
-
-    @property
-    def name(self) -> str: ...
-
-    def read(self, prompt: Sequence[int]) -> None: ...
-
-    def decode(self, prompt: Sequence[int], count: int) -> float: ...
-
-    def loss(self, tokenizer: Tokenizer, text: str) -> float: ...
-
-
-class _InRuntime:
-    """An exported model in its runtime."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self.name = runtime.name
-
-    def read(self, prompt: Sequence[int]) -> None:
-        self._runtime.read(prompt)
-
-    def decode(self, prompt: Sequence[int], count: int) -> float:
-        """Returns the seconds per token."""
-        token = int(self._runtime.read(prompt)[-1].argmax())
-        began = time.perf_counter()
-        for _ in range(count):
-            token = int(self._runtime.append(token).argmax())
-        return (time.perf_counter() - began) / count
-
-    def loss(self, tokenizer: Tokenizer, text: str) -> float:
-        return runtime_perplexity(
-            self._runtime, tokenizer, text, stride=self._runtime.max_seq_len
-        ).loss
-
-
-class _InJax:
-    """A checkpoint in JAX."""
-
-    def __init__(self, model: OpenedModel) -> None:
-        import jax
-
-        self._config = model.config
-        self._params = model.params
-        self._prepared: generate.Prepared = generate.prepare(model.config, model.params)
-        self.name = f"JAX {jax.__version__}"
-
-    def read(self, prompt: Sequence[int]) -> None:
-        self._generate(prompt, 1)
-
-    def decode(self, prompt: Sequence[int], count: int) -> float:
-        """Returns the seconds per token, from the difference between one and more tokens."""
-        one = _seconds(lambda: self._generate(prompt, 1))
-        return (_seconds(lambda: self._generate(prompt, 1 + count)) - one) / count
-
-    def loss(self, tokenizer: Tokenizer, text: str) -> float:
-        length = self._config.max_seq_len
-        return perplexity(self._config, self._params, tokenizer, text, stride=length).loss
-
-    def _generate(self, prompt: Sequence[int], count: int) -> None:
-        request = generate.Request([prompt], max_new_tokens=count, sampling=GREEDY)
-        generate.generate(self._config, self._prepared, request)
 
 
 def is_artifact(path: Path) -> bool:
@@ -154,7 +91,7 @@ def check(request: Request) -> None:
         room = artifact.info.max_seq_len
     else:
         room = _open(request).config.max_seq_len
-    # Decoding in JAX starts from one more token after the prompt.
+    # The prefill draws one more token than the tokens that are timed.
     if request.prompt_tokens + request.new_tokens + 1 > room:
         raise UserError(
             f"--prompt_tokens={request.prompt_tokens} and --new_tokens={request.new_tokens} and "
@@ -169,56 +106,48 @@ def measure(request: Request) -> Measurement:
         artifact = open_artifact(path)
         config, tokenizer = artifact.info.model, artifact.tokenizer()
         precision, size = artifact.info.precision, artifact.model_bytes
-        load = _loader(artifact)
+        load_file = artifact.loader()
+
+        def load() -> Engine:
+            return RuntimeEngine(config, precision, load_file())
     else:
         # The checkpoint is read before it is timed, because an export has also been read before.
         opened = _open(request)
         config, tokenizer = opened.config, opened.tokenizer
-        precision = request.scheme or "float32"
-        size = stored_bytes(opened.params)
+        precision, size = request.scheme or "float32", stored_bytes(opened.params)
         del opened
 
-        def load() -> _Loaded:
-            return _InJax(_open(request))
+        def load() -> Engine:
+            return jax_engine(config, _open(request).params, jax.devices()[:1])
 
     prompt = _prompt(tokenizer, request.text, request.prompt_tokens)
     before = _reset_peak()
     began = time.perf_counter()
-    loaded = load()
+    engine = load()
+    write = engine.writer()
     load_sec = time.perf_counter() - began
-    init_sec = _seconds(lambda: loaded.decode(prompt, 1))
-    loaded.decode(prompt, request.new_tokens)  # compiles the programs for these lengths
-    prefill_sec, decode_sec = [], []
-    for _ in range(request.rounds):
-        prefill_sec.append(_seconds(lambda: loaded.read(prompt)))
-        decode_sec.append(loaded.decode(prompt, request.new_tokens))
+    init_sec = sum(_seconds(write, prompt, 1))
+    _seconds(write, prompt, request.new_tokens)  # compiles the programs for these lengths
+    rounds = [_seconds(write, prompt, request.new_tokens) for _ in range(request.rounds)]
     memory = _peak() - before
+    text = CutText.cut(tokenizer, request.text, config.max_seq_len, stride=config.max_seq_len)
     return Measurement(
         path=request.path,
-        runtime=loaded.name,
+        runtime=engine.runtime_name,
         precision=precision,
         model=config,
         model_bytes=size,
         load_sec=load_sec,
         init_sec=init_sec,
-        prefill_sec=prefill_sec,
-        decode_sec=decode_sec,
+        prefill_sec=[prefill for prefill, _ in rounds],
+        decode_sec=[decode for _, decode in rounds],
         memory_bytes=memory,
-        loss=loaded.loss(tokenizer, request.text),
+        loss=perplexity(engine, text).loss,
     )
 
 
 def _open(request: Request) -> OpenedModel:
-    opened = open_model(request.path)
-    if request.scheme is None:
-        return opened
-    params = quantize_model(opened.config, opened.params, find_scheme(request.scheme))
-    return dataclasses.replace(opened, params=params)
-
-
-def _loader(artifact: Artifact) -> Callable[[], _Loaded]:
-    load = artifact.loader()
-    return lambda: _InRuntime(load())
+    return open_model(request.path, find_scheme(request.scheme) if request.scheme else None)
 
 
 def _prompt(tokenizer: Tokenizer, text: str, count: int) -> list[int]:
@@ -226,10 +155,15 @@ def _prompt(tokenizer: Tokenizer, text: str, count: int) -> list[int]:
     return [tokenizer.bos_id, *(ids * (count // len(ids) + 1))][:count]
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(write: Writer, prompt: list[int], count: int) -> tuple[float, float]:
+    """Returns the seconds until the first token, and the seconds per token of `count` more."""
     began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+    tokens = write(generate.Request([prompt], max_new_tokens=1 + count, sampling=GREEDY))
+    next(tokens)
+    first = time.perf_counter()
+    for _ in tokens:
+        pass
+    return first - began, (time.perf_counter() - first) / count
 
 
 def _reset_peak() -> int:

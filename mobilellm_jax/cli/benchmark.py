@@ -19,68 +19,57 @@ parameters, for a phone with 50 kJ at 10 tokens/s. The command writes benchmark.
 .png to --output.
 """
 
+import dataclasses
 from pathlib import Path
 
-from absl import flags
-
 from mobilellm_jax.cli.errors import UsageError
-from mobilellm_jax.cli.shared import QUANTIZE_HELP, new_flags, read_text
+from mobilellm_jax.cli.flags import flag
+from mobilellm_jax.cli.shared import QUANTIZE_HELP, read_text
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.quantize.schemes import find_scheme
 
-FLAGS = new_flags()
-_ARTIFACT = flags.DEFINE_multi_string(
-    "artifact",
-    None,
-    "folder of `mobilellm export`, or a checkpoint; may be repeated",
-    FLAGS,
-    required=True,
-)
-_QUANTIZE = flags.DEFINE_multi_string(
-    "quantize",
-    [],
-    f"also measure every checkpoint in JAX with this quantization; may be repeated. "
-    f"{QUANTIZE_HELP}",
-    FLAGS,
-)
-_OUTPUT = flags.DEFINE_string("output", None, "folder for the results", FLAGS, required=True)
-_PROMPT_TOKENS = flags.DEFINE_integer(
-    "prompt_tokens", 128, "tokens of the prompt", lower_bound=1, flag_values=FLAGS
-)
-_NEW_TOKENS = flags.DEFINE_integer(
-    "new_tokens", 64, "tokens to decode", lower_bound=1, flag_values=FLAGS
-)
-_RUNS = flags.DEFINE_integer("runs", 3, "processes per model", lower_bound=1, flag_values=FLAGS)
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 3, "measurements in each process", lower_bound=1, flag_values=FLAGS
-)
-_TEXT = flags.DEFINE_string(
-    "text", "", "UTF-8 text for the loss; the prompt comes from the same text", FLAGS
-)
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    artifact: list[str] = flag(
+        None, "folder of `mobilellm export`, or a checkpoint; may be repeated", required=True
+    )
+    quantize: list[str] = flag(
+        [],
+        "also measure every checkpoint in JAX with this quantization; may be repeated. "
+        + QUANTIZE_HELP,
+    )
+    output: str = flag(None, "folder for the results", required=True)
+    prompt_tokens: int = flag(128, "tokens of the prompt", lower_bound=1)
+    new_tokens: int = flag(64, "tokens to decode", lower_bound=1)
+    runs: int = flag(3, "processes per model", lower_bound=1)
+    rounds: int = flag(3, "measurements in each process", lower_bound=1)
+    text: str = flag("", "UTF-8 text for the loss; the prompt comes from the same text")
 
 
-def main(argv: list[str]) -> None:
+def main(flags: Flags) -> None:
     """Measures the models, prints the table and writes the results."""
-    del argv  # the command has no config, so it has no overrides
     from mobilellm_jax.benchmark.measure import Request, check, is_artifact
     from mobilellm_jax.benchmark.run import benchmark, write_results
     from mobilellm_jax.benchmark.table import markdown
     from mobilellm_jax.export.verify import TEXT
 
-    text = read_text("--text", Path(_TEXT.value)) if _TEXT.value else TEXT
+    text = read_text("--text", Path(flags.text)) if flags.text else TEXT
     if not text.strip():
-        raise UserError(f"--text={_TEXT.value} is empty; name a file with text.")
-    schemes = [find_scheme(name).name for name in _QUANTIZE.value]
+        raise UserError(f"--text={flags.text} is empty; name a file with text.")
+    schemes = [find_scheme(name).name for name in flags.quantize]
     requests = [
         Request(
             path=path,
             scheme=scheme,
-            prompt_tokens=_PROMPT_TOKENS.value,
-            new_tokens=_NEW_TOKENS.value,
-            rounds=_ROUNDS.value,
+            prompt_tokens=flags.prompt_tokens,
+            new_tokens=flags.new_tokens,
+            rounds=flags.rounds,
             text=text,
         )
-        for path in _ARTIFACT.value
+        for path in flags.artifact
         for scheme in [None, *([] if is_artifact(Path(path)) else schemes)]
     ]
     if schemes and not any(request.scheme for request in requests):
@@ -90,10 +79,10 @@ def main(argv: list[str]) -> None:
         )
     for request in requests:
         check(request)
-    output = Path(_OUTPUT.value)
+    output = Path(flags.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file; name a folder.")
-    rows, measured = benchmark(requests, _RUNS.value)
+    rows, measured = benchmark(requests, flags.runs)
     write_results(output, rows, measured)
     print(markdown(rows), end="")
     print(f"\n{output}/benchmark.md, .csv, .json, .png; energy and battery are estimates.")

@@ -32,23 +32,21 @@ window scores N tokens and reads the earlier tokens that fit.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from absl import flags
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mobilellm_jax.cli.errors import UsageError
+from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import (
     CHECKPOINT_HELP,
     PARTS_HELP,
     QUANTIZE_HELP,
     chosen_scheme,
-    exactly_one,
-    new_flags,
-    quantize_opened,
     read_text,
 )
 from mobilellm_jax.errors import MissingFileError, UserError, require
@@ -60,76 +58,63 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-FLAGS = new_flags()
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP, FLAGS)
-_ARTIFACT = flags.DEFINE_string("artifact", None, "folder of `mobilellm export`", FLAGS)
-_TASKS = flags.DEFINE_list("tasks", None, "tasks or groups of tasks, separated by commas", FLAGS)
-_NUM_FEWSHOT = flags.DEFINE_integer(
-    "num_fewshot", None, "solved examples before each question", lower_bound=0, flag_values=FLAGS
-)
-_LIMIT = flags.DEFINE_integer(
-    "limit", None, "rows of each task, for a trial", lower_bound=1, flag_values=FLAGS
-)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder with the tasks' rows; see above", FLAGS)
-_PERPLEXITY = flags.DEFINE_string("perplexity", None, "text file in UTF-8", FLAGS)
-_STRIDE = flags.DEFINE_integer(
-    "stride",
-    None,
-    "tokens that each window scores; a window reads model.max_seq_len tokens",
-    flag_values=FLAGS,
-)
-_QUANTIZE = flags.DEFINE_string("quantize", None, QUANTIZE_HELP, FLAGS)
-_QUANTIZED_PARTS = flags.DEFINE_string("quantized_parts", None, PARTS_HELP, FLAGS)
-_OUTPUT = flags.DEFINE_string("output", None, "file that also gets the result", FLAGS)
-exactly_one(FLAGS, "checkpoint", "artifact")
-exactly_one(FLAGS, "tasks", "perplexity")
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    EXACTLY_ONE: ClassVar = (("checkpoint", "artifact"), ("tasks", "perplexity"))
+    checkpoint: str | None = flag(None, CHECKPOINT_HELP)
+    artifact: str | None = flag(None, "folder of `mobilellm export`")
+    tasks: list[str] | None = flag(
+        None, "tasks or groups of tasks, separated by commas", commas=True
+    )
+    num_fewshot: int | None = flag(None, "solved examples before each question", lower_bound=0)
+    limit: int | None = flag(None, "rows of each task, for a trial", lower_bound=1)
+    data_dir: str | None = flag(None, "folder with the tasks' rows; see above")
+    perplexity: str | None = flag(None, "text file in UTF-8")
+    stride: int | None = flag(
+        None, "tokens that each window scores; a window reads model.max_seq_len tokens"
+    )
+    quantize: str | None = flag(None, QUANTIZE_HELP)
+    quantized_parts: str | None = flag(None, PARTS_HELP)
+    output: str | None = flag(None, "file that also gets the result")
 
 
-def main(argv: list[str]) -> None:
+def main(flags: Flags) -> None:
     """Evaluates the model and prints the result."""
-    del argv  # the command has no config, so it has no overrides
-    _check_flags()
-    scheme = chosen_scheme(_QUANTIZE.value, _QUANTIZED_PARTS.value)
-    output = Path(_OUTPUT.value) if _OUTPUT.value else None
+    _check_flags(flags)
+    scheme = chosen_scheme(flags.quantize, flags.quantized_parts)
+    output = Path(flags.output) if flags.output else None
     if output is not None:
         _check_output(output)
-    if _PERPLEXITY.value is not None:
-        _measure_perplexity(Path(_PERPLEXITY.value), output, scheme)
+    if flags.tasks is None:
+        _measure_perplexity(flags, output, scheme)
     else:
-        _evaluate_tasks(output, scheme)
+        _evaluate_tasks(flags, output, scheme)
 
 
-def _measure_perplexity(file: Path, output: Path | None, scheme: Scheme | None) -> None:
-    from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
-    from mobilellm_jax.export.artifact import open_artifact
-    from mobilellm_jax.open_model import open_model
+def _measure_perplexity(flags: Flags, output: Path | None, scheme: Scheme | None) -> None:
+    from mobilellm_jax.evaluate.perplexity import CutText, perplexity
     from mobilellm_jax.storage.rundir import write_whole
 
-    text = read_text("--perplexity", file)
-    record: dict[str, Any]
-    if _ARTIFACT.value is not None:
-        artifact = open_artifact(_ARTIFACT.value)
-        result = runtime_perplexity(
-            artifact.load(), artifact.tokenizer(), text, stride=_STRIDE.value
-        )
-        record = {"artifact": _ARTIFACT.value, "precision": artifact.info.precision}
-    else:
-        model = quantize_opened(open_model(str(_CHECKPOINT.value)), scheme)
-        result = perplexity(model.config, model.params, model.tokenizer, text, stride=_STRIDE.value)
-        record = {"checkpoint": model.origin}
-        if scheme is not None:
-            record["quantize"] = str(scheme)
-    record["file"] = str(file)
-    if _STRIDE.value is not None:
-        record["stride"] = _STRIDE.value
-    content = json.dumps({**record, **dataclasses.asdict(result)}, indent=2) + "\n"
-    print(content, end="", flush=True)
+    file = Path(str(flags.perplexity))
+    content = read_text("--perplexity", file)
+    subject = _open(flags, scheme)
+    length = subject.engine.config.max_seq_len
+    text = CutText.cut(subject.tokenizer, content, length, flags.stride)
+    record: dict[str, Any] = {**subject.record, "file": str(file)}
+    if flags.stride is not None:
+        record["stride"] = flags.stride
+    record |= dataclasses.asdict(perplexity(subject.engine, text))
+    result = json.dumps(record, indent=2) + "\n"
+    print(result, end="", flush=True)
     if output is not None:
-        write_whole(output, content)
+        write_whole(output, result)
 
 
-def _evaluate_tasks(output: Path | None, scheme: Scheme | None) -> None:
-    data_dir = Path(_DATA_DIR.value) if _DATA_DIR.value else None
+def _evaluate_tasks(flags: Flags, output: Path | None, scheme: Scheme | None) -> None:
+    data_dir = Path(flags.data_dir) if flags.data_dir else None
     if data_dir is not None:
         # The libraries read these variables when they are imported. Local files need no network.
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -138,20 +123,17 @@ def _evaluate_tasks(output: Path | None, scheme: Scheme | None) -> None:
     from mobilellm_jax.evaluate.tasks import as_json, format_results, load_tasks, run_tasks
     from mobilellm_jax.storage.rundir import write_whole
 
-    tasks = load_tasks(_TASKS.value or [], data_dir=data_dir, num_fewshot=_NUM_FEWSHOT.value)
-    if _ARTIFACT.value is not None:
-        subject = _artifact_subject(_ARTIFACT.value)
-    else:
-        subject = _checkpoint_subject(str(_CHECKPOINT.value), scheme)
+    tasks = load_tasks(flags.tasks or [], data_dir=data_dir, num_fewshot=flags.num_fewshot)
+    subject = _open(flags, scheme)
     path = output.with_name(f"{output.name}.journal") if output else None
-    journal = Journal(path, subject.identity)
+    journal = Journal(path, subject.identity())
     if journal.replaced:
         _log.info(f"{path} was of another model; starting anew.")
     elif journal.answers:
         _log.info(f"{path} has {len(journal.answers):,} answers; continuing from there.")
     config = subject.engine.config
     model = HarnessModel(subject.engine, subject.tokenizer, journal, origin=subject.origin)
-    results = run_tasks(model, tasks, _LIMIT.value)
+    results = run_tasks(model, tasks, flags.limit)
     if model.cut:
         _log.warning(
             f"{model.cut:,} requests were longer than model.max_seq_len="
@@ -165,52 +147,47 @@ def _evaluate_tasks(output: Path | None, scheme: Scheme | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """A model that is evaluated on tasks."""
+    """The model that is evaluated."""
 
     engine: "Engine"
     tokenizer: "Tokenizer"
-    identity: dict[str, Any]  # a journal with another identity belongs to another model
     origin: str
+    record: dict[str, str]  # what the record of a perplexity says about the model
+    identity: Callable[[], dict[str, Any]]  # a journal of another identity is of another model
 
 
-def _checkpoint_subject(checkpoint: str, scheme: Scheme | None) -> _Subject:
+def _open(flags: Flags, scheme: Scheme | None) -> _Subject:
     import jax
 
-    from mobilellm_jax.config import MeshConfig
-    from mobilellm_jax.evaluate.engine import JaxEngine
+    from mobilellm_jax.evaluate.engine import RuntimeEngine, jax_engine
     from mobilellm_jax.evaluate.journal import identity
-    from mobilellm_jax.evaluate.scoring import Scorer
+    from mobilellm_jax.export.artifact import open_artifact
     from mobilellm_jax.open_model import open_model
-    from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
     from mobilellm_jax.startup.host_memory import keep_freed_memory
 
-    opened = quantize_opened(open_model(checkpoint), scheme)
-    how = str(scheme) if scheme else None
-    config = opened.config
+    if flags.artifact is not None:
+        artifact = open_artifact(flags.artifact)
+        info, runtime = artifact.info, artifact.load()
+        return _Subject(
+            RuntimeEngine(info.model, info.precision, runtime),
+            artifact.tokenizer(),
+            str(artifact.folder),
+            {"artifact": flags.artifact, "precision": info.precision},
+            lambda: {"artifact": artifact.sha256, "runtime": runtime.name},
+        )
+    opened = open_model(str(flags.checkpoint), scheme)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    mesh = make_mesh(MeshConfig())
-    params = jax.device_put(opened.params, replicated(mesh))
-    scorer = Scorer(config, mesh, logical_rules(config, mesh.shape))
+    engine = jax_engine(opened.config, opened.params)
+    how = {"quantize": str(scheme)} if scheme else {}
     return _Subject(
-        JaxEngine(config, scorer, params),
+        engine,
         opened.tokenizer,
-        identity(config, params, opened.tokenizer, how),
-        f"{opened.origin}, {how}" if how else opened.origin,
-    )
-
-
-def _artifact_subject(folder: str) -> _Subject:
-    from mobilellm_jax.evaluate.engine import RuntimeEngine
-    from mobilellm_jax.export.artifact import open_artifact
-
-    artifact = open_artifact(folder)
-    runtime = artifact.load()
-    return _Subject(
-        RuntimeEngine(artifact.info.model, artifact.info.precision, runtime),
-        artifact.tokenizer(),
-        {"artifact": artifact.sha256, "runtime": runtime.name},
-        str(artifact.folder),
+        ", ".join([opened.origin, *how.values()]),
+        {"checkpoint": opened.origin, **how},
+        functools.partial(
+            identity, opened.config, engine.params, opened.tokenizer, how.get("quantize")
+        ),
     )
 
 
@@ -224,19 +201,19 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _check_flags() -> None:
+def _check_flags(flags: Flags) -> None:
     """Refuses flags that contradict each other, before anything is loaded."""
-    if _ARTIFACT.value is not None and _QUANTIZE.value is not None:
+    if flags.artifact is not None and flags.quantize is not None:
         raise UsageError(
-            f"--quantize={_QUANTIZE.value} goes with --checkpoint only: an artifact was quantized "
+            f"--quantize={flags.quantize} goes with --checkpoint only: an artifact was quantized "
             "when it was exported."
         )
-    given = "--tasks"
-    others: list[flags.FlagHolder[Any]] = [_STRIDE]
-    if _TASKS.value is None:
-        given, others = "--perplexity", [_NUM_FEWSHOT, _LIMIT, _DATA_DIR]
-    for flag in others:
-        if flag.value is not None:
-            raise UsageError(f"--{flag.name}={flag.value} does not go with {given}.")
-    if _TASKS.value is not None:
-        require("lm_eval", "eval", f"--tasks={','.join(_TASKS.value)}")
+    given, others = "--tasks", ["stride"]
+    if flags.tasks is None:
+        given, others = "--perplexity", ["num_fewshot", "limit", "data_dir"]
+    for name in others:
+        value = getattr(flags, name)
+        if value is not None:
+            raise UsageError(f"--{name}={value} does not go with {given}.")
+    if flags.tasks is not None:
+        require("lm_eval", "eval", f"--tasks={','.join(flags.tasks)}")

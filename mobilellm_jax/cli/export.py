@@ -29,10 +29,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
 from mobilellm_jax.cli.errors import UsageError
-from mobilellm_jax.cli.shared import CHECKPOINT_HELP, new_flags
+from mobilellm_jax.cli.flags import flag
+from mobilellm_jax.cli.shared import CHECKPOINT_HELP
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.artifact import EXTRA
 from mobilellm_jax.export.formats import (
@@ -48,45 +47,46 @@ from mobilellm_jax.model.size import parameter_count
 _log = logging.getLogger(__name__)
 _HUGGINGFACE = ("hf", "mobilellm")
 
-FLAGS = new_flags()
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP, FLAGS, required=True)
-_FORMAT = flags.DEFINE_enum("format", "hf", [*_HUGGINGFACE, *FORMATS], "format, see above", FLAGS)
-_OUTPUT = flags.DEFINE_string("output", None, "folder to make", FLAGS, required=True)
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, DTYPES, "type of the stored weights (default without --quantize: float32)", FLAGS
-)
-_QUANTIZE = flags.DEFINE_string(
-    "quantize",
-    None,
-    "quantization of the weights; "
-    + "; ".join(f"{name}: {', '.join(offered(name, quantized=True))}" for name in FORMATS),
-    FLAGS,
-)
-_VERIFY = flags.DEFINE_bool(
-    "verify",
-    None,
-    "run the export and compare it with the checkpoint (default: if the runtime is installed)",
-    FLAGS,
-)
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    checkpoint: str = flag(None, CHECKPOINT_HELP, required=True)
+    format: str = flag("hf", "format, see above", enum_values=[*_HUGGINGFACE, *FORMATS])
+    output: str = flag(None, "folder to make", required=True)
+    dtype: str | None = flag(
+        None,
+        "type of the stored weights (default without --quantize: float32)",
+        enum_values=DTYPES,
+    )
+    quantize: str | None = flag(
+        None,
+        "quantization of the weights; "
+        + "; ".join(f"{name}: {', '.join(offered(name, quantized=True))}" for name in FORMATS),
+    )
+    verify: bool | None = flag(
+        None,
+        "run the export and compare it with the checkpoint (default: if the runtime is installed)",
+    )
 
 
-def main(argv: list[str]) -> None:
+def main(flags: Flags) -> None:
     """Exports the checkpoint and prints the sizes."""
-    del argv  # the command has no config, so it has no overrides
-    name: Any = _FORMAT.value
-    precision: Any = _precision(name)
-    verified = _verified(name)
+    name: Any = flags.format
+    precision: Any = _precision(flags)
+    verified = _verified(flags)
 
     from mobilellm_jax.export.exporting import export_for_device, export_huggingface
     from mobilellm_jax.export.huggingface.model_card import Training
     from mobilellm_jax.open_model import open_model
 
-    model = open_model(_CHECKPOINT.value)
+    model = open_model(flags.checkpoint)
     source = Source(model.config, model.params, model.tokenizer, model.origin)
     training = None
     if model.run_config is not None and model.step is not None:
         training = Training(model.run_config, model.step)
-    output = Path(_OUTPUT.value)
+    output = Path(flags.output)
     common: Any = {"training": training, "verified": verified}
     if name in _HUGGINGFACE:
         exported = export_huggingface(source, output, layout=name, dtype=precision, **common)
@@ -110,29 +110,30 @@ def main(argv: list[str]) -> None:
         print("  " + "\n  ".join(exported.verification.lines()))
 
 
-def _precision(name: str) -> str:
+def _precision(flags: Flags) -> str:
     """Returns the precision that --dtype and --quantize name; refuses what the format lacks."""
-    if name in FORMATS:
-        return check_precision(name, _DTYPE.value, _QUANTIZE.value)
-    if _QUANTIZE.value is not None:
+    if flags.format in FORMATS:
+        return check_precision(flags.format, flags.dtype, flags.quantize)
+    if flags.quantize is not None:
         raise UsageError(
-            f"--quantize={_QUANTIZE.value} does not go with --format={name}, which does not "
+            f"--quantize={flags.quantize} does not go with --format={flags.format}, which does not "
             f"quantize weights; use --dtype, or --format={', '.join(FORMATS)}."
         )
-    return str(_DTYPE.value or "float32")
+    return flags.dtype or "float32"
 
 
-def _verified(name: str) -> bool:
+def _verified(flags: Flags) -> bool:
     """Returns whether to run the export; warns if the runtime is absent and no flag decides."""
     from mobilellm_jax.export.exporting import can_verify
 
-    if _VERIFY.value is False or can_verify(name):
-        return _VERIFY.value is not False
-    if _VERIFY.value:
+    if flags.verify is False or can_verify(flags.format):
+        return flags.verify is not False
+    if flags.verify:
         raise UsageError(
-            f"--verify runs --format={name} in its runtime, which is not installed; {EXTRA}."
+            f"--verify runs --format={flags.format} in its runtime, which is not installed; "
+            f"{EXTRA}."
         )
-    _log.warning(f"Not verified: the runtime of {name} is not installed ({EXTRA}).")
+    _log.warning(f"Not verified: the runtime of {flags.format} is not installed ({EXTRA}).")
     return False
 
 

@@ -21,16 +21,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import flags
-
 from mobilellm_jax.cli.errors import UsageError, message
+from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import (
     CHECKPOINT_HELP,
     PARTS_HELP,
     QUANTIZE_HELP,
     chosen_scheme,
-    new_flags,
-    quantize_opened,
     read_text,
 )
 from mobilellm_jax.errors import UserError
@@ -43,76 +40,62 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _DEFAULT_NEW_TOKENS = 128
 
-FLAGS = new_flags()
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, CHECKPOINT_HELP, FLAGS, required=True)
-_PROMPT = flags.DEFINE_multi_string(
-    "prompt",
-    None,
-    "text to continue, may be repeated; without this flag the command reads standard input",
-    FLAGS,
-)
-_PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file", None, "UTF-8 text with a prompt on each line", FLAGS
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 8, "prompts to continue together", lower_bound=1, flag_values=FLAGS
-)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens",
-    None,
-    f"largest number of new tokens (default: {_DEFAULT_NEW_TOKENS}, or the number that fits into "
-    "model.max_seq_len)",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
-# These are the defaults of `Sampling`, and a test compares them. An import of `Sampling` would
-# load jax even for --help.
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature",
-    0.8,
-    "0 takes the likeliest token; 1 draws from the distribution of the model",
-    flag_values=FLAGS,
-)
-_TOP_K = flags.DEFINE_integer(
-    "top_k", 0, "keep the K likeliest tokens; 0 keeps all", flag_values=FLAGS
-)
-_TOP_P = flags.DEFINE_float(
-    "top_p",
-    0.95,
-    "keep the likeliest tokens that together reach this probability; 1 keeps all",
-    flag_values=FLAGS,
-)
-_QUANTIZE = flags.DEFINE_string("quantize", None, QUANTIZE_HELP, FLAGS)
-_QUANTIZED_PARTS = flags.DEFINE_string("quantized_parts", None, PARTS_HELP, FLAGS)
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "seed of the random draws; the same seed gives the same text", flag_values=FLAGS
-)
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    checkpoint: str = flag(None, CHECKPOINT_HELP, required=True)
+    prompt: list[str] | None = flag(
+        None,
+        "text to continue, may be repeated; without this flag the command reads standard input",
+    )
+    prompt_file: str | None = flag(None, "UTF-8 text with a prompt on each line")
+    batch_size: int = flag(8, "prompts to continue together", lower_bound=1)
+    max_new_tokens: int | None = flag(
+        None,
+        f"largest number of new tokens (default: {_DEFAULT_NEW_TOKENS}, or the number that fits "
+        "into model.max_seq_len)",
+        lower_bound=1,
+    )
+    # The next three and the seed have the defaults of `Sampling`, and a test compares them. An
+    # import of `Sampling` would load jax even for --help.
+    temperature: float = flag(
+        0.8, "0 takes the likeliest token; 1 draws from the distribution of the model"
+    )
+    top_k: int = flag(0, "keep the K likeliest tokens; 0 keeps all")
+    top_p: float = flag(
+        0.95, "keep the likeliest tokens that together reach this probability; 1 keeps all"
+    )
+    quantize: str | None = flag(None, QUANTIZE_HELP)
+    quantized_parts: str | None = flag(None, PARTS_HELP)
+    seed: int = flag(0, "seed of the random draws; the same seed gives the same text")
+
 
 # An untrained model may draw any byte. A terminal shows control characters as symbols.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 
 
-def main(argv: list[str]) -> None:
+def main(flags: Flags) -> None:
     """Continues the prompts and prints the texts."""
-    del argv  # the command has no config, so it has no overrides
     from mobilellm_jax.generation.generate import prepare
     from mobilellm_jax.generation.sampling import Sampling
     from mobilellm_jax.open_model import open_model
     from mobilellm_jax.startup.compile_cache import use_compile_cache
 
     sampling = Sampling(
-        temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value, seed=_SEED.value
+        temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed
     )
-    prompts = _prompts()
-    scheme = chosen_scheme(_QUANTIZE.value, _QUANTIZED_PARTS.value)
+    prompts = _prompts(flags)
+    scheme = chosen_scheme(flags.quantize, flags.quantized_parts)
     use_compile_cache()
-    model = quantize_opened(open_model(_CHECKPOINT.value), scheme)
-    speaker = _Speaker(model, prepare(model.config, model.params), sampling)
+    model = open_model(flags.checkpoint, scheme)
+    speaker = _Speaker(model, prepare(model.config, model.params), sampling, flags.max_new_tokens)
     if prompts is not None and len(prompts) == 1:
         speaker.speak(prompts[0])
     elif prompts is not None:
-        for first in range(0, len(prompts), _BATCH_SIZE.value):
-            speaker.speak_together(prompts[first : first + _BATCH_SIZE.value])
+        for first in range(0, len(prompts), flags.batch_size):
+            speaker.speak_together(prompts[first : first + flags.batch_size])
     elif sys.stdin.isatty():
         _converse(speaker)
     else:
@@ -120,15 +103,15 @@ def main(argv: list[str]) -> None:
             speaker.speak(line.removesuffix("\n"))
 
 
-def _prompts() -> list[str] | None:
+def _prompts(flags: Flags) -> list[str] | None:
     """Returns the prompts of the command line, or None to read them from standard input."""
-    if _PROMPT_FILE.value is None:
-        return None if _PROMPT.value is None else list(_PROMPT.value)
-    if _PROMPT.value is not None:
+    if flags.prompt_file is None:
+        return flags.prompt
+    if flags.prompt is not None:
         raise UsageError("--prompt and --prompt_file exclude each other; put all in the file.")
-    text = read_text("--prompt_file", Path(_PROMPT_FILE.value))
+    text = read_text("--prompt_file", Path(flags.prompt_file))
     if not text:
-        raise UserError(f"--prompt_file={_PROMPT_FILE.value} is empty; put a prompt on each line.")
+        raise UserError(f"--prompt_file={flags.prompt_file} is empty; put a prompt on each line.")
     prompts = text.removesuffix("\n").split("\n")  # `splitlines` would also split at U+2028
     return [prompt.removesuffix("\r") for prompt in prompts]
 
@@ -165,6 +148,7 @@ class _Speaker:
     model: "OpenedModel"
     prepared: "Prepared"
     sampling: "Sampling"
+    max_new_tokens: int | None  # None: the default, or the number that fits
 
     def speak(self, prompt: str) -> None:
         """Prints the prompt, its continuation token by token, and the speed."""
@@ -203,7 +187,7 @@ class _Speaker:
         from mobilellm_jax.generation.generate import Request, stream
 
         room = self.model.config.max_seq_len - max(map(len, batch))
-        limit = _MAX_NEW_TOKENS.value or max(1, min(_DEFAULT_NEW_TOKENS, room))
+        limit = self.max_new_tokens or max(1, min(_DEFAULT_NEW_TOKENS, room))
         tokens, chunks, compiled = 0, 0, (0, 0.0)
         began = now = time.perf_counter()
         request = Request(

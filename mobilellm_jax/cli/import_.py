@@ -9,21 +9,23 @@ tokenizer.model or tokenizer.json. The command refuses other models and says why
 from the directory: it reads no modelling file, and it reads pytorch_model.bin without unpickling.
 """
 
+import dataclasses
 from pathlib import Path
 
-from absl import flags
-
-from mobilellm_jax.cli.shared import new_flags
+from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.errors import UserError
 
-FLAGS = new_flags()
-_SOURCE = flags.DEFINE_string("source", None, "Hugging Face directory", FLAGS, required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "run folder to make", FLAGS, required=True)
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    source: str = flag(None, "Hugging Face directory", required=True)
+    output: str = flag(None, "run folder to make", required=True)
 
 
-def main(argv: list[str]) -> None:
+def main(flags: Flags) -> None:
     """Imports the model and prints its size."""
-    del argv  # the command has no config, so it has no overrides
     from mobilellm_jax.checkpoint import save_model
     from mobilellm_jax.config import Config, DataConfig
     from mobilellm_jax.data.tokenizers.opening import load_tokenizer
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> None:
     from mobilellm_jax.model.size import parameter_count
     from mobilellm_jax.storage.rundir import whole_directory
 
-    source, output = Path(_SOURCE.value), Path(_OUTPUT.value)
+    source, output = Path(flags.source), Path(flags.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output} exists; name a new folder, or delete this one first.")
     imported = read_huggingface(source)

@@ -12,58 +12,40 @@ window (s - 1) * train.global_batch. If a file is damaged, the command names the
 exit code 2.
 """
 
+import dataclasses
 import io
 import sys
-import typing
 
-from absl import flags
-
-from mobilellm_jax.cli.shared import new_flags
+from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.config import Boundaries, DataConfig
 
-FLAGS = new_flags()
-_DATA = flags.DEFINE_string(
-    "data",
-    None,
-    "folder of `mobilellm prepare`, or a mixture of folders: DIR:0.7,DIR:0.3",
-    FLAGS,
-    required=True,
-)
-_SAMPLE = flags.DEFINE_integer("sample", 3, "windows to show", lower_bound=0, flag_values=FLAGS)
-_FIRST = flags.DEFINE_integer(
-    "first_sample",
-    0,
-    "first window to show; windows count from 0",
-    lower_bound=0,
-    flag_values=FLAGS,
-)
-_SEQ_LEN = flags.DEFINE_integer(
-    "seq_len", DataConfig.seq_len, "tokens per window", lower_bound=1, flag_values=FLAGS
-)
-_BOUNDARIES = flags.DEFINE_enum(
-    "boundaries",
-    DataConfig.boundaries,
-    typing.get_args(Boundaries),
-    "document_mask: no document sees another document",
-    FLAGS,
-)
-_SEED = flags.DEFINE_integer(
-    "seed", DataConfig.seed, "seed of the order of the windows", lower_bound=0, flag_values=FLAGS
-)
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    data: str = flag(
+        None,
+        "folder of `mobilellm prepare`, or a mixture of folders: DIR:0.7,DIR:0.3",
+        required=True,
+    )
+    sample: int = flag(3, "windows to show", lower_bound=0)
+    first_sample: int = flag(0, "first window to show; windows count from 0", lower_bound=0)
+    seq_len: int = flag(DataConfig.seq_len, "tokens per window", lower_bound=1)
+    boundaries: Boundaries = flag(
+        DataConfig.boundaries, "document_mask: no document sees another document"
+    )
+    seed: int = flag(DataConfig.seed, "seed of the order of the windows", lower_bound=0)
 
 
-def main(argv: list[str]) -> None:
+def main(flags: Flags) -> None:
     """Checks and counts the shards and prints windows."""
-    del argv  # the command has no config, so it has no overrides
     from mobilellm_jax.data.inspection.inspect import inspect
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Characters that the terminal cannot write are escaped too.
         sys.stdout.reconfigure(errors="backslashreplace")
     data = DataConfig(
-        path=_DATA.value,
-        seq_len=_SEQ_LEN.value,
-        boundaries=typing.cast(Boundaries, _BOUNDARIES.value),
-        seed=_SEED.value,
+        path=flags.data, seq_len=flags.seq_len, boundaries=flags.boundaries, seed=flags.seed
     )
-    inspect(data, _SAMPLE.value, print, _FIRST.value)
+    inspect(data, flags.sample, print, flags.first_sample)

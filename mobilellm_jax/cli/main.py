@@ -7,24 +7,18 @@ Exit codes:
   75   the run is saved, and the same command resumes it
   130  Ctrl-C interrupted the command
   141  the program that read the output has ended, such as `head`
-
-Flags are parsed here, because absl's own `app.run` ends with 1 if a flag is wrong.
 """
 
 import importlib
 import inspect
 import keyword
 import os
-import re
 import select
 import sys
-import textwrap
 from types import ModuleType
 
-from absl import flags
-
-from mobilellm_jax.cli.config_flags import split_overrides
 from mobilellm_jax.cli.errors import UsageError, is_bad_input, message
+from mobilellm_jax.cli.flags import parse, usage
 from mobilellm_jax.config import near_miss
 from mobilellm_jax.startup.messages import show_messages
 
@@ -103,7 +97,7 @@ def main(args: list[str]) -> int:
 
 
 def import_command(name: str) -> ModuleType:
-    """Returns the module of a command; `module.FLAGS` holds the command's flags.
+    """Returns the module of a command; its `main` takes the values of its `Flags`.
 
     Raises:
       UsageError: if there is no such command.
@@ -121,43 +115,18 @@ def import_command(name: str) -> ModuleType:
 def _run(name: str, args: list[str]) -> int:
     command = import_command(name)
     if _asks_for_help(args):
-        print(_usage(name, command))
+        heading = f"Usage: mobilellm {name} --flag=value ...\n\n{inspect.getdoc(command)}\n\n"
+        print(heading + usage(command.Flags))
         return 0
-    overrides = _parse(name, command.FLAGS, args)
-    return command.main([name, *overrides]) or 0
+    values, overrides = parse(name, command.Flags, args)
+    if hasattr(values, "config"):
+        return command.main(values, overrides) or 0
+    return command.main(values) or 0
 
 
 def _asks_for_help(args: list[str]) -> bool:
     before_separator = args[: args.index("--")] if "--" in args else args
     return not _HELP.isdisjoint(before_separator)
-
-
-def _parse(name: str, own: flags.FlagValues, args: list[str]) -> list[str]:
-    """Sets the command's flags from `args` and returns its config overrides.
-
-    Raises:
-      UsageError: if a flag is unknown or missing or has a wrong value, or an argument is no flag.
-    """
-    overrides, args = split_overrides(args)
-    if overrides and "config" not in own:
-        field = overrides[0].partition("=")[0]
-        raise UsageError(f"unknown flag --config.{field}; {name} takes no config.")
-    own.unparse_flags()  # a second call in one process starts from the defaults again
-    try:
-        stray = own([name, *args])[1:]
-    except flags.UnrecognizedFlagError as error:
-        unknown = f"--{error.flagname}"
-        hint = near_miss(unknown, [f"--{flag}" for flag in own])
-        raise UsageError(f"unknown flag {unknown}.{hint} See mobilellm {name} --help.") from None
-    except flags.Error as error:
-        missing = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
-        if not missing:
-            raise UsageError(str(error)) from None
-        lines = [f"--{flag} is missing: {own[flag].help}" for flag in missing]
-        raise UsageError("\n".join([*lines, f"See mobilellm {name} --help."])) from None
-    if stray:
-        raise UsageError(f"stray argument {stray[0]!r}; write flags as --name=value.")
-    return overrides
 
 
 def _overview() -> str:
@@ -171,19 +140,3 @@ def _overview() -> str:
             "mobilellm COMMAND --help shows examples and all flags of a command.",
         ]
     )
-
-
-def _usage(name: str, command: ModuleType) -> str:
-    lines = [f"Usage: mobilellm {name} --flag=value ...", "", inspect.getdoc(command) or ""]
-    lines += ["", "Flags:"]
-    for flag in map(command.FLAGS.__getitem__, command.FLAGS):
-        switch = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
-        default = "" if flag.default in (None, "", []) else f" (default: {flag.default_as_str})"
-        lines.append(f"  {switch}")
-        lines.append(textwrap.indent(textwrap.fill(f"{flag.help}{default}", 90), "      "))
-        if flag.name == "config":
-            lines += [
-                "  --config.GROUP.FIELD=VALUE",
-                "      replaces one field of the config; may be repeated",
-            ]
-    return "\n".join(lines)

@@ -12,32 +12,34 @@ the devices of this machine.
 Exit codes: 0 if the step fits or was only counted, 1 if no change makes it fit.
 """
 
-from absl import flags
+import dataclasses
 
 from mobilellm_jax.cli.config_flags import load_config
-from mobilellm_jax.cli.shared import new_flags
+from mobilellm_jax.cli.flags import flag
 
 DOES_NOT_FIT = 1
 
-FLAGS = new_flags()
-_CONFIG = flags.DEFINE_string("config", None, "config file, configs/NAME.py", FLAGS, required=True)
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "TPU slice to compile for, such as v5e:16x16", FLAGS
-)
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    config: str = flag(None, "config file, configs/NAME.py", required=True)
+    topology: str | None = flag(None, "TPU slice to compile for, such as v5e:16x16")
 
 
-def main(argv: list[str]) -> int:
+def main(flags: Flags, overrides: list[str]) -> int:
     """Prints the plan."""
-    config = load_config(_CONFIG.value, argv[1:])
+    config = load_config(flags.config, overrides)
     # jax loads slowly. The import stands here, so that --help and mistakes in the config come fast.
     import jax
 
     from mobilellm_jax.plan import plan
 
-    if _TOPOLOGY.value:
+    if flags.topology:
         jax.config.update("jax_platforms", "cpu")  # leaves an attached TPU free
     fits = True
-    for section in plan(config, _TOPOLOGY.value):
+    for section in plan(config, flags.topology):
         fits = section.fits
         print("\n".join(section.lines), flush=True)
     return 0 if fits else DOES_NOT_FIT

@@ -19,87 +19,65 @@ If the command is killed, the same command continues. If the folder is finished 
 the same, the command does nothing. The files do not depend on the number of workers.
 """
 
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Literal
 
-from absl import flags
-
-from mobilellm_jax.cli.shared import new_flags
-
-if TYPE_CHECKING:
-    from mobilellm_jax.data.preparation.prepare import BadLinePolicy, Runner
-
-FLAGS = new_flags()
-_SOURCE = flags.DEFINE_multi_string(
-    "source",
-    [],
-    "source of documents, see above; may be repeated, and is read in this order",
-    FLAGS,
-)
-_WEIGHT = flags.DEFINE_multi_float(
-    "weight",
-    None,
-    "share of a source in training, once per --source and in the same order; without weights, the "
-    "share of a source is its share of the tokens",
-    flag_values=FLAGS,
-)
-_OUTPUT = flags.DEFINE_string("output", None, "folder to make", FLAGS, required=True)
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "SentencePiece *.model or Hugging Face tokenizer.json to use", FLAGS
-)
-_VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size",
-    None,
-    "size of a tokenizer to train on the text, instead of --tokenizer",
-    flag_values=FLAGS,
-)
-_VALIDATION_FRACTION = flags.DEFINE_float(
-    "validation_fraction",
-    0.01,
-    "share of the documents to hold out; a source with its own validation split uses that split",
-    flag_values=FLAGS,
-)
-_ON_BAD_LINE = flags.DEFINE_enum(
-    "on_bad_line",
-    "stop",
-    ["stop", "skip"],
-    "stop at a document that cannot be read, or skip it, list it in the manifest and warn",
-    FLAGS,
-)
-_WORKERS = flags.DEFINE_integer(
-    "workers", None, "processes that encode (default: one per core)", flag_values=FLAGS
-)
-_RUNNER = flags.DEFINE_enum(
-    "runner",
-    "local",
-    ["local", "beam"],
-    "beam: Apache Beam, for texts too large for one machine; its workers share the disk of "
-    "--output",
-    FLAGS,
-)
-_BEAM_OPTION = flags.DEFINE_multi_string(
-    "beam_option",
-    [],
-    "a flag for Beam, such as --beam_option=--runner=FlinkRunner; may be repeated",
-    FLAGS,
-)
+from mobilellm_jax.cli.flags import flag
 
 
-def main(argv: list[str]) -> int:
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    source: list[str] = flag(
+        [], "source of documents, see above; may be repeated, and is read in this order"
+    )
+    weight: list[float] | None = flag(
+        None,
+        "share of a source in training, once per --source and in the same order; without weights, "
+        "the share of a source is its share of the tokens",
+    )
+    output: str = flag(None, "folder to make", required=True)
+    tokenizer: str | None = flag(
+        None, "SentencePiece *.model or Hugging Face tokenizer.json to use"
+    )
+    vocab_size: int | None = flag(
+        None, "size of a tokenizer to train on the text, instead of --tokenizer"
+    )
+    validation_fraction: float = flag(
+        0.01,
+        "share of the documents to hold out; a source with its own validation split uses that "
+        "split",
+    )
+    on_bad_line: Literal["stop", "skip"] = flag(
+        "stop",
+        "stop at a document that cannot be read, or skip it, list it in the manifest and warn",
+    )
+    workers: int | None = flag(None, "processes that encode (default: one per core)")
+    runner: Literal["local", "beam"] = flag(
+        "local",
+        "beam: Apache Beam, for texts too large for one machine; its workers share the disk of "
+        "--output",
+    )
+    beam_option: list[str] = flag(
+        [], "a flag for Beam, such as --beam_option=--runner=FlinkRunner; may be repeated"
+    )
+
+
+def main(flags: Flags) -> None:
     """Prepares the token shards."""
-    del argv  # the command has no config, so it has no overrides
     from mobilellm_jax.data.preparation.prepare import prepare
 
     prepare(
-        _SOURCE.value,
-        Path(_OUTPUT.value),
-        weights=_WEIGHT.value,
-        tokenizer=Path(_TOKENIZER.value) if _TOKENIZER.value else None,
-        vocab_size=_VOCAB_SIZE.value,
-        validation_fraction=_VALIDATION_FRACTION.value,
-        on_bad_line=cast("BadLinePolicy", _ON_BAD_LINE.value),
-        workers=_WORKERS.value,
-        runner=cast("Runner", _RUNNER.value),
-        beam_options=_BEAM_OPTION.value,
+        flags.source,
+        Path(flags.output),
+        weights=flags.weight,
+        tokenizer=Path(flags.tokenizer) if flags.tokenizer else None,
+        vocab_size=flags.vocab_size,
+        validation_fraction=flags.validation_fraction,
+        on_bad_line=flags.on_bad_line,
+        workers=flags.workers,
+        runner=flags.runner,
+        beam_options=flags.beam_option,
     )
-    return 0

@@ -10,23 +10,23 @@ network; pictures (PNG) and tables (CSV, Markdown) lie beside it. Unfinished run
 are in no table.
 """
 
+import dataclasses
 from pathlib import Path
 
-from absl import flags
-
-from mobilellm_jax.cli.shared import new_flags
-
-FLAGS = new_flags()
-_RUNS = flags.DEFINE_string("runs", None, "pattern of run folders, in quotes", FLAGS, required=True)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "folder for the page, made if missing", FLAGS, required=True
-)
+from mobilellm_jax.cli.flags import flag
 
 
-def main(argv: list[str]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    runs: str = flag(None, "pattern of run folders, in quotes", required=True)
+    output: str = flag(None, "folder for the page, made if missing", required=True)
+
+
+def main(flags: Flags) -> None:
     """Writes the page and prints a summary."""
-    del argv  # the command has no config, so it has no overrides
     from mobilellm_jax.report.write import write_report
 
-    for line in write_report(_RUNS.value, Path(_OUTPUT.value)):
+    for line in write_report(flags.runs, Path(flags.output)):
         print(line)

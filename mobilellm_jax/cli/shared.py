@@ -1,20 +1,10 @@
 """Help texts, checks and file reading that several commands share."""
 
-import dataclasses
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from absl import flags
 
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.quantize.schemes import Scheme, find_scheme
-
-if TYPE_CHECKING:
-    from mobilellm_jax.open_model import OpenedModel
-
-_log = logging.getLogger(__name__)
 
 CHECKPOINT_HELP = "run folder (latest step), step folder or Hugging Face directory"
 QUANTIZE_HELP = (
@@ -26,16 +16,6 @@ PARTS_HELP = (
     "attention (its products) and cache (keys and values), separated by commas (default: "
     "embedding,head)"
 )
-
-
-def new_flags() -> flags.FlagValues:
-    """Returns an empty set of flags for one command."""
-    return flags.FlagValues()  # type: ignore[no-untyped-call]  # absl gives no type
-
-
-def exactly_one(own: flags.FlagValues, *names: str) -> None:
-    """Makes the parser refuse a command line without exactly one of these flags."""
-    flags.mark_flags_as_mutual_exclusive(names, True, own)  # type: ignore[no-untyped-call]  # absl
 
 
 def chosen_scheme(name: str | None, parts: str | None) -> Scheme | None:
@@ -50,25 +30,6 @@ def chosen_scheme(name: str | None, parts: str | None) -> Scheme | None:
             raise UsageError(f"--quantized_parts={parts} goes with --quantize only.")
         return None
     return find_scheme(name) if parts is None else find_scheme(name, parts)
-
-
-def quantize_opened(opened: "OpenedModel", scheme: Scheme | None) -> "OpenedModel":
-    """Returns the model with quantized parameters, or the same model if `scheme` is None.
-
-    Raises:
-      ConfigError: if the scheme quantizes only one of two matrices that are the same matrix.
-      UserError: if parameters are not finite.
-    """
-    if scheme is None:
-        return opened
-    from mobilellm_jax.quantize.parameters import bits_per_weight, quantize_model, stored_bytes
-
-    params = quantize_model(opened.config, opened.params, scheme)
-    _log.info(
-        f"quantized {scheme}; {stored_bytes(params):,} bytes, "
-        f"{bits_per_weight(params):.2f} bits per weight"
-    )
-    return dataclasses.replace(opened, params=params)
 
 
 def read_text(flag: str, file: Path) -> str:

@@ -26,15 +26,14 @@ Exit codes: 0 all runs finished (or were submitted or planned), 1 a run failed, 
 stopped.
 """
 
+import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from absl import flags
+from typing import TYPE_CHECKING, Literal
 
 from mobilellm_jax.cli.config_flags import load_config, parse_value
 from mobilellm_jax.cli.errors import UsageError
-from mobilellm_jax.cli.shared import new_flags
+from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.config import near_miss
 from mobilellm_jax.errors import FAILED, SAVED_REQUEUE_ME
 from mobilellm_jax.paper.grids import GRIDS, SCALES, GridName, ScaleName
@@ -44,112 +43,95 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-FLAGS = new_flags()
-_CONFIG = flags.DEFINE_string(
-    "config", None, "recipe, configs/NAME.py (default: configs/sweep_SCALE.py)", FLAGS
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "folder of the sweep, made if missing", FLAGS, required=True
-)
-_GRID = flags.DEFINE_list(
-    "grid",
-    [],
-    "grids of the paper: depth_width, roadmap, embedding, heads, sharing, repeats, or all",
-    FLAGS,
-)
-_SCALE = flags.DEFINE_string(
-    "scale", "tiny", "size of the grids' models: paper, small or tiny", FLAGS
-)
-_GROUP = flags.DEFINE_string("group", "", "125M or 350M: only these rows of --scale=paper", FLAGS)
-_SWEEP = flags.DEFINE_multi_string(
-    "sweep",
-    [],
-    "GROUP.FIELD=VALUE,VALUE,...: train with each value; may be repeated, for all combinations",
-    FLAGS,
-)
-_PARAMETERS = flags.DEFINE_integer(
-    "fixed_parameters",
-    None,
-    "choose the width of every model so that it has this many parameters, within 3%",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
-_SEEDS = flags.DEFINE_integer("seeds", 1, "runs of each model", lower_bound=1, flag_values=FLAGS)
-_TUNE = flags.DEFINE_list("tune_lr", [], "learning rates to choose from for every model", FLAGS)
-_PLAN = flags.DEFINE_bool("plan", False, "print the plan, and stop", FLAGS)
-_TOPOLOGY = flags.DEFINE_string(
-    "topology",
-    None,
-    "with --plan: compile every model for this TPU slice and print the cost",
-    FLAGS,
-)
-_MFU_FLAG = flags.DEFINE_float(
-    "mfu", 0.3, "with --topology: assumed share of the peak", 0.01, 1.0, flag_values=FLAGS
-)
-_PARALLEL = flags.DEFINE_integer(
-    "parallel",
-    None,
-    "runs at the same time, which divide the GPUs or CPU cores; with Slurm, tasks at the same time "
-    "(default: one run per GPU, or one run on all cores)",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
-_FLOPS = flags.DEFINE_float(
-    "flops_per_sec",
-    None,
-    "model FLOP/s of the whole machine; replaces the trial steps",
-    1.0,
-    flag_values=FLAGS,
-)
-_LAUNCHER = flags.DEFINE_enum(
-    "launcher", "local", ["local", "slurm"], "place where the runs are started", FLAGS
-)
-_SBATCH = flags.DEFINE_string("sbatch_args", "", "options of sbatch, for --launcher=slurm", FLAGS)
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    config: str | None = flag(None, "recipe, configs/NAME.py (default: configs/sweep_SCALE.py)")
+    workdir: str = flag(None, "folder of the sweep, made if missing", required=True)
+    grid: list[str] = flag(
+        [],
+        "grids of the paper: depth_width, roadmap, embedding, heads, sharing, repeats, or all",
+        commas=True,
+    )
+    scale: str = flag("tiny", "size of the grids' models: paper, small or tiny")
+    group: str = flag("", "125M or 350M: only these rows of --scale=paper")
+    sweep: list[str] = flag(
+        [],
+        "GROUP.FIELD=VALUE,VALUE,...: train with each value; may be repeated, for all combinations",
+    )
+    fixed_parameters: int | None = flag(
+        None,
+        "choose the width of every model so that it has this many parameters, within 3%",
+        lower_bound=1,
+    )
+    seeds: int = flag(1, "runs of each model", lower_bound=1)
+    tune_lr: list[str] = flag([], "learning rates to choose from for every model", commas=True)
+    plan: bool = flag(False, "print the plan, and stop")
+    topology: str | None = flag(
+        None, "with --plan: compile every model for this TPU slice and print the cost"
+    )
+    mfu: float = flag(
+        0.3, "with --topology: assumed share of the peak", lower_bound=0.01, upper_bound=1.0
+    )
+    parallel: int | None = flag(
+        None,
+        "runs at the same time, which divide the GPUs or CPU cores; with Slurm, tasks at the same "
+        "time (default: one run per GPU, or one run on all cores)",
+        lower_bound=1,
+    )
+    flops_per_sec: float | None = flag(
+        None,
+        "model FLOP/s of the whole machine; replaces the trial steps",
+        lower_bound=1.0,
+    )
+    launcher: Literal["local", "slurm"] = flag("local", "place where the runs are started")
+    sbatch_args: str = flag("", "options of sbatch, for --launcher=slurm")
 
 
-def main(argv: list[str]) -> int:
+def main(flags: Flags, overrides: list[str]) -> int:
     """Plans or runs the sweep, and returns the exit code."""
-    scale, grids, fields, rates = _scale(), _grids(), _fields(), _rates()
+    scale, grids = _scale(flags.scale), _grids(flags.grid)
+    fields, rates = _fields(flags.sweep), _rates(flags)
     if not grids and not fields:
         raise UsageError("--grid and --sweep are both missing; give at least one of them.")
-    if _TOPOLOGY.value and not _PLAN.value:
-        raise UsageError(
-            f"--topology={_TOPOLOGY.value} needs --plan, since no run can start there."
-        )
-    file = _CONFIG.value
+    if flags.topology and not flags.plan:
+        raise UsageError(f"--topology={flags.topology} needs --plan, since no run can start there.")
+    file = flags.config
     if file is None:
         if not grids:
             raise UsageError("--config is missing; --sweep without --grid varies this recipe.")
         file = f"configs/sweep_{scale}.py"
-    base = load_config(file, argv[1:])
+    base = load_config(file, overrides)
     # jax loads slowly. The imports are inside the function, so that --help and errors in the config
     # appear quickly.
     from mobilellm_jax import preflight
     from mobilellm_jax.sweep import check_config, plan, run_here, submit
     from mobilellm_jax.sweep.runs import Variant, grid_variants, vary, with_seeds
 
-    sweep = preflight.local_workdir(_WORKDIR.value)
+    sweep = preflight.local_workdir(flags.workdir)
     check_config(base)
     variants = [Variant(name="", config=base)]
     if grids:
-        variants = grid_variants(base, grids, scale, _GROUP.value)
-    if fields or _PARAMETERS.value:
-        variants = vary(variants, fields, _PARAMETERS.value)
-    runs = with_seeds(variants, _SEEDS.value, rates)
+        variants = grid_variants(base, grids, scale, flags.group)
+    if fields or flags.fixed_parameters:
+        variants = vary(variants, fields, flags.fixed_parameters)
+    runs = with_seeds(variants, flags.seeds, rates)
     plan(runs, sweep, _log.info)
-    if _TOPOLOGY.value:
-        return _price(runs, sweep, _TOPOLOGY.value)
-    if _LAUNCHER.value == "slurm":
-        if not _PLAN.value:
-            submit(runs, sweep, _SBATCH.value, _PARALLEL.value, _log.info)
+    if flags.topology:
+        return _price(runs, sweep, flags.topology, flags.mfu)
+    if flags.launcher == "slurm":
+        if not flags.plan:
+            submit(runs, sweep, flags.sbatch_args, flags.parallel, _log.info)
         return 0
-    done = run_here(runs, sweep, _PARALLEL.value, _FLOPS.value, _PLAN.value, _log.info)
+    done = run_here(runs, sweep, flags.parallel, flags.flops_per_sec, flags.plan, _log.info)
     if done is None:
         return SAVED_REQUEUE_ME
     return 0 if done else FAILED
 
 
-def _price(runs: "list[Run]", sweep: Path, topology_name: str) -> int:
+def _price(runs: "list[Run]", sweep: Path, topology_name: str, mfu: float) -> int:
     import jax
 
     from mobilellm_jax.plan.topology import parse_topology
@@ -161,31 +143,31 @@ def _price(runs: "list[Run]", sweep: Path, topology_name: str) -> int:
     sweep.mkdir(parents=True, exist_ok=True)
     name = topology.name.replace(":", "-")
     prices = price_all(runs, topology, sweep / f"compiled-{name}.json", _log.info)
-    table = "\n".join(price_table(prices, topology, _MFU_FLAG.value))
+    table = "\n".join(price_table(prices, topology, mfu))
     rundir.write_whole(sweep / f"chip-hours-{name}.md", table + "\n")
     print(table)
     return 0 if all(price.compiled.peak_bytes for price in prices) else FAILED
 
 
-def _scale() -> ScaleName:
+def _scale(asked: str) -> ScaleName:
     for name in SCALES:
-        if name == _SCALE.value:
+        if name == asked:
             return name
-    hint = near_miss(_SCALE.value, SCALES)
-    raise UsageError(f"--scale={_SCALE.value} must be one of {', '.join(SCALES)}.{hint}")
+    hint = near_miss(asked, SCALES)
+    raise UsageError(f"--scale={asked} must be one of {', '.join(SCALES)}.{hint}")
 
 
-def _grids() -> list[GridName]:
-    for name in _GRID.value:
+def _grids(asked: list[str]) -> list[GridName]:
+    for name in asked:
         if name not in (*GRIDS, "all"):
             hint = near_miss(name, GRIDS)
             raise UsageError(f"--grid={name} must be one of {', '.join(GRIDS)}, or all.{hint}")
-    return [name for name in GRIDS if name in _GRID.value or "all" in _GRID.value]
+    return [name for name in GRIDS if name in asked or "all" in asked]
 
 
-def _fields() -> dict[str, list[object]]:
+def _fields(asked: list[str]) -> dict[str, list[object]]:
     fields: dict[str, list[object]] = {}
-    for text in _SWEEP.value:
+    for text in asked:
         name, equals, values = text.partition("=")
         if not equals or not values:
             raise UsageError(
@@ -197,13 +179,13 @@ def _fields() -> dict[str, list[object]]:
     return fields
 
 
-def _rates() -> list[float]:
+def _rates(flags: Flags) -> list[float]:
     rates = []
-    for text in _TUNE.value:
+    for text in flags.tune_lr:
         rate = parse_value("optimizer.peak_lr", text)
         if rate in rates:
-            raise UsageError(f"--tune_lr={','.join(_TUNE.value)} has {text} twice.")
+            raise UsageError(f"--tune_lr={','.join(flags.tune_lr)} has {text} twice.")
         rates.append(rate)
-    if rates and any(text.startswith("optimizer.peak_lr=") for text in _SWEEP.value):
+    if rates and any(text.startswith("optimizer.peak_lr=") for text in flags.sweep):
         raise UsageError("--tune_lr and --sweep=optimizer.peak_lr contradict each other.")
     return rates

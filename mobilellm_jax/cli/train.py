@@ -17,59 +17,52 @@ JobSet and TPU VMs tell the processes about each other; elsewhere, give --coordi
 or is silent for --peer_timeout seconds, the other processes name it and end with exit code 75.
 """
 
+import dataclasses
 import logging
 
-from absl import flags
-
 from mobilellm_jax.cli.config_flags import load_config
-from mobilellm_jax.cli.shared import new_flags
+from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.config import Config
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.processes.early_stop import EarlyStop
 
 _log = logging.getLogger(__name__)
 
-FLAGS = new_flags()
-_CONFIG = flags.DEFINE_string("config", None, "config file, configs/NAME.py", FLAGS, required=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "run folder, made if missing", FLAGS, required=True)
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0", FLAGS)
-_PROCESSES = flags.DEFINE_integer(
-    "num_processes",
-    None,
-    "processes of the run; 1: the command looks for no other processes",
-    lower_bound=1,
-    flag_values=FLAGS,
-)
-_PROCESS = flags.DEFINE_integer(
-    "process_id", None, "number of this process, from 0", lower_bound=0, flag_values=FLAGS
-)
-_PEER_TIMEOUT = flags.DEFINE_float(
-    "peer_timeout",
-    60.0,
-    "seconds of silence after which another process counts as dead; 0: never",
-    lower_bound=0.0,
-    flag_values=FLAGS,
-)
-_PROFILE = flags.DEFINE_string(
-    "profile_steps", None, "steps FIRST:LAST to profile; the profile is in WORKDIR/profile", FLAGS
-)
-_WALLTIME = flags.DEFINE_string(
-    "max_walltime",
-    None,
-    "time after which the run must be saved and ended: 3h50m, 5400 (seconds) or 3:50:00",
-    FLAGS,
-)
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of the command."""
+
+    config: str = flag(None, "config file, configs/NAME.py", required=True)
+    workdir: str = flag(None, "run folder, made if missing", required=True)
+    coordinator_address: str | None = flag(None, "HOST:PORT of process 0")
+    num_processes: int | None = flag(
+        None, "processes of the run; 1: the command looks for no other processes", lower_bound=1
+    )
+    process_id: int | None = flag(None, "number of this process, from 0", lower_bound=0)
+    peer_timeout: float = flag(
+        60.0,
+        "seconds of silence after which another process counts as dead; 0: never",
+        lower_bound=0.0,
+    )
+    profile_steps: str | None = flag(
+        None, "steps FIRST:LAST to profile; the profile is in WORKDIR/profile"
+    )
+    max_walltime: str | None = flag(
+        None,
+        "time after which the run must be saved and ended: 3h50m, 5400 (seconds) or 3:50:00",
+    )
 
 
-def main(argv: list[str]) -> int:
+def main(flags: Flags, overrides: list[str]) -> int:
     """Trains, and returns the exit code."""
-    config = load_config(_CONFIG.value, argv[1:])
+    config = load_config(flags.config, overrides)
     with EarlyStop():
-        finished = _train(config)
+        finished = _train(config, flags)
     return 0 if finished else SAVED_REQUEUE_ME
 
 
-def _train(config: Config) -> bool:
+def _train(config: Config, flags: Flags) -> bool:
     # jax loads slowly. The imports are inside the function, so that --help and errors in the config
     # appear quickly.
     from mobilellm_jax import preflight
@@ -79,16 +72,16 @@ def _train(config: Config) -> bool:
     from mobilellm_jax.train.profiler import ProfiledSteps
     from mobilellm_jax.train.stopping import Walltime, parse_duration
 
-    workdir = preflight.local_workdir(_WORKDIR.value)
+    workdir = preflight.local_workdir(flags.workdir)
     walltime = None
-    if _WALLTIME.value is not None:
-        walltime = Walltime(parse_duration("--max_walltime", _WALLTIME.value))
-    profile = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
+    if flags.max_walltime is not None:
+        walltime = Walltime(parse_duration("--max_walltime", flags.max_walltime))
+    profile = None if flags.profile_steps is None else ProfiledSteps.parse(flags.profile_steps)
     # These calls come before a backend starts, and in this order: the processes meet only after
     # XLA's flags are set.
     settings = before_jax(deterministic=config.train.deterministic)
     found = distributed.start(
-        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _PEER_TIMEOUT.value
+        flags.coordinator_address, flags.num_processes, flags.process_id, flags.peer_timeout
     )
     _log.info(f"start   {found}\n{settings}")
     return pretrain(config, workdir, profile, walltime)

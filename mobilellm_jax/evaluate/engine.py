@@ -2,72 +2,67 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import MeshConfig, ModelConfig
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.prefix_trees import Query
-from mobilellm_jax.evaluate.scoring import Score, Scorer, checked_score, log_softmax
+from mobilellm_jax.evaluate.scoring import Score, Scorer, checked_score
 from mobilellm_jax.export.runtime import Runtime, greedy
 from mobilellm_jax.generation.generate import Request, prepare, stream
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.precision import compute_dtype
 from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
 
 Continuations = Iterator[list[list[int]]]
 """Yields some new tokens of every prompt at a time; EOS ends a row and is not part of it."""
 
-
-class Writer(Protocol):
-    """Continues prompts, as `generate.stream` does."""
-
-    def __call__(self, request: Request) -> Continuations: ...
-
-
-class Engine(Protocol):
-    """A model that scores continuations and writes texts."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The architecture."""
-
-    @property
-    def precision(self) -> str:
-        """Name of the number format that the model computes in, for the record."""
-
-    @property
-    def prompts_at_once(self) -> int:
-        """Largest number of prompts for one call of the writer."""
-
-    def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
-        """Yields pairs of a query's number and its score, some queries at a time."""
-
-    def writer(self) -> Writer:
-        """Returns a function that continues prompts; it may hold a copy of the weights."""
+Writer = Callable[[Request], Continuations]
+"""Continues prompts, as `generate.stream` does."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JaxEngine:
     """A checkpoint on the mesh of its scorer."""
 
-    config: ModelConfig
     scorer: Scorer
     params: Params
-    prompts_at_once: int = 32
+    prompts_at_once: int = 32  # largest number of prompts for one call of the writer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.scorer.config
 
     @property
     def precision(self) -> str:
+        """Name of the number format that the model computes in, for the record."""
         return str(compute_dtype(self.config))
 
+    @property
+    def runtime_name(self) -> str:
+        return f"JAX {jax.__version__}"
+
     def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
+        """Yields pairs of a query's number and its score, some queries at a time."""
         return self.scorer.scores(self.params, queries)
 
     def writer(self) -> Writer:
+        """Returns a function that continues prompts; it holds a copy of the weights."""
         return functools.partial(stream, self.config, prepare(self.config, self.params))
+
+
+def jax_engine(
+    config: ModelConfig, params: Params, devices: Sequence[jax.Device] | None = None
+) -> JaxEngine:
+    """Returns an engine with all parameters on each of `devices` (None: all devices)."""
+    mesh = make_mesh(MeshConfig(), devices)
+    scorer = Scorer(config, mesh, logical_rules(config, mesh.shape))
+    return JaxEngine(scorer, jax.device_put(params, replicated(mesh)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +73,10 @@ class RuntimeEngine:
     precision: str
     runtime: Runtime
     prompts_at_once: int = 1
+
+    @property
+    def runtime_name(self) -> str:
+        return self.runtime.name
 
     def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
         """Scores each query; queries with the same tokens are read once."""
@@ -107,3 +106,15 @@ class RuntimeEngine:
             if token == request.eos_id:
                 return
             yield [[token]]
+
+
+Engine = JaxEngine | RuntimeEngine
+"""A model that scores continuations and writes texts."""
+
+
+def log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Returns log-probabilities in float64, because logits of a runtime may be large."""
+    wide_TV = logits_TV.astype(np.float64)
+    wide_TV -= wide_TV.max(axis=-1, keepdims=True)
+    shifted: NDArray[np.float64] = wide_TV - np.log(np.exp(wide_TV).sum(axis=-1, keepdims=True))
+    return shifted

@@ -1,17 +1,15 @@
 """Scores tasks and a text during training, with the sharded parameters on the devices."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from jax.sharding import Mesh
 
 from mobilellm_jax.config import Config, ConfigError, EvaluateConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import require
-from mobilellm_jax.evaluate.perplexity import strided
-from mobilellm_jax.evaluate.prefix_trees import Query
+from mobilellm_jax.evaluate.engine import JaxEngine
+from mobilellm_jax.evaluate.perplexity import CutText, perplexity
 from mobilellm_jax.evaluate.scoring import Scorer
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.sharding import Rules
@@ -47,7 +45,6 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
 def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Evaluator:
     chosen = config.evaluate
     require("lm_eval", "eval", f"evaluate.tasks={chosen.tasks!r}")
-    from mobilellm_jax.evaluate.engine import JaxEngine
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.journal import Journal
     from mobilellm_jax.evaluate.tasks import load_tasks, quick_scores
@@ -57,11 +54,9 @@ def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Eva
 
     def evaluate(params: Params) -> dict[str, float]:
         # Each call has a new journal, because other parameters give other answers.
-        model = HarnessModel(
-            *(JaxEngine(config.model, scorer, params), tokenizer, Journal(None, {})),
-            origin="in training",
-            show=False,
-        )
+        engine = JaxEngine(scorer, params)
+        journal = Journal(None, {})
+        model = HarnessModel(engine, tokenizer, journal, origin="in training", show=False)
         return quick_scores(model, tasks, chosen.limit or None)
 
     return evaluate
@@ -69,23 +64,15 @@ def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Eva
 
 def _text_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Evaluator:
     """Scores every token of a text, in windows as long as the model can read."""
-    text = _read_text(config.evaluate)
-    ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)])
     length = config.model.max_seq_len
-    queries = [
-        Query(tuple(ids[w.start : w.stop].tolist()), tuple(ids[w.scored + 1 : w.stop + 1].tolist()))
-        for w in strided(length, ids, length)
-    ]
-    text_bytes = len(text.encode("utf-8"))
+    text = CutText.cut(tokenizer, _read_text(config.evaluate), length, stride=length)
 
     def evaluate(params: Params) -> dict[str, float]:
-        batches = scorer.scores(params, queries)
-        nats = -math.fsum(score.log_likelihood for batch in batches for _, score in batch)
-        loss = nats / (len(ids) - 1)
+        found = perplexity(JaxEngine(scorer, params), text, show=False)
         return {
-            "text/loss": loss,
-            "text/perplexity": math.exp(loss),
-            "text/bits_per_byte": nats / math.log(2) / text_bytes,
+            "text/loss": found.loss,
+            "text/perplexity": found.perplexity,
+            "text/bits_per_byte": found.bits_per_byte,
         }
 
     return evaluate

@@ -6,7 +6,9 @@ preorder: the descendants of token s are the tokens s + 1 ... end(s) - 1. Token 
 s <= t < end(s), and its position is its depth. With this mask, one forward pass over the tree gives
 each branch the result of its own pass.
 
-The mask also separates trees in the same row. Row lengths are powers of two from 256 on, so few
+The mask also separates trees in the same row. If no tree of a batch branches, the places of the
+ends serve as document numbers (`segments`), because attention within documents is faster than
+attention with a mask. Row lengths are powers of two from 256 on, so few
 programs are compiled. Rows waste little: 15% more tokens than the trees have on 600 rows of
 HellaSwag, 13% on BoolQ, 9% on PIQA. One row per tree would waste as much and need 12 to 18 lengths.
 """
@@ -162,7 +164,8 @@ def pack_rows(trees: Sequence[Tree], multiple: int = 1) -> list[Row]:
 class Batch:
     """Rows as arrays, and the places of the queries' targets in them."""
 
-    arrays: dict[str, NDArray[np.int32]]  # tokens, positions, ends [B T]; sources, targets [B S]
+    # tokens, positions and ends or segments are [B T]; sources and targets are [B S]
+    arrays: dict[str, NDArray[np.int32]]
     spans: list[tuple[int, int, int, int]]  # query, row, start and stop of its targets in the row
 
     @property
@@ -217,11 +220,12 @@ def _as_arrays(rows: Sequence[Row], length: int, count: int) -> Batch:
                 spans.append((query, b, s, s + targets))
                 s += targets
             t = here.stop
+    is_chain = all(min(tree.ends) == len(tree.tokens) for row in rows for tree in row.trees)
     return Batch(
         {
             "tokens": tokens_BT,
             "positions": positions_BT,
-            "ends": ends_BT,
+            "segments" if is_chain else "ends": ends_BT,
             "sources": sources_BS,
             "targets": targets_BS,
         },

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
-from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.prefix_trees import Batch, Query, grow_trees, make_batches, pack_rows
@@ -29,6 +28,7 @@ from mobilellm_jax.sharding import (
     replicated,
     with_rules,
 )
+from mobilellm_jax.train.loss import chunks, unchunk
 
 _SMALLEST_TREE = 256  # a tree may have this size even if the model reads fewer tokens
 _BATCH_TOKENS = {"cpu": 2048}  # tokens per device and batch, by platform
@@ -57,7 +57,7 @@ class Scorer:
         self, config: ModelConfig, mesh: Mesh, rules: Rules, *, batch_tokens: int | None = None
     ) -> None:
         # The attention kernels do not accept the mask of a tree.
-        self._config = dataclasses.replace(config, attention="xla", remat="none")
+        self.config = dataclasses.replace(config, attention="xla", remat="none")
         self._mesh = mesh
         platform = mesh.devices.flat[0].platform
         default = _BATCH_TOKENS.get(platform, _BATCH_TOKENS_ELSEWHERE)
@@ -72,7 +72,7 @@ class Scorer:
         Raises:
           FloatingPointError: if a likelihood is not finite.
         """
-        trees = grow_trees(queries, max(_SMALLEST_TREE, self._config.max_seq_len))
+        trees = grow_trees(queries, max(_SMALLEST_TREE, self.config.max_seq_len))
         # The axis `sequence` must divide the length of a row, and also an eighth of it (the scored
         # tokens).
         rows = pack_rows(trees, 8 * self._mesh.shape["sequence"])
@@ -97,14 +97,21 @@ class Scorer:
         self, params: Params, batch: dict[str, Int[Array, "B _"]]
     ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
         """Returns each target's log-probability in float32, and whether the target is likeliest."""
-        model = Transformer(self._config).bind({"params": params})
-        ends_BT = batch["ends"]
-        place_T = jnp.arange(ends_BT.shape[1])
-        is_before_TS = place_T[None, :] <= place_T[:, None]
-        mask_BTS = is_before_TS[None] & (place_T[None, :, None] < ends_BT[:, None, :])
-        x_BTD = model.hidden(batch["tokens"], positions_BT=batch["positions"], mask_BTS=mask_BTS)
+        model = Transformer(self.config).bind({"params": params})
+        ends_BT = batch.get("ends")
+        mask_BTS = None
+        if ends_BT is not None:
+            place_T = jnp.arange(ends_BT.shape[1])
+            is_before_TS = place_T[None, :] <= place_T[:, None]
+            mask_BTS = is_before_TS[None] & (place_T[None, :, None] < ends_BT[:, None, :])
+        x_BTD = model.hidden(
+            batch["tokens"],
+            segments_BT=batch.get("segments"),
+            positions_BT=batch["positions"],
+            mask_BTS=mask_BTS,
+        )
         x_BSD = jnp.take_along_axis(x_BTD, batch["sources"][:, :, None], axis=1)
-        head_VD = head_matrix(params, self._config).astype(x_BSD.dtype)
+        head_VD = head_matrix(params, self.config).astype(x_BSD.dtype)
         return self._score_vocabulary(x_BSD, head_VD, batch["targets"])
 
     def _score_vocabulary(
@@ -114,14 +121,8 @@ class Scorer:
         targets_BS: Int[Array, "B S"],
     ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
         rows, length = targets_BS.shape
-        logits_bytes = 4 * self._config.vocab_size * (rows // batch_shards(self._mesh))
-        chunk = min(length, max(1, _LOGITS_BYTES // logits_bytes))
-        count = -(-length // chunk)
-        padding = count * chunk - length
-
-        def chunks(array: jax.Array) -> jax.Array:
-            padded = jnp.pad(array, ((0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)))
-            return padded.reshape(rows, count, chunk, *array.shape[2:]).swapaxes(0, 1)
+        logits_bytes = 4 * self.config.vocab_size * (rows // batch_shards(self._mesh))
+        chunk = max(1, _LOGITS_BYTES // logits_bytes)
 
         def score(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x_BCD, targets_BC = xs
@@ -130,12 +131,8 @@ class Scorer:
             total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
             return found_BC1[:, :, 0] - total_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
 
-        log_nBC, greedy_nBC = jax.lax.map(score, (chunks(x_BSD), chunks(targets_BS)))
-
-        def whole(array_nBC: jax.Array) -> jax.Array:
-            return array_nBC.swapaxes(0, 1).reshape(rows, count * chunk)[:, :length]
-
-        return whole(log_nBC), whole(greedy_nBC)
+        log_nBC, greedy_nBC = jax.lax.map(score, (chunks(x_BSD, chunk), chunks(targets_BS, chunk)))
+        return unchunk(log_nBC, length), unchunk(greedy_nBC, length)
 
 
 def _read(batch: Batch, arrays: tuple[jax.Array, jax.Array]) -> list[tuple[int, Score]]:
@@ -160,11 +157,3 @@ def checked_score(log_probabilities: Sequence[float], is_greedy: bool) -> Score:
             "finite, or too large."
         )
     return Score(log_likelihood, is_greedy)
-
-
-def log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns log-probabilities in float64, because logits of a runtime may be large."""
-    wide_TV = logits_TV.astype(np.float64)
-    wide_TV -= wide_TV.max(axis=-1, keepdims=True)
-    shifted: NDArray[np.float64] = wide_TV - np.log(np.exp(wide_TV).sum(axis=-1, keepdims=True))
-    return shifted

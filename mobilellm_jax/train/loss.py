@@ -47,8 +47,8 @@ def token_losses(
         logits_BCV = scores("BCD,VD->BCV", x_BCD, head_VD)
         return None, _losses(logits_BCV, jax.nn.logsumexp(logits_BCV, axis=-1), targets_BC)
 
-    _, losses_nBC = jax.lax.scan(score, None, (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk)))
-    return _unchunk(losses_nBC, targets_BT.shape[1])
+    _, losses_nBC = jax.lax.scan(score, None, (chunks(x_BTD, chunk), chunks(targets_BT, chunk)))
+    return unchunk(losses_nBC, targets_BT.shape[1])
 
 
 def _forward(
@@ -84,9 +84,9 @@ def _forward(
         return (total, gathered(grad_head_VD)), grad_x_BCD
 
     start = (jnp.zeros((), jnp.float32), gathered(jnp.zeros(head_VD.shape, jnp.float32)))
-    xs = tuple(_chunks(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
+    xs = tuple(chunks(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
     (total, grad_head_VD), grad_x_nBCD = jax.lax.scan(score, start, xs)
-    grad_x_BTD = _unchunk(grad_x_nBCD, x_BTD.shape[1])
+    grad_x_BTD = unchunk(grad_x_nBCD, x_BTD.shape[1])
     return total, (grad_x_BTD, gathered(grad_head_VD).astype(head_VD.dtype))
 
 
@@ -109,7 +109,7 @@ def _losses(
     return log_normalizer_BC - target_BC1[:, :, 0]
 
 
-def _chunks(x_BT: jax.Array, chunk: int) -> jax.Array:
+def chunks(x_BT: jax.Array, chunk: int) -> jax.Array:
     """Splits [B, T, ...] into [n, B, C, ...], with zeros (weight zero) after the last position.
 
     The split is along the sequence. A split of the flattened batch would gather a batch that is
@@ -123,6 +123,7 @@ def _chunks(x_BT: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(split, 1, 0)
 
 
-def _unchunk(x_nBC: jax.Array, length: int) -> jax.Array:
+def unchunk(x_nBC: jax.Array, length: int) -> jax.Array:
+    """Joins what `chunks` has split, and drops the padding."""
     x_BnC = jnp.moveaxis(x_nBC, 0, 1)
     return x_BnC.reshape(x_BnC.shape[0], -1, *x_BnC.shape[3:])[:, :length]

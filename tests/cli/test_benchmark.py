@@ -16,7 +16,8 @@ from mobilellm_jax.cli import main as cli
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.evaluate.perplexity import perplexity
+from mobilellm_jax.evaluate.engine import jax_engine
+from mobilellm_jax.evaluate.perplexity import CutText, perplexity
 from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.model.transformer import init_params
@@ -60,12 +61,14 @@ def test_a_checkpoint_is_measured_in_separate_processes(
     assert [len(each["decode_sec"]) for each in measured] == [3, 3]
     assert [each["precision"] for each in measured] == ["float32", "w4a8g32"]
     assert all(each["load_sec"] > 0 and each["memory_bytes"] > 0 for each in measured)
+    assert min(sec for each in measured for sec in each["prefill_sec"] + each["decode_sec"]) > 0
     opened = open_model(checkpoint)
-    expected = perplexity(opened.config, opened.params, opened.tokenizer, TEXT, stride=64)
+    cut = CutText.cut(opened.tokenizer, TEXT, 64, stride=64)
+    expected = perplexity(jax_engine(opened.config, opened.params), cut)
     assert measured[0]["loss"] == pytest.approx(expected.loss, rel=1e-6)
     assert measured[0]["model_bytes"] == 4 * parameter_count(CONFIG)
     params = quantize_model(opened.config, opened.params, find_scheme("w4a8"))
-    expected = perplexity(opened.config, params, opened.tokenizer, TEXT, stride=64)
+    expected = perplexity(jax_engine(opened.config, params), cut)
     assert measured[1]["loss"] == pytest.approx(expected.loss, rel=1e-6)
     assert measured[1]["model_bytes"] == stored_bytes(params)
     names = {file.name for file in (tmp_path / "out").iterdir()}

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from mobilellm_jax.cli import main as cli
-from mobilellm_jax.evaluate.perplexity import perplexity
+from mobilellm_jax.evaluate.engine import jax_engine
+from mobilellm_jax.evaluate.perplexity import CutText, PerplexityResult, perplexity
 from mobilellm_jax.export.huggingface.directory import write_huggingface
-from mobilellm_jax.open_model import open_model
+from mobilellm_jax.open_model import OpenedModel, open_model
 from mobilellm_jax.quantize.parameters import quantized, stored_bytes
 from mobilellm_jax.quantize.schemes import find_scheme
 from tests import tiny
@@ -27,12 +28,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def measure(model: OpenedModel) -> PerplexityResult:
+    text = CutText.cut(model.tokenizer, TEXT, model.config.max_seq_len, None)
+    return perplexity(jax_engine(model.config, model.params), text)
+
+
 def test_quantized_model_is_measured_and_named(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = open_model(folder / "run")
     args = [f"--checkpoint={folder / 'run'}", f"--perplexity={folder / 'text.txt'}"]
-    expected = perplexity(model.config, model.params, model.tokenizer, TEXT).loss
+    expected = measure(model).loss
     found = []
     for parts in ("embedding,head", ""):
         flags = ["--quantize=w4a8g128", f"--quantized_parts={parts}"]
@@ -44,7 +50,7 @@ def test_quantized_model_is_measured_and_named(
         scheme = find_scheme("w4a8g128", parts)
         params = quantized(model.params, scheme)
         assert f"{stored_bytes(params):,} bytes" in printed.err
-        same = perplexity(model.config, params, model.tokenizer, TEXT).loss
+        same = measure(dataclasses.replace(model, params=params)).loss
         assert record["loss"] == pytest.approx(same, rel=1e-4)
         found.append(record["loss"])
     assert len({expected, *found}) == 3
@@ -74,7 +80,7 @@ def test_run_step_and_export_give_the_same_result(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = open_model(folder / "run")
-    expected = perplexity(model.config, model.params, model.tokenizer, TEXT)
+    expected = measure(model)
     assert expected.windows > 1
     for name in ("run", "run/checkpoints/0", "hf"):
         output = tmp_path / "result.json"

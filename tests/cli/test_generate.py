@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mobilellm_jax.cli import main as cli
+from mobilellm_jax.cli.flags import define
 from mobilellm_jax.generation.generate import Request, generate, stream
 from mobilellm_jax.generation.sampling import GREEDY, Sampling
 from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
@@ -42,7 +43,7 @@ def continuation(model: OpenedModel, prompt: str, count: int, sampling: Sampling
 
 def test_flags_have_the_defaults_of_sampling() -> None:
     for field, value in dataclasses.asdict(Sampling()).items():
-        assert command.FLAGS[field].default == value
+        assert define(command.Flags)[field].default == value
 
 
 def test_prompt_is_continued(

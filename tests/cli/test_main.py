@@ -22,7 +22,9 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def train_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[list[str]], object]], None]:
+def train_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Callable[[train.Flags, list[str]], object]], None]:
     """Replaces the work of `mobilellm train`, but not its flags."""
     return lambda function: monkeypatch.setattr(train, "main", function)
 
@@ -44,7 +46,7 @@ def test_overview_imports_no_command() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = ast.literal_eval(result.stdout.splitlines()[-1])
-    expected = {f"mobilellm_jax.cli.{name}" for name in ("config_flags", "errors", "main")}
+    expected = {f"mobilellm_jax.cli.{name}" for name in ("config_flags", "errors", "flags", "main")}
     assert set(loaded) == expected
 
 
@@ -97,11 +99,13 @@ def test_all_missing_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_overrides_reach_the_command(train_with: Callable[..., None]) -> None:
-    received: list[list[str]] = []
-    train_with(received.append)
+    received: list[tuple[train.Flags, list[str]]] = []
+    train_with(lambda *arguments: received.append(arguments))
     overrides = ["--config.train.steps=5", "--config.mesh.data", "-1"]
     assert cli.main(["train", CONFIG, *overrides, "--workdir=x"]) == 0
-    assert received == [["train", "train.steps=5", "mesh.data=-1"]]
+    [(flags, given)] = received
+    assert given == ["train.steps=5", "mesh.data=-1"]
+    assert (flags.config, flags.workdir, flags.process_id) == ("configs/quickstart.py", "x", None)
 
 
 def test_overrides_are_refused_without_config(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +114,7 @@ def test_overrides_are_refused_without_config(capsys: pytest.CaptureFixture[str]
 
 
 def test_flags_start_from_their_defaults_each_time(train_with: Callable[..., None]) -> None:
-    train_with(lambda argv: None)
+    train_with(lambda flags, overrides: None)
     assert cli.main(["train", CONFIG, "--workdir=x"]) == 0
     assert cli.main(["train", CONFIG]) == 2
 
@@ -128,12 +132,12 @@ def test_two_commands_may_have_a_flag_of_the_same_name(
 def test_exit_code_of_a_command(
     returned: int | None, code: int, train_with: Callable[..., None]
 ) -> None:
-    train_with(lambda argv: returned)
+    train_with(lambda flags, overrides: returned)
     assert cli.main(["train", CONFIG, "--workdir=x"]) == code
 
 
 def test_interrupted(train_with: Callable[..., None]) -> None:
-    def interrupt(argv: list[str]) -> None:
+    def interrupt(flags: train.Flags, overrides: list[str]) -> None:
         raise KeyboardInterrupt
 
     train_with(interrupt)
@@ -143,7 +147,7 @@ def test_interrupted(train_with: Callable[..., None]) -> None:
 def test_bad_input_is_one_message(
     train_with: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(argv: list[str]) -> None:
+    def refuse(flags: train.Flags, overrides: list[str]) -> None:
         raise ConfigError("train.steps=0 must be at least 1.")
 
     train_with(refuse)
@@ -155,7 +159,7 @@ def test_bad_input_is_one_message(
 def test_a_failure_while_running_is_raised(
     error: Exception, train_with: Callable[..., None]
 ) -> None:
-    def fail(argv: list[str]) -> None:
+    def fail(flags: train.Flags, overrides: list[str]) -> None:
         raise error
 
     train_with(fail)

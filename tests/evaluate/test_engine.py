@@ -8,15 +8,13 @@ pytest.importorskip("lm_eval", reason="the eval extra")
 
 from lm_eval.api.instance import Instance
 
-from mobilellm_jax.config import MeshConfig, ModelConfig
+from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.evaluate.engine import JaxEngine, RuntimeEngine
+from mobilellm_jax.evaluate.engine import RuntimeEngine, jax_engine
 from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.journal import Journal
-from mobilellm_jax.evaluate.perplexity import perplexity, runtime_perplexity
-from mobilellm_jax.evaluate.scoring import Scorer
+from mobilellm_jax.evaluate.perplexity import CutText, perplexity
 from mobilellm_jax.model.transformer import init_params
-from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
 from tests.export.jax_runtime import JaxRuntime
 
 CONFIG = ModelConfig(
@@ -48,10 +46,8 @@ def params():
 
 @pytest.fixture
 def models(tokenizer, params):
-    mesh = make_mesh(MeshConfig())
-    scorer = Scorer(CONFIG, mesh, logical_rules(CONFIG, mesh.shape))
     engines = (
-        JaxEngine(CONFIG, scorer, jax.device_put(params, replicated(mesh))),
+        jax_engine(CONFIG, params),
         RuntimeEngine(CONFIG, "float32", JaxRuntime(CONFIG, params)),
     )
     return [
@@ -82,8 +78,9 @@ def test_a_sampled_text_is_refused(models) -> None:
 
 @pytest.mark.parametrize("stride", [None, 16])
 def test_perplexity_is_the_same(tokenizer, params, stride: int | None) -> None:
-    expected = perplexity(CONFIG, params, tokenizer, TEXT, stride=stride)
-    found = runtime_perplexity(JaxRuntime(CONFIG, params), tokenizer, TEXT, stride=stride)
+    text = CutText.cut(tokenizer, TEXT, CONFIG.max_seq_len, stride)
+    expected = perplexity(jax_engine(CONFIG, params), text)
+    found = perplexity(RuntimeEngine(CONFIG, "float32", JaxRuntime(CONFIG, params)), text)
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert (found.tokens, found.windows) == (expected.tokens, expected.windows)
     assert found.bits_per_byte == pytest.approx(expected.bits_per_byte, rel=1e-5)

@@ -24,7 +24,7 @@ from mobilellm_jax.config import MeshConfig, ModelConfig
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.evaluate.engine import Continuations, Engine, JaxEngine, Writer
+from mobilellm_jax.evaluate.engine import Continuations, Engine, JaxEngine, Writer, jax_engine
 from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.journal import Journal
 from mobilellm_jax.evaluate.prefix_trees import Query
@@ -106,14 +106,8 @@ def pair(
 
 
 def make_model(params: Params, tokenizer: Tokenizer, config: ModelConfig = CONFIG) -> HarnessModel:
-    mesh = make_mesh(MeshConfig())
-    scorer = Scorer(config, mesh, logical_rules(config, mesh.shape))
-    placed = jax.device_put(params, replicated(mesh))
-    return HarnessModel(
-        *(JaxEngine(config, scorer, placed), tokenizer, Journal(None, {})),
-        origin="here",
-        show=False,
-    )
+    engine = jax_engine(config, params)
+    return HarnessModel(engine, tokenizer, Journal(None, {}), origin="here", show=False)
 
 
 def instances(kind: str, asked: Sequence[tuple[Any, ...]]) -> list[Instance]:
@@ -239,7 +233,7 @@ def test_answers_from_before_a_kill_are_not_asked_again(params: Params, tmp_path
     tokenizer, path = sentencepiece(tmp_path), tmp_path / "journal"
     mesh = make_mesh(MeshConfig())
     scorer = Scorer(CONFIG, mesh, logical_rules(CONFIG, mesh.shape), batch_tokens=256)
-    engine = JaxEngine(CONFIG, scorer, jax.device_put(params, replicated(mesh)))
+    engine = JaxEngine(scorer, jax.device_put(params, replicated(mesh)))
 
     def model(engine: Engine) -> HarnessModel:
         journal = Journal(path if isinstance(engine, Interrupted) else None, {"weights": "these"})

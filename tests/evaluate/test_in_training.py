@@ -18,11 +18,11 @@ from mobilellm_jax.config import (
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.evaluate.engine import jax_engine
 from mobilellm_jax.evaluate.in_training import make_evaluator
 from mobilellm_jax.evaluate.journal import Journal
-from mobilellm_jax.evaluate.perplexity import perplexity
-from mobilellm_jax.evaluate.scoring import Scorer
-from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
+from mobilellm_jax.evaluate.perplexity import CutText, perplexity
+from mobilellm_jax.sharding import logical_rules, make_mesh
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import init_state
 from tests.evaluate.example_rows import write_rows
@@ -57,7 +57,6 @@ def evaluating(**fields: Any) -> Config:
 
 def test_tasks_and_text_on_sharded_parameters(tokenizer: Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the eval extra")
-    from mobilellm_jax.evaluate.engine import JaxEngine
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.tasks import load_tasks, run_tasks
 
@@ -75,17 +74,11 @@ def test_tasks_and_text_on_sharded_parameters(tokenizer: Tokenizer, tmp_path: Pa
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     found = evaluate(params)
 
-    alone = make_mesh(MeshConfig(), jax.devices()[:1])
-    whole = jax.device_put(jax.device_get(params), replicated(alone))
-    scorer = Scorer(config.model, alone, logical_rules(config.model, alone.shape))
-    model = HarnessModel(
-        *(JaxEngine(config.model, scorer, whole), tokenizer, Journal(None, {})),
-        origin="here",
-        show=False,
-    )
+    engine = jax_engine(config.model, jax.device_get(params), jax.devices()[:1])
+    model = HarnessModel(engine, tokenizer, Journal(None, {}), origin="here", show=False)
     tasks = load_tasks(names, data_dir=tmp_path / "evals")
     results = run_tasks(model, tasks, 2)["results"]
-    expected = perplexity(config.model, whole, tokenizer, TEXT, stride=64)
+    expected = perplexity(engine, CutText.cut(tokenizer, TEXT, 64, stride=64))
     assert found == pytest.approx(
         {
             "evaluate/piqa/acc": results["piqa"]["acc,none"],

@@ -14,7 +14,8 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.evaluate.perplexity import PerplexityResult, perplexity
+from mobilellm_jax.evaluate.engine import JaxEngine, jax_engine
+from mobilellm_jax.evaluate.perplexity import CutText, PerplexityResult, perplexity
 from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 
@@ -51,9 +52,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_tokenizer([text], 300, tmp_path_factory.mktemp("sp") / "tokenizer.model")
 
 
+@functools.cache
+def engine_of(config: ModelConfig) -> JaxEngine:
+    return jax_engine(config, params_of(config), jax.devices()[:1])
+
+
+def measure(
+    config: ModelConfig, tokenizer: Tokenizer, text: str, stride: int | None = None
+) -> PerplexityResult:
+    cut = CutText.cut(tokenizer, text, config.max_seq_len, stride)
+    return perplexity(engine_of(config), cut)
+
+
 @pytest.fixture(scope="module")
 def result(tokenizer: Tokenizer) -> PerplexityResult:
-    return perplexity(TINY, params_of(TINY), tokenizer, TEXT)
+    return measure(TINY, tokenizer, TEXT)
 
 
 def windows(tokenizer: Tokenizer, text: str, length: int = TINY.max_seq_len) -> np.ndarray:
@@ -124,7 +137,7 @@ def test_bits_per_byte_counts_the_bytes_of_the_scored_tokens(
 def test_bytes_are_exact_wherever_the_text_ends(cut: int, tokenizer: Tokenizer) -> None:
     text = TEXT[: len(TEXT) - cut]
     config = dataclasses.replace(TINY, max_seq_len=9)
-    result = perplexity(config, params_of(config), tokenizer, text, batch_size=8)
+    result = measure(config, tokenizer, text)
     sizes = piece_bytes(tokenizer)
     scored = sum(sizes[i] for i in windows(tokenizer, text, 9)[:, 1:].ravel()) - 1
     bits = result.loss * result.tokens / math.log(2)
@@ -134,31 +147,30 @@ def test_bytes_are_exact_wherever_the_text_ends(cut: int, tokenizer: Tokenizer) 
 def test_last_partial_window_is_dropped(tokenizer: Tokenizer, result: PerplexityResult) -> None:
     rest = 1 + len(tokenizer.encode(TEXT)) - 32 * result.windows
     assert 0 < rest < 32
-    longer = perplexity(TINY, params_of(TINY), tokenizer, TEXT + "\x01" * (31 - rest))
+    longer = measure(TINY, tokenizer, TEXT + "\x01" * (31 - rest))
     assert (longer.loss, longer.tokens) == (result.loss, result.tokens)
     assert longer.bits_per_byte == result.bits_per_byte
-    more = perplexity(TINY, params_of(TINY), tokenizer, TEXT + "\x01" * (32 - rest))
+    more = measure(TINY, tokenizer, TEXT + "\x01" * (32 - rest))
     assert more.windows == result.windows + 1
     assert more.loss != result.loss
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_batch_size_changes_nothing(
-    batch_size: int, result: PerplexityResult, tokenizer: Tokenizer
+def test_a_long_text_is_scored_in_parts(
+    result: PerplexityResult, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert result.windows % 4 != 0  # the last batch is padded
-    other = perplexity(TINY, params_of(TINY), tokenizer, TEXT, batch_size=batch_size)
+    monkeypatch.setattr("mobilellm_jax.evaluate.perplexity._WINDOWS_AT_ONCE", 4)
+    assert result.windows % 4 != 0  # the last part is shorter
+    other = measure(TINY, tokenizer, TEXT)
     assert other.loss == pytest.approx(result.loss, abs=LOSS_TOLERANCE)
-    assert dataclasses.replace(other, loss=0, perplexity=0, bits_per_byte=0) == (
-        dataclasses.replace(result, loss=0, perplexity=0, bits_per_byte=0)
-    )
+    assert (other.tokens, other.windows) == (result.tokens, result.windows)
 
 
 def test_the_perplexity_of_a_uniform_model_is_the_size_of_the_vocabulary(
     tokenizer: Tokenizer,
 ) -> None:
     nothing = jax.tree.map(np.zeros_like, params_of(TINY))
-    result = perplexity(TINY, nothing, tokenizer, TEXT)
+    engine = jax_engine(TINY, nothing, jax.devices()[:1])
+    result = perplexity(engine, CutText.cut(tokenizer, TEXT, TINY.max_seq_len, None))
     assert result.loss == pytest.approx(math.log(300), abs=1e-6)
     assert result.perplexity == pytest.approx(300, rel=1e-6)
 
@@ -168,11 +180,11 @@ def test_text_of_exactly_one_window_is_scored_and_a_shorter_one_refused(
 ) -> None:
     one, short = "z" * 30, "z" * 29  # each z is one token, and a space stands before them
     assert [len(tokenizer.encode(text)) for text in (one, short)] == [31, 30]
-    assert perplexity(TINY, params_of(TINY), tokenizer, one).windows == 1
+    assert measure(TINY, tokenizer, one).windows == 1
     with pytest.raises(ValueError, match=r"31 tokens with BOS.*max_seq_len=32.*longer text"):
-        perplexity(TINY, params_of(TINY), tokenizer, short)
+        measure(TINY, tokenizer, short)
     with pytest.raises(ValueError, match=r"The text has 1 tokens"):
-        perplexity(TINY, params_of(TINY), tokenizer, "")
+        measure(TINY, tokenizer, "")
 
 
 @functools.cache
@@ -197,7 +209,7 @@ def test_with_a_stride_every_token_is_scored_once_by_huggingface_llama_too(
         with torch.no_grad():
             logits = llama_of(folder)(ids[None, start:i]).logits[0, -1].double()
         losses.append(-torch.log_softmax(logits, -1)[ids[i]].item())
-    found = perplexity(TINY, params_of(TINY), tokenizer, text, stride=stride)
+    found = measure(TINY, tokenizer, text, stride=stride)
     assert found.tokens == len(ids) - 1 > 64
     assert found.windows == 1 + -(-(found.tokens - 32) // stride)
     assert found.loss == pytest.approx(np.mean(losses), abs=LOSS_TOLERANCE)
@@ -206,25 +218,28 @@ def test_with_a_stride_every_token_is_scored_once_by_huggingface_llama_too(
 
 
 def test_a_stride_accepts_a_short_text(tokenizer: Tokenizer) -> None:
-    found = perplexity(TINY, params_of(TINY), tokenizer, "zz", stride=8)
+    found = measure(TINY, tokenizer, "zz", stride=8)
     assert (found.tokens, found.windows) == (len(tokenizer.encode("zz")), 1)
     with pytest.raises(ValueError, match=r"The text is empty"):
-        perplexity(TINY, params_of(TINY), tokenizer, "", stride=8)
+        measure(TINY, tokenizer, "", stride=8)
     for stride in (0, 33):
         with pytest.raises(ValueError, match=rf"--stride={stride} must be .* at most .*=32"):
-            perplexity(TINY, params_of(TINY), tokenizer, TEXT, stride=stride)
+            measure(TINY, tokenizer, TEXT, stride=stride)
 
 
 def test_windows_of_one_token_are_refused(tokenizer: Tokenizer) -> None:
     config = dataclasses.replace(TINY, max_seq_len=1)
     with pytest.raises(ValueError, match=r"max_seq_len=1 must be at least 2"):
-        perplexity(config, params_of(config), tokenizer, TEXT)
+        measure(config, tokenizer, TEXT)
 
 
 def test_parameters_that_are_not_numbers_fail(tokenizer: Tokenizer) -> None:
     broken = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), params_of(TINY))
     with pytest.raises(FloatingPointError, match="not finite"):
-        perplexity(TINY, broken, tokenizer, TEXT)
+        perplexity(
+            jax_engine(TINY, broken, jax.devices()[:1]),
+            CutText.cut(tokenizer, TEXT, TINY.max_seq_len, None),
+        )
 
 
 def test_byte_level_tokenizer_counts_the_same_bytes(tmp_path: Path) -> None:
@@ -240,7 +255,7 @@ def test_byte_level_tokenizer_counts_the_same_bytes(tmp_path: Path) -> None:
     built.decoder = tokenizers.decoders.ByteLevel()
     built.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    result = perplexity(TINY, params_of(TINY), tokenizer, TEXT)
+    result = measure(TINY, tokenizer, TEXT)
     # One piece has two bytes, and all other pieces have one byte.
     pairs = int((windows(tokenizer, TEXT)[:, 1:] == tokenizer.vocab_size - 1).sum())
     assert pairs > 5

@@ -33,7 +33,8 @@ def some_queries(seed: int, count: int = 300) -> list[Query]:
 def read_off(row: Row) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Returns the tokens that each query's last token sees through the mask, and its targets."""
     [batch] = make_batches([row], 1, 1)
-    tokens, ends, positions = (batch.arrays[name][0] for name in ("tokens", "ends", "positions"))
+    mask = "ends" if "ends" in batch.arrays else "segments"
+    tokens, ends, positions = (batch.arrays[name][0] for name in ("tokens", mask, "positions"))
     sources, targets = batch.arrays["sources"][0], batch.arrays["targets"][0]
     found = {}
     for query, _, start, stop in batch.spans:
@@ -80,6 +81,21 @@ def test_a_short_common_beginning_is_not_merged() -> None:
     for shared, trees in ((2, 2), (20, 1)):
         queries = [make_query([1] * shared + [n] + tail, [5], 128) for n in (2, 3)]
         assert len(grow_trees(queries, 512)) == trees
+
+
+def test_trees_without_branches_are_documents() -> None:
+    """Attention within documents needs no mask."""
+    queries = [make_query([1, 2, 3], [9, 8, 7][:n], 128) for n in (1, 3)]
+    queries.append(make_query([4] * 30, [5], 128))
+    [row] = pack_rows(grow_trees(queries, 128))
+    [batch] = make_batches([row], 1, 1)
+    documents = batch.arrays["segments"][0]
+    sizes = [len(tree.tokens) for tree in row.trees]
+    assert sorted(sizes) == [5, 30]
+    assert [len(set(part)) for part in np.split(documents[:35], [sizes[0]])] == [1, 1]
+    assert len(set(documents)) == 2 + batch.shape[1] - 35  # padding sees only itself
+    [row] = pack_rows(grow_trees([*queries, make_query([1, 2, 3], [6, 6], 128)], 128))
+    assert "segments" not in next(make_batches([row], 1, 1)).arrays
 
 
 def test_trees_keep_to_their_size() -> None:

@@ -1,0 +1,113 @@
+"""The flags of a command, as a dataclass with one field for each flag.
+
+absl defines and parses the flags. The type of a field decides how its value is read. Flags are
+parsed here, because absl's own `app.run` ends with 1 if a flag is wrong.
+"""
+
+import dataclasses
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+from absl import flags
+
+from mobilellm_jax.cli.config_flags import split_overrides
+from mobilellm_jax.cli.errors import UsageError
+from mobilellm_jax.config import near_miss
+
+Flags = TypeVar("Flags")
+
+_DEFINE: dict[Any, Callable[..., Any]] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+    list[str]: flags.DEFINE_multi_string,
+    list[float]: flags.DEFINE_multi_float,
+}
+
+
+def flag(default: Any, help: str, **settings: Any) -> Any:
+    """Returns a field of a dataclass of flags.
+
+    Args:
+      default: the value without the flag.
+      help: the text that --help shows.
+      settings: absl's settings: required, lower_bound, upper_bound, enum_values. With
+        `commas=True`, a list is written in one flag instead of a flag that may be repeated.
+    """
+    return dataclasses.field(metadata={"default": default, "help": help, **settings})
+
+
+def define(kind: type) -> flags.FlagValues:
+    """Returns the flags of a dataclass, at their defaults.
+
+    `EXACTLY_ONE` of the dataclass lists groups of flags of which exactly one must be given.
+    """
+    own: flags.FlagValues = flags.FlagValues()  # type: ignore[no-untyped-call]  # absl gives no type
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint, settings = hints[field.name], dict(field.metadata)
+        if typing.get_origin(hint) is types.UnionType:
+            [hint] = [each for each in typing.get_args(hint) if each is not types.NoneType]
+        if typing.get_origin(hint) is Literal:
+            settings["enum_values"] = typing.get_args(hint)
+        make: Callable[..., Any]
+        if "enum_values" in settings:
+            make = flags.DEFINE_enum
+        elif settings.pop("commas", False):
+            make = flags.DEFINE_list
+        else:
+            make = _DEFINE[hint]
+        make(field.name, flag_values=own, **settings)
+    for group in getattr(kind, "EXACTLY_ONE", ()):
+        flags.mark_flags_as_mutual_exclusive(group, True, own)  # type: ignore[no-untyped-call]  # absl
+    return own
+
+
+def parse(name: str, kind: type[Flags], args: list[str]) -> tuple[Flags, list[str]]:
+    """Returns the values of a command's flags, and its config overrides as "a.b=value".
+
+    Raises:
+      UsageError: if a flag is unknown or missing or has a wrong value, or an argument is no flag.
+    """
+    own = define(kind)
+    overrides, args = split_overrides(args)
+    if overrides and "config" not in own:
+        field = overrides[0].partition("=")[0]
+        raise UsageError(f"unknown flag --config.{field}; {name} takes no config.")
+    try:
+        stray = own([name, *args])[1:]
+    except flags.UnrecognizedFlagError as error:
+        unknown = f"--{error.flagname}"
+        hint = near_miss(unknown, [f"--{flag}" for flag in own])
+        raise UsageError(f"unknown flag {unknown}.{hint} See mobilellm {name} --help.") from None
+    except flags.Error as error:
+        missing = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
+        if not missing:
+            raise UsageError(str(error)) from None
+        lines = [f"--{flag} is missing: {own[flag].help}" for flag in missing]
+        raise UsageError("\n".join([*lines, f"See mobilellm {name} --help."])) from None
+    if stray:
+        raise UsageError(f"stray argument {stray[0]!r}; write flags as --name=value.")
+    return kind(**{flag: own[flag].value for flag in own}), overrides
+
+
+def usage(kind: type) -> str:
+    """Returns the help text of all flags."""
+    own = define(kind)
+    lines = ["Flags:"]
+    for each in (own[name] for name in own):
+        switch = f"--[no]{each.name}" if each.boolean else f"--{each.name}"
+        default = "" if each.default in (None, "", []) else f" (default: {each.default_as_str})"
+        lines.append(f"  {switch}")
+        lines.append(textwrap.indent(textwrap.fill(f"{each.help}{default}", 90), "      "))
+        if each.name == "config":
+            lines += [
+                "  --config.GROUP.FIELD=VALUE",
+                "      replaces one field of the config; may be repeated",
+            ]
+    return "\n".join(lines)
