@@ -18,15 +18,7 @@ from jaxtyping import Array, Bool, Int
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.generation.sampling import (
-    DEFAULT,
-    Draw,
-    Method,
-    Sampling,
-    as_arrays,
-    method_of,
-    next_token,
-)
+from mobilellm_jax.generation.sampling import DEFAULT, Draw, Sampling, draw_of, next_token
 from mobilellm_jax.model.cache import AlignedCache, align, init_cache
 from mobilellm_jax.model.decoding import (
     DecodingWeights,
@@ -85,36 +77,19 @@ def generate(config: ModelConfig, params: Params | Prepared, request: Request) -
         `model.max_seq_len`.
     """
     rows: list[list[int]] = [[] for _ in request.prompts]
-    for parts in _parts(config, params, request, _CHUNK):
+    for parts in stream(config, params, request, _CHUNK):
         for row, part in zip(rows, parts, strict=True):
             row.extend(part)
     return rows
 
 
 def stream(
-    config: ModelConfig, params: Params | Prepared, request: Request
+    config: ModelConfig, params: Params | Prepared, request: Request, chunk: int = _STREAM_CHUNK
 ) -> Iterator[list[list[int]]]:
-    """Yields the tokens that `generate` returns, a few tokens of every prompt at a time.
+    """Yields the tokens that `generate` returns, about `chunk` tokens of every prompt at a time.
 
     The device computes no more tokens when the caller stops iterating.
     """
-    yield from _parts(config, params, request, _STREAM_CHUNK)
-
-
-@struct.dataclass
-class _State:
-    """The progress of every row of a batch."""
-
-    cache: AlignedCache
-    token_B: Int[Array, "B"]  # the last drawn tokens, which are not in the cache yet
-    done_B: Bool[Array, "B"]
-    drawn: Int[Array, ""]  # tokens per row so far
-
-
-def _parts(
-    config: ModelConfig, params: Params | Prepared, request: Request, chunk: int
-) -> Iterator[list[list[int]]]:
-    """Yields about `chunk` new tokens of each prompt at a time, without EOS."""
     ended = [False] * len(request.prompts)
     for new_BT in _chunks(config, params, request, chunk):
         parts: list[list[int]] = []
@@ -125,6 +100,16 @@ def _parts(
                 ids = ids[: ids.index(request.eos_id)]
             parts.append(ids)
         yield parts
+
+
+@struct.dataclass
+class _State:
+    """The progress of every row of a batch."""
+
+    cache: AlignedCache
+    token_B: Int[Array, "B"]  # the last drawn tokens, which are not in the cache yet
+    done_B: Bool[Array, "B"]
+    drawn: Int[Array, ""]  # tokens per row so far
 
 
 def _chunks(
@@ -149,22 +134,15 @@ def _chunks(
         lengths_B[b] = lengths[b]
     stop = np.int32(-1 if request.eos_id is None else request.eos_id)  # no token has id -1
     done_B = np.arange(batch) >= count  # the rows after `count` only fill the batch
-    draw = as_arrays(request.sampling, config.vocab_size, batch)
-    method = method_of(request.sampling)
+    draw = draw_of(request.sampling, config.vocab_size, batch)
     capacity = _bucket(max(lengths) + request.max_new_tokens)
-    state = _prefill(
-        *(prepared.params, tokens_BT, lengths_B, done_B, stop, draw),
-        config=config,
-        capacity=capacity,
-        method=method,
-    )
+    reading = prepared.params, tokens_BT, lengths_B, done_B, stop, draw
+    state = _prefill(*reading, config=config, capacity=capacity)
     yield np.asarray(state.token_B)[:count, None]
     left = request.max_new_tokens - 1
     while left and not np.asarray(state.done_B).all():
         steps = min(chunk, left)
-        state, new_BT = _decode(
-            prepared.weights, state, np.int32(steps), stop, draw, config=config, method=method
-        )
+        state, new_BT = _decode(prepared.weights, state, np.int32(steps), stop, draw, config=config)
         yield np.asarray(new_BT)[:count, :steps]
         left -= steps
 
@@ -204,7 +182,7 @@ def _bucket(tokens: int) -> int:
     return max(_SMALLEST_BUCKET, _power_of_two(tokens))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "method"))
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
 def _prefill(
     params: Params,
     tokens_BT: Int[Array, "B T"],
@@ -215,7 +193,6 @@ def _prefill(
     *,
     config: ModelConfig,
     capacity: int,
-    method: Method,
 ) -> _State:
     """Reads the prompts, which are padded on the right, and draws each row's first token."""
     model, batch = Transformer(config).bind({"params": params}), tokens_BT.shape[0]
@@ -224,7 +201,7 @@ def _prefill(
     last_B1D = x_BTD[jnp.arange(batch)[:, None], lengths_B[:, None] - 1]
     logits_B1V = model.logits(last_B1D)
     drawn = jnp.zeros((), jnp.int32)
-    token_B = next_token(logits_B1V[:, 0], draw, drawn, method)
+    token_B = next_token(logits_B1V[:, 0], draw, drawn)
     # The keys of the padding lie after the true length, so the row does not include them.
     cache = dataclasses.replace(cache, length_B=lengths_B)
     return _State(
@@ -236,7 +213,7 @@ def _prefill(
 
 
 # The cache is by far the largest array here. It is donated, so the loop updates it in place.
-@functools.partial(jax.jit, static_argnames=("config", "method"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def _decode(
     weights: DecodingWeights,
     state: _State,
@@ -245,7 +222,6 @@ def _decode(
     draw: Draw,
     *,
     config: ModelConfig,
-    method: Method,
 ) -> tuple[_State, Int[Array, "B T"]]:
     """Draws up to `steps` more tokens per row; returns the new state and the tokens.
 
@@ -260,7 +236,7 @@ def _decode(
     def one_token(carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
         state, new_BT = carry
         logits_BV, cache = decode(config, weights, state.token_B, state.cache)
-        token_B = next_token(logits_BV, draw, state.drawn, method)
+        token_B = next_token(logits_BV, draw, state.drawn)
         new_BT = new_BT.at[:, state.drawn - first].set(token_B)
         state = _State(
             cache=cache,

@@ -1,8 +1,7 @@
 """Draws the next token from its logits: temperature, top k, top p, seeds.
 
-A `Sampling` holds a user's settings. `method_of` returns the part that a program is compiled for.
-`as_arrays` returns the other settings, which are inputs of the program, so a new temperature or
-seed compiles nothing.
+A `Sampling` holds a user's settings. A `Draw` holds them for a program, which is compiled for the
+method only. The other settings are its inputs, so a new temperature or seed compiles nothing.
 """
 
 import dataclasses
@@ -17,8 +16,6 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mobilellm_jax.errors import UserError
-
-Method = Literal["greedy", "sample", "truncate"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,22 +55,18 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0)
 class Draw:
     """The settings of a `Sampling` as arrays, with one random key for each row of a batch."""
 
+    method: Literal["greedy", "sample", "truncate"] = struct.field(pytree_node=False)
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     keys_B: Key[Array, "B"]
 
 
-def method_of(sampling: Sampling) -> Method:
-    """Returns the way of drawing; each way needs its own compiled program."""
-    if sampling.temperature == 0:
-        return "greedy"
-    return "truncate" if sampling.top_k or sampling.top_p < 1 else "sample"
-
-
-def as_arrays(sampling: Sampling, vocab_size: int, batch: int) -> Draw:
-    """Returns the arrays for `next_token`; row b draws from (seed, b)."""
+def draw_of(sampling: Sampling, vocab_size: int, batch: int) -> Draw:
+    """Returns the input of `next_token`; row b draws from (seed, b)."""
+    truncated = sampling.top_k or sampling.top_p < 1
     return Draw(
+        method="greedy" if sampling.temperature == 0 else "truncate" if truncated else "sample",
         temperature=jnp.float32(sampling.temperature),
         top_k=jnp.int32(min(sampling.top_k, vocab_size)),
         top_p=jnp.float32(sampling.top_p),
@@ -82,15 +75,15 @@ def as_arrays(sampling: Sampling, vocab_size: int, batch: int) -> Draw:
 
 
 def next_token(
-    logits_BV: Float[Array, "B V"], draw: Draw, drawn: Int[Array, ""], method: Method
+    logits_BV: Float[Array, "B V"], draw: Draw, drawn: Int[Array, ""]
 ) -> Int[Array, "B"]:
     """Draws a token for each row, after `drawn` earlier tokens of the row."""
-    if method == "greedy":
+    if draw.method == "greedy":
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     # The largest logit becomes 0, so a division by a small temperature cannot overflow.
     logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = logits_BV / jnp.maximum(draw.temperature, 1e-30)
-    if method == "truncate":
+    if draw.method == "truncate":
         logits_BV = truncate(logits_BV, draw.top_k, draw.top_p)
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(draw.keys_B, drawn)
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
