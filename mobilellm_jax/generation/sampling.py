@@ -18,6 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mobilellm_jax.errors import UserError
 
 
+Method = Literal["greedy", "sample", "truncate"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Settings for drawing the next token; the defaults are LLaMA's.
@@ -55,7 +58,7 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0)
 class Draw:
     """The settings of a `Sampling` as arrays, with one random key for each row of a batch."""
 
-    method: Literal["greedy", "sample", "truncate"] = struct.field(pytree_node=False)
+    method: Method = dataclasses.field(metadata={"pytree_node": False})  # it is compiled in
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
