@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mobilellm_jax.errors import UserError
 
-
 Method = Literal["greedy", "sample", "truncate"]
 
 
