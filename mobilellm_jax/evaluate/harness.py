@@ -258,18 +258,11 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     shown: list[int] = []
     for is_bytes, group in itertools.groupby(known, key=byte_of.__contains__):
         run = list(group)
-        if is_bytes and not _is_utf8(bytes(byte_of[i] for i in run)):
+        content = bytes(byte_of[i] for i in run) if is_bytes else b""
+        if content.decode("utf-8", "ignore").encode() != content:
             run = [tokenizer.byte_ids[byte] for byte in _REPLACEMENT] * len(run)
         shown += run
     return tokenizer.decode(shown)
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _sampling(how: dict[str, Any]) -> Sampling:

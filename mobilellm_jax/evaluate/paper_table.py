@@ -38,8 +38,7 @@ class Line:
     task: str
     shots: int
     rows: int
-    scores: dict[str, float]
-    errors: dict[str, float]
+    percent: dict[str, float]  # by the name of a metric, and by NAME_stderr
     paper: float | None  # the paper's accuracy, or its F1 for TriviaQA
 
 
@@ -56,18 +55,12 @@ def paper_lines(results: Mapping[str, Any], size: str) -> list[Line]:
         if found is None:
             continue
         values = {k.partition(",")[0]: v for k, v in found.items() if "," in k}
-        numbers = {k: 100 * v for k, v in values.items() if isinstance(v, float)}
         lines.append(
             Line(
                 task=task,
                 shots=results["n-shot"][task],
                 rows=results["n-samples"][task]["effective"],
-                scores={k: v for k, v in numbers.items() if not k.endswith("_stderr")},
-                errors={
-                    k.removesuffix("_stderr"): v
-                    for k, v in numbers.items()
-                    if k.endswith("_stderr")
-                },
+                percent={k: 100 * v for k, v in values.items() if isinstance(v, float)},
                 paper=MOBILELLM_SCORES[size].get(_COLUMNS.get(task, task)),
             )
         )
@@ -76,7 +69,7 @@ def paper_lines(results: Mapping[str, Any], size: str) -> list[Line]:
 
 def averages(lines: list[Line]) -> dict[str, float]:
     """Returns the means over the eight zero-shot tasks, or nothing if a task is missing."""
-    eight = {line.task: line.scores for line in lines if line.task in ZERO_SHOT}
+    eight = {line.task: line.percent for line in lines if line.task in ZERO_SHOT}
     if len(eight) < len(ZERO_SHOT):
         return {}
     acc = [scores["acc"] for scores in eight.values()]
@@ -151,7 +144,7 @@ def _format(line: Line, first: str, second: str) -> str:
 
 
 def _cell(line: Line, metric: str) -> str:
-    if metric not in line.scores:
+    if metric not in line.percent:
         return ""
-    error = f" \u00b1 {line.errors[metric]:.2f}" if metric in line.errors else ""
-    return f"{line.scores[metric]:6.2f}{error}"
+    error = line.percent.get(f"{metric}_stderr")
+    return f"{line.percent[metric]:6.2f}" + ("" if error is None else f" \u00b1 {error:.2f}")

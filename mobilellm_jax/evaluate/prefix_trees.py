@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.generation.text_stream import common_prefix
 
 _SHORTEST_ROW = 256
 # A token costs about as much as this number of attention scores. In a block of MobileLLM-125M a
@@ -92,7 +93,7 @@ def grow_trees(queries: Sequence[Query], max_size: int) -> list[Tree]:
     before: tuple[int, ...] = ()
     for number in order:
         query = queries[number]
-        shared = _common_beginning(before, query.tokens)
+        shared = common_prefix(before, query.tokens)
         if not trees or not _worth_merging(trees[-1], query, shared, max_size):
             trees.append(Tree())
             path, shared = [], 0
@@ -110,11 +111,6 @@ def grow_trees(queries: Sequence[Query], max_size: int) -> list[Tree]:
         tree.lengths.append(len(query.targets))
         before = query.tokens
     return trees
-
-
-def _common_beginning(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = zip(one, other, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _worth_merging(tree: Tree, query: Query, shared: int, max_size: int) -> bool:

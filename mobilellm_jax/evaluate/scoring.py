@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.prefix_trees import Batch, Query, grow_trees, make_batches, pack_rows
-from mobilellm_jax.model.products import Kernel, scores
+from mobilellm_jax.model.products import scores
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
 from mobilellm_jax.sharding import (
     Rules,
@@ -112,15 +112,7 @@ class Scorer:
         )
         x_BSD = jnp.take_along_axis(x_BTD, batch["sources"][:, :, None], axis=1)
         head_VD = head_matrix(params, self.config).astype(x_BSD.dtype)
-        return self._score_vocabulary(x_BSD, head_VD, batch["targets"])
-
-    def _score_vocabulary(
-        self,
-        x_BSD: Float[Array, "B S D"],
-        head_VD: Kernel,
-        targets_BS: Int[Array, "B S"],
-    ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
-        rows, length = targets_BS.shape
+        rows, length = batch["targets"].shape
         logits_bytes = 4 * self.config.vocab_size * (rows // batch_shards(self._mesh))
         chunk = max(1, _LOGITS_BYTES // logits_bytes)
 
@@ -131,7 +123,9 @@ class Scorer:
             total_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
             return found_BC1[:, :, 0] - total_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
 
-        log_nBC, greedy_nBC = jax.lax.map(score, (chunks(x_BSD, chunk), chunks(targets_BS, chunk)))
+        log_nBC, greedy_nBC = jax.lax.map(
+            score, (chunks(x_BSD, chunk), chunks(batch["targets"], chunk))
+        )
         return unchunk(log_nBC, length), unchunk(greedy_nBC, length)
 
 

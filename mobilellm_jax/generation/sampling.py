@@ -57,22 +57,22 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0)
 class Draw:
     """The settings of a `Sampling` as arrays, with one random key for each row of a batch."""
 
-    method: Method = dataclasses.field(metadata={"pytree_node": False})  # it is compiled in
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     keys_B: Key[Array, "B"]
+    method: Method = dataclasses.field(metadata={"pytree_node": False})  # part of the program
 
 
 def draw_of(sampling: Sampling, vocab_size: int, batch: int) -> Draw:
     """Returns the input of `next_token`; row b draws from (seed, b)."""
     truncated = sampling.top_k or sampling.top_p < 1
     return Draw(
-        method="greedy" if sampling.temperature == 0 else "truncate" if truncated else "sample",
         temperature=jnp.float32(sampling.temperature),
         top_k=jnp.int32(min(sampling.top_k, vocab_size)),
         top_p=jnp.float32(sampling.top_p),
         keys_B=_row_keys(np.uint32(sampling.seed), batch),
+        method="greedy" if sampling.temperature == 0 else "truncate" if truncated else "sample",
     )
 
 

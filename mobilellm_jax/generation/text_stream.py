@@ -35,7 +35,7 @@ def decode_stream(
             # The `tokenizers` library replaces a whole run of bytes by U+FFFD if the run is not
             # UTF-8, valid characters included. So no character of a run is final before its end.
             longer = tokenizer.decode([*ids, byte])
-            stable = min(stable, _common_prefix(text, longer))
+            stable = min(stable, common_prefix(text, longer))
         if stable > shown:
             yield text[shown:stable]
             shown = stable
@@ -49,6 +49,7 @@ def _lone_byte(tokenizer: Tokenizer) -> int | None:
     return next((i for i in ids if tokenizer.decode([i]) == _REPLACEMENT), None)
 
 
-def _common_prefix(one: str, other: str) -> int:
+def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
+    """Returns the number of equal items at the beginning of both."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
