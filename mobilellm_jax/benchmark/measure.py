@@ -58,10 +58,8 @@ class Measurement:
 def is_artifact(path: Path) -> bool:
     """Returns whether `path` names an export for a device instead of a checkpoint."""
     folder = path if path.is_dir() else path.parent
-    inside_run = (
-        path.is_dir() and path.resolve().name.isdecimal()
-    )  # a step folder also has a manifest
-    return path.is_file() or ((folder / sealing.MANIFEST).is_file() and not inside_run)
+    is_step = path.is_dir() and path.resolve().name.isdecimal()  # it has a manifest too
+    return path.is_file() or ((folder / sealing.MANIFEST).is_file() and not is_step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

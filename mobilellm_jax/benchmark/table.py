@@ -11,7 +11,7 @@ import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mobilellm_jax.benchmark.measure import Measurement
 from mobilellm_jax.config import ModelConfig
@@ -25,23 +25,28 @@ _BATTERY_JOULES = 50e3
 _TOKENS_PER_SEC = 10.0
 
 
+def _column(title: str, form: str) -> Any:
+    """Returns a field of `Row` with its title and format in the table."""
+    return dataclasses.field(metadata={"title": title, "form": form})
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The medians of one model."""
+    """The medians of one model; energy and battery are estimates."""
 
-    name: str
-    runtime: str
-    precision: str
-    megabytes: float
-    bits_per_parameter: float  # a shared block counts once
-    load_sec: float
-    init_sec: float
-    prefill_tokens_per_sec: float
-    decode_tokens_per_sec: float
-    memory_megabytes: float
-    loss: float
-    joules_per_token: float  # an estimate
-    battery_hours: float  # an estimate
+    name: str = _column("model", "{}")
+    runtime: str = _column("runtime", "{}")
+    precision: str = _column("weights", "{}")
+    megabytes: float = _column("MB", "{:,.2f}")
+    bits_per_parameter: float = _column("bits/parameter", "{:.1f}")  # a shared block counts once
+    load_sec: float = _column("load s", "{:.3f}")
+    init_sec: float = _column("init s", "{:.3f}")
+    prefill_tokens_per_sec: float = _column("prefill tok/s", "{:,.0f}")
+    decode_tokens_per_sec: float = _column("decode tok/s", "{:,.1f}")
+    memory_megabytes: float = _column("memory MB", "{:,.0f}")
+    loss: float = _column("loss", "{:.4f}")
+    joules_per_token: float = _column("J/token (est.)", "{:.2g}")
+    battery_hours: float = _column("battery h (est.)", "{:,.0f}")
 
 
 def summarize(measurements: Sequence[Measurement], prompt_tokens: int) -> Row:
@@ -74,31 +79,13 @@ def joules_per_token(config: ModelConfig) -> float:
     return _JOULES_PER_TOKEN_AND_BILLION * used / 1e9
 
 
-_COLUMNS = (
-    ("model", "name", "{}"),
-    ("runtime", "runtime", "{}"),
-    ("weights", "precision", "{}"),
-    ("MB", "megabytes", "{:,.2f}"),
-    ("bits/parameter", "bits_per_parameter", "{:.1f}"),
-    ("load s", "load_sec", "{:.3f}"),
-    ("init s", "init_sec", "{:.3f}"),
-    ("prefill tok/s", "prefill_tokens_per_sec", "{:,.0f}"),
-    ("decode tok/s", "decode_tokens_per_sec", "{:,.1f}"),
-    ("memory MB", "memory_megabytes", "{:,.0f}"),
-    ("loss", "loss", "{:.4f}"),
-    ("J/token (est.)", "joules_per_token", "{:.2g}"),
-    ("battery h (est.)", "battery_hours", "{:,.0f}"),
-)
-
-
 def markdown(rows: Sequence[Row]) -> str:
     """Returns the table as Markdown."""
-    lines = [
-        "| " + " | ".join(title for title, _, _ in _COLUMNS) + " |",
-        "|" + "---|" * len(_COLUMNS),
-    ]
+    columns = dataclasses.fields(Row)
+    titles = [column.metadata["title"] for column in columns]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = (form.format(getattr(row, field)) for _, field, form in _COLUMNS)
+        cells = (column.metadata["form"].format(getattr(row, column.name)) for column in columns)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

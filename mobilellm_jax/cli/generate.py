@@ -14,6 +14,7 @@ complete. --prompt= (empty) starts a text from nothing.
 """
 
 import dataclasses
+import itertools
 import logging
 import sys
 import time
@@ -152,23 +153,21 @@ class _Speaker:
 
     def speak(self, prompt: str) -> None:
         """Prints the prompt, its continuation token by token, and the speed."""
-        from mobilellm_jax.generation.text_stream import decode_stream
+        from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
 
-        ids = self._encode(prompt)
+        ids = encode_prompt(self.model.tokenizer, prompt)
         parts = (part for [part] in self._continue([ids]))
         pieces = decode_stream(self.model.tokenizer, ids, parts)
         first = next(pieces, "")  # an error must be raised before the prompt is printed
-        for text in (prompt, first):
-            _show(text)
-        for text in pieces:
+        for text in itertools.chain([prompt, first], pieces):
             _show(text)
         print(flush=True)
 
     def speak_together(self, prompts: Sequence[str]) -> None:
         """Prints all prompts with their complete continuations, and the speed."""
-        from mobilellm_jax.generation.text_stream import decode_stream
+        from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
 
-        batch = [self._encode(prompt) for prompt in prompts]
+        batch = [encode_prompt(self.model.tokenizer, prompt) for prompt in prompts]
         rows: list[list[int]] = [[] for _ in batch]
         for parts in self._continue(batch):
             for row, part in zip(rows, parts, strict=True):
@@ -176,11 +175,6 @@ class _Speaker:
         for prompt, ids, new in zip(prompts, batch, rows, strict=True):
             _show("".join([prompt, *decode_stream(self.model.tokenizer, ids, [new])]))
             print(flush=True)
-
-    def _encode(self, prompt: str) -> list[int]:
-        from mobilellm_jax.generation.text_stream import encode_prompt
-
-        return encode_prompt(self.model.tokenizer, prompt)
 
     def _continue(self, batch: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
         """Yields new tokens of every prompt, a few at a time; logs the speed at the end."""
@@ -190,12 +184,8 @@ class _Speaker:
         limit = self.max_new_tokens or max(1, min(_DEFAULT_NEW_TOKENS, room))
         tokens, chunks, compiled = 0, 0, (0, 0.0)
         began = now = time.perf_counter()
-        request = Request(
-            batch,
-            max_new_tokens=limit,
-            sampling=self.sampling,
-            eos_id=self.model.tokenizer.eos_id,
-        )
+        eos = self.model.tokenizer.eos_id
+        request = Request(batch, max_new_tokens=limit, sampling=self.sampling, eos_id=eos)
         for parts in stream(self.model.config, self.prepared, request):
             tokens += sum(map(len, parts))
             chunks += 1

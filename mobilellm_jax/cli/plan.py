@@ -16,8 +16,7 @@ import dataclasses
 
 from mobilellm_jax.cli.config_flags import load_config
 from mobilellm_jax.cli.flags import flag
-
-DOES_NOT_FIT = 1
+from mobilellm_jax.errors import FAILED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,4 +41,4 @@ def main(flags: Flags, overrides: list[str]) -> int:
     for section in plan(config, flags.topology):
         fits = section.fits
         print("\n".join(section.lines), flush=True)
-    return 0 if fits else DOES_NOT_FIT
+    return 0 if fits else FAILED

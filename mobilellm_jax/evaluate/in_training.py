@@ -27,23 +27,29 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
       ConfigError: if `evaluate.text` is not a text.
       MissingFileError: if a file of rows is missing.
     """
-    if not (config.evaluate.tasks or config.evaluate.text):
+    chosen = config.evaluate
+    if not (chosen.tasks or chosen.text):
         return lambda params: {}
+    length = config.model.max_seq_len
     scorer = Scorer(config.model, mesh, rules)
-    parts = []
-    if config.evaluate.tasks:
-        parts.append(_task_evaluator(config, tokenizer, scorer))
-    if config.evaluate.text:
-        parts.append(_text_evaluator(config, tokenizer, scorer))
+    score_tasks = _task_scores(chosen, tokenizer) if chosen.tasks else None
+    text = CutText.cut(tokenizer, _read_text(chosen), length, length) if chosen.text else None
 
     def evaluate(params: Params) -> dict[str, float]:
-        return {f"evaluate/{name}": value for part in parts for name, value in part(params).items()}
+        engine = JaxEngine(scorer, params)
+        values = score_tasks(engine) if score_tasks else {}
+        if text is not None:
+            found = perplexity(engine, text, show=False)
+            for name in ("loss", "perplexity", "bits_per_byte"):
+                values[f"text/{name}"] = getattr(found, name)
+        return {f"evaluate/{name}": value for name, value in values.items()}
 
     return evaluate
 
 
-def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Evaluator:
-    chosen = config.evaluate
+def _task_scores(
+    chosen: EvaluateConfig, tokenizer: Tokenizer
+) -> Callable[[JaxEngine], dict[str, float]]:
     require("lm_eval", "eval", f"evaluate.tasks={chosen.tasks!r}")
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.journal import Journal
@@ -52,30 +58,13 @@ def _task_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Eva
     names = [name.strip() for name in chosen.tasks.split(",")]
     tasks = load_tasks(names, data_dir=Path(chosen.data_dir) if chosen.data_dir else None)
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def score(engine: JaxEngine) -> dict[str, float]:
         # Each call has a new journal, because other parameters give other answers.
-        engine = JaxEngine(scorer, params)
         journal = Journal(None, {})
         model = HarnessModel(engine, tokenizer, journal, origin="in training", show=False)
         return quick_scores(model, tasks, chosen.limit or None)
 
-    return evaluate
-
-
-def _text_evaluator(config: Config, tokenizer: Tokenizer, scorer: Scorer) -> Evaluator:
-    """Scores every token of a text, in windows as long as the model can read."""
-    length = config.model.max_seq_len
-    text = CutText.cut(tokenizer, _read_text(config.evaluate), length, stride=length)
-
-    def evaluate(params: Params) -> dict[str, float]:
-        found = perplexity(JaxEngine(scorer, params), text, show=False)
-        return {
-            "text/loss": found.loss,
-            "text/perplexity": found.perplexity,
-            "text/bits_per_byte": found.bits_per_byte,
-        }
-
-    return evaluate
+    return score
 
 
 def _read_text(chosen: EvaluateConfig) -> str:

@@ -133,10 +133,7 @@ def _check_race(row: Row) -> None:
         problems = ast.literal_eval(literal)
     except (ValueError, SyntaxError, TypeError) as error:
         raise JsonError(f"problems must be a Python literal: {error}.") from error
-    except (
-        MemoryError,
-        RecursionError,
-    ):  # Python's parser raises these however much memory is free
+    except (MemoryError, RecursionError):  # from Python's parser, however much memory is free
         raise JsonError("problems is nested too deep for a Python literal.") from None
     if not isinstance(problems, list) or not problems:
         raise JsonError("problems must be a list with at least one problem.")

@@ -183,27 +183,21 @@ def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -
         raise MissingFileError(
             f"--data_dir={data_dir} is not a folder; `evaluate --help` describes it."
         )
-    missing: dict[str, list[str]] = {}
-    for name in names:
-        files = TASK_DATA[name].files(data_dir, _shots(name, num_fewshot))
-        gone = [str(file) for file in files.values() if not file.is_file()]
-        missing |= {name: gone} if gone else {}
-    if missing:
-        there = ",".join(name for name in names if name not in missing)
-        lines = [f"  {name}: {', '.join(files)}" for name, files in missing.items()]
+    files = {name: TASK_DATA[name].files(data_dir, _shots(name, num_fewshot)) for name in names}
+    missing = {name: [f for f in files[name].values() if not f.is_file()] for name in names}
+    lines = [f"  {name}: {', '.join(map(str, gone))}" for name, gone in missing.items() if gone]
+    if lines:
+        there = ",".join(name for name in names if not missing[name])
         remedy = f"add them, or leave the tasks out: --tasks={there}" if there else "add them"
         raise MissingFileError(f"--data_dir={data_dir} lacks files; {remedy}.\n" + "\n".join(lines))
     for name in names:
         data, shots = TASK_DATA[name], _shots(name, num_fewshot)
-        counts = {}
-        for split, file in data.files(data_dir, shots).items():
-            counts[split] = len(read_rows(file, data.check))
+        counts = {split: len(read_rows(f, data.check)) for split, f in files[name].items()}
         # The harness draws one more example, because the question may be among them.
         if shots and counts[data.fewshot] <= shots:
             raise UserError(
-                f"{data.files(data_dir, shots)[data.fewshot]} has {counts[data.fewshot]} rows, and "
-                f"{name} with {shots} examples needs at least {shots + 1}; add rows, or lower "
-                "--num_fewshot."
+                f"{files[name][data.fewshot]} has {counts[data.fewshot]} rows, and {name} with "
+                f"{shots} examples needs at least {shots + 1}; add rows, or lower --num_fewshot."
             )
 
 
