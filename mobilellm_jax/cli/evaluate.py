@@ -38,7 +38,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
@@ -63,7 +63,6 @@ _log = logging.getLogger(__name__)
 class Flags:
     """The flags of the command."""
 
-    EXACTLY_ONE: ClassVar = (("checkpoint", "artifact"), ("tasks", "perplexity"))
     checkpoint: str | None = flag(None, CHECKPOINT_HELP)
     artifact: str | None = flag(None, "folder of `mobilellm export`")
     tasks: list[str] | None = flag(
@@ -203,6 +202,9 @@ def _check_output(output: Path) -> None:
 
 def _check_flags(flags: Flags) -> None:
     """Refuses flags that contradict each other, before anything is loaded."""
+    for one, other in (("checkpoint", "artifact"), ("tasks", "perplexity")):
+        if (getattr(flags, one) is None) == (getattr(flags, other) is None):
+            raise UsageError(f"Give exactly one of --{one} and --{other}.")
     if flags.artifact is not None and flags.quantize is not None:
         raise UsageError(
             f"--quantize={flags.quantize} goes with --checkpoint only: an artifact was quantized "

@@ -43,10 +43,7 @@ def flag(default: Any, help: str, **settings: Any) -> Any:
 
 
 def define(kind: type) -> flags.FlagValues:
-    """Returns the flags of a dataclass, at their defaults.
-
-    `EXACTLY_ONE` of the dataclass lists groups of flags of which exactly one must be given.
-    """
+    """Returns the flags of a dataclass, at their defaults."""
     own: flags.FlagValues = flags.FlagValues()  # type: ignore[no-untyped-call]  # absl gives no type
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -63,8 +60,6 @@ def define(kind: type) -> flags.FlagValues:
         else:
             make = _DEFINE[hint]
         make(field.name, flag_values=own, **settings)
-    for group in getattr(kind, "EXACTLY_ONE", ()):
-        flags.mark_flags_as_mutual_exclusive(group, True, own)  # type: ignore[no-untyped-call]  # absl
     return own
 
 

@@ -195,12 +195,11 @@ def make_batches(rows: Sequence[Row], batch_tokens: int, multiple: int) -> Itera
 def _as_arrays(rows: Sequence[Row], length: int, count: int) -> Batch:
     scored = max(row.scored for row in rows)
     scored = min(size for d in _SHARES if (size := -(-length // d)) >= scored)
-    tokens_BT = np.zeros((count, length), np.int32)
-    positions_BT = np.zeros((count, length), np.int32)
-    ends_BT = np.tile(
-        np.arange(1, length + 1, dtype=np.int32), (count, 1)
-    )  # padding sees only itself
-    sources_BS, targets_BS = (np.zeros((count, scored), np.int32) for _ in range(2))
+    tokens_BT, positions_BT = np.zeros((2, count, length), np.int32)
+    sources_BS, targets_BS = np.zeros((2, count, scored), np.int32)
+    # Padding sees only itself.
+    ends_BT = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))
+    is_chain = True
     spans = []
     for b, row in enumerate(rows):
         t = s = 0
@@ -209,6 +208,7 @@ def _as_arrays(rows: Sequence[Row], length: int, count: int) -> Batch:
             tokens_BT[b, here] = tree.tokens
             positions_BT[b, here] = tree.positions
             ends_BT[b, here] = np.asarray(tree.ends) + t
+            is_chain &= min(tree.ends) == len(tree.tokens)
             there = slice(s, s + len(tree.targets))
             sources_BS[b, there] = np.asarray(tree.sources) + t
             targets_BS[b, there] = tree.targets
@@ -216,14 +216,6 @@ def _as_arrays(rows: Sequence[Row], length: int, count: int) -> Batch:
                 spans.append((query, b, s, s + targets))
                 s += targets
             t = here.stop
-    is_chain = all(min(tree.ends) == len(tree.tokens) for row in rows for tree in row.trees)
-    return Batch(
-        {
-            "tokens": tokens_BT,
-            "positions": positions_BT,
-            "segments" if is_chain else "ends": ends_BT,
-            "sources": sources_BS,
-            "targets": targets_BS,
-        },
-        spans,
-    )
+    arrays = {"tokens": tokens_BT, "positions": positions_BT}
+    arrays["segments" if is_chain else "ends"] = ends_BT
+    return Batch({**arrays, "sources": sources_BS, "targets": targets_BS}, spans)

@@ -109,9 +109,15 @@ def test_run_step_and_export_give_the_same_result(
         (["--perplexity=text.txt", "--output=no/such/x.json"], "the folder no/such does not exist"),
         (["--perplexity=text.txt", "--output=."], "--output=. is a folder"),
         (["--perplexity=text.txt", "--checkpoint=rum"], "'rum' does not exist. Did you mean run?"),
-        ([], "Exactly one of (tasks, perplexity) must have a value"),
-        (["--perplexity=text.txt", "--tasks=piqa"], "Exactly one of (tasks, perplexity)"),
-        (["--perplexity=text.txt", "--artifact=x"], "Exactly one of (checkpoint, artifact)"),
+        ([], "Give exactly one of --tasks and --perplexity."),
+        (
+            ["--perplexity=text.txt", "--tasks=piqa"],
+            "Give exactly one of --tasks and --perplexity.",
+        ),
+        (
+            ["--perplexity=text.txt", "--artifact=x"],
+            "Give exactly one of --checkpoint and --artifact.",
+        ),
         (["--perplexity=text.txt", "--limit=3"], "--limit=3 does not go with --perplexity"),
         (["--perplexity=text.txt", "--data_dir=x"], "--data_dir=x does not go with --perplexity"),
         (["--tasks=piqa", "--stride=8"], "--stride=8 does not go with --tasks"),
