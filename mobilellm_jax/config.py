@@ -10,11 +10,11 @@ import dataclasses
 import difflib
 import json
 import math
-import types
+import string
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from ml_collections import ConfigDict
 
@@ -34,6 +34,17 @@ QuantizeScheme = Literal[
     "none", "w8a8", "w8", "w8g32", "w8g128", "w4", "w4g32", "w4g128", "w4a8", "w4a8g32", "w4a8g128"
 ]
 QUANTIZE_PARTS = ("embedding", "head", "attention", "cache")
+
+
+# Numbers within limits: the type, what the number must be, and the test.
+Count = Annotated[int, "at least 1", lambda v: v >= 1]
+Natural = Annotated[int, "at least 0", lambda v: v >= 0]
+AxisSize = Annotated[int, "at least 1, or -1 for what is left", lambda v: v >= 1 or v == -1]
+NotNegative = Annotated[float, "at least 0", lambda v: v >= 0]
+Positive = Annotated[float, "greater than 0", lambda v: v > 0]
+Share = Annotated[float, "between 0 and 1", lambda v: 0 <= v <= 1]
+Decay = Annotated[float, "at least 0 and less than 1", lambda v: 0 <= v < 1]
+_WHOLE_NUMBERS = range(-(1 << 31), 1 << 31)  # devices count with 32 bits
 
 
 class ConfigError(UserError):
@@ -71,27 +82,27 @@ ATTENTION: Mapping[str, AttentionRules] = {
 class ModelConfig:
     """The architecture. Applied depth is `num_blocks * num_repeats` (paper Sec. 2.5)."""
 
-    vocab_size: int = 32_000  # number of tokens, at least 1; must equal the data's vocabulary
-    embed_dim: int = 576  # width of the residual stream, at least 1
-    num_blocks: int = 30  # number of blocks with different weights, at least 1
-    num_repeats: int = 1  # uses of each block per token (layer sharing); 1 = no sharing
+    vocab_size: Count = 32_000  # number of tokens; must equal the data's vocabulary
+    embed_dim: Count = 576  # width of the residual stream
+    num_blocks: Count = 30  # number of blocks with different weights
+    num_repeats: Count = 1  # uses of each block per token (layer sharing); 1 = no sharing
     sharing: Sharing = "immediate"  # order of the repeats: 1122, 1212 (repeat_all), 1221 (reverse)
-    num_heads: int = 9  # number of query heads; a multiple of num_kv_heads
-    num_kv_heads: int = 3  # number of key and value heads, at least 1
-    head_dim: int = 64  # width of a head; an even number, independent of embed_dim
-    ffn_dim: int = 1536  # hidden width of the feed-forward layer, at least 1
+    num_heads: Count = 9  # number of query heads; a multiple of num_kv_heads
+    num_kv_heads: Count = 3  # number of key and value heads
+    head_dim: Count = 64  # width of a head; an even number, independent of embed_dim
+    ffn_dim: Count = 1536  # hidden width of the feed-forward layer
     activation: Activation = "swiglu"  # swiglu uses three matrices, relu and gelu use two
     tie_embeddings: bool = True  # the output matrix is the embedding table (paper Sec. 2.3)
-    max_seq_len: int = 2048  # longest supported sequence in tokens, at least 1
-    rope_theta: float = 10_000.0  # base of the rotary angles, greater than 0
-    norm_eps: float = 1e-5  # added to the mean square in RMSNorm, greater than 0
-    init_std: float = 0.02  # standard deviation of initial matrices; narrow models need more
+    max_seq_len: Count = 2048  # longest supported sequence in tokens
+    rope_theta: Positive = 10_000.0  # base of the rotary angles
+    norm_eps: Positive = 1e-5  # added to the mean square in RMSNorm
+    init_std: Positive = 0.02  # standard deviation of initial matrices; narrow models need more
     attention: Attention = "auto"  # a name in ATTENTION; auto: the first that fits the device
     # Values that a block keeps for the backward pass; the block computes other values again.
     # none: all values; dots: attention and wide matrix products; attention: attention only;
     # full: the block's input only; offload: the block's input, in the memory of the host.
     remat: Remat = "none"
-    scan_unroll: int = 1  # blocks per iteration of the layer loop, 1 to num_blocks (no loop)
+    scan_unroll: Count = 1  # blocks per iteration of the layer loop, 1 to num_blocks (no loop)
     compute_dtype: ComputeDtype = "auto"  # type of activations; parameters are float32
 
     @property
@@ -106,10 +117,10 @@ class DataConfig:
 
     path: str = ""  # a folder of `prepare`, or a mixture of folders: DIR:0.7,DIR:0.3
     source: str = ""  # source for `prepare` if `path` is missing; "" = report an error instead
-    seq_len: int = 2048  # targets per window, 1 to model.max_seq_len
+    seq_len: Count = 2048  # targets per window, 1 to model.max_seq_len
     boundaries: Boundaries = "concat"  # document_mask: a token sees its own document only
     verify: bool = True  # compare checksums of all data at every start; reads all data once
-    seed: int = 0  # seed of the order of the windows, at least 0
+    seed: Natural = 0  # seed of the order of the windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,48 +128,48 @@ class OptimizerConfig:
     """The optimizer and its schedule; weight decay is decoupled and acts on matrices only."""
 
     name: OptimizerName = "adamw"  # muon: Muon for the matrices of blocks, AdamW for the rest
-    peak_lr: float = 2e-3  # highest learning rate, greater than 0; not scaled with the batch
+    peak_lr: Positive = 2e-3  # highest learning rate; not scaled with the batch
     schedule: Schedule = "cosine"  # wsd: constant, then a linear fall over the last fifth
-    warmup_steps: int = 1000  # steps of linear growth from 0; less than train.steps
-    min_lr_ratio: float = 0.1  # final learning rate divided by peak_lr, 0 to 1
-    beta1: float = 0.9  # decay of the mean gradient, at least 0 and less than 1
-    beta2: float = 0.95  # decay of the mean squared gradient, at least 0 and less than 1
-    eps: float = 1e-8  # added to the denominator of the update, greater than 0
-    weight_decay: float = 0.1  # decay of matrices and embeddings, at least 0; norms have no decay
-    clip_norm: float = 1.0  # largest global gradient norm; 0 = no limit
+    warmup_steps: Natural = 1000  # steps of linear growth from 0; less than train.steps
+    min_lr_ratio: Share = 0.1  # final learning rate divided by peak_lr
+    beta1: Decay = 0.9  # decay of the mean gradient
+    beta2: Decay = 0.95  # decay of the mean squared gradient
+    eps: Positive = 1e-8  # added to the denominator of the update
+    weight_decay: NotNegative = 0.1  # decay of matrices and embeddings; norms have no decay
+    clip_norm: NotNegative = 1.0  # largest global gradient norm; 0 = no limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length, batch and intervals of a run; intervals are in optimizer steps."""
 
-    steps: int = 480_000  # number of optimizer steps, at least 1
-    global_batch: int = 1024  # sequences per optimizer step on all devices together, at least 1
-    accumulation_steps: int = 1  # micro-batches per step; divides global_batch
+    steps: Count = 480_000  # number of optimizer steps
+    global_batch: Count = 1024  # sequences per optimizer step on all devices together
+    accumulation_steps: Count = 1  # micro-batches per step; divides global_batch
     init_from: str = ""  # a checkpoint with the initial parameters; "" = random parameters
-    log_every: int = 10  # steps between records of the training loss, at least 1
-    eval_every: int = 1000  # steps between validations; also at the start and end; 0 = never
-    eval_batches: int = 0  # batches per validation; 0 = the whole validation split
-    checkpoint_every: int = 1000  # steps between checkpoints, at least 1
-    keep_checkpoints: int = 3  # number of newest checkpoints to keep, at least 1
-    keep_every: int = 0  # keep checkpoints at multiples of this number of steps; 0 = off
-    max_bad_steps: int = 10  # consecutive steps with nan or inf before the run goes back or ends
+    log_every: Count = 10  # steps between records of the training loss
+    eval_every: Natural = 1000  # steps between validations; also at the start and end; 0 = never
+    eval_batches: Natural = 0  # batches per validation; 0 = the whole validation split
+    checkpoint_every: Count = 1000  # steps between checkpoints
+    keep_checkpoints: Count = 3  # number of newest checkpoints to keep
+    keep_every: Natural = 0  # keep checkpoints at multiples of this number of steps; 0 = off
+    max_bad_steps: Count = 10  # consecutive steps with nan or inf before the run goes back or ends
     # The optimizer skips a step if the loss or gradient norm is this number of standard deviations
     # above the mean of the last 128 steps; 6 is a common choice; 0 = never.
-    spike_factor: float = 0.0
-    loss_chunk: int = 4096  # tokens per device with logits in memory together, at least 1
+    spike_factor: NotNegative = 0.0
+    loss_chunk: Count = 4096  # tokens per device with logits in memory together
     deterministic: bool = False  # make GPUs repeat results exactly, which costs some speed
-    seed: int = 0  # seed of initialisation and sampling, at least 0
+    seed: Natural = 0  # seed of initialisation and sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Evaluation during training besides the validation loss."""
 
-    every: int = 0  # steps between evaluations; 0 = never
-    samples: int = 2  # number of texts to sample into samples.txt, at least 0
+    every: Natural = 0  # steps between evaluations; 0 = never
+    samples: Natural = 2  # number of texts to sample into samples.txt
     tasks: str = ""  # tasks of lm-evaluation-harness, separated by commas; "" = no tasks
-    limit: int = 0  # largest number of rows per task; 0 = all rows
+    limit: Natural = 0  # largest number of rows per task; 0 = all rows
     data_dir: str = ""  # folder of task data, as in `evaluate --data_dir`; "" = download
     text: str = ""  # a text file to measure the loss on; "" = no file
 
@@ -167,11 +178,11 @@ class EvaluateConfig:
 class MeshConfig:
     """Devices along each mesh axis of a slice; one axis may be -1, for all remaining devices."""
 
-    data: int = -1  # splits the batch and copies the parameters
-    fsdp: int = 1  # splits the batch and the parameters
-    tensor: int = 1  # splits heads, feed-forward and vocabulary
-    sequence: int = 1  # splits the tokens of a sequence
-    dcn_data: int = 1  # number of slices; splits the batch over them and copies the parameters
+    data: AxisSize = -1  # splits the batch and copies the parameters
+    fsdp: AxisSize = 1  # splits the batch and the parameters
+    tensor: AxisSize = 1  # splits heads, feed-forward and vocabulary
+    sequence: AxisSize = 1  # splits the tokens of a sequence
+    dcn_data: Count = 1  # number of slices; splits the batch over them and copies the parameters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,8 +206,7 @@ class Config:
     quantize: QuantizeConfig = QuantizeConfig()
 
     def __post_init__(self) -> None:
-        violations = [*_type_violations(self), *_rule_violations(self)]
-        if violations:
+        if violations := list(_violations(self)):
             raise ConfigError("\n".join(violations))
 
 
@@ -206,12 +216,8 @@ def to_config_dict(config: Config | None = None) -> ConfigDict:
 
 
 def from_config_dict(config_dict: ConfigDict) -> Config:
-    """Returns the checked `Config`.
-
-    Raises:
-      ConfigError: listing all unknown keys, wrong types and broken rules.
-    """
-    return _from_mapping(config_dict.to_dict())
+    """Returns the checked `Config`; the errors are those of `from_object`."""
+    return from_object(config_dict.to_dict())
 
 
 def to_json(config: Config) -> str:
@@ -223,13 +229,13 @@ def from_json(text: str) -> Config:
     """Returns the checked `Config` in the text of a `config.json`.
 
     Raises:
-      ConfigError: if the text is not a JSON object, or as in `from_config_dict`.
+      ConfigError: if the text is not JSON, or as in `from_object`.
     """
     try:
         values = strict_json.parse(text)
     except strict_json.JsonError as error:
         raise ConfigError(f"config.json: {error}") from error
-    return _from_object(values, "config.json")
+    return from_object(values)
 
 
 def read_json(file: Path) -> Config:
@@ -243,10 +249,53 @@ def read_json(file: Path) -> Config:
         values = strict_json.read(file)
     except strict_json.JsonError as error:
         raise ConfigError(str(error)) from error
-    return _from_object(values, str(file))
+    return from_object(values, str(file))
 
 
-def near_miss(name: str, candidates: typing.Iterable[str]) -> str:
+def from_object(values: Any, where: str = "config.json") -> Config:
+    """Returns the checked `Config` of a parsed JSON object; missing fields have their defaults.
+
+    Raises:
+      ConfigError: listing all unknown keys, wrong types and broken rules.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where} must hold an object, not {type(values).__name__}.")
+    classes = typing.get_type_hints(Config)
+    known = [*classes, *field_types()]
+    violations: list[str] = []
+    groups: dict[str, Any] = {}
+    for group, entries in values.items():
+        if group not in classes:
+            violations.append(f"{plain(group)}: unknown config group.{near_miss(group, known)}")
+            continue
+        if not isinstance(entries, Mapping):
+            violations.append(f"{group}={shown(entries)} must be a group of fields.")
+            continue
+        hints, accepted = typing.get_type_hints(classes[group]), {}
+        for name, value in entries.items():
+            if name in hints:
+                accepted[name] = _as_annotated(value, hints[name])
+            else:
+                dotted = f"{group}.{plain(name)}"
+                violations.append(f"{dotted}: unknown config key.{near_miss(dotted, known)}")
+        groups[group] = classes[group](**accepted)
+    try:
+        config = Config(**groups)
+    except ConfigError as error:
+        raise ConfigError("\n".join([*violations, str(error)])) from None
+    if violations:
+        raise ConfigError("\n".join(violations))
+    return config
+
+
+def _as_annotated(value: Any, expected: Any) -> Any:
+    """Returns an int as a float if the field is a float, because JSON writes 1 for 1.0."""
+    whole = expected is float and type(value) is int
+    # An int without an exact float stays an int, and the type check refuses it.
+    return float(value) if whole and abs(value) <= 1 << 53 else value
+
+
+def near_miss(name: str, candidates: Iterable[str]) -> str:
     """Returns ' Did you mean ...?' for the candidate closest to `name`, or ''."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
@@ -258,98 +307,142 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {k: (old_flat[k], new_flat[k]) for k in old_flat if old_flat[k] != new_flat[k]}
 
 
-def field_types() -> dict[str, Any]:
-    """Returns {dotted field: annotated type} for every field of `Config`."""
-    groups = typing.get_type_hints(Config)
+def field_types(*, include_extras: bool = False) -> dict[str, Any]:
+    """Returns {dotted field: annotated type} for every field, on request with its limits."""
     return {
         f"{group}.{name}": hint
-        for group, cls in groups.items()
-        for name, hint in typing.get_type_hints(cls).items()
+        for group, cls in typing.get_type_hints(Config).items()
+        for name, hint in typing.get_type_hints(cls, include_extras=include_extras).items()
     }
 
 
 def _fields(config: Config) -> Iterator[tuple[str, Any]]:
-    for group in dataclasses.fields(config):
-        node = getattr(config, group.name)
-        for field in dataclasses.fields(node):
-            yield f"{group.name}.{field.name}", getattr(node, field.name)
+    for group, node in vars(config).items():
+        for name, value in vars(node).items():
+            yield f"{group}.{name}", value
 
 
-def _from_object(values: Any, where: str) -> Config:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} must hold an object, not {type(values).__name__}.")
-    return _from_mapping(values)
+# Rules between fields: a test, and the message if it fails. The message shows every field that the
+# test reads, so a rule is only tested if the values in its message are valid.
+_RULES: tuple[tuple[Callable[[Config], bool], str], ...] = (
+    (
+        lambda c: c.model.scan_unroll <= c.model.num_blocks,
+        "model.scan_unroll={model.scan_unroll} must be at most "
+        "model.num_blocks={model.num_blocks}.",
+    ),
+    (
+        lambda c: c.data.seq_len <= c.model.max_seq_len,
+        "data.seq_len={data.seq_len} must be at most model.max_seq_len={model.max_seq_len}; "
+        "shorten the windows or raise model.max_seq_len.",
+    ),
+    (
+        lambda c: c.train.global_batch % c.train.accumulation_steps == 0,
+        "train.global_batch={train.global_batch} must be a multiple of "
+        "train.accumulation_steps={train.accumulation_steps}.",
+    ),
+    (
+        lambda c: c.optimizer.warmup_steps < c.train.steps,
+        "optimizer.warmup_steps={optimizer.warmup_steps} must be less than "
+        "train.steps={train.steps}; shorten the warm-up or train longer.",
+    ),
+    (
+        lambda c: not c.evaluate.tasks or c.evaluate.every > 0,
+        "evaluate.tasks={evaluate.tasks!r} has no effect, because "
+        "evaluate.every={evaluate.every}; set --config.evaluate.every to a number of steps.",
+    ),
+    (
+        lambda c: not c.evaluate.text or c.evaluate.every > 0,
+        "evaluate.text={evaluate.text!r} has no effect, because "
+        "evaluate.every={evaluate.every}; set --config.evaluate.every to a number of steps.",
+    ),
+)
 
 
-def _from_mapping(values: Mapping[str, Any]) -> Config:
-    hints = typing.get_type_hints(Config)
-    known = [*hints, *field_types()]
-    violations: list[str] = []
-    groups: dict[str, Any] = {}
-    for group, entries in values.items():
-        if group not in hints:
-            violations.append(f"{plain(group)}: unknown config group.{near_miss(group, known)}")
-            continue
-        if not isinstance(entries, Mapping):
-            violations.append(f"{group}={shown(entries)} must be a group of fields.")
-            continue
-        names = {f.name for f in dataclasses.fields(hints[group])}
-        for name in entries:
-            if name not in names:
-                dotted = f"{group}.{plain(name)}"
-                violations.append(f"{dotted}: unknown config key.{near_miss(dotted, known)}")
-        accepted = {k: _as_annotated(hints[group], k, v) for k, v in entries.items() if k in names}
-        groups[group] = hints[group](**accepted)
-    try:
-        config = Config(**groups)
-    except ConfigError as error:
-        raise ConfigError("\n".join([*violations, str(error)])) from None
-    if violations:
-        raise ConfigError("\n".join(violations))
-    return config
+def _violations(config: Config) -> Iterator[str]:
+    """Yields one message for each wrong value and for each broken rule between valid values."""
+    limited, valid = field_types(include_extras=True), set()
+    for name, value in _fields(config):
+        if problem := _problem(value, limited[name]):
+            yield f"{name}={shown(value)} must {problem}"
+        else:
+            valid.add(name)
+    for holds, message in _RULES:
+        reads = {name for _, name, _, _ in string.Formatter().parse(message) if name}
+        if reads <= valid and not holds(config):
+            yield message.format_map(vars(config))
+    for fields, violations in _LONGER_RULES:
+        if valid.issuperset(fields):
+            yield from violations(config)
 
 
-def _as_annotated(cls: type, name: str, value: Any) -> Any:
-    """Returns an int as a float if the field is a float, because JSON writes 1 for 1.0."""
-    whole = typing.get_type_hints(cls)[name] is float and type(value) is int
-    # An int without an exact float stays an int, and the type check refuses it.
-    return float(value) if whole and abs(value) <= 1 << 53 else value
+def _problem(value: Any, limited: Any) -> str:
+    """Returns what `value` must be to have a type with limits; "" if it has the type."""
+    expected, *limits = get_args(limited) if get_origin(limited) is Annotated else [limited]
+    if get_origin(expected) is Literal:
+        choices = get_args(expected)
+        hint = near_miss(value, choices) if isinstance(value, str) else ""
+        return "" if value in choices else f"be one of {', '.join(choices)}.{hint}"
+    if type(value) is not expected:
+        found = "None" if value is None else type(value).__name__
+        return f"be of type {expected.__name__}, not {found}."
+    if expected is int and value not in _WHOLE_NUMBERS:
+        return f"fit 32 bits: at most {_WHOLE_NUMBERS[-1]:,}."
+    if expected is float and not math.isfinite(value):
+        return "be a finite number."
+    if limits:
+        rule, holds = limits
+        return "" if holds(value) else f"be {rule}."
+    return ""
 
 
-def _type_violations(config: Config) -> Iterator[str]:
-    types_of = field_types()
-    for dotted, value in _fields(config):
-        expected = types_of[dotted]
-        if typing.get_origin(expected) is Literal:
-            choices = get_args(expected)
-            if value not in choices:
-                yield f"{dotted}={shown(value)} must be one of {', '.join(choices)}." + (
-                    near_miss(value, choices) if isinstance(value, str) else ""
-                )
-        elif type(value) is not expected:
-            yield (
-                f"{dotted}={shown(value)} must be of type {expected.__name__}, not {_name(value)}."
-            )
-        elif expected is int and value not in _WHOLE_NUMBERS:
-            yield f"{dotted}={shown(value)} must fit 32 bits: at most {_WHOLE_NUMBERS[-1]:,}."
-        elif expected is float and not math.isfinite(value):
-            yield f"{dotted}={value} must be a finite number."
+def _group_violations(config: Config) -> Iterator[str]:
+    heads, kv_heads = config.model.num_heads, config.model.num_kv_heads
+    if heads % kv_heads:
+        low = [d for d in range(1, math.isqrt(heads) + 1) if heads % d == 0]
+        choices = ", ".join(map(str, sorted({*low, *(heads // d for d in low)})))
+        yield (
+            f"model.num_heads={heads} must be a multiple of model.num_kv_heads={kv_heads}; choose "
+            f"num_kv_heads from {choices}."
+        )
 
 
-def _name(value: Any) -> str:
-    return "None" if isinstance(value, types.NoneType) else type(value).__name__
+def _head_dim_violations(config: Config) -> Iterator[str]:
+    width = config.model.head_dim
+    if width % 2:
+        yield (
+            f"model.head_dim={width} must be even, because RoPE rotates pairs; choose "
+            f"{width - 1 or 2} or {width + 1}."
+        )
+
+
+def _quantize_violations(config: Config) -> Iterator[str]:
+    parts = config.quantize.parts
+    if config.quantize.scheme == "none":
+        return
+    yield from part_violations("quantize.parts", parts)
+    yield from tied_violations("quantize.parts", parts, config.model)
+    if "attention" in quantize_parts(parts):
+        yield (
+            f"quantize.parts={parts!r}: attention is not trained in 8 bits; leave it out, and name "
+            "it when the model is evaluated."
+        )
+
+
+def _mesh_violations(config: Config) -> Iterator[str]:
+    free = [f"mesh.{axis}" for axis, size in vars(config.mesh).items() if size == -1]
+    if len(free) > 1:
+        yield f"{' and '.join(free)} are -1, but only one mesh axis can take what is left."
 
 
 def attention_violations(config: Config, name: str) -> Iterator[str]:
     """Yields one message per demand of the config that attention `name` cannot meet."""
     model, data = config.model, config.data
-    # "auto" has no limits, and the type check refuses unknown names.
-    rules = ATTENTION.get(name) if isinstance(name, str) else None
-    if rules is None:
+    if name == "auto":
         return
+    rules = ATTENTION[name]
     field = f"model.attention={name!r}"
 
-    def able(holds: typing.Callable[[AttentionRules], bool]) -> str:
+    def able(holds: Callable[[AttentionRules], bool]) -> str:
         return ", ".join(n for n, r in ATTENTION.items() if holds(r))
 
     if data.boundaries == "document_mask" and not rules.documents:
@@ -406,154 +499,17 @@ def quantize_parts(parts: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts.split(",") if part.strip())
 
 
-# Devices count with 32 bits.
-_WHOLE_NUMBERS = range(-(1 << 31), 1 << 31)
-_AT_LEAST_ONE = (
-    *("model.vocab_size", "model.embed_dim", "model.num_blocks", "model.num_repeats"),
-    *("model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
-    *("model.max_seq_len", "model.scan_unroll", "data.seq_len"),
-    *("train.steps", "train.global_batch", "train.accumulation_steps", "train.log_every"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.max_bad_steps"),
-    *("train.loss_chunk", "mesh.dcn_data"),
+_LONGER_RULES: tuple[tuple[tuple[str, ...], Callable[[Config], Iterator[str]]], ...] = (
+    (("model.num_heads", "model.num_kv_heads"), _group_violations),
+    (("model.head_dim",), _head_dim_violations),
+    (
+        (
+            *("model.attention", "model.head_dim", "model.compute_dtype"),
+            *("data.seq_len", "data.boundaries", "mesh.sequence"),
+        ),
+        lambda config: attention_violations(config, config.model.attention),
+    ),
+    (("quantize.scheme", "quantize.parts"), _quantize_violations),
+    (("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"), _mesh_violations),
 )
-_NOT_NEGATIVE = (
-    "train.spike_factor",
-    *("data.seed", "train.seed", "optimizer.warmup_steps", "optimizer.weight_decay"),
-    *("optimizer.clip_norm", "train.eval_every", "train.eval_batches", "train.keep_every"),
-    *("evaluate.every", "evaluate.samples", "evaluate.limit"),
-)
-_POSITIVE = (
-    "model.rope_theta",
-    "model.norm_eps",
-    "model.init_std",
-    "optimizer.peak_lr",
-    "optimizer.eps",
-)
-
-
-class _Rules:
-    """Knows the fields of a config that have a value of the right type."""
-
-    def __init__(self, config: Config) -> None:
-        self._value, hints = dict(_fields(config)), field_types()
-        self._sound = {
-            name
-            for name, value in self._value.items()
-            if type(value) is hints[name]
-            and not (hints[name] is int and value not in _WHOLE_NUMBERS)
-            and not (hints[name] is float and not math.isfinite(value))
-        }
-
-    def usable(self, *names: str) -> bool:
-        """Returns whether rules between these fields make sense."""
-        return all(
-            n in self._sound and (n not in _AT_LEAST_ONE or self._value[n] >= 1) for n in names
-        )
-
-    def broken(
-        self, names: tuple[str, ...], holds: typing.Callable[[Any], bool], rule: str
-    ) -> list[str]:
-        """Returns one message for each field that breaks a rule about one number."""
-        wrong = [n for n in names if n in self._sound and not holds(self._value[n])]
-        return [f"{n}={self._value[n]!r} must be {rule}." for n in wrong]
-
-
-def _rule_violations(config: Config) -> Iterator[str]:
-    """Yields one message per broken rule; `_type_violations` reports values of a wrong type."""
-    rules = _Rules(config)
-    yield from rules.broken(_AT_LEAST_ONE, lambda v: v >= 1, "at least 1")
-    yield from rules.broken(_NOT_NEGATIVE, lambda v: v >= 0, "at least 0")
-    yield from rules.broken(_POSITIVE, lambda v: v > 0, "greater than 0")
-    yield from rules.broken(("optimizer.min_lr_ratio",), lambda v: 0 <= v <= 1, "between 0 and 1")
-    betas = ("optimizer.beta1", "optimizer.beta2")
-    yield from rules.broken(betas, lambda v: 0 <= v < 1, "at least 0 and less than 1")
-    yield from _model_violations(config, rules)
-    yield from _quantize_violations(config, rules)
-    yield from _training_violations(config, rules)
-    yield from _mesh_violations(config, rules)
-
-
-def _model_violations(config: Config, rules: _Rules) -> Iterator[str]:
-    model, data = config.model, config.data
-    if (
-        rules.usable("model.num_heads", "model.num_kv_heads")
-        and model.num_heads % model.num_kv_heads
-    ):
-        heads = model.num_heads
-        low = [d for d in range(1, math.isqrt(heads) + 1) if heads % d == 0]
-        choices = ", ".join(map(str, sorted({*low, *(heads // d for d in low)})))
-        yield (
-            f"model.num_heads={model.num_heads} must be a multiple of "
-            f"model.num_kv_heads={model.num_kv_heads}; choose num_kv_heads from {choices}."
-        )
-    if rules.usable("model.head_dim") and model.head_dim % 2:
-        yield (
-            f"model.head_dim={model.head_dim} must be even, because RoPE rotates pairs; "
-            f"choose {model.head_dim - 1 or 2} or {model.head_dim + 1}."
-        )
-    if (
-        rules.usable("model.scan_unroll", "model.num_blocks")
-        and model.scan_unroll > model.num_blocks
-    ):
-        yield (
-            f"model.scan_unroll={model.scan_unroll} must be at most "
-            f"model.num_blocks={model.num_blocks}."
-        )
-    if rules.usable("data.seq_len", "model.max_seq_len") and data.seq_len > model.max_seq_len:
-        yield (
-            f"data.seq_len={data.seq_len} must be at most model.max_seq_len={model.max_seq_len}; "
-            "shorten the windows or raise model.max_seq_len."
-        )
-    if rules.usable("data.seq_len", "model.head_dim", "mesh.sequence"):
-        yield from attention_violations(config, model.attention)
-
-
-def _quantize_violations(config: Config, rules: _Rules) -> Iterator[str]:
-    if rules.usable("quantize.parts") and config.quantize.scheme != "none":
-        yield from part_violations("quantize.parts", config.quantize.parts)
-        yield from tied_violations("quantize.parts", config.quantize.parts, config.model)
-        if "attention" in quantize_parts(config.quantize.parts):
-            yield (
-                f"quantize.parts={config.quantize.parts!r}: attention is not trained in 8 bits; "
-                "leave it out, and name it when the model is evaluated."
-            )
-
-
-def _training_violations(config: Config, rules: _Rules) -> Iterator[str]:
-    train, optimizer = config.train, config.optimizer
-    for name in ("evaluate.tasks", "evaluate.text"):
-        value = getattr(config.evaluate, name.removeprefix("evaluate."))
-        if rules.usable(name) and value and config.evaluate.every == 0:
-            yield (
-                f"{name}={value!r} has no effect, because evaluate.every=0; set "
-                "--config.evaluate.every to a number of steps."
-            )
-    if rules.usable("train.global_batch", "train.accumulation_steps") and (
-        train.global_batch % train.accumulation_steps
-    ):
-        yield (
-            f"train.global_batch={train.global_batch} must be a multiple of "
-            f"train.accumulation_steps={train.accumulation_steps}."
-        )
-    if (
-        rules.usable("optimizer.warmup_steps", "train.steps")
-        and optimizer.warmup_steps >= train.steps
-    ):
-        yield (
-            f"optimizer.warmup_steps={optimizer.warmup_steps} must be less than "
-            f"train.steps={train.steps}; shorten the warm-up or train longer."
-        )
-
-
-def _mesh_violations(config: Config, rules: _Rules) -> Iterator[str]:
-    axes = ("data", "fsdp", "tensor", "sequence")
-    sizes = {f"mesh.{axis}": getattr(config.mesh, axis) for axis in axes}
-    if rules.usable(*sizes):
-        yield from [
-            f"{name}={size} must be at least 1, or -1 for what is left."
-            for name, size in sizes.items()
-            if size < 1 and size != -1
-        ]
-        free = [name for name, size in sizes.items() if size == -1]
-        if len(free) > 1:
-            yield f"{' and '.join(free)} are -1, but only one mesh axis can take what is left."
+"""The other rules: the fields that must be valid, and the messages."""
