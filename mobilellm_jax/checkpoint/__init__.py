@@ -14,21 +14,19 @@ is complete when it has a manifest, and good while its files match the manifest.
 """
 
 from mobilellm_jax.checkpoint.folders import latest_step, steps, whole_steps
-from mobilellm_jax.checkpoint.layout import (
+from mobilellm_jax.checkpoint.reading import (
     DATA_STATE_VERSION,
     FORMAT_VERSION,
     MODEL_PARTS,
     CheckpointError,
     DataState,
-    step_folder,
-)
-from mobilellm_jax.checkpoint.restoring import (
     RestoredModel,
     can_resume,
     read_config,
     read_data_state,
     restore_model,
     restore_state,
+    step_folder,
 )
 from mobilellm_jax.checkpoint.saving import CheckpointWriter, SaveError, save_model
 from mobilellm_jax.storage.sealing import DamagedError

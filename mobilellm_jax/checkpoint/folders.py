@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from mobilellm_jax.checkpoint.layout import CheckpointError, checkpoints_folder, read_content
+from mobilellm_jax.checkpoint.reading import CheckpointError, checkpoints_folder, read_content
 from mobilellm_jax.storage import sealing
 from mobilellm_jax.storage.sealing import DamagedError, UnsealedError
 

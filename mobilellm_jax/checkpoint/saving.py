@@ -25,7 +25,7 @@ from etils import epath
 
 from mobilellm_jax import config as config_lib
 from mobilellm_jax.checkpoint import folders
-from mobilellm_jax.checkpoint.layout import (
+from mobilellm_jax.checkpoint.reading import (
     DATA_STATE_VERSION,
     FORMAT_VERSION,
     IN_PLACE,
@@ -35,9 +35,9 @@ from mobilellm_jax.checkpoint.layout import (
     arrays_of,
     checkpoints_folder,
     composite,
+    restore_state,
     trees_of,
 )
-from mobilellm_jax.checkpoint.restoring import restore_state
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
@@ -58,45 +58,6 @@ _log = logging.getLogger(__name__)
 
 class SaveError(RuntimeError):
     """All attempts to save a checkpoint failed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Save:
-    """The contents and the folders of one attempt to save."""
-
-    folder: epath.Path  # checkpoints of the run
-    work: epath.Path  # the attempt writes here
-    step: int
-    content: Mapping[str, Any]  # of the manifest
-    tokenizer: Tokenizer
-
-    def start(self, trees: Mapping[str, Any], attempt: str) -> ocp.AsyncCheckpointer:
-        """Copies the arrays from the devices and begins to write them."""
-        writer = ocp.AsyncCheckpointer(
-            composite(trees),
-            # This thread creates the folder. If a thread of Orbax created it, a disk that refuses
-            # the folder would make the writers of the arrays wait for minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            # An attempt that failed in one process leaves a barrier of the others behind.
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                barrier_sync_key_prefix=attempt
-            ),
-            temporary_path_class=IN_PLACE,
-        )
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        writer.save(self.work, args=ocp.args.Composite(**items))
-        return writer
-
-    def finish(self, writer: ocp.AsyncCheckpointer) -> None:
-        """Waits for the arrays of all processes; process 0 then completes the checkpoint."""
-        writer.wait_until_finished()
-        writer.close()
-        if distributed.is_first():
-            place = self.work / TOKENIZER
-            place.mkdir()
-            copy_tokenizer(self.tokenizer, place)
-            sealing.seal(self.work, self.content)
-            folders.commit(self.folder, self.work, self.step)
 
 
 class CheckpointWriter:
@@ -171,14 +132,9 @@ class CheckpointWriter:
                 saved.set_result(None)
                 return
             trees = trees_of(state)
-            content = {
-                "format_version": FORMAT_VERSION,
-                "data": {"version": DATA_STATE_VERSION, **dataclasses.asdict(data)},
-                "config": dataclasses.asdict(self._config),
-                "arrays": arrays_of(trees),
-            }
-            save = _Save(self._folder, work, step, content, self._tokenizer)
-            writer = save.start(trees, str(number))
+            content = _content(self._config, trees)
+            content["data"] = {"version": DATA_STATE_VERSION, **dataclasses.asdict(data)}
+            writer = _start_writing(work, trees, str(number))
         except LockLostError:
             self._pending = None
             raise
@@ -186,7 +142,7 @@ class CheckpointWriter:
             self._fail(step, work, error)
             saved.set_exception(error)
         else:
-            self._pending = step, self._pool.submit(self._finish, save, writer)
+            self._pending = step, self._pool.submit(self._finish, step, work, writer, content)
 
     def retry_is_due(self) -> bool:
         """Returns True if a save failed in any process and it is time to try again.
@@ -227,11 +183,15 @@ class CheckpointWriter:
         self._check_owner()
         return folders.make_room(self._folder, step)
 
-    def _finish(self, save: _Save, writer: ocp.AsyncCheckpointer) -> None:
+    def _finish(
+        self, step: int, work: epath.Path, writer: ocp.AsyncCheckpointer, content: Mapping[str, Any]
+    ) -> None:
         try:
-            save.finish(writer)
+            _complete(writer, work, content, self._tokenizer)
+            if distributed.is_first():
+                folders.commit(self._folder, work, step)
         except _FAILURES as error:
-            self._fail(save.step, save.work, error)
+            self._fail(step, work, error)
             raise
         if distributed.is_first():
             train = self._config.train
@@ -288,15 +248,52 @@ def save_model(run: epath.PathLike, config: Config, params: Params, tokenizer: T
     rundir.write_whole(Path(run) / rundir.CONFIG, config_lib.to_json(config))
     copy_tokenizer(tokenizer, Path(run))
     folder, trees = checkpoints_folder(run), {PARAMS: jax.tree.map(np.asarray, params)}
-    content = {
+    if folders.make_room(folder, 0):
+        work = folders.work_folder(folder, 0, 1)
+        _complete(_start_writing(work, trees, "model"), work, _content(config, trees), tokenizer)
+        folders.commit(folder, work, 0)
+
+
+def _content(config: Config, trees: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(config),
         "arrays": arrays_of(trees),
     }
-    if folders.make_room(folder, 0):
-        work = folders.work_folder(folder, 0, 1)
-        save = _Save(folder, work, 0, content, tokenizer)
-        save.finish(save.start(trees, "model"))
+
+
+def _start_writing(
+    work: epath.Path, trees: Mapping[str, Any], attempt: str
+) -> ocp.AsyncCheckpointer:
+    """Copies the arrays from the devices and begins to write them."""
+    writer = ocp.AsyncCheckpointer(
+        composite(trees),
+        # This thread creates the folder. If a thread of Orbax created it, a disk that refuses
+        # the folder would make the writers of the arrays wait for minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        # An attempt that failed in one process leaves a barrier of the others behind.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=attempt),
+        temporary_path_class=IN_PLACE,
+    )
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    writer.save(work, args=ocp.args.Composite(**items))
+    return writer
+
+
+def _complete(
+    writer: ocp.AsyncCheckpointer,
+    work: epath.Path,
+    content: Mapping[str, Any],
+    tokenizer: Tokenizer,
+) -> None:
+    """Waits for the arrays of all processes; process 0 then adds the tokenizer and the manifest."""
+    writer.wait_until_finished()
+    writer.close()
+    if distributed.is_first():
+        place = work / TOKENIZER
+        place.mkdir()
+        copy_tokenizer(tokenizer, place)
+        sealing.seal(work, content)
 
 
 def _is_gone(state: TrainState) -> bool:
