@@ -43,9 +43,13 @@ def seal(folder: epath.Path, content: Mapping[str, Any]) -> None:
       content: other entries of the manifest, in JSON's types.
     """
     files = sorted(_files(folder))
+
+    def record(name: str) -> dict[str, Any]:
+        path = folder / name
+        return {"bytes": path.stat().length, "sha256": sha256_of(path, to_disk=is_local(path))}
+
     with _threads(len(files)) as pool:
-        found = pool.map(lambda name: _record(folder / name), files)
-        records = dict(zip(files, found, strict=True))
+        records = dict(zip(files, pool.map(record, files), strict=True))
     text = _text({**content, "files": records})
     # This write needs no rename. An object store shows a file only when it is closed. On a disk, a
     # manifest that was cut off has no valid checksum, so no reader accepts it.
@@ -77,23 +81,15 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     raise DamagedError(f"{folder} is damaged: its {MANIFEST} has changed since it was written.")
 
 
-def check_sizes(folder: epath.Path) -> None:
-    """Checks that every file exists and has its size, without reading the contents.
-
-    Raises:
-      UnsealedError: if the folder has no manifest.
-      DamagedError: if a file is missing or has another size; the message names all of them.
-    """
-    files = read_manifest(folder)["files"]
-    _raise_damage(folder, [_wrong_size(folder / name, record) for name, record in files.items()])
-
-
-def verify(folder: epath.Path, parts: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads all files on all cores, compares them with the manifest, and returns the manifest.
+def verify(
+    folder: epath.Path, parts: Sequence[str] = (), *, contents: bool = True
+) -> dict[str, Any]:
+    """Compares the files on all cores with the manifest, and returns the manifest.
 
     Args:
       folder: a sealed folder.
       parts: names of the subfolders to read; an empty sequence means the whole folder.
+      contents: also read the files; otherwise only their sizes are compared.
 
     Raises:
       UnsealedError: if the folder has no manifest.
@@ -101,25 +97,28 @@ def verify(folder: epath.Path, parts: Sequence[str] = ()) -> dict[str, Any]:
     """
     content = read_manifest(folder)
     wanted = {
-        name: record
+        folder / name: record
         for name, record in content["files"].items()
         if not parts or PurePosixPath(name).parts[0] in parts
     }
 
-    def wrong(name: str) -> str | None:
-        path, record = folder / name, wanted[name]
-        problem = _wrong_size(path, record)
-        if problem is None:
-            try:
-                found = sha256_of(path)
-            except OSError as error:
-                return f"{path} cannot be read: {error.strerror}"
-            if found != record["sha256"]:
-                problem = f"{path} has SHA-256 {found}, but its manifest says {record['sha256']}"
-        return problem
+    def wrong(path: epath.Path) -> str:
+        record = wanted[path]
+        try:
+            size = path.stat().length
+            if size != record["bytes"]:
+                return f"{path} has {size:,} bytes, but its manifest says {record['bytes']:,}"
+            if contents and (found := sha256_of(path)) != record["sha256"]:
+                return f"{path} has SHA-256 {found}, but its manifest says {record['sha256']}"
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except (OSError, ValueError) as error:  # for example, a name that no file can have
+            return f"{strict_json.plain(str(path))} cannot be read: {error}"
+        return ""
 
     with _threads(len(wanted)) as pool:
-        _raise_damage(folder, list(pool.map(wrong, wanted)))
+        if problems := "; ".join(filter(None, pool.map(wrong, wanted))):
+            raise DamagedError(f"{folder} is damaged: {problems}.")
     return content
 
 
@@ -148,10 +147,6 @@ def _files(folder: epath.Path) -> Iterator[str]:
                 yield str(PurePosixPath(str(path)).relative_to(str(folder)))
 
 
-def _record(path: epath.Path) -> dict[str, Any]:
-    return {"bytes": path.stat().length, "sha256": sha256_of(path, to_disk=is_local(path))}
-
-
 def sha256_of(
     path: epath.Path | Path,
     *,
@@ -175,23 +170,6 @@ def sha256_of(
         if to_disk:
             os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _wrong_size(path: epath.Path, record: Mapping[str, Any]) -> str | None:
-    try:
-        size = path.stat().length
-    except FileNotFoundError:
-        return f"{path} is missing"
-    except (OSError, ValueError) as error:  # for example, a name that no file can have
-        return f"{strict_json.plain(str(path))} cannot be read: {error}"
-    if size != record["bytes"]:
-        return f"{path} has {size:,} bytes, but its manifest says {record['bytes']:,}"
-    return None
-
-
-def _raise_damage(folder: epath.Path, problems: Sequence[str | None]) -> None:
-    if found := [problem for problem in problems if problem]:
-        raise DamagedError(f"{folder} is damaged: {'; '.join(found)}.")
 
 
 def _text(content: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ check both properties.
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -241,20 +242,15 @@ def _constant(text: str) -> float:
 def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        containers = [each for each in level if isinstance(each, (dict, list))]
-        if not containers:
+        lists = [list(each.values()) for each in level if isinstance(each, dict)]
+        lists += [each for each in level if isinstance(each, list)]
+        if not lists:
             return
-        level = [
-            inner
-            for outer in containers
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        level = list(itertools.chain.from_iterable(lists))
     raise JsonError(_TOO_DEEP)
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _dataclass(value: Any, cls: Any, name: str) -> Any:

@@ -62,13 +62,13 @@ def test_any_flipped_bit_of_any_file_is_found_and_named(folder: epath.Path) -> N
 def test_missing_and_cut_files_are_named(name: str, folder: epath.Path) -> None:
     file = Path(folder / name)
     os.truncate(file, 100)
-    for look in (sealing.verify, sealing.check_sizes):
+    for contents in (True, False):
         with pytest.raises(DamagedError, match=rf"{name} has 100 bytes, but its manifest says"):
-            look(folder)
+            sealing.verify(folder, contents=contents)
     file.unlink()
-    for look in (sealing.verify, sealing.check_sizes):
+    for contents in (True, False):
         with pytest.raises(DamagedError, match=rf"{name} is missing"):
-            look(folder)
+            sealing.verify(folder, contents=contents)
 
 
 def test_all_damage_is_listed(folder: epath.Path) -> None:
@@ -126,5 +126,5 @@ def test_file_that_cannot_be_read_is_damage(
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(sealing, "sha256_of", fail)
-    with pytest.raises(DamagedError, match=r"params/two cannot be read: Input/output error"):
+    with pytest.raises(DamagedError, match=r"params/two cannot be read: .*Input/output error"):
         sealing.verify(folder)
