@@ -26,6 +26,7 @@ from mobilellm_jax.generation.sampling import Sampling
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.preflight import Ready
 from mobilellm_jax.processes import distributed
+from mobilellm_jax.processes.agreement import Agreement
 from mobilellm_jax.processes.run_lock import RunLock
 from mobilellm_jax.quantize.training import derivation, training_transform
 from mobilellm_jax.sharding import local_rows, place, put_batch
@@ -182,7 +183,7 @@ class _Run:
                 retry_is_due=checkpoints.retry_is_due,
                 validate=self._validate,
                 sample=functools.partial(self._sample_and_score, writer),
-                agree=distributed.Agreement(first_step),
+                agree=Agreement(first_step),
             )
             step_fn: TrainStep = self._step_fn
             if self._profile is not None and distributed.is_first():

@@ -43,6 +43,7 @@ from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.processes import distributed
+from mobilellm_jax.processes.agreement import Agreement
 from mobilellm_jax.processes.run_lock import LockLostError
 from mobilellm_jax.storage import rundir, sealing
 from mobilellm_jax.train.state import TrainState
@@ -83,7 +84,7 @@ class CheckpointWriter:
         self._check_owner = check_owner
         self._folder = checkpoints_folder(run)
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        self._in_any_process = distributed.Agreement()
+        self._in_any_process = Agreement()
         self._numbers = itertools.count(1)  # of the attempts
         self._pending: tuple[int, Future[None]] | None = None  # the step and the save to settle
         self._failures = 0  # failed saves without a success since

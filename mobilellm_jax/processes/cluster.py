@@ -1,7 +1,8 @@
-"""Finds out whether Slurm, Kubernetes, a TPU or Open MPI started this process with others."""
+"""Finds the other processes of a run, as flags, Slurm, Kubernetes, a TPU or Open MPI tell them."""
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Mapping
 
 import jax
@@ -16,6 +17,39 @@ class Cluster:
     name: str
     several: bool
     devices: list[int] | None = None  # GPUs of this process; None leaves the choice to jax
+
+
+def check_flags(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None
+) -> tuple[str, int, int]:
+    """Returns the three flags, which only work together.
+
+    Raises:
+      ConfigError: if a flag is missing or impossible.
+    """
+    if coordinator_address is None or num_processes is None or process_id is None:
+        values = {
+            "--coordinator_address": coordinator_address,
+            "--num_processes": num_processes,
+            "--process_id": process_id,
+        }
+        missing = [flag for flag, value in values.items() if value is None]
+        given = ", ".join(f"{flag}={value}" for flag, value in values.items() if value is not None)
+        raise ConfigError(
+            f"{given} without {' and '.join(missing)}; give all three, or none to let Slurm, "
+            "Kubernetes or the metadata of the TPU tell them."
+        )
+    if not re.fullmatch(r"[^\s/]+:\d+", coordinator_address):
+        raise ConfigError(
+            f"--coordinator_address={coordinator_address} must be HOST:PORT of process 0, such as "
+            "node1:8476."
+        )
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--process_id={process_id} must be at least 0 and less than "
+            f"--num_processes={num_processes}; number the processes from 0."
+        )
+    return coordinator_address, num_processes, process_id
 
 
 def find_cluster(env: Mapping[str, str]) -> Cluster:

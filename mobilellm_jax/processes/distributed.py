@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import socket
 import sys
@@ -24,13 +23,10 @@ from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mobilellm_jax.config import ConfigError
 from mobilellm_jax.errors import FAILED
-from mobilellm_jax.processes.cluster import find_cluster
+from mobilellm_jax.processes.cluster import check_flags, find_cluster
 from mobilellm_jax.processes.early_stop import FAREWELLS
 from mobilellm_jax.processes.jax_private import delay_aborts, process_state
 from mobilellm_jax.processes.peers import Parting, Peers
@@ -95,17 +91,15 @@ def start(
     if (coordinator_address, num_processes, process_id) != (None, None, None):
         if num_processes == 1 and not process_id:
             return "one process, as --num_processes=1 says"
-        address, count, own = _checked(coordinator_address, num_processes, process_id)
+        address, count, own = check_flags(coordinator_address, num_processes, process_id)
         if own:
             _wait_for(address)
         _initialize(*(address, count, own, peer_timeout_sec), cluster_detection_method="deactivate")
-        _check_code()
         return f"process {own} of {count}, from flags, process 0 at {address}"
     cluster = find_cluster(os.environ)
     if not cluster.several:
         return f"one process ({cluster.name})"
     _initialize(None, None, None, peer_timeout_sec, local_device_ids=cluster.devices)
-    _check_code()
     state = process_state()
     return f"process {state.process_id} of {state.num_processes}, found by {cluster.name}"
 
@@ -171,47 +165,6 @@ def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
         _raise_if_failed(verdict, verdict["process"], what)
 
 
-class Agreement:
-    """Tells all processes in the same step whether one of them asks for something.
-
-    A signal or a clock reaches each process at a different time. A process that leaves the loop
-    alone makes the others wait in a collective. So every step reduces one flag per device over all
-    devices. The answer is read one step later, when reading it takes no wait.
-
-    Args:
-      step: the step of the run, from which this object also watches for preemption notices. jax's
-        coordination service passes a notice to all processes and chooses the step from the numbers
-        that the processes report. Only one object of a process may report them. None reports none.
-    """
-
-    def __init__(self, step: int | None = None) -> None:
-        self._pending: jax.Array | None = None
-        self._step = step
-        # None if a setting of jax turns it off.
-        self._preemption = None if step is None else process_state().preemption_sync_manager
-        self._several = jax.process_count() > 1
-        if _membership.peers is not None:
-            delay_aborts()  # again, because libtpu sets a handler when the devices start
-        if self._several:
-            mesh = Mesh(np.array(jax.devices()), ("device",))
-            self._split = NamedSharding(mesh, PartitionSpec("device"))
-            self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def __call__(self, asked: bool) -> bool:
-        """Returns whether a process asked in the last call; one process alone hears at once."""
-        if not self._several:
-            return asked
-        if self._step is not None:
-            self._step += 1
-            if self._preemption is not None and self._preemption.reached_sync_point(self._step):
-                asked = True
-        flags = jax.make_array_from_callback(
-            (jax.device_count(),), self._split, lambda index: np.full((1,), asked)
-        )
-        pending, self._pending = self._pending, self._any(flags)
-        return pending is not None and bool(pending)
-
-
 def leave(how: Parting, why: str = "") -> None:
     """Tells the other processes that this process ends now.
 
@@ -233,15 +186,13 @@ def telling_failures() -> Iterator[None]:
     try:
         with FAREWELLS.during(lambda: leave("stopped", signal.SIGTERM.name)):
             yield
-    except jax.errors.JaxRuntimeError as error:
-        peers = _membership.peers
-        why = None if peers is None else peers.explain()
+    except BaseException as error:
+        peers, why = _membership.peers, None
+        if peers is not None and isinstance(error, jax.errors.JaxRuntimeError):
+            why = peers.explain()
         leave("failed", f"{type(error).__name__}: {error}")
         if why is not None:
             raise DistributedError(why) from error
-        raise
-    except BaseException as error:
-        leave("failed", f"{type(error).__name__}: {error}")
         raise
 
 
@@ -253,34 +204,6 @@ def _at_exit() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(FAILED)
-
-
-def _checked(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None
-) -> tuple[str, int, int]:
-    values = {
-        "--coordinator_address": coordinator_address,
-        "--num_processes": num_processes,
-        "--process_id": process_id,
-    }
-    missing = [flag for flag, value in values.items() if value is None]
-    if coordinator_address is None or num_processes is None or process_id is None:
-        given = ", ".join(f"{flag}={value}" for flag, value in values.items() if value is not None)
-        raise ConfigError(
-            f"{given} without {' and '.join(missing)}; give all three, or none to let Slurm, "
-            "Kubernetes or the metadata of the TPU tell them."
-        )
-    if not re.fullmatch(r"[^\s/]+:\d+", coordinator_address):
-        raise ConfigError(
-            f"--coordinator_address={coordinator_address} must be HOST:PORT of process 0, such as "
-            "node1:8476."
-        )
-    if not 0 <= process_id < num_processes:
-        raise ConfigError(
-            f"--process_id={process_id} must be at least 0 and less than "
-            f"--num_processes={num_processes}; number the processes from 0."
-        )
-    return coordinator_address, num_processes, process_id
 
 
 def _wait_for(address: str) -> None:
@@ -323,6 +246,7 @@ def _initialize(
         signal.signal(signal.SIGTERM, on_sigterm)
     if peer_timeout_sec and _client() is not None:
         _watch_peers(peer_timeout_sec)
+    _check_code()
 
 
 def _watch_peers(timeout_sec: float) -> None:

@@ -215,4 +215,4 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             self._left -= 1
             return self._left == 0
 
-    monkeypatch.setattr(pretrain.distributed, "Agreement", Agreement)
+    monkeypatch.setattr(pretrain, "Agreement", Agreement)

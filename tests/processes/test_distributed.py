@@ -11,6 +11,7 @@ import pytest
 
 from mobilellm_jax.config import ConfigError
 from mobilellm_jax.processes import distributed
+from mobilellm_jax.processes.agreement import Agreement
 from mobilellm_jax.processes.source_digest import source_digest
 from tests.together import free_port, run_together
 
@@ -233,7 +234,7 @@ def test_alone_nothing_is_asked() -> None:
     assert distributed.from_first("x", lambda: (1, 2)) == (1, 2)
     with pytest.raises(KeyError), distributed.together("x"):
         raise KeyError
-    agreed = distributed.Agreement()
+    agreed = Agreement()
     assert [agreed(asked) for asked in (False, True, False)] == [False, True, False]
 
 
@@ -242,6 +243,7 @@ import json, os, signal, sys, time
 import numpy as np
 import jax
 from mobilellm_jax.processes import distributed
+from mobilellm_jax.processes.agreement import Agreement
 from mobilellm_jax.config import ConfigError, MeshConfig
 from mobilellm_jax.sharding import local_rows, make_mesh, put_batch, replicated
 
@@ -272,12 +274,12 @@ found["bad input in 1"] = outcome(lambda: check(1, ConfigError("b=2")))
 found["bug in 0"] = outcome(lambda: check(0, KeyError("k")))
 found["late"] = outcome(lambda: distributed.from_first("x", lambda: time.sleep(1.5), 0.5))
 
-agreed = distributed.Agreement()
+agreed = Agreement()
 found["stop"] = [agreed(own == 1 and step == 3) for step in range(6)]
 
 # The service sets this key when a scheduler announces the end of the job.
-agreed = distributed.Agreement(step=100)
-other = distributed.Agreement()  # reports no step, so it cannot disturb
+agreed = Agreement(step=100)
+other = Agreement()  # reports no step, so it cannot disturb
 notice = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
 found["notice"] = 0
 while found["notice"] < 1000 and not agreed(False):
@@ -308,6 +310,7 @@ print(json.dumps(found))
 OTHER_CODE = """
 import sys
 from mobilellm_jax.processes import distributed
+from mobilellm_jax.processes.agreement import Agreement
 from mobilellm_jax.config import ConfigError
 
 own = int(sys.argv[2])
