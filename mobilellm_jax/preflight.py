@@ -7,8 +7,9 @@ rules. They raise `ConfigError` with the field, its value, the rule and the reme
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -151,27 +152,21 @@ def check_same_run(
     Raises:
       ConfigError: listing the fields outside of `may_change` that differ.
     """
-    if lines := _differences(old, new, may_change):
+    changed = config_lib.changed_fields(old, new)
+    if lines := _lines({name: pair for name, pair in changed.items() if name not in may_change}):
         raise ConfigError(
             f"workdir={str(workdir)!r} holds a run with another config:\n{lines}\n{remedy}"
         )
 
 
-def _differences(old: Config, new: Config, may_change: frozenset[str] = frozenset()) -> str:
+def _lines(different: Mapping[str, tuple[Any, Any]]) -> str:
     return "\n".join(
-        f"  {name}: {was!r} there, {now!r} here"
-        for name, (was, now) in config_lib.changed_fields(old, new).items()
-        if name not in may_change
+        f"  {name}: {theirs!r} there, {ours!r} here" for name, (theirs, ours) in different.items()
     )
 
 
 def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
     """Replaces every `auto`, and compares the config with the run in `workdir`.
-
-    Args:
-      config: as the user gave it.
-      workdir: run folder.
-      resume_step: newest checkpoint in `workdir`, or None for a fresh run.
 
     Raises:
       ConfigError: if the run in `workdir` cannot continue with this config.
@@ -234,11 +229,7 @@ def _prepare(config: Config, path: Path) -> None:
             f"`mobilellm prepare --source=... --output={config.data.path}`."
         )
     _log.info(f"Preparing {path} from {config.data.source}")
-    prepare(
-        [config.data.source],
-        path,
-        vocab_size=config.model.vocab_size,
-    )
+    prepare([config.data.source], path, vocab_size=config.model.vocab_size)
 
 
 def _record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
@@ -255,7 +246,7 @@ def _record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
         return text
 
     written: str = distributed.from_first("writing the config", write)
-    if lines := _differences(config_lib.from_json(written), config):
+    if lines := _lines(config_lib.changed_fields(config_lib.from_json(written), config)):
         raise ConfigError(f"process 0 has another config:\n{lines}")
     path = workdir / rundir.CONFIG
     if not path.is_file() or path.read_text("utf-8") != written:
@@ -348,16 +339,16 @@ def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
     opened = open_model(config.train.init_from)
     theirs, ours = dataclasses.asdict(opened.config), dataclasses.asdict(config.model)
     free = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype", "max_seq_len")
-    different = [
-        f"  model.{name}: {theirs[name]!r} there, {ours[name]!r} here"
-        for name in ours
-        if theirs[name] != ours[name] and name not in free
-    ]
+    different: dict[str, tuple[Any, Any]] = {
+        f"model.{name}": (theirs[name], value)
+        for name, value in ours.items()
+        if theirs[name] != value and name not in free
+    }
     if opened.tokenizer.sha256 != tokenizer.sha256:
-        different.append(f"  tokenizer: {opened.tokenizer.file} there, {tokenizer.file} here")
+        different["tokenizer"] = (str(opened.tokenizer.file), str(tokenizer.file))
     if different:
         raise ConfigError(
-            f"train.init_from={config.train.init_from!r} is another model:\n" + "\n".join(different)
+            f"train.init_from={config.train.init_from!r} is another model:\n{_lines(different)}"
         )
     params: Params = opened.params
     return params
