@@ -7,12 +7,12 @@ without a parting message is gone at once. A process that sends nothing for `tim
 well. No wall clock is used. `distributed.py` decides where process 0 listens.
 """
 
-import dataclasses
+import asyncio
+import contextlib
 import hmac
 import json
 import os
 import secrets
-import selectors
 import signal
 import socket
 import threading
@@ -25,7 +25,6 @@ from mobilellm_jax.storage import strict_json
 
 _BEATS = 12  # in `timeout_sec`
 _LONGEST_BEAT_SEC = 5.0
-_LOOK_SEC = 0.5  # longest time until the thread sees that `leave` was called
 _PARTING_SEC = 2.0  # a leaving process waits so long for the others to read its message
 _MAX_BYTES = 1 << 14  # of a message
 _MAX_WHY = 2000  # characters
@@ -50,43 +49,6 @@ def end_at_once(code: int, text: str) -> None:
     os._exit(code)
 
 
-@dataclasses.dataclass
-class _Link:
-    """A connection, with the bytes that are not parsed or not sent yet."""
-
-    connection: socket.socket
-    process: int | None = None  # number of the other process, once its greeting has come
-    incoming: bytes = b""
-    outgoing: bytes = b""
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Sends the bytes that fit now; the rest goes with the next message."""
-        if len(self.outgoing) < _MAX_BYTES:  # otherwise the other process reads too slowly
-            self.outgoing += json.dumps(message).encode() + b"\n"
-        try:
-            sent = self.connection.send(self.outgoing)
-        except OSError:  # the buffer is full, or `receive` will see that the socket is closed
-            return
-        self.outgoing = self.outgoing[sent:]
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """Returns the received messages, or None if the socket closed or a message is invalid."""
-        try:
-            received = self.connection.recv(_MAX_BYTES)
-        except BlockingIOError:
-            return []
-        except OSError:
-            return None
-        *lines, self.incoming = (self.incoming + received).split(b"\n")
-        if not received or len(self.incoming) > _MAX_BYTES:
-            return None
-        try:
-            messages = [strict_json.parse(line) for line in lines]
-        except strict_json.JsonError:
-            return None
-        return messages if all(isinstance(message, dict) for message in messages) else None
-
-
 class Peers:
     """Watches the other processes in a thread, from `start` until `leave`.
 
@@ -107,31 +69,31 @@ class Peers:
         self._me = Member(own, socket.gethostname(), os.getpid())
         self._count, self._timeout_sec, self._end = count, timeout_sec, end
         self._beat_sec = min(_LONGEST_BEAT_SEC, timeout_sec / _BEATS)
-        self._lock = threading.Lock()
-        self._selector = selectors.DefaultSelector()
-        self._listener: socket.socket | None = None
+        self._socket: socket.socket | None = None  # process 0 listens; others connect to it
         self._token = secrets.token_hex(16)
-        self._links: list[_Link] = []
+        self._writers: dict[int, asyncio.StreamWriter] = {}  # process -> its connection
+        self._talks: set[asyncio.Task[None]] = set()
         self._members: dict[int, Member] = {}
         self._heard: dict[int, float] = {}  # process -> time of its last message; no parted ones
         self._all_heard = 0.0  # a time after which every process was heard, as process 0 says
         self._ends_at: float | None = None
         self._ending = (FAILED, "")
-        self._left = False
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._parting: dict[str, Any] = {}  # the last message of this process
+        self._leaving = asyncio.Event()
+        self._leave_once = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
 
     def listen(self) -> tuple[int, str]:
         """Accepts connections in process 0; returns the port and the secret of a greeting."""
         if socket.has_dualstack_ipv6():
-            self._listener = socket.create_server(
+            self._socket = socket.create_server(
                 ("", 0), family=socket.AF_INET6, dualstack_ipv6=True
             )
         else:
-            self._listener = socket.create_server(("", 0))
-        self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ)
+            self._socket = socket.create_server(("", 0))
         self._heard = dict.fromkeys(range(1, self._count), time.monotonic())
-        return int(self._listener.getsockname()[1]), self._token
+        return int(self._socket.getsockname()[1]), self._token
 
     def connect(self, host: str, port: int, token: str) -> None:
         """Connects to process 0.
@@ -139,12 +101,9 @@ class Peers:
         Raises:
           OSError: if this process cannot reach process 0.
         """
-        connection = socket.create_connection((host, port), self._timeout_sec)
-        connection.setblocking(False)
+        self._socket = socket.create_connection((host, port), self._timeout_sec)
+        self._socket.sendall(_line({"hello": self._me, "token": token}))
         self._heard, self._members = {0: time.monotonic()}, {0: Member(0, host, 0)}
-        link = self._add(connection)
-        link.process = 0
-        link.send({"hello": self._me, "token": token})
 
     def start(self) -> None:
         """Starts the thread."""
@@ -152,26 +111,11 @@ class Peers:
 
     def leave(self, how: Parting, why: str = "") -> None:
         """Sends the parting message: done, stopped (the run resumes later) or failed."""
-        with self._lock:
-            if self._left:
-                return
-            self._left = True
-            self._send_all(_parting(self._me, how, why))
-            waiting = [link.connection for link in self._links if link.process is not None]
-        # The other side closes the connection when it has read the message. The kernel may discard
-        # the message if this side closes first.
-        deadline = time.monotonic() + _PARTING_SEC
-        for connection in waiting:
-            try:
-                connection.settimeout(max(0.01, deadline - time.monotonic()))
-                while connection.recv(_MAX_BYTES):
-                    pass
-            except OSError:
-                continue
-        for link in self._links:
-            link.connection.close()
-        if self._listener is not None:
-            self._listener.close()
+        with self._leave_once:
+            if self._thread.is_alive():
+                self._parting = _parting(self._me, how, why)
+                self._loop.call_soon_threadsafe(self._leaving.set)
+                self._thread.join()
 
     def explain(self) -> str | None:
         """Returns what happened to another process, or None if all of them are alive.
@@ -181,109 +125,104 @@ class Peers:
         """
         began = time.monotonic()
         while time.monotonic() < began + 2 * self._timeout_sec:
-            with self._lock:
-                if self._ends_at is not None:
-                    return self._ending[1]
-                heard = (
-                    self._all_heard if self._me.process else min(self._heard.values(), default=0)
-                )
-                if heard > began or not self._heard:
-                    return None
+            if self._ends_at is not None:
+                return self._ending[1]
+            heard = list(self._heard.values())  # the thread may change the dictionary
+            if not heard or (self._all_heard if self._me.process else min(heard)) > began:
+                return None
             time.sleep(min(0.05, self._beat_sec))
         return None
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._watch())
+        if self._socket is not None:
+            self._socket.close()
+
+    async def _watch(self) -> None:
+        assert self._socket is not None, "`listen` or `connect` comes before `start`"
+        if self._me.process == 0:
+            await asyncio.start_server(self._greet, sock=self._socket, limit=_MAX_BYTES)
+        else:
+            self._add(0, *await asyncio.open_connection(sock=self._socket, limit=_MAX_BYTES))
         woke = time.monotonic()
-        next_beat = 0.0
-        while True:
-            ready = self._selector.select(min(_LOOK_SEC, max(0.0, next_beat - time.monotonic())))
-            with self._lock:
-                if self._left:
-                    self._selector.close()
-                    return
-                now = time.monotonic()
-                if now - woke > self._timeout_sec / 2:
-                    # This process itself was paused, and has not read the messages of the others.
-                    self._heard = dict.fromkeys(self._heard, now)
-                woke = now
-                for key, _ in ready:
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    else:
-                        self._read(key.data)
-                self._judge(now)
-                if now >= next_beat:
-                    next_beat = now + self._beat_sec
-                    oldest = now - min(self._heard.values(), default=now)
-                    self._send_all({"beat": oldest})
-
-    def _send_all(self, message: dict[str, Any]) -> None:
-        for link in self._links:
-            if link.process is not None:
-                link.send(message)
-
-    def _accept(self) -> None:
-        assert self._listener is not None, "only process 0 listens"
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:  # the other side has closed the connection already
-            return
-        connection.setblocking(False)
-        self._add(connection)
-
-    def _add(self, connection: socket.socket) -> _Link:
-        link = _Link(connection)
-        self._links.append(link)
-        self._selector.register(connection, selectors.EVENT_READ, link)
-        return link
-
-    def _drop(self, link: _Link) -> None:
-        self._selector.unregister(link.connection)
-        self._links.remove(link)
-        link.connection.close()
-
-    def _read(self, link: _Link) -> None:
-        messages = link.receive()
-        for message in messages or ():
-            if link.process is None and not self._is_greeting(link, message):
-                self._drop(link)  # the sender is not a process of the run
-                return
-            assert link.process is not None, "the greeting has set the number"
+        while not self._leaving.is_set():
             now = time.monotonic()
-            self._heard[link.process] = now
-            if "hello" in message:
-                self._members[link.process] = Member(*message["hello"])
-                if self._me.process == 0:
-                    link.send({"hello": self._me})
-            elif "beat" in message:
-                self._all_heard = now - float(message["beat"])
-            elif "gone" in message:
-                self._be_told(int(message["gone"]), str(message["why"]))
-            elif "left" in message:
-                self._part(link, Member(*message["left"]), message["how"], message["why"])
-                if link not in self._links:
-                    return
-        if messages is None:
-            self._drop(link)
-            if link.process in self._heard:
-                self._lose(link.process, "it ended without a message, or was killed")
+            if now - woke > self._timeout_sec / 2:
+                # This process itself was paused, and has not read the messages of the others.
+                self._heard = dict.fromkeys(self._heard, now)
+            woke = now
+            self._judge(now)
+            self._send_all({"beat": now - min(self._heard.values(), default=now)})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), self._beat_sec)
+        self._send_all(self._parting)
+        # The other side closes the connection when it has read the message. The kernel may discard
+        # the message if this side closes first.
+        if self._talks:
+            await asyncio.wait(self._talks, timeout=_PARTING_SEC)
 
-    def _is_greeting(self, link: _Link, message: dict[str, Any]) -> bool:
-        match message:
-            case {"token": str(token), "hello": [int(process), str(), int()]} if (
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Accepts a connection in process 0 if its first message is the greeting of a process."""
+        match await _next_message(reader):
+            case {"token": str(token), "hello": [int(process), str(host), int(pid)]} if (
                 hmac.compare_digest(token, self._token)
                 and process in self._heard
                 and process not in self._members
             ):
-                link.process = process
-                return True
-        return False
+                self._members[process] = Member(process, host, pid)
+                self._heard[process] = time.monotonic()
+                writer.write(_line({"hello": self._me}))
+                self._add(process, reader, writer)
+            case _:
+                writer.close()
 
-    def _part(self, link: _Link, who: Member, how: Parting, why: str) -> None:
+    def _add(
+        self, process: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._writers[process] = writer
+        self._talks.add(asyncio.create_task(self._listen_to(process, reader, writer)))
+
+    async def _listen_to(
+        self, process: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with contextlib.closing(writer):
+            while process in self._heard:
+                message = await _next_message(reader)
+                if message is None:
+                    break
+                if not self._leaving.is_set():
+                    self._hear(process, message)
+                elif "left" in message:
+                    break
+        self._writers.pop(process, None)
+        if process in self._heard and not self._leaving.is_set():
+            self._lose(process, "it ended without a message, or was killed")
+
+    def _hear(self, process: int, message: dict[str, Any]) -> None:
+        now = time.monotonic()
+        self._heard[process] = now
+        match message:
+            case {"hello": who}:
+                self._members[process] = Member(*who)
+            case {"beat": silence}:
+                self._all_heard = now - float(silence)
+            case {"gone": gone, "why": why}:
+                self._be_told(int(gone), str(why))
+            case {"left": who, "how": how, "why": why}:
+                self._part(Member(*who), how, why)
+
+    def _send_all(self, message: dict[str, Any]) -> None:
+        for writer in self._writers.values():
+            if (
+                writer.transport.get_write_buffer_size() < _MAX_BYTES
+            ):  # otherwise it reads too slowly
+                writer.write(_line(message))
+
+    def _part(self, who: Member, how: Parting, why: str) -> None:
         """Records that a process leaves; process 0 tells the others."""
         self._heard.pop(who.process, None)
-        if link.process == who.process:
-            self._drop(link)
+        self._writers.pop(who.process, None)
         if how == "done":
             return
         self._send_all(_parting(who, how, why))
@@ -326,3 +265,16 @@ class Peers:
 
 def _parting(who: Member, how: Parting, why: str) -> dict[str, Any]:
     return {"left": who, "how": how, "why": why[:_MAX_WHY]}
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+async def _next_message(reader: asyncio.StreamReader) -> dict[str, Any] | None:
+    """Returns the next message, or None if the connection is closed or the message is invalid."""
+    try:
+        message = strict_json.parse(await reader.readuntil())
+    except (OSError, EOFError, asyncio.LimitOverrunError, strict_json.JsonError):
+        return None
+    return message if isinstance(message, dict) else None

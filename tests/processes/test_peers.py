@@ -62,7 +62,7 @@ def run() -> Iterator[Run]:
         connection.close()
     for each in made.all[::-1]:
         each.leave("done")
-        each._thread.join(_WAIT_SEC) if each._thread.ident else each._selector.close()
+        each._loop.close()
 
 
 def until(reached: Callable[[], bool]) -> None:
@@ -84,9 +84,8 @@ def test_all_hear_at_once_which_process_was_killed(run: Run) -> None:
     run.together(3, timeout_sec=100 * _WAIT_SEC)
     hub, _, victim = run.all
     until(lambda: len(hub._members) == 2)
-    with victim._lock:
-        victim._links[0].connection.shutdown(socket.SHUT_RDWR)  # as the kernel does
-        until(lambda: {0, 1} <= set(run.ends))
+    victim._socket.shutdown(socket.SHUT_RDWR)  # as the kernel does
+    until(lambda: {0, 1} <= set(run.ends))
     for own in (0, 1):
         code, text = run.ends[own]
         assert code == 75
@@ -133,8 +132,8 @@ def test_a_process_that_was_paused_blames_no_other(run: Run) -> None:
     hub, *_ = run.together(3, timeout_sec=12)
     hub._timeout_sec = 3  # the other processes could give it up
     assert hub.explain() is None
-    with hub._lock:  # its thread is blocked, as under SIGSTOP
-        time.sleep(4)
+    hub._loop.call_soon_threadsafe(time.sleep, 4)  # its thread is blocked, as under SIGSTOP
+    time.sleep(4)
     assert hub.explain() is None
     assert not run.ends
 
