@@ -40,14 +40,9 @@ Prompt = tuple[list[int], str]
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
-    """One model, for any number of tasks.
+    """One model, for any number of tasks; it computes no answer that the journal has.
 
-    Args:
-      engine: scores and writes.
-      tokenizer: the tokenizer that the model was trained with.
-      journal: keeps answers; the model does not compute an answer that the journal has.
-      origin: name of the model for the record.
-      show: whether progress is shown on a terminal.
+    `origin` names the model in the record. With `show`, a terminal shows the progress.
     """
 
     def __init__(

@@ -52,11 +52,9 @@ def key(kind: str, *parts: Any) -> str:
 
 
 class Journal:
-    """The answers by key, in memory and in a file.
+    """The answers by key, in memory and in the file `path` (None: in memory only).
 
-    Args:
-      path: the file. None: answers are kept in memory only.
-      whose: the identity of the model that gives the answers.
+    `whose` is the identity of the model that gives the answers.
     """
 
     def __init__(self, path: Path | None, whose: Mapping[str, Any]) -> None:

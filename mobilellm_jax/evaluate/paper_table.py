@@ -45,9 +45,7 @@ class Line:
 def paper_lines(results: Mapping[str, Any], size: str) -> list[Line]:
     """Returns a line for each task of the paper that ran, in the paper's order.
 
-    Args:
-      results: results in the harness' layout.
-      size: key in `MOBILELLM` of the paper's model.
+    `results` has the harness' layout. `size`, a key of `MOBILELLM`, names the paper's model.
     """
     lines = []
     for task in (*ZERO_SHOT, *QUESTIONS):

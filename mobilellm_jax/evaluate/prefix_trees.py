@@ -42,10 +42,7 @@ class Query:
 def make_query(context: Sequence[int], continuation: Sequence[int], max_len: int) -> Query:
     """Returns the query for a continuation's likelihood; a long context loses its beginning.
 
-    Args:
-      context: at least one token id.
-      continuation: at least one token id; all are scored.
-      max_len: number of tokens that the model can read.
+    All tokens of the continuation are scored. The model reads at most `max_len` tokens.
 
     Raises:
       UserError: if context or continuation is empty, or the continuation is too long.
@@ -136,9 +133,7 @@ class Row:
 def pack_rows(trees: Sequence[Tree], multiple: int = 1) -> list[Row]:
     """Puts trees into rows, the largest first, each into the row with the least sufficient room.
 
-    Args:
-      trees: the trees to place.
-      multiple: the length of every row is a multiple of this number.
+    The length of every row is a multiple of `multiple`.
     """
     rows: list[Row] = []
     room: list[tuple[int, int]] = []  # (free places, row), ascending
@@ -173,10 +168,8 @@ class Batch:
 def make_batches(rows: Sequence[Row], batch_tokens: int, multiple: int) -> Iterator[Batch]:
     """Yields batches of rows with one length, the longest first, so that memory fails early.
 
-    Args:
-      rows: the rows to group.
-      batch_tokens: approximate number of tokens per batch.
-      multiple: the number of rows in a batch is a multiple of this number; empty rows fill it up.
+    A batch has about `batch_tokens` tokens. Empty rows make its number of rows a multiple of
+    `multiple`.
     """
     # A batch is padded to its largest number of scored tokens, so similar rows stand together.
     ordered = sorted(rows, key=lambda row: (-row.length, -row.scored))

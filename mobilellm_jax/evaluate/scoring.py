@@ -46,11 +46,8 @@ class Score(NamedTuple):
 class Scorer:
     """Scores queries with one architecture; new parameters do not compile anything again.
 
-    Args:
-      config: the architecture.
-      mesh: the devices; rows are split over `data` and `fsdp`.
-      rules: the sharding rules of the mesh.
-      batch_tokens: tokens per device and batch; affects only speed and memory.
+    Rows are split over `data` and `fsdp`. `batch_tokens`, the number of tokens per device and
+    batch, affects only speed and memory.
     """
 
     def __init__(

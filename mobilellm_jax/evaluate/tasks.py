@@ -133,13 +133,7 @@ def quick_scores(model: HarnessModel, tasks: Tasks, limit: int | None = None) ->
 
 
 def run_tasks(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> dict[str, Any]:
-    """Returns the results in the harness' own layout.
-
-    Args:
-      model: answers the requests.
-      tasks: the tasks to run.
-      limit: number of rows of each task. None: all.
-    """
+    """Returns the results of `limit` rows of each task (None: all) in the harness' own layout."""
     loaded = tasks.loaded
     below = {name for members in loaded["group_map"].values() for name in members}
     everything = {**loaded["groups"], **loaded["tasks"]}

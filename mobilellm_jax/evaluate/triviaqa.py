@@ -21,9 +21,8 @@ _DELETED = str.maketrans("", "", string.punctuation)
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Returns the metrics of one question; lm-evaluation-harness calls this function.
 
-    Args:
-      doc: a row in the layout of `rc.nocontext`.
-      results: the model's answer up to the first stop string, without outer blanks.
+    `doc` has the layout of `rc.nocontext`. `results` is the model's answer up to the first stop
+    string, without outer blanks.
     """
     [answer] = results
     aliases = doc["answer"]["aliases"]
