@@ -24,9 +24,10 @@ from pathlib import Path
 
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
-from mobilellm_jax.cli.shared import QUANTIZE_HELP, read_text
+from mobilellm_jax.cli.shared import QUANTIZE_HELP
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.quantize.schemes import find_scheme
+from mobilellm_jax.storage.text_file import read_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,10 +47,10 @@ from mobilellm_jax.cli.shared import (
     PARTS_HELP,
     QUANTIZE_HELP,
     chosen_scheme,
-    read_text,
 )
 from mobilellm_jax.errors import MissingFileError, UserError, require
 from mobilellm_jax.quantize.schemes import Scheme
+from mobilellm_jax.storage.text_file import read_text
 
 if TYPE_CHECKING:
     from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer

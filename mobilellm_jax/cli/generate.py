@@ -29,9 +29,9 @@ from mobilellm_jax.cli.shared import (
     PARTS_HELP,
     QUANTIZE_HELP,
     chosen_scheme,
-    read_text,
 )
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.text_file import read_text
 
 if TYPE_CHECKING:
     from mobilellm_jax.generation.generate import Prepared
@@ -111,8 +111,6 @@ def _prompts(flags: Flags) -> list[str] | None:
     if flags.prompt is not None:
         raise UsageError("--prompt and --prompt_file exclude each other; put all in the file.")
     text = read_text("--prompt_file", Path(flags.prompt_file))
-    if not text:
-        raise UserError(f"--prompt_file={flags.prompt_file} is empty; put a prompt on each line.")
     prompts = text.removesuffix("\n").split("\n")  # `splitlines` would also split at U+2028
     return [prompt.removesuffix("\r") for prompt in prompts]
 

@@ -1,9 +1,6 @@
-"""Help texts, checks and file reading that several commands share."""
-
-from pathlib import Path
+"""Help texts and flags that several commands share."""
 
 from mobilellm_jax.cli.errors import UsageError
-from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.quantize.schemes import Scheme, find_scheme
 
 CHECKPOINT_HELP = "run folder (latest step), step folder or Hugging Face directory"
@@ -30,22 +27,3 @@ def chosen_scheme(name: str | None, parts: str | None) -> Scheme | None:
             raise UsageError(f"--quantized_parts={parts} goes with --quantize only.")
         return None
     return find_scheme(name) if parts is None else find_scheme(name, parts)
-
-
-def read_text(flag: str, file: Path) -> str:
-    """Returns the text of a UTF-8 file without any change; line ends are part of the text.
-
-    Raises:
-      MissingFileError: if there is no such file.
-      UserError: if the file is not UTF-8.
-    """
-    if not file.is_file():
-        problem = "is a folder" if file.is_dir() else "does not exist"
-        raise MissingFileError(f"{flag}={file} {problem}; name a text file in UTF-8.")
-    try:
-        return file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{flag}={file} must be UTF-8, but byte {error.start} is "
-            f"0x{error.object[error.start]:02x}; convert the file, for example with iconv."
-        ) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from mobilellm_jax.config import Config, ConfigError, EvaluateConfig
+from mobilellm_jax.config import Config, EvaluateConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import require
 from mobilellm_jax.evaluate.engine import JaxEngine
@@ -13,6 +13,7 @@ from mobilellm_jax.evaluate.perplexity import CutText, perplexity
 from mobilellm_jax.evaluate.scoring import Scorer
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.sharding import Rules
+from mobilellm_jax.storage.text_file import read_text
 
 Evaluator = Callable[[Params], dict[str, float]]
 
@@ -23,9 +24,9 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
     It reads rows and text at once, so that mistakes in them show before training starts.
 
     Raises:
-      UserError: if `evaluate.tasks` is set without the `eval` extra, or a task or row is wrong.
-      ConfigError: if `evaluate.text` is not a text.
-      MissingFileError: if a file of rows is missing.
+      UserError: if `evaluate.tasks` is set without the `eval` extra, a task or row is wrong, or
+        `evaluate.text` is not a text.
+      MissingFileError: if a file of rows or text is missing.
     """
     chosen = config.evaluate
     if not (chosen.tasks or chosen.text):
@@ -33,7 +34,10 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
     length = config.model.max_seq_len
     scorer = Scorer(config.model, mesh, rules)
     score_tasks = _task_scores(chosen, tokenizer) if chosen.tasks else None
-    text = CutText.cut(tokenizer, _read_text(chosen), length, length) if chosen.text else None
+    text = None
+    if chosen.text:
+        content = read_text("evaluate.text", Path(chosen.text))
+        text = CutText.cut(tokenizer, content, length, stride=length)
 
     def evaluate(params: Params) -> dict[str, float]:
         engine = JaxEngine(scorer, params)
@@ -65,15 +69,3 @@ def _task_scores(
         return quick_scores(model, tasks, chosen.limit or None)
 
     return score
-
-
-def _read_text(chosen: EvaluateConfig) -> str:
-    try:
-        text = Path(chosen.text).read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"evaluate.text={chosen.text!r} must be a text file in UTF-8: {error}."
-        ) from error
-    if not text:
-        raise ConfigError(f"evaluate.text={chosen.text!r} is empty; name a file with text.")
-    return text

@@ -128,7 +128,7 @@ def test_several_prompts_are_continued_together(
     ("content", "flags", "message"),
     [
         (b"a\xff", [], "must be UTF-8"),
-        (b"", [], "is empty; put a prompt on each line"),
+        (b"", [], "is empty; name a file with text"),
         (None, [], "prompts.txt"),
         (b"a", ["--prompt=b"], "exclude each other"),
         (b"a\nb", ["--batch_size=0"], "batch_size"),

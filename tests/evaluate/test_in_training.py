@@ -99,9 +99,9 @@ def test_tasks_and_text_on_sharded_parameters(tokenizer: Tokenizer, tmp_path: Pa
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"text": "no/such/file"}, "evaluate.text='no/such/file' must be a text file in UTF-8"),
-        ({"text": "latin.txt"}, "evaluate.text='latin.txt' must be a text file in UTF-8"),
-        ({"text": "empty.txt"}, "evaluate.text='empty.txt' is empty"),
+        ({"text": "no/such/file"}, "evaluate.text=no/such/file does not exist; name a text file"),
+        ({"text": "latin.txt"}, "evaluate.text=latin.txt must be UTF-8, but byte 3 is 0xe9"),
+        ({"text": "empty.txt"}, "evaluate.text=empty.txt is empty"),
         ({"tasks": "pica", "data_dir": "."}, "Did you mean piqa"),
     ],
 )
