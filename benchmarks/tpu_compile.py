@@ -19,13 +19,14 @@ from importlib import metadata
 import jax
 
 from mobilellm_jax.config import Config, DataConfig, TrainConfig
+from mobilellm_jax.model.on_device import settle
 from mobilellm_jax.paper.architectures import MOBILELLM
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import TooLarge, compile_step
 from mobilellm_jax.plan.prediction import predict
 from mobilellm_jax.plan.topology import parse_topology, topology_devices
 from mobilellm_jax.train.metrics import peak_flops
-from mobilellm_jax.train.settling import mesh_of, settle
+from mobilellm_jax.train.state import mesh_of
 
 _GIB = 2**30
 # Limits for a step of the 125M model with 8 rows on a v5e. At least one policy must keep both

@@ -195,10 +195,10 @@ def ours(options: argparse.Namespace, dtype: str) -> tuple[Run, Callable[[], int
     import jax
     import numpy as np
 
+    from mobilellm_jax.model.on_device import settle
     from mobilellm_jax.sharding import put_batch
     from mobilellm_jax.train.optimizer import make_optimizer
-    from mobilellm_jax.train.settling import mesh_of, settle
-    from mobilellm_jax.train.state import init_state
+    from mobilellm_jax.train.state import init_state, mesh_of
     from mobilellm_jax.train.step import make_train_step
 
     device = jax.devices()[0]

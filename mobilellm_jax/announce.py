@@ -81,7 +81,7 @@ def _describe_data(config: Config, mixture: Mixture) -> list[str]:
 
 
 def _describe_slices(config: Config, mesh: Mesh) -> str:
-    slices, dcn_data = count_slices(list(mesh.devices.flat)), config.mesh.dcn_data
+    slices, dcn_data = count_slices(mesh.devices.flat), config.mesh.dcn_data
     if dcn_data > 1:
         return f", {dcn_data} slices along data over DCN"
     if slices > 1:

@@ -28,14 +28,14 @@ from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.data.windows import count_targets
 from mobilellm_jax.errors import MissingFileError
 from mobilellm_jax.evaluate.in_training import Evaluator, make_evaluator
+from mobilellm_jax.model.on_device import settle as settle_for_device
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.processes import distributed
 from mobilellm_jax.sharding import Rules, logical_rules, make_mesh
 from mobilellm_jax.startup import xla_flags
 from mobilellm_jax.storage import rundir
-from mobilellm_jax.train.settling import mesh_violations
-from mobilellm_jax.train.settling import settle as settle_for_device
+from mobilellm_jax.train.state import mesh_violations
 
 _log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from mobilellm_jax.preflight import Ready
 from mobilellm_jax.processes import distributed
 from mobilellm_jax.processes.agreement import Agreement
 from mobilellm_jax.processes.run_lock import RunLock
-from mobilellm_jax.quantize.training import derivation, training_transform
+from mobilellm_jax.quantize.parameters import derivation, training_transform
 from mobilellm_jax.sharding import local_rows, place, put_batch
 from mobilellm_jax.startup.host_memory import keep_freed_memory
 from mobilellm_jax.storage import rundir, strict_json

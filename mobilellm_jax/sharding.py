@@ -13,8 +13,9 @@ context, flax ignores every sharding constraint silently.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -23,12 +24,11 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from mobilellm_jax.config import Config, ConfigError, MeshConfig, ModelConfig
+from mobilellm_jax.config import ConfigError, MeshConfig, ModelConfig
 from mobilellm_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
-P = ParamSpec("P")
 Result = TypeVar("Result")
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
@@ -42,10 +42,10 @@ def mesh_shape(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
       ConfigError: if the sizes do not multiply to `num_devices`.
     """
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
-    fixed = int(np.prod([s for s in sizes.values() if s != -1])) * mesh.dcn_data
+    fixed = math.prod(s for s in sizes.values() if s != -1) * mesh.dcn_data
     if -1 in sizes.values() and num_devices % fixed == 0:
         sizes = {a: num_devices // fixed if s == -1 else s for a, s in sizes.items()}
-    if int(np.prod(list(sizes.values()))) * mesh.dcn_data != num_devices:
+    if math.prod(sizes.values()) * mesh.dcn_data != num_devices:
         written = " x ".join(f"mesh.{a}={s}" for a, s in sizes.items())
         if mesh.dcn_data > 1:
             written = f"mesh.dcn_data={mesh.dcn_data} x {written}"
@@ -74,7 +74,7 @@ def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def count_slices(devices: Sequence[jax.Device]) -> int:
+def count_slices(devices: Iterable[jax.Device]) -> int:
     """Returns the number of slices that the devices belong to; 1 if JAX reports no slices."""
     return len({getattr(device, "slice_index", None) for device in devices})
 
@@ -139,21 +139,6 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
         yield
 
 
-def with_rules(function: Callable[P, Result], rules: Rules) -> Callable[P, Result]:
-    """Returns the function with `rules` inside it, for jit.
-
-    The cache key of jit contains the mesh but not the rules. If the rules were only around the
-    call, an earlier trace without the rules could serve the call.
-    """
-
-    @functools.wraps(function)
-    def traced(*args: P.args, **kwargs: P.kwargs) -> Result:
-        with nn.logical_axis_rules(rules):
-            return function(*args, **kwargs)
-
-    return traced
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -166,25 +151,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_shards(mesh: Mesh) -> int:
     """Returns the number of parts that a batch is split into."""
-    return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
-
-
-def batch_violations(config: Config, mesh: Mesh) -> list[str]:
-    """Returns one message for each reason why the mesh cannot split the config's batches."""
-    train, shards = config.train, batch_shards(mesh)
-    violations = []
-    if train.global_batch % (shards * train.accumulation_steps):
-        violations.append(
-            f"train.global_batch={train.global_batch} must be a multiple of mesh.data x mesh.fsdp "
-            f"({shards}) x train.accumulation_steps ({train.accumulation_steps}); choose a "
-            f"multiple of {shards * train.accumulation_steps}."
-        )
-    if config.data.seq_len % mesh.shape["sequence"]:
-        violations.append(
-            f"data.seq_len={config.data.seq_len} must be a multiple of "
-            f"mesh.sequence={mesh.shape['sequence']}."
-        )
-    return violations
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def local_rows(mesh: Mesh, global_batch: int) -> NDArray[np.int64]:
@@ -208,26 +175,18 @@ def put_batch(
     Raises:
       UserError: if the number of rows differs from `local_rows`.
     """
-    sharding = batch_sharding(mesh)
-    own = local_rows(mesh, global_batch)
-
-    def spread(name: str, rows_BT: np.ndarray) -> jax.Array:
-        if len(rows_BT) != len(own):
+    own = len(local_rows(mesh, global_batch))
+    placed = {}
+    for name, rows_BT in batch.items():
+        if len(rows_BT) != own:
             raise UserError(
-                f"batch[{name!r}] has {len(rows_BT)} rows, and this process feeds {len(own)} of "
+                f"batch[{name!r}] has {len(rows_BT)} rows, and this process feeds {own} of "
                 f"{global_batch}; read them with rows=local_rows(...)."
             )
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None, "jax asks for the parts of this process's devices only"
-            start, stop, _ = index[0].indices(global_batch)
-            first = int(np.searchsorted(own, start))
-            return rows_BT[first : first + stop - start, index[1]]
-
-        shape = (global_batch, *rows_BT.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, part)
-
-    return {name: spread(name, rows_BT) for name, rows_BT in batch.items()}
+        placed[name] = jax.make_array_from_process_local_data(
+            batch_sharding(mesh), rows_BT, (global_batch, *rows_BT.shape[1:])
+        )
+    return placed
 
 
 def place(value: jax.Array | np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -239,25 +198,40 @@ def place(value: jax.Array | np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Arra
 def bytes_per_device(tree: Any) -> int:
     """Returns the bytes per device of a tree of arrays or abstract arrays."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")]
-    sizes = [int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves]
-    return sum(sizes)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 @dataclasses.dataclass(frozen=True)
 class UnderMesh(Generic[Result]):
-    """A jitted function that is always traced under its own mesh and rules.
+    """A jitted function that is always traced under its own mesh.
 
     `lower` returns the program without running it.
     """
 
     jitted: jax.stages.Wrapped
     mesh: Mesh
-    rules: Rules
 
     def __call__(self, *arguments: Any) -> Result:
-        with use(self.mesh, self.rules):
+        with jax.set_mesh(self.mesh):
             return cast(Result, self.jitted(*arguments))
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
-        with use(self.mesh, self.rules):
+        with jax.set_mesh(self.mesh):
             return self.jitted.lower(*arguments)
+
+
+def jit_under(
+    mesh: Mesh, rules: Rules, function: Callable[..., Result], **options: Any
+) -> UnderMesh[Result]:
+    """Compiles a function by `jax.jit(function, **options)` for a mesh and its rules.
+
+    The cache key of jit contains the mesh but not the rules. If the rules were only around the
+    call, an earlier trace without the rules could serve the call. So they are inside the function.
+    """
+
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Result:
+        with nn.logical_axis_rules(rules):
+            return function(*arguments)
+
+    return UnderMesh(jax.jit(traced, **options), mesh)

@@ -15,7 +15,7 @@ from mobilellm_jax.evaluate.scoring import Score, Scorer, checked_score
 from mobilellm_jax.export.runtime import Runtime, greedy
 from mobilellm_jax.generation.generate import Request, prepare, stream
 from mobilellm_jax.generation.sampling import GREEDY
-from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.on_device import compute_dtype
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
-from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.on_device import compute_dtype
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.rundir import write_whole

@@ -21,12 +21,11 @@ from mobilellm_jax.model.products import scores
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
 from mobilellm_jax.sharding import (
     Rules,
-    UnderMesh,
     batch_shards,
+    jit_under,
     local_rows,
     put_batch,
     replicated,
-    with_rules,
 )
 from mobilellm_jax.train.loss import chunks, unchunk
 
@@ -59,9 +58,7 @@ class Scorer:
         platform = mesh.devices.flat[0].platform
         default = _BATCH_TOKENS.get(platform, _BATCH_TOKENS_ELSEWHERE)
         self._batch_tokens = (batch_tokens or default) * batch_shards(mesh)
-        self._forward: UnderMesh[tuple[jax.Array, jax.Array]] = UnderMesh(
-            jax.jit(with_rules(self._score, rules), out_shardings=replicated(mesh)), mesh, rules
-        )
+        self._forward = jit_under(mesh, rules, self._score, out_shardings=replicated(mesh))
 
     def scores(self, params: Params, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
         """Yields pairs of a query's number and its score, a batch at a time.

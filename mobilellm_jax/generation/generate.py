@@ -26,9 +26,9 @@ from mobilellm_jax.model.decoding import (
     decoding_weights,
     in_compute_dtype,
 )
-from mobilellm_jax.model.parameters import products_of
-from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.on_device import compute_dtype
 from mobilellm_jax.model.products import SpecialKernel
+from mobilellm_jax.model.softmax import ATTENTION_PRODUCTS, IN_FLOAT
 from mobilellm_jax.model.transformer import Params, Transformer
 
 _CHUNK = 64  # tokens that the device draws before the host reads them; also the buffer's size
@@ -196,7 +196,8 @@ def _prefill(
 ) -> _State:
     """Reads the prompts, which are padded on the right, and draws each row's first token."""
     model, batch = Transformer(config).bind({"params": params}), tokens_BT.shape[0]
-    cache = init_cache(config, batch, capacity, compute_dtype(config), products_of(params))
+    products = params["blocks"]["attention"].get(ATTENTION_PRODUCTS, IN_FLOAT)
+    cache = init_cache(config, batch, capacity, compute_dtype(config), products)
     x_BTD, cache = model.extend(tokens_BT, cache)
     last_B1D = x_BTD[jnp.arange(batch)[:, None], lengths_B[:, None] - 1]
     logits_B1V = model.logits(last_B1D)

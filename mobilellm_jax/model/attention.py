@@ -10,26 +10,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.attention_kernels import self_attention
-from mobilellm_jax.model.blockwise_attention import causal_attention
-from mobilellm_jax.model.parameters import attention_products, matrix
-from mobilellm_jax.model.products import Kernel, product
+from mobilellm_jax.model.products import Kernel, matrix, product
 from mobilellm_jax.model.rope import Rotation, rotate
-from mobilellm_jax.model.softmax import AttentionProducts, attend_by_token, causal_mask
+from mobilellm_jax.model.softmax import (
+    ATTENTION_PRODUCTS,
+    IN_FLOAT,
+    AttentionProducts,
+    Keys,
+    Queries,
+    attend_by_token,
+    causal_attention,
+    causal_mask,
+)
 
-Attend = Callable[
-    [
-        Float[Array, "B T N H"],  # queries, rotated
-        Float[Array, "B T K H"],  # keys, rotated
-        Float[Array, "B T K H"],  # values
-        AttentionProducts,
-    ],
-    tuple[Float[Array, "B T N H"], Any],
-]
-"""Maps new queries, keys and values to the heads' outputs and the memory that it keeps.
+Attend = Callable[[Queries, Keys, Keys, AttentionProducts], tuple[Queries, Any]]
+"""Maps rotated queries, rotated keys and values of new tokens to the heads' outputs and a memory.
 
-`attend_within` keeps nothing. `cache.py` and `decoding.py` have the versions that keep a cache.
+`attend_within` keeps no memory. `cache.py` has the versions that keep a cache.
 """
-
 
 _JOINED, _FLAT_OUTPUT = "query_key_value", "flat_output"  # in the layout for decoding
 
@@ -48,7 +46,8 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD)
         q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
         q_BTNH = nn.with_logical_constraint(q_BTNH, ("batch", "length", "heads", "head_dim"))
-        out_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH, attention_products(self))
+        products = self.get_variable("params", ATTENTION_PRODUCTS, IN_FLOAT)
+        out_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH, products)
         flat_QD: Kernel | None = self.get_variable("params", _FLAT_OUTPUT)
         if flat_QD is not None:
             out_BTQ = out_BTNH.reshape(*x_BTD.shape[:2], -1)
@@ -57,9 +56,7 @@ class Attention(nn.Module):
         kernel_NHD = matrix(self, "output", (*shape, config.embed_dim), axes)
         return product("BTNH,NHD->BTD", out_BTNH, kernel_NHD), kept
 
-    def _heads(
-        self, x_BTD: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    def _heads(self, x_BTD: Float[Array, "B T D"]) -> tuple[Queries, Keys, Keys]:
         """Returns queries, keys and values before their rotation."""
         config = self.config
         width, head_dim = config.embed_dim, config.head_dim
@@ -100,15 +97,6 @@ def for_decoding(attention: dict[str, Any]) -> dict[str, Any]:
     return {**others, _JOINED: jax.tree.map(join, *parts), _FLAT_OUTPUT: flat_QD}
 
 
-def uses_kernel(config: ModelConfig) -> bool:
-    """Returns whether a kernel of the accelerator computes whole sequences.
-
-    The value `xla` means plain JAX. So does an `auto` that `on_device.py` did not resolve, because
-    plain JAX runs everywhere.
-    """
-    return config.attention not in ("auto", "xla")
-
-
 def attend_within(
     config: ModelConfig,
     segments_BT: Int[Array, "B T"] | None,
@@ -117,23 +105,23 @@ def attend_within(
     """Returns attention among the given tokens, with no cache.
 
     Args:
-      config: names the implementation.
+      config: names the implementation. An `auto` that `on_device.py` did not resolve means `xla`,
+        because plain JAX runs everywhere.
       segments_BT: the document of each token; None means one document per row.
-      mask_BTS: replaces causal attention within segments.
+      mask_BTS: replaces causal attention within segments. No kernel takes it.
     """
+    uses_kernel = config.attention not in ("auto", "xla")
+    assert mask_BTS is None or not uses_kernel, f"a mask for {config.attention}"
 
     def attend(
-        q_BTNH: Float[Array, "B T N H"],
-        k_BTKH: Float[Array, "B T K H"],
-        v_BTKH: Float[Array, "B T K H"],
-        products: AttentionProducts,
-    ) -> tuple[Float[Array, "B T N H"], None]:
+        q_BTNH: Queries, k_BTKH: Keys, v_BTKH: Keys, products: AttentionProducts
+    ) -> tuple[Queries, None]:
         # A text is scored as if it had passed through the cache, whose rows may be rounded.
         k_BTKH, v_BTKH = products.rounded(k_BTKH), products.rounded(v_BTKH)
         if mask_BTS is not None or not products.fast_attention:
             mask = causal_mask(q_BTNH.shape[1], segments_BT) if mask_BTS is None else mask_BTS
             return attend_by_token(q_BTNH, k_BTKH, v_BTKH, mask, products), None
-        if uses_kernel(config):
+        if uses_kernel:
             return self_attention(config.attention, q_BTNH, k_BTKH, v_BTKH, segments_BT), None
         return causal_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT), None
 

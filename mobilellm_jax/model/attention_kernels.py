@@ -13,24 +13,19 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-SAVED = "attention"
-"""The checkpoint name of the forward results that a backward pass needs (`layer_sharing.py`)."""
+from mobilellm_jax.model.softmax import SAVED, Keys, Queries
 
 _SPLASH_BLOCK = 512
 
 _Segments = Int[Array, "B T"] | None
-_Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+_Kernel = Callable[[Queries, Keys, Keys, _Segments], Queries]
 
 
 def self_attention(
-    name: str,
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    segments_BT: _Segments,
-) -> Float[Array, "B T N H"]:
+    name: str, q_BTNH: Queries, k_BTKH: Keys, v_BTKH: Keys, segments_BT: _Segments
+) -> Queries:
     """Returns causal softmax(q k^T / sqrt(H)) v within segments, computed by the kernel `name`.
 
     Under a mesh each device runs the kernel on its rows and heads, because the compiler cannot
@@ -53,9 +48,7 @@ def self_attention(
     return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
-def cudnn(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None
-) -> jax.Array:
+def cudnn(q_BTNH: Queries, k_BTKH: Keys, v_BTKH: Keys, segments_BT: _Segments) -> Queries:
     """Calls NVIDIA's kernel through JAX. The kernel cannot combine a causal mask with segments."""
     assert segments_BT is None, "the config refuses document masks with cudnn"
     return jax.nn.dot_product_attention(
@@ -64,13 +57,13 @@ def cudnn(
 
 
 def tokamax(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segments_BT: jax.Array | None,
+    q_BTNH: Queries,
+    k_BTKH: Keys,
+    v_BTKH: Keys,
+    segments_BT: _Segments,
     *,
     implementation: str = "mosaic_gpu",
-) -> jax.Array:
+) -> Queries:
     """Calls Tokamax's Hopper kernel with the first key that every query may see.
 
     Tokamax describes packed documents by its private `Mask`, with one number per query instead of T
@@ -87,13 +80,13 @@ def tokamax(
 
 
 def splash(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segments_BT: jax.Array | None,
+    q_BTNH: Queries,
+    k_BTKH: Keys,
+    v_BTKH: Keys,
+    segments_BT: _Segments,
     *,
     interpret: bool = False,
-) -> jax.Array:
+) -> Queries:
     """Calls the TPU kernel that comes with JAX, which skips blocks above the diagonal.
 
     The sequence is the minor axis of its inputs. A head of 64 channels as the minor axis would fill

@@ -7,16 +7,79 @@ in the `attend` that they pass: it says which keys and values a query sees and w
 A block is the unit that layer sharing repeats (paper Fig. 6: attention and feed-forward together).
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import Activation, ModelConfig
+from mobilellm_jax.model import attention
 from mobilellm_jax.model.attention import Attend, Attention
-from mobilellm_jax.model.feed_forward import FeedForward
-from mobilellm_jax.model.norm import RMSNorm
+from mobilellm_jax.model.products import Kernel, matrix, product
 from mobilellm_jax.model.rope import Rotation
+
+_ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "swiglu": jax.nn.silu,  # of the gate
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+_JOINED = "gate_up"  # in the layout for decoding
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), before each part and the head."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns x / sqrt(mean(x^2) + eps) * scale, computed in float32, in the type of x."""
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
+        scale_D: Any = self.param("scale", init, (x_BTD.shape[-1],), jnp.float32)
+        wide_BTD = x_BTD.astype(jnp.float32)
+        mean_square_BT1 = jnp.mean(jnp.square(wide_BTD), axis=-1, keepdims=True)
+        normed_BTD = wide_BTD * jax.lax.rsqrt(mean_square_BT1 + self.eps)
+        scaled_BTD: jax.Array = normed_BTD * scale_D[None, None, :]
+        return scaled_BTD.astype(x_BTD.dtype)
+
+
+class FeedForward(nn.Module):
+    """Widens to ffn_dim, applies the activation and narrows again; no biases.
+
+    SwiGLU (Shazeer 2020, arXiv:2002.05202) is the first step of the paper's roadmap (Sec. 2.1,
+    Table 10): silu(x gate) * (x up), then down. The paper's baselines `relu` and `gelu` have no
+    gate: act(x up), then down.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        config = self.config
+        width, hidden = config.embed_dim, config.ffn_dim
+        activation = _ACTIVATIONS[config.activation]
+
+        def widen(name: str) -> Float[Array, "B T F"]:
+            kernel_DF = matrix(self, name, (width, hidden), ("embed", "mlp"))
+            wide_BTF = product("BTD,DF->BTF", x_BTD, kernel_DF)
+            return cast(jax.Array, checkpoint_name(wide_BTF, name))
+
+        joined_DJF: Kernel | None = self.get_variable("params", _JOINED)
+        if joined_DJF is not None:
+            wide_BTJF = product("BTD,DJF->BTJF", x_BTD, joined_DJF)
+            hidden_BTF = activation(wide_BTJF[:, :, 0]) * wide_BTJF[:, :, 1]
+        elif config.activation == "swiglu":
+            hidden_BTF = activation(widen("gate")) * widen("up")
+        else:
+            hidden_BTF = activation(widen("up"))
+        hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "mlp"))
+        kernel_FD = matrix(self, "down", (hidden, width), ("mlp", "embed"))
+        return product("BTF,FD->BTD", hidden_BTF, kernel_FD)
 
 
 class Block(nn.Module):
@@ -38,3 +101,16 @@ class Block(nn.Module):
         x_BTD = x_BTD + out_BTD
         x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
         return nn.with_logical_constraint(x_BTD, ("batch", "length", "activation_embed")), kept
+
+
+def for_decoding(block: dict[str, Any]) -> dict[str, Any]:
+    """Lays a block's matrices out for decoding; one matrix replaces gate and up, if both exist."""
+    feed_forward = dict(block["feed_forward"])
+    if "gate" in feed_forward:
+        parts = [feed_forward.pop(name) for name in ("gate", "up")]
+        feed_forward[_JOINED] = jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *parts)
+    return {
+        **block,
+        "attention": attention.for_decoding(block["attention"]),
+        "feed_forward": feed_forward,
+    }

@@ -10,7 +10,6 @@ That is why its shared models decode without a cache.)
 
 import dataclasses
 import functools
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,15 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.attention import Attend
-from mobilellm_jax.model.softmax import IN_FLOAT, AttentionProducts, Rows, attend, attend_by_token
+from mobilellm_jax.model.softmax import (
+    IN_FLOAT,
+    AttentionProducts,
+    Keys,
+    Queries,
+    Rows,
+    attend,
+    attend_by_token,
+)
 
 
 @struct.dataclass
@@ -34,7 +41,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
-        return jax.tree.leaves(self.k_LBSKH)[0].shape[2]  # type: ignore[no-any-return]  # untyped
+        return int(jax.tree.leaves(self.k_LBSKH)[0].shape[2])
 
 
 def init_cache(
@@ -46,11 +53,9 @@ def init_cache(
 ) -> KVCache:
     """Returns an empty cache for `batch` rows of at most `max_len` tokens."""
     shape = (config.applied_depth, batch, max_len, config.num_kv_heads, config.head_dim)
-    return KVCache(
-        k_LBSKH=products.empty_rows(shape, dtype),
-        v_LBSKH=products.empty_rows(shape, dtype),
-        length_B=jnp.zeros((batch,), jnp.int32),
-    )
+    rows = jax.eval_shape(products.rows, jax.ShapeDtypeStruct(shape, dtype))
+    k_LBSKH, v_LBSKH = (jax.tree.map(jnp.zeros_like, rows) for _ in range(2))
+    return KVCache(k_LBSKH, v_LBSKH, length_B=jnp.zeros((batch,), jnp.int32))
 
 
 def attend_with_cache(
@@ -67,14 +72,11 @@ def attend_with_cache(
 
     def write(old: Rows, new: Rows) -> Rows:
         at = (slot, rows_B1, positions_BT)
-        return cast(Rows, jax.tree.map(lambda x, y: x.at[at].set(y.astype(x.dtype)), old, new))
+        return jax.tree.map(lambda x, y: x.at[at].set(y.astype(x.dtype)), old, new)
 
     def attend(
-        q_BTNH: Float[Array, "B T N H"],
-        k_BTKH: Float[Array, "B T K H"],
-        v_BTKH: Float[Array, "B T K H"],
-        products: AttentionProducts,
-    ) -> tuple[Float[Array, "B T N H"], KVCache]:
+        q_BTNH: Queries, k_BTKH: Keys, v_BTKH: Keys, products: AttentionProducts
+    ) -> tuple[Queries, KVCache]:
         k_LBSKH = write(cache.k_LBSKH, products.rows(k_BTKH))
         v_LBSKH = write(cache.v_LBSKH, products.rows(v_BTKH))
         k_BSKH, v_BSKH = (_slot(rows, slot).astype(q_BTNH.dtype) for rows in (k_LBSKH, v_LBSKH))
@@ -101,7 +103,7 @@ class AlignedCache:
     @property
     def capacity(self) -> int:
         """Number of places for tokens in a row, including the unused places before its start."""
-        return jax.tree.leaves(self.k_WSH)[0].shape[1]  # type: ignore[no-any-return]  # untyped
+        return int(jax.tree.leaves(self.k_WSH)[0].shape[1])
 
 
 def align(cache: KVCache) -> AlignedCache:
@@ -136,18 +138,15 @@ def attend_with_slot(
 
     def write(old: Rows, new_B1KH: Float[Array, "B 1 K H"], products: AttentionProducts) -> Rows:
         new_W1H = products.rows(new_B1KH.reshape(-1, 1, new_B1KH.shape[-1]))
-        return jax.tree.map(  # type: ignore[no-any-return]  # untyped
+        return jax.tree.map(
             lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), at, axis=1),
             old,
             new_W1H,
         )
 
     def attend_to_slot(
-        q_B1NH: Float[Array, "B 1 N H"],
-        k_B1KH: Float[Array, "B 1 K H"],
-        v_B1KH: Float[Array, "B 1 K H"],
-        products: AttentionProducts,
-    ) -> tuple[Float[Array, "B 1 N H"], tuple[Rows, Rows]]:
+        q_B1NH: Queries, k_B1KH: Keys, v_B1KH: Keys, products: AttentionProducts
+    ) -> tuple[Queries, tuple[Rows, Rows]]:
         keys, values = write(k_WSH, k_B1KH, products), write(v_WSH, v_B1KH, products)
         batch, _, num_kv_heads, head_dim = k_B1KH.shape
         q_WG1H = q_B1NH.reshape(batch * num_kv_heads, -1, 1, head_dim)
@@ -159,4 +158,4 @@ def attend_with_slot(
 
 
 def _slot(rows: Rows, slot: int | Int[Array, ""]) -> Rows:
-    return cast(Rows, jax.tree.map(lambda x: x[slot], rows))
+    return jax.tree.map(lambda x: x[slot], rows)

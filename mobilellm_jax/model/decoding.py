@@ -28,13 +28,11 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model import attention, feed_forward
 from mobilellm_jax.model.attention import Attend
-from mobilellm_jax.model.block import Block
+from mobilellm_jax.model.block import Block, RMSNorm, for_decoding
 from mobilellm_jax.model.cache import AlignedCache, attend_with_slot
 from mobilellm_jax.model.layer_sharing import application_order
-from mobilellm_jax.model.norm import rms_norm
-from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.on_device import compute_dtype
 from mobilellm_jax.model.products import Kernel, SpecialKernel, scores
 from mobilellm_jax.model.rope import rotation
 from mobilellm_jax.model.transformer import Params, head_matrix
@@ -83,12 +81,7 @@ def decoding_weights(params: Params, config: ModelConfig) -> DecodingWeights:
 # One program serves every block. A program for all blocks would compile for seconds.
 @jax.jit
 def _block(blocks: Params, u: Int[Array, ""]) -> Params:
-    block = jax.tree.map(lambda stacked: stacked[u], blocks)
-    return {
-        **block,
-        "attention": attention.for_decoding(block["attention"]),
-        "feed_forward": feed_forward.for_decoding(block["feed_forward"]),
-    }
+    return for_decoding(jax.tree.map(lambda stacked: stacked[u], blocks))
 
 
 @jax.jit
@@ -141,11 +134,12 @@ def apply_unrolled(
     """
     block = Block(config)
     turn = rotation(positions_BT, config.head_dim, config.rope_theta)
-    x_BTD = weights.table_VD[tokens_BT].astype(compute_dtype(config))
+    x_BTD: Any = weights.table_VD[tokens_BT].astype(compute_dtype(config))
     memory = []
     order = application_order(config.num_blocks, config.num_repeats, config.sharing)
     for slot, u in enumerate(order):
         x_BTD, kept = block.apply({"params": weights.blocks[u]}, x_BTD, turn, attend_in_slot(slot))
         memory.append(kept)
-    x_BTD = rms_norm(x_BTD, weights.final_norm_D, config.norm_eps)
+    norm = {"params": {"scale": weights.final_norm_D}}
+    x_BTD = RMSNorm(config.norm_eps).apply(norm, x_BTD)
     return scores("BTD,DV->BTV", x_BTD, weights.head_DV), memory

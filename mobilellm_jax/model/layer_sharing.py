@@ -18,14 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from mobilellm_jax.config import ModelConfig, Remat, Sharing
 from mobilellm_jax.model.attention import Attend
-from mobilellm_jax.model.attention_kernels import SAVED
 from mobilellm_jax.model.block import Block
-from mobilellm_jax.model.cache import KVCache
 from mobilellm_jax.model.rope import Rotation
+from mobilellm_jax.model.softmax import SAVED
 
-Carry = tuple[Float[Array, "B T D"], KVCache | None]
-
-Policy = Callable[..., Any]
+Carry = tuple[Float[Array, "B T D"], Any]
+"""The residual stream, and the memory that attention keeps between layers (a cache or None)."""
 
 _BLOCK_INPUT = "block_input"
 _KEPT: dict[str, tuple[str, ...]] = {
@@ -56,27 +54,22 @@ def application_order(num_blocks: int, num_repeats: int, sharing: Sharing) -> tu
     return tuple(b for one_pass in passes for b in one_pass)
 
 
-def _policy(remat: Remat) -> Policy:
+def _policy(remat: Remat) -> Any:
     """Returns JAX's policy for the results of a block that wait for its backward pass."""
     policies = jax.checkpoint_policies
     if remat == "offload":
-        offload: Policy = policies.save_and_offload_only_these_names(
+        return policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[_BLOCK_INPUT],
             offload_src="device",
             offload_dst="pinned_host",
         )
-        return offload
-    by_name: Policy = policies.save_only_these_names(*_KEPT[remat])
+    by_name = policies.save_only_these_names(*_KEPT[remat])
     if SAVED not in _KEPT[remat]:
         return by_name
-
-    def by_name_or_kernel(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
-        if primitive.name == _CUDNN_FORWARD:
-            return True
-        return by_name(primitive, *arguments, **parameters)
-
-    return by_name_or_kernel
+    return policies.save_from_both_policies(
+        by_name, lambda primitive, *_, **__: primitive.name == _CUDNN_FORWARD
+    )
 
 
 def apply_blocks(
@@ -84,25 +77,25 @@ def apply_blocks(
     config: ModelConfig,
     x_BTD: Float[Array, "B T D"],
     turn: Rotation,
-    attend_in_slot: Callable[[KVCache | None, Int[Array, ""]], Attend],
-    cache: KVCache | None,
+    attend_in_slot: Callable[[Any, Int[Array, ""]], Attend],
+    memory: Any = None,
 ) -> Carry:
-    """Runs all applied layers; returns the residual stream and the cache after them.
+    """Runs all applied layers; returns the residual stream and the memory after them.
 
     Args:
       blocks: the module that holds the stacked parameters of the unique blocks.
       config: the architecture.
       x_BTD: the embedded tokens.
       turn: the rotation of queries and keys.
-      attend_in_slot: returns the attention of a layer. A layer's slot in the cache is its place in
-        `application_order`.
-      cache: the cache that the layers extend, or None.
+      attend_in_slot: returns the attention of a layer, given the memory and the layer's slot in it.
+        The slot is the place of the layer in `application_order`.
+      memory: the cache that the layers extend, or None.
     """
 
     def apply_block(block: Block, carry: Carry, slot: Int[Array, ""]) -> Carry:
-        x_BTD, cache = carry
+        x_BTD, memory = carry
         x_BTD = checkpoint_name(x_BTD, _BLOCK_INPUT)
-        return block(x_BTD, turn, attend_in_slot(cache, slot))
+        return block(x_BTD, turn, attend_in_slot(memory, slot))
 
     if config.remat != "none":
         # The scan already keeps XLA from merging the recomputation with the forward pass.
@@ -113,26 +106,19 @@ def apply_blocks(
             carry = apply_block(block, carry, slots_R[r])
         return carry, None
 
-    def scan(carry: Carry, slots_UR: np.ndarray, reverse: bool) -> Carry:
-        scanned = nn.scan(
+    order = application_order(config.num_blocks, config.num_repeats, config.sharing)
+    slots_UR = np.stack([np.flatnonzero(np.equal(order, u)) for u in range(config.num_blocks)])
+    num_scans = 1 if config.sharing == "immediate" else config.num_repeats
+    carry = (x_BTD, memory)
+    for r, scan_slots_UR in enumerate(np.split(slots_UR, num_scans, axis=1)):
+        scan = nn.scan(
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=config.num_blocks,
-            reverse=reverse,
+            reverse=config.sharing == "reverse" and r % 2 == 1,
             unroll=config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "blocks"},
         )
-        carry, _ = scanned(blocks, carry, jnp.asarray(slots_UR, jnp.int32))
-        return carry
-
-    order = application_order(config.num_blocks, config.num_repeats, config.sharing)
-    slots_UR = np.stack([np.flatnonzero(np.equal(order, u)) for u in range(config.num_blocks)])
-    carry = (x_BTD, cache)
-    if config.sharing == "immediate":
-        return scan(carry, slots_UR, reverse=False)
-    for r in range(config.num_repeats):
-        carry = scan(
-            carry, slots_UR[:, r : r + 1], reverse=config.sharing == "reverse" and r % 2 == 1
-        )
+        carry, _ = scan(blocks, carry, jnp.asarray(scan_slots_UR, jnp.int32))
     return carry

@@ -1,4 +1,8 @@
-"""Checks a config against a device, and chooses the attention that `auto` stands for.
+"""Replaces the `auto` of a config by a device's best choice, and checks a config against a device.
+
+`model.compute_dtype=auto` is the type that trains fastest: bfloat16 on TPUs, on GPUs with bfloat16
+matrix units (NVIDIA from 8.0, AMD from MI200), and on CPUs with bfloat16 instructions if the model
+has a width of at least 512. It is float32 elsewhere. Parameters are always float32.
 
 `model.attention=auto` takes the first kernel in this table that the device has and that supports
 the config. The choice does not depend on a measurement, so a config is the same program on every
@@ -13,40 +17,67 @@ device of a kind:
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
-from mobilellm_jax.config import ATTENTION, Attention, Config, ModelConfig, attention_violations
+from mobilellm_jax.config import (
+    ATTENTION,
+    Attention,
+    ComputeDtype,
+    Config,
+    ModelConfig,
+    attention_violations,
+)
+from mobilellm_jax.startup.cpu import cpu_features
 
 INSTALL_TOKAMAX = 'pip install "mobilellm-jax[tokamax]"'
 
+_CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # instructions for bfloat16 products
+# A step of a narrower model mostly passes over activations, and bfloat16 does not speed that up.
+_CPU_LEAST_WIDTH = 512
 _CHOICES: dict[str, tuple[Attention, ...]] = {"tpu": ("splash",), "gpu": ("cudnn", "tokamax")}
 _AMPERE, _HOPPER = 8.0, 9.0  # compute capabilities
 _CUDNN_HEAD_DIM = {_AMPERE: 128, _HOPPER: 256}
 _WITH_A_HOST = ("gpu", "tpu")  # on CPUs, JAX ignores the transfers silently
 
 
-def resolve_attention(config: Config, device: jax.Device) -> Config:
-    """Replaces `model.attention="auto"`; the caller resolves `compute_dtype` first."""
-    if config.model.attention != "auto":
-        return config
-    assert config.model.compute_dtype != "auto", (
-        "the choice of a kernel depends on the compute dtype"
-    )
-    able = [
-        name
-        for name in _CHOICES.get(device.platform, ())
-        if not list(attention_violations(config, name))
-        and not list(_attention_on(name, config.model, device))
-    ]
-    model = dataclasses.replace(config.model, attention=able[0] if able else "xla")
+def settle(config: Config, device: jax.Device) -> Config:
+    """Replaces every `auto` by its value on the device."""
+    model = config.model
+    if model.compute_dtype == "auto":
+        wide_on_cpu = device.platform == "cpu" and model.embed_dim >= _CPU_LEAST_WIDTH
+        narrow = _multiplies_bfloat16(device) or (
+            wide_on_cpu and bool(_CPU_BFLOAT16 & cpu_features())
+        )
+        model = dataclasses.replace(model, compute_dtype=_name(narrow))
+        config = dataclasses.replace(config, model=model)
+    if model.attention == "auto":
+        able = [
+            name
+            for name in _CHOICES.get(device.platform, ())
+            if not list(attention_violations(config, name))
+            and not _attention_violation(name, model, device)
+        ]
+        model = dataclasses.replace(model, attention=able[0] if able else "xla")
     return dataclasses.replace(config, model=model)
+
+
+def compute_dtype(config: ModelConfig) -> jax.typing.DTypeLike:
+    """Returns the JAX type of activations.
+
+    An "auto" that training did not resolve means bfloat16 on TPUs and on GPUs with bfloat16 matrix
+    units. On CPUs it means float32, because users compare scores on CPUs with other programs.
+    """
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    return jnp.dtype(_name(_multiplies_bfloat16(jax.devices()[0])))
 
 
 def device_violations(config: Config, device: jax.Device) -> list[str]:
     """Returns one message for each setting that the device does not support."""
-    violations = list(_attention_on(config.model.attention, config.model, device))
+    violation = _attention_violation(config.model.attention, config.model, device)
+    violations = [violation] if violation else []
     if config.model.remat == "offload" and device.platform not in _WITH_A_HOST:
         violations.append(
             "model.remat='offload' moves block inputs from the device's memory to the host's, and "
@@ -55,41 +86,49 @@ def device_violations(config: Config, device: jax.Device) -> list[str]:
     return violations
 
 
-def _attention_on(name: str, model: ModelConfig, device: jax.Device) -> Iterator[str]:
-    rules = ATTENTION.get(name)
+def _name(bfloat16: bool) -> ComputeDtype:
+    return "bfloat16" if bfloat16 else "float32"
+
+
+def _multiplies_bfloat16(device: jax.Device) -> bool:
+    if device.platform != "gpu":
+        return bool(device.platform == "tpu")
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; "gfx942" of an MI300
+    if capability.startswith("gfx"):
+        return capability.startswith(("gfx90a", "gfx94", "gfx95"))
+    return float(capability or 0) >= _AMPERE
+
+
+def _attention_violation(name: str, model: ModelConfig, device: jax.Device) -> str | None:
+    """Returns the reason why the device cannot compute the attention `name`, if there is one."""
+    rules, field = ATTENTION.get(name), f"model.attention={name!r}"
     if rules is None or not rules.device:
-        return
-    field = f"model.attention={name!r}"
+        return None
     if device.platform != rules.device:
-        yield (
+        return (
             f"{field} runs on {rules.device.upper()}s, and this is {device.device_kind}; choose "
             "auto or xla."
         )
-        return
-    if rules.device == "gpu":
-        yield from _attention_on_gpu(name, model, device)
-
-
-def _attention_on_gpu(name: str, model: ModelConfig, device: jax.Device) -> Iterator[str]:
-    field = f"model.attention={name!r}"
+    if rules.device != "gpu":
+        return None
     # NVIDIA's compute capability is a number. AMD's is a name such as gfx90a.
     nvidia = device.device_kind.startswith("NVIDIA")
     capability = float(device.compute_capability) if nvidia else 0.0
     needed = _HOPPER if name == "tokamax" else _AMPERE
     if capability < needed:
-        yield (
+        return (
             f"{field} needs an NVIDIA GPU of compute capability {needed} or more, and this is "
             f"{device.device_kind}; choose auto or xla."
         )
-        return
     most = max(dim for since, dim in _CUDNN_HEAD_DIM.items() if capability >= since)
     if name == "cudnn" and model.head_dim > most:
-        yield (
+        return (
             f"model.head_dim={model.head_dim} must be at most {most} for {field} on "
             f"{device.device_kind}; choose auto or xla."
         )
     if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
-        yield (
+        return (
             f"{field} needs Tokamax, which is not installed: {INSTALL_TOKAMAX}; or choose auto "
             "or xla."
         )
+    return None

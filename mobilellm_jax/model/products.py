@@ -1,4 +1,4 @@
-"""Products of activations with weights.
+"""Weight matrices, and products of activations with them.
 
 The gradient of `product` is written out, and its bfloat16 form asks for float32 sums. Both are
 workarounds for XLA's CPU backend, measured on two Zen 4 cores with a block of the 125M model:
@@ -19,13 +19,12 @@ returns float32.
 import abc
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-Multiply = Callable[[str, jax.Array, jax.Array], jax.Array]
 
 
 class SpecialKernel(abc.ABC):
@@ -38,9 +37,9 @@ class SpecialKernel(abc.ABC):
     """Whether activations are rounded to 8 bits before the product."""
 
     @property
-    @abc.abstractmethod
-    def T(self) -> "SpecialKernel":  # noqa: N802  # the name that arrays use
+    def T(self) -> Any:  # noqa: N802  # the name that arrays use
         """The transposed matrix."""
+        return jax.tree.map(lambda array: array.T, self)
 
     @abc.abstractmethod
     def astype(self, dtype: jax.typing.DTypeLike) -> "SpecialKernel":
@@ -54,13 +53,24 @@ class SpecialKernel(abc.ABC):
     def operands(self, spec: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the two arrays that a floating-point product multiplies."""
 
-    def multiply(self, spec: str, x: jax.Array, multiply: Multiply) -> jax.Array:
+    def multiply(self, spec: str, x: jax.Array, multiply: Callable[..., jax.Array]) -> jax.Array:
         """Returns einsum(spec, x, matrix); `multiply` is the caller's product of float arrays."""
         return multiply(spec, *self.operands(spec, x))
 
 
 Kernel = Array | SpecialKernel
 """A weight matrix in any form that `product` takes."""
+
+
+def matrix(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Kernel:
+    """Returns the float32 matrix `name` of a module that has the model's `config`.
+
+    Initialisation draws every matrix and the embedding table from N(0, model.init_std^2), with no
+    scaling by depth, as in the paper's published code. `axes` are logical names (`sharding.py`).
+    """
+    normal = nn.initializers.normal(module.config.init_std)
+    init = nn.with_logical_partitioning(normal, axes)
+    return cast(Kernel, module.param(name, init, shape, jnp.float32))
 
 
 def product(spec: str, x: jax.Array, kernel: Kernel) -> jax.Array:
@@ -70,28 +80,20 @@ def product(spec: str, x: jax.Array, kernel: Kernel) -> jax.Array:
     the other input or in the output.
     """
     if isinstance(kernel, SpecialKernel):
-        return kernel.multiply(spec, x, _float_product).astype(x.dtype)
-    return _float_product(spec, x, kernel)
+        return kernel.multiply(spec, x, product).astype(x.dtype)
+    return _product(spec, x, kernel.astype(x.dtype))
 
 
 def scores(spec: str, x: jax.Array, head: Kernel) -> jax.Array:
     """Returns einsum(spec, x, head) in float32; a float head is converted to the type of x."""
     if isinstance(head, SpecialKernel):
-        return head.multiply(spec, x, _float_scores)
-    return _float_scores(spec, x, head)
+        return head.multiply(spec, x, scores)
+    return jnp.einsum(spec, x, head.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def operands(spec: str, x: jax.Array, kernel: Kernel) -> tuple[jax.Array, jax.Array]:
     """Returns the two float arrays that `product` multiplies."""
     return kernel.operands(spec, x) if isinstance(kernel, SpecialKernel) else (x, kernel)
-
-
-def _float_scores(spec: str, x: jax.Array, head: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def _float_product(spec: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _product(spec, x, kernel.astype(x.dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

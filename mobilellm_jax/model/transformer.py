@@ -6,6 +6,7 @@ cache. `decoding.py` then applies the same blocks to one token at a time.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import flax.linen as nn
@@ -14,14 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.attention import Attend, attend_within, uses_kernel
-from mobilellm_jax.model.block import Block
+from mobilellm_jax.model.attention import Attend, attend_within
+from mobilellm_jax.model.block import Block, RMSNorm
 from mobilellm_jax.model.cache import KVCache, attend_with_cache
 from mobilellm_jax.model.layer_sharing import apply_blocks
-from mobilellm_jax.model.norm import RMSNorm
-from mobilellm_jax.model.parameters import matrix
-from mobilellm_jax.model.precision import compute_dtype
-from mobilellm_jax.model.products import Kernel, scores
+from mobilellm_jax.model.on_device import compute_dtype
+from mobilellm_jax.model.products import Kernel, matrix, scores
 from mobilellm_jax.model.rope import rotation
 
 Params = dict[str, Any]
@@ -30,26 +29,17 @@ Params = dict[str, Any]
 Table = TypeVar("Table", bound=Kernel)
 
 
-class Embedding(nn.Module):
-    """The token table; with tied embeddings (paper Sec. 2.3) it is the output matrix too."""
+class VocabularyMatrix(nn.Module):
+    """A matrix with a row or a column for every token."""
 
     config: ModelConfig
+    parameter: str
+    axes: tuple[str, str]  # logical
 
     @nn.compact
     def __call__(self) -> Kernel:
-        shape = (self.config.vocab_size, self.config.embed_dim)
-        return matrix(self, "table", shape, ("vocab", "embed"))
-
-
-class Head(nn.Module):
-    """The output matrix of a model with untied embeddings."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> Kernel:
-        shape = (self.config.embed_dim, self.config.vocab_size)
-        return matrix(self, "kernel", shape, ("embed", "vocab"))
+        sizes = {"vocab": self.config.vocab_size, "embed": self.config.embed_dim}
+        return matrix(self, self.parameter, tuple(sizes[axis] for axis in self.axes), self.axes)
 
 
 class Transformer(nn.Module):
@@ -58,11 +48,12 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        self.embedding = Embedding(self.config)
+        # With tied embeddings (paper Sec. 2.3) the token table is the output matrix too.
+        self.embedding = VocabularyMatrix(self.config, "table", ("vocab", "embed"))
         self.blocks = Block(self.config)
         self.final_norm = RMSNorm(self.config.norm_eps)
         if not self.config.tie_embeddings:
-            self.head = Head(self.config)
+            self.head = VocabularyMatrix(self.config, "kernel", ("embed", "vocab"))
 
     def __call__(
         self,
@@ -93,19 +84,11 @@ class Transformer(nn.Module):
           mask_BTS: True where a query may attend to a key. It replaces the causal mask and the
             segments. Attention kernels compute their own masks, so they do not take one.
         """
-        config = self.config
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
-        assert mask_BTS is None or not uses_kernel(config), f"a mask for {config.attention}"
-        attend = attend_within(config, segments_BT, mask_BTS)
-
-        def attend_in_slot(cache: KVCache | None, slot: Int[Array, ""]) -> Attend:
-            return attend
-
-        turn = rotation(positions_BT, config.head_dim, config.rope_theta)
-        embedded_BTD = self._embed(tokens_BT)
-        x_BTD, _ = apply_blocks(self.blocks, config, embedded_BTD, turn, attend_in_slot, None)
-        return self.final_norm(x_BTD)
+        attend = attend_within(self.config, segments_BT, mask_BTS)
+        x_BTD, _ = self._apply(tokens_BT, positions_BT, lambda memory, slot: attend)
+        return x_BTD
 
     def extend(
         self, tokens_BT: Int[Array, "B T"], cache: KVCache
@@ -116,29 +99,35 @@ class Transformer(nn.Module):
         the cache. If a row was padded on the right, the caller sets its `length_B` back to the true
         length afterwards.
         """
-        config = self.config
         length = tokens_BT.shape[1]
         positions_BT = cache.length_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
         keys_11S = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None, :]
         mask_BTS = keys_11S <= positions_BT[:, :, None]
 
-        def attend_in_slot(cache: KVCache | None, slot: Int[Array, ""]) -> Attend:
-            assert cache is not None, "the scan carries the cache that it was given"
+        def attend_in_slot(cache: KVCache, slot: Int[Array, ""]) -> Attend:
             return attend_with_cache(cache, slot, positions_BT, mask_BTS)
 
-        turn = rotation(positions_BT, config.head_dim, config.rope_theta)
-        embedded_BTD = self._embed(tokens_BT)
-        x_BTD, extended = apply_blocks(
-            self.blocks, config, embedded_BTD, turn, attend_in_slot, cache
-        )
-        assert extended is not None, "the scan returns the cache that it was given"
-        longer = dataclasses.replace(extended, length_B=cache.length_B + length)
-        return self.final_norm(x_BTD), longer
+        x_BTD, extended = self._apply(tokens_BT, positions_BT, attend_in_slot, cache)
+        return x_BTD, dataclasses.replace(extended, length_B=cache.length_B + length)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores the vocabulary with float32 sums; tied embeddings are not scaled."""
         head_DV = self.embedding().T if self.config.tie_embeddings else self.head()
         return scores("BTD,DV->BTV", x_BTD, head_DV)
+
+    def _apply(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "#B T"],
+        attend_in_slot: Callable[[Any, Int[Array, ""]], Attend],
+        memory: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Returns the normed last hidden states, and the memory after `apply_blocks`."""
+        config = self.config
+        turn = rotation(positions_BT, config.head_dim, config.rope_theta)
+        x_BTD = self._embed(tokens_BT)
+        x_BTD, memory = apply_blocks(self.blocks, config, x_BTD, turn, attend_in_slot, memory)
+        return self.final_norm(x_BTD), memory
 
     def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         # The table is gathered over `fsdp` before the lookup. Otherwise GSPMD would copy the result

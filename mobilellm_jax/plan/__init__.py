@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from mobilellm_jax.config import Config
+from mobilellm_jax.model.on_device import settle
 from mobilellm_jax.plan import report
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, compile_step
@@ -20,7 +21,7 @@ from mobilellm_jax.plan.fit import smallest_fit, written
 from mobilellm_jax.plan.prediction import predict
 from mobilellm_jax.plan.topology import Topology, parse_topology, topology_devices
 from mobilellm_jax.train.metrics import peak_flops
-from mobilellm_jax.train.settling import mesh_of, settle
+from mobilellm_jax.train.state import mesh_of
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mobilellm_jax.config import Config
 from mobilellm_jax.plan.hlo import Program, read_program
-from mobilellm_jax.quantize.training import training_transform
+from mobilellm_jax.quantize.parameters import training_transform
 from mobilellm_jax.sharding import Rules, batch_sharding
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import abstract_state

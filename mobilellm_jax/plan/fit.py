@@ -16,7 +16,7 @@ import jax
 from mobilellm_jax.config import Config, ConfigError, Remat
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge, compile_step
-from mobilellm_jax.train.settling import mesh_of
+from mobilellm_jax.train.state import mesh_of
 
 _log = logging.getLogger(__name__)
 _HOPELESS = 1.1  # share of the memory; the count is wrong by less than a tenth

@@ -6,25 +6,20 @@ into the weights of the softmax, and the products then share one scale per query
 mask hides change no scale.
 """
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from mobilellm_jax.model.softmax import AttentionProducts, Rows
+from mobilellm_jax.model.softmax import AttentionProducts, Keys, Rows
 from mobilellm_jax.quantize.integers import integer_einsum, to_rows, tokens_on_levels
-
-_STATIC = {"pytree_node": False}  # part of the program instead of its input
 
 
 @struct.dataclass
 class QuantizedAttention(AttentionProducts):
     """The parts of attention that a model computes in 8 bits; it has no arrays."""
 
-    products: bool = dataclasses.field(default=False, metadata=_STATIC)
-    cache: bool = dataclasses.field(default=False, metadata=_STATIC)
+    products: bool = struct.field(pytree_node=False, default=False)
+    cache: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def fast_attention(self) -> bool:
@@ -34,7 +29,7 @@ class QuantizedAttention(AttentionProducts):
         self, q_GTH: Float[Array, "*lead G T H"], k_SH: Float[Array, "*lead S H"]
     ) -> Float[Array, "*lead G T S"]:
         if not self.products:
-            return AttentionProducts.scores(self, q_GTH, k_SH)
+            return super().scores(q_GTH, k_SH)
         q, k = to_rows(q_GTH), to_rows(k_SH)
         sums_GTS = integer_einsum("...GTH,...SH->...GTS", q.values, k.values)
         return sums_GTS.astype(jnp.float32) * q.scale * _over_keys(k.scale)
@@ -43,20 +38,14 @@ class QuantizedAttention(AttentionProducts):
         self, weights_GTS: Float[Array, "*lead G T S"], v_SH: Float[Array, "*lead S H"]
     ) -> Float[Array, "*lead G T H"]:
         if not self.products:
-            return AttentionProducts.average(self, weights_GTS, v_SH)
+            return super().average(weights_GTS, v_SH)
         v = to_rows(v_SH)
         weights = to_rows(weights_GTS * _over_keys(v.scale))
         sums_GTH = integer_einsum("...GTS,...SH->...GTH", weights.values, v.values)
         return sums_GTH.astype(jnp.float32) * weights.scale
 
-    def rounded(self, x_BTKH: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
+    def rounded(self, x_BTKH: Keys) -> Keys:
         return tokens_on_levels(x_BTKH) if self.cache else x_BTKH
-
-    def empty_rows(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Rows:
-        struct_of_rows = jax.eval_shape(self.rows, jax.ShapeDtypeStruct(shape, dtype))
-        return jax.tree.map(  # type: ignore[no-any-return]  # untyped
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), struct_of_rows
-        )
 
     def rows(self, x: Float[Array, "*rows H"]) -> Rows:
         return to_rows(x) if self.cache else x

@@ -15,26 +15,23 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Integer
 
-from mobilellm_jax.model.softmax import StoredRows
-
 LEVELS = {8: 127, 4: 7}
 """The largest integer of each width; its negative is the smallest."""
 
 _TINY = np.finfo(np.float32).tiny  # XLA's CPU backend replaces smaller numbers by 0
 
-
 if TYPE_CHECKING:
-    _Leaf = Array
+    Leaf = Array
 else:
-    _Leaf = Any  # `jax.eval_shape` puts descriptions of arrays into the fields
+    Leaf = Any  # trees that jax makes hold shapes and shardings in the place of arrays
 
 
 @struct.dataclass
-class QuantizedRows(StoredRows):
+class QuantizedRows:
     """8-bit numbers with one scale for each row along the last axis."""
 
-    values: _Leaf  # int8[*rows n]
-    scale: _Leaf  # float32[*rows 1]
+    values: Leaf  # int8[*rows n]
+    scale: Leaf  # float32[*rows 1]
 
     def astype(self, dtype: jax.typing.DTypeLike) -> Float[Array, "*rows n"]:
         """Returns value * scale."""

@@ -10,15 +10,16 @@ along the inputs. An activation shares its scale with the other activations of i
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from mobilellm_jax.model.products import Multiply, SpecialKernel
+from mobilellm_jax.model.products import SpecialKernel
 from mobilellm_jax.quantize.integers import (
+    Leaf,
     integer_einsum,
     on_levels,
     scale_of,
@@ -27,10 +28,6 @@ from mobilellm_jax.quantize.integers import (
 )
 
 _TYPES = {8: jnp.int8, 4: jnp.int4}
-_STATIC = {"pytree_node": False}  # part of the program instead of its input
-
-Leaf = Any
-"""An array, or the shape or sharding that stands for an array in a tree that jax made."""
 
 
 @struct.dataclass
@@ -45,26 +42,20 @@ class QuantizedKernel(SpecialKernel):
 
     values: Leaf  # int8 or int4
     scale: Leaf  # float32
-    group_size: int = dataclasses.field(default=0, metadata=_STATIC)  # inputs; 0 = one group
-    integer_products: bool = dataclasses.field(default=True, metadata=_STATIC)
-
-    @property
-    def T(self) -> "QuantizedKernel":  # noqa: N802  # the name that arrays use
-        """The transposed matrix."""
-        return dataclasses.replace(self, values=self.values.T, scale=self.scale.T)
+    group_size: int = struct.field(pytree_node=False, default=0)  # inputs; 0 = one group
+    integer_products: bool = struct.field(pytree_node=False, default=True)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> "QuantizedKernel":
         return self
 
     def __getitem__(self, rows: Int[Array, "*rows"]) -> Float[Array, "*rows columns"]:
-        floats: jax.Array = self.values[rows].astype(jnp.float32) * self.scale[rows]
-        return floats
+        return self.values[rows].astype(jnp.float32) * self.scale[rows]
 
     def operands(self, spec: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         raise TypeError("A QuantizedKernel has integer products, which have no gradient.")
 
-    def multiply(self, spec: str, x: jax.Array, multiply: Multiply) -> jax.Array:
-        return quantized_product(spec, x, self)
+    def multiply(self, spec: str, x: jax.Array, multiply: Callable[..., jax.Array]) -> jax.Array:
+        return _quantized_product(spec, x, self)
 
 
 @struct.dataclass
@@ -72,19 +63,13 @@ class TrainedKernel(SpecialKernel):
     """A float matrix of quantization-aware training, whose numbers are already on their levels."""
 
     values: Leaf
-    integer_products: bool = dataclasses.field(default=True, metadata=_STATIC)
-
-    @property
-    def T(self) -> "TrainedKernel":  # noqa: N802  # the name that arrays use
-        """The transposed matrix."""
-        return dataclasses.replace(self, values=self.values.T)
+    integer_products: bool = struct.field(pytree_node=False, default=True)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> "TrainedKernel":
         return dataclasses.replace(self, values=self.values.astype(dtype))
 
     def __getitem__(self, rows: Int[Array, "*rows"]) -> Float[Array, "*rows columns"]:
-        floats: jax.Array = self.values[rows]
-        return floats
+        return self.values[rows]
 
     def operands(self, spec: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         if self.integer_products:
@@ -121,15 +106,21 @@ def dequantized(kernel: QuantizedKernel, *, num_inputs: int) -> Float[Array, "..
     return _ungrouped(scaled, kernel.values.shape, num_inputs)
 
 
-def kernel_on_levels(
-    kernel: Float[Array, "..."], *, num_inputs: int, bits: int, group_size: int
-) -> Float[Array, "..."]:
+def to_trained_kernel(
+    kernel: Float[Array, "..."],
+    *,
+    num_inputs: int,
+    bits: int,
+    group_size: int,
+    integer_products: bool = True,
+) -> TrainedKernel:
     """Rounds a matrix to the levels and scales of `to_kernel`; differentiable (`on_levels`)."""
     groups, scale = _groups_and_scale(kernel, num_inputs, bits, group_size)
-    return _ungrouped(on_levels(groups, scale, bits), kernel.shape, num_inputs)
+    values = _ungrouped(on_levels(groups, scale, bits), kernel.shape, num_inputs)
+    return TrainedKernel(values, integer_products)
 
 
-def quantized_product(spec: str, x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
+def _quantized_product(spec: str, x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
     """Returns einsum(spec, x, kernel) in float32.
 
     With `integer_products`, x is quantized too, and int8 x int8 is summed in int32. The sums of

@@ -13,19 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.parameters import ATTENTION_PRODUCTS
 from mobilellm_jax.model.products import Kernel
+from mobilellm_jax.model.softmax import ATTENTION_PRODUCTS
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.quantize.attention import QuantizedAttention
-from mobilellm_jax.quantize.kernels import (
-    QuantizedKernel,
-    TrainedKernel,
-    kernel_on_levels,
-    to_kernel,
-)
-from mobilellm_jax.quantize.schemes import Scheme, check_scheme
+from mobilellm_jax.quantize.kernels import QuantizedKernel, to_kernel, to_trained_kernel
+from mobilellm_jax.quantize.schemes import Scheme, check_scheme, trained_scheme
 
 NUM_INPUTS = {
     **dict.fromkeys(("query", "key", "value", "gate", "up", "down"), 1),
@@ -33,25 +28,13 @@ NUM_INPUTS = {
 }
 """The number of leading axes of a block's matrix that are its inputs."""
 
-_Quantize = Callable[..., Kernel]
-
 
 def quantized(params: Params, scheme: Scheme) -> Params:
     """Returns the parameters with integers and scales for the matrices of the scheme.
 
     Norms, and parts that the scheme does not name, stay as they are.
     """
-
-    def quantize(matrix: jax.Array, *, num_inputs: int, bits: int, group_size: int) -> Kernel:
-        return to_kernel(
-            matrix,
-            num_inputs=num_inputs,
-            bits=bits,
-            group_size=group_size,
-            integer_products=scheme.integer_products,
-        )
-
-    return _replaced(params, scheme, quantize)
+    return _replaced(params, scheme, to_kernel)
 
 
 def quantize_model(config: ModelConfig, params: Params, scheme: Scheme) -> Params:
@@ -69,46 +52,49 @@ def quantize_model(config: ModelConfig, params: Params, scheme: Scheme) -> Param
 
 def on_levels(params: Params, scheme: Scheme) -> Params:
     """Returns the parameters that a training step computes with, differentiable in `params`."""
-
-    def quantize(matrix: jax.Array, *, num_inputs: int, bits: int, group_size: int) -> Kernel:
-        levels = kernel_on_levels(matrix, num_inputs=num_inputs, bits=bits, group_size=group_size)
-        return TrainedKernel(levels, integer_products=scheme.integer_products)
-
-    return _replaced(params, scheme, quantize)
+    return _replaced(params, scheme, to_trained_kernel)
 
 
-def _replaced(params: Params, scheme: Scheme, quantize: _Quantize) -> Params:
-    def stacked(matrices: Params) -> Params:
-        return {
-            name: jax.vmap(
-                functools.partial(
-                    quantize,
-                    num_inputs=NUM_INPUTS[name],
-                    bits=scheme.weight_bits,
-                    group_size=scheme.group_size,
-                )
-            )(matrix_U)
-            for name, matrix_U in matrices.items()
-        }
+def training_transform(config: Config) -> Callable[[Params], Params]:
+    """Returns the function that the step applies to the parameters before the model.
+
+    The step computes with matrices and activations that are rounded to the levels of the run's
+    scheme. Its gradient passes straight through the rounding to the float parameters, which the run
+    trains and saves. The function is the identity if the run is trained for no scheme.
+    """
+    scheme = trained_scheme(config)
+    return functools.partial(on_levels, scheme=scheme) if scheme else lambda params: params
+
+
+def derivation(config: Config) -> Callable[[Params], Params]:
+    """Returns the function from a run's parameters to its model in integers.
+
+    Validation and samples use this model. The function is the identity if the run is trained for no
+    scheme.
+    """
+    scheme = trained_scheme(config)
+    return jax.jit(functools.partial(quantized, scheme=scheme)) if scheme else lambda params: params
+
+
+def _replaced(params: Params, scheme: Scheme, to_kernel: Callable[..., Kernel]) -> Params:
+    make = functools.partial(to_kernel, integer_products=scheme.integer_products)
+
+    def stacked(name: str, matrix_U: jax.Array) -> Kernel:
+        how = {"bits": scheme.weight_bits, "group_size": scheme.group_size}
+        return jax.vmap(functools.partial(make, num_inputs=NUM_INPUTS[name], **how))(matrix_U)
 
     def rows(matrix: jax.Array) -> Kernel:
         # Every token has a scale: a row of the table, or a column of the head.
-        return quantize(matrix, num_inputs=1, bits=8, group_size=0)
+        return make(matrix, num_inputs=1, bits=8, group_size=0)
 
-    blocks = params["blocks"]
-    attention = stacked(blocks["attention"])
+    blocks = dict(params["blocks"])
+    for part in ("attention", "feed_forward"):
+        blocks[part] = {name: stacked(name, matrix) for name, matrix in blocks[part].items()}
     if {"attention", "cache"} & set(scheme.parts):
-        attention[ATTENTION_PRODUCTS] = QuantizedAttention(
+        blocks["attention"][ATTENTION_PRODUCTS] = QuantizedAttention(
             products="attention" in scheme.parts, cache="cache" in scheme.parts
         )
-    changed = {
-        **params,
-        "blocks": {
-            **blocks,
-            "attention": attention,
-            "feed_forward": stacked(blocks["feed_forward"]),
-        },
-    }
+    changed = {**params, "blocks": blocks}
     if "embedding" in scheme.parts:
         changed["embedding"] = {"table": rows(params["embedding"]["table"].T).T}
     if "head" in scheme.parts and "head" in params:
@@ -127,7 +113,7 @@ def bits_per_weight(params: Params) -> float:
     """Returns the bits of all values and scales, divided by the parameters of the model."""
     numbers: int = sum(
         leaf.values.size if isinstance(leaf, QuantizedKernel) else leaf.size
-        for leaf in jax.tree.leaves(params, is_leaf=_is_kernel)
+        for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedKernel))
     )
     return 8 * stored_bytes(params) / numbers
 
@@ -160,7 +146,3 @@ def check_finite(params: Params) -> None:
             f"{', '.join(wrong)} must be finite to be quantized; choose an earlier checkpoint, "
             "from before the training diverged."
         )
-
-
-def _is_kernel(node: object) -> bool:
-    return isinstance(node, QuantizedKernel)

@@ -91,11 +91,11 @@ def _trial(sweep: Path, name: str) -> int:
     import jax
     import numpy as np
 
-    from mobilellm_jax.quantize.training import training_transform
+    from mobilellm_jax.model.on_device import settle
+    from mobilellm_jax.quantize.parameters import training_transform
     from mobilellm_jax.sharding import local_rows, put_batch
     from mobilellm_jax.train.optimizer import make_optimizer
-    from mobilellm_jax.train.settling import mesh_of, settle
-    from mobilellm_jax.train.state import init_state
+    from mobilellm_jax.train.state import init_state, mesh_of
     from mobilellm_jax.train.step import make_train_step
 
     devices = jax.devices()

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mobilellm_jax.config import Config, to_json
+from mobilellm_jax.model.on_device import settle
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, compile_step
@@ -24,7 +25,7 @@ from mobilellm_jax.processes.source_digest import source_digest
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.train.metrics import peak_flops
-from mobilellm_jax.train.settling import mesh_of, settle
+from mobilellm_jax.train.state import mesh_of
 
 Say = Callable[[str], object]
 _GIB = 2**30

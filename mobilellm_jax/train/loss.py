@@ -42,12 +42,12 @@ def token_losses(
     """Returns the cross-entropy of every target in nats, float32; use it without gradients."""
     head_VD = gathered(head_VD.astype(x_BTD.dtype))
 
-    def score(_: None, chunk_xs: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def score(chunk_xs: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_BCD, targets_BC = chunk_xs
         logits_BCV = scores("BCD,VD->BCV", x_BCD, head_VD)
-        return None, _losses(logits_BCV, jax.nn.logsumexp(logits_BCV, axis=-1), targets_BC)
+        return _losses(logits_BCV, jax.nn.logsumexp(logits_BCV, axis=-1), targets_BC)
 
-    _, losses_nBC = jax.lax.scan(score, None, (chunks(x_BTD, chunk), chunks(targets_BT, chunk)))
+    losses_nBC = jax.lax.map(score, (chunks(x_BTD, chunk), chunks(targets_BT, chunk)))
     return unchunk(losses_nBC, targets_BT.shape[1])
 
 

@@ -1,5 +1,6 @@
-"""Holds the training state, and decides how the mesh splits it."""
+"""Holds the training state, and decides on which mesh it is and how the mesh splits it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -7,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from mobilellm_jax.config import Config
+from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.model.on_device import device_violations
 from mobilellm_jax.model.transformer import Params, init_boxed
-from mobilellm_jax.sharding import Rules, replicated, use
+from mobilellm_jax.sharding import Rules, batch_shards, logical_rules, make_mesh, replicated, use
 from mobilellm_jax.train.spikes import Recent, nothing_yet
 
 Leaf = Any
 """An array, or `jax.ShapeDtypeStruct` in an abstract state."""
+
+Path = tuple[Any, ...]
 
 
 @struct.dataclass
@@ -46,30 +50,21 @@ def abstract_state(
         specs = nn.get_partition_spec(boxed)
         params_shardings = nn.logical_to_mesh_sharding(specs, mesh, list(rules))
         state = jax.eval_shape(lambda s: _init(config, optimizer, s), seed)
+    by_names = {_names(path): s for path, s in jax.tree.leaves_with_path(params_shardings)}
 
-    def spread(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def with_sharding(path: Path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = _names(path)
+        found = (s for param, s in by_names.items() if names[-len(param) :] == param)
+        sharding = next(found, replicated(mesh))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def spread_kept(leaf: Leaf, sharding: NamedSharding) -> Leaf:
-        # A part of the optimizer has an empty node for each parameter that it does not update.
-        return leaf if isinstance(leaf, optax.MaskedNode) else spread(leaf, sharding)
+    placed: TrainState = jax.tree.map_with_path(with_sharding, state)
+    return placed
 
-    def copied(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return spread(leaf, replicated(mesh))
 
-    return TrainState(
-        step=copied(state.step),
-        params=jax.tree.map(spread, state.params, params_shardings),
-        optimizer=optax.tree.map_params(
-            *(optimizer, spread_kept, state.optimizer, params_shardings),
-            transform_non_params=copied,
-            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-        ),
-        key_data=copied(state.key_data),
-        bad_steps=copied(state.bad_steps),
-        skipped_steps=copied(state.skipped_steps),
-        recent=jax.tree.map(copied, state.recent),
-    )
+def _names(path: Path) -> tuple[str, ...]:
+    """Returns the keys of the dicts in a path; they end with the path of a parameter, if any."""
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def init_state(
@@ -81,6 +76,36 @@ def init_state(
         init = jax.jit(lambda seed: _init(config, optimizer, seed), out_shardings=shardings)
         state: TrainState = init(jnp.uint32(config.train.seed))
     return state
+
+
+def mesh_violations(config: Config, mesh: Mesh) -> list[str]:
+    """Returns the rules that the config breaks on this mesh, a message each."""
+    train, shards = config.train, batch_shards(mesh)
+    violations = []
+    if train.global_batch % (shards * train.accumulation_steps):
+        violations.append(
+            f"train.global_batch={train.global_batch} must be a multiple of mesh.data x mesh.fsdp "
+            f"({shards}) x train.accumulation_steps ({train.accumulation_steps}); choose a "
+            f"multiple of {shards * train.accumulation_steps}."
+        )
+    if config.data.seq_len % mesh.shape["sequence"]:
+        violations.append(
+            f"data.seq_len={config.data.seq_len} must be a multiple of "
+            f"mesh.sequence={mesh.shape['sequence']}."
+        )
+    return violations + device_violations(config, mesh.devices.flat[0])
+
+
+def mesh_of(config: Config, devices: Sequence[jax.Device]) -> tuple[Mesh, Rules]:
+    """Returns the mesh over the devices and its sharding rules.
+
+    Raises:
+      ConfigError: if the config does not fit the devices.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    if violations := mesh_violations(config, mesh):
+        raise ConfigError("\n".join(violations))
+    return mesh, logical_rules(config.model, mesh.shape)
 
 
 @jax.jit

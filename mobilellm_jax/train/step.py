@@ -19,8 +19,8 @@ from mobilellm_jax.sharding import (
     UnderMesh,
     batch_sharding,
     batch_shards,
+    jit_under,
     replicated,
-    with_rules,
 )
 from mobilellm_jax.train.loss import token_losses, weighted_loss
 from mobilellm_jax.train.optimizer import learning_rate
@@ -94,11 +94,26 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         spike, recent = judge(state.recent, loss, grad_norm, finite, config.train.spike_factor)
         good = finite & ~spike
-        new_state = _updated(state, new_params, new_optimizer, finite, good)
-        return dataclasses.replace(new_state, recent=recent), StepMetrics(
+        # All counters of Optax contain the number of updates.
+        (_, updates_made), *_ = optax.tree.get_all_with_path(state.optimizer, "count")
+        kept_params, kept_optimizer = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (new_params, new_optimizer),
+            (state.params, state.optimizer),
+        )
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=kept_params,
+            optimizer=kept_optimizer,
+            bad_steps=jnp.where(finite, 0, state.bad_steps + 1),
+            skipped_steps=jnp.where(good, state.skipped_steps, state.skipped_steps + 1),
+            recent=recent,
+        )
+        return new_state, StepMetrics(
             loss=loss,
             grad_norm=grad_norm,
-            learning_rate=schedule(_updates_made(state.optimizer)),
+            learning_rate=schedule(updates_made),
             targets=targets,
             update_norm=update_norm,
             skipped=~good,
@@ -108,13 +123,14 @@ def make_train_step(
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(
-        with_rules(step, rules),
+    return jit_under(
+        mesh,
+        rules,
+        step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    return UnderMesh(jitted, mesh, rules)
 
 
 def _loss_and_gradient(
@@ -146,30 +162,6 @@ def _loss_and_gradient(
     return jax.value_and_grad(loss_of) if accumulation == 1 else accumulated
 
 
-def _updated(
-    state: TrainState,
-    params: Params,
-    optimizer: optax.OptState,
-    finite: jax.Array,
-    good: jax.Array,
-) -> TrainState:
-    """Returns the state after a step, with the new parameters and optimizer if the step is good."""
-
-    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(good, new, old)
-
-    bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-    skipped_steps = jnp.where(good, state.skipped_steps, state.skipped_steps + 1)
-    return dataclasses.replace(
-        state,
-        step=state.step + 1,
-        params=jax.tree.map(keep, params, state.params),
-        optimizer=jax.tree.map(keep, optimizer, state.optimizer),
-        bad_steps=bad_steps,
-        skipped_steps=skipped_steps,
-    )
-
-
 def make_loss_sums(
     config: Config, mesh: Mesh, rules: Rules, rows: int
 ) -> UnderMesh[tuple[jax.Array, jax.Array]]:
@@ -182,13 +174,7 @@ def make_loss_sums(
         losses_BT = token_losses(x_BTD, head_matrix(params, config.model), batch["targets"], chunk)
         return jnp.sum(losses_BT * batch["weights"]), jnp.sum(batch["weights"])
 
-    return UnderMesh(jax.jit(with_rules(loss_sums, rules)), mesh, rules)
-
-
-def _updates_made(optimizer: optax.OptState) -> jax.Array:
-    """Returns the number of updates, which all counters of Optax contain."""
-    (_, count), *_ = optax.tree.get_all_with_path(optimizer, "count")
-    return cast(jax.Array, count)
+    return jit_under(mesh, rules, loss_sums)
 
 
 def _hidden(model: Transformer, params: Params, batch: Batch) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from mobilellm_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from mobilellm_jax.model.on_device import device_violations, resolve_attention
+from mobilellm_jax.model.on_device import device_violations, settle
 
 CPU = ("cpu", "cpu", None)
 TPU = ("tpu", "TPU v5 lite", None)
@@ -55,18 +55,18 @@ def test_auto_follows_the_table(
 ) -> None:
     masked = dataclasses.replace(config(), data=DataConfig(boundaries="document_mask"))
     tokamax(False)
-    assert resolve_attention(config(), device(*where)).model.attention == concat
-    assert resolve_attention(masked, device(*where)).model.attention == documents
+    assert settle(config(), device(*where)).model.attention == concat
+    assert settle(masked, device(*where)).model.attention == documents
     tokamax(True)
-    assert resolve_attention(config(), device(*where)).model.attention == concat
-    found = resolve_attention(masked, device(*where))
+    assert settle(config(), device(*where)).model.attention == concat
+    found = settle(masked, device(*where))
     assert found.model.attention == documents_with_tokamax
     assert device_violations(found, device(*where)) == []
 
 
 def test_auto_never_picks_what_the_config_forbids() -> None:
     def chosen(of: Config, where: Any) -> str:
-        return resolve_attention(of, device(*where)).model.attention
+        return settle(of, device(*where)).model.attention
 
     assert chosen(config(compute_dtype="float32"), H100) == "xla"
     assert chosen(config(head_dim=20), H100) == "xla"
@@ -81,7 +81,7 @@ def test_auto_never_picks_what_the_config_forbids() -> None:
 
 def test_a_choice_is_kept() -> None:
     for name in ("xla", "cudnn"):
-        assert resolve_attention(config(attention=name), device(*TPU)) == config(attention=name)
+        assert settle(config(attention=name), device(*TPU)) == config(attention=name)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,6 @@ def test_offload_needs_a_device_with_a_host() -> None:
 
 def test_this_machine_runs_the_attention_that_auto_chooses() -> None:
     here = jax.devices()[0]
-    found = resolve_attention(config(), here)
+    found = settle(config(), here)
     assert found.model.attention == "xla"
     assert device_violations(found, here) == []

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.feed_forward import FeedForward
-from mobilellm_jax.model.norm import RMSNorm
+from mobilellm_jax.model.block import FeedForward, RMSNorm
 from mobilellm_jax.model.rope import rotate, rotation
 
 RNG = np.random.default_rng(0)

@@ -8,8 +8,8 @@ from unittest import mock
 import jax
 import pytest
 
-from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.model.precision import compute_dtype, resolve_compute_dtype
+from mobilellm_jax.config import Config, ModelConfig
+from mobilellm_jax.model.on_device import compute_dtype, settle
 from mobilellm_jax.startup import cpu
 
 ZEN4 = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16 sha_ni\nbugs\t\t: none\n"
@@ -42,7 +42,7 @@ def cpu_info(
 
 
 def resolved(on: jax.Device, **fields: Any) -> str:
-    return resolve_compute_dtype(ModelConfig(**fields), on).compute_dtype
+    return settle(Config(model=ModelConfig(attention="xla", **fields)), on).model.compute_dtype
 
 
 @pytest.mark.parametrize(

@@ -41,17 +41,19 @@ def test_every_row_of_the_papers_tables_has_its_printed_total() -> None:
     assert len(TABLE_ROWS) == 80
     for row in TABLE_ROWS:
         tolerance = 0.5 if row.tables == ("1",) else 0.11  # Table 1 prints whole millions
-        total = initialised_total(row.model) / 1e6
+        total = parameter_count(row.model) / 1e6
         assert total == pytest.approx(row.params_millions, abs=tolerance), row
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_formula_equals_the_tree(activation: str, tied: bool) -> None:
+@pytest.mark.parametrize("num_repeats", [1, 2])
+def test_formula_equals_the_tree(activation: str, tied: bool, num_repeats: int) -> None:
     config = ModelConfig(
         vocab_size=50,
         embed_dim=20,
         num_blocks=3,
+        num_repeats=num_repeats,
         num_heads=6,
         num_kv_heads=2,
         head_dim=4,

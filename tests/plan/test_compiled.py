@@ -13,6 +13,7 @@ from mobilellm_jax.config import (
     ModelConfig,
     TrainConfig,
 )
+from mobilellm_jax.model.on_device import settle
 from mobilellm_jax.plan.compiled import (
     CompiledStep,
     TooLarge,
@@ -21,8 +22,8 @@ from mobilellm_jax.plan.compiled import (
     needed_and_available,
 )
 from mobilellm_jax.plan.topology import parse_topology, topology_devices
-from mobilellm_jax.train.settling import mesh_of, settle
 from mobilellm_jax.train.spikes import WINDOW_STEPS
+from mobilellm_jax.train.state import mesh_of
 
 CONFIG = Config(
     model=ModelConfig(

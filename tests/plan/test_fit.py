@@ -12,7 +12,7 @@ from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge
 from mobilellm_jax.plan.fit import candidates, changed, smallest_fit, written
 from mobilellm_jax.plan.hlo import Program
-from mobilellm_jax.train.settling import mesh_of
+from mobilellm_jax.train.state import mesh_of
 
 CONFIG = Config(
     model=ModelConfig(

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mobilellm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from mobilellm_jax.plan.compiled import lower_step
 from mobilellm_jax.plan.hlo import Collective, Program, read_program
-from mobilellm_jax.train.settling import mesh_of
+from mobilellm_jax.train.state import mesh_of
 
 DEVICES = 8
 CONFIG = Config(

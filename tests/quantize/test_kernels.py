@@ -19,8 +19,8 @@ from mobilellm_jax.quantize.kernels import (
     QuantizedKernel,
     TrainedKernel,
     dequantized,
-    kernel_on_levels,
     to_kernel,
+    to_trained_kernel,
 )
 
 # Every product of the model: the shapes of x and kernel, and the number of the kernel's input axes.
@@ -192,9 +192,8 @@ def test_min_max_clips_nothing() -> None:
     grad = jax.grad(lambda x: jnp.sum(tokens_on_levels(x) * jnp.arange(24.0)[None, :]))(x)
     np.testing.assert_array_equal(grad, np.tile(np.arange(24.0, dtype=np.float32), (5, 1)))
     kernel = jnp.asarray(normal(24, 6))
-    grad = jax.grad(lambda k: jnp.sum(kernel_on_levels(k, num_inputs=1, bits=4, group_size=8)))(
-        kernel
-    )
+    how = {"num_inputs": 1, "bits": 4, "group_size": 8}
+    grad = jax.grad(lambda k: jnp.sum(to_trained_kernel(k, **how).values))(kernel)
     np.testing.assert_array_equal(grad, np.ones((24, 6)))
 
 
@@ -204,7 +203,7 @@ def test_trained_product_is_the_integer_one(spec: str, bits: int, size: int) -> 
     x_shape, kernel_shape, num_inputs = PRODUCTS[spec]
     x, kernel = jnp.asarray(normal(*x_shape)), jnp.asarray(normal(*kernel_shape, seed=1))
     how = {"num_inputs": num_inputs, "bits": bits, "group_size": size}
-    trained = product(spec, x, TrainedKernel(kernel_on_levels(kernel, **how)))
+    trained = product(spec, x, to_trained_kernel(kernel, **how))
     integer = product(spec, x, to_kernel(kernel, **how))
     # Both sides sum the same numbers, one in float32 and one in integers.
     np.testing.assert_allclose(trained, integer, rtol=0, atol=1e-5 * float(abs(integer).max()))

@@ -21,7 +21,7 @@ from mobilellm_jax.config import (
 )
 from mobilellm_jax.model.transformer import Params, Transformer
 from mobilellm_jax.quantize.kernels import TrainedKernel
-from mobilellm_jax.quantize.training import derivation, training_transform
+from mobilellm_jax.quantize.parameters import derivation, training_transform
 from mobilellm_jax.sharding import logical_rules, make_mesh, put_batch
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import abstract_state, init_state

@@ -32,7 +32,7 @@ from mobilellm_jax.model.decoding import (
     decode,
     decoding_weights,
 )
-from mobilellm_jax.model.precision import compute_dtype
+from mobilellm_jax.model.on_device import compute_dtype
 from mobilellm_jax.model.softmax import AttentionProducts
 from mobilellm_jax.storage.rundir import write_whole
 
