@@ -131,7 +131,7 @@ def measure(request: Request) -> Measurement:
     text = CutText.cut(tokenizer, request.text, config.max_seq_len, stride=config.max_seq_len)
     return Measurement(
         path=request.path,
-        runtime=engine.runtime_name,
+        runtime=engine.name,
         precision=precision,
         model=config,
         model_bytes=size,

@@ -44,7 +44,8 @@ class JaxEngine:
         return str(compute_dtype(self.config))
 
     @property
-    def runtime_name(self) -> str:
+    def name(self) -> str:
+        """Name and version of what computes."""
         return f"JAX {jax.__version__}"
 
     def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
@@ -75,7 +76,7 @@ class RuntimeEngine:
     prompts_at_once: int = 1
 
     @property
-    def runtime_name(self) -> str:
+    def name(self) -> str:
         return self.runtime.name
 
     def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:

@@ -24,13 +24,15 @@ Check = Callable[[Row], None]
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """The files of a data set and the rules for its rows."""
+    """A task's file in lm-evaluation-harness, the files of its data set, and rules for the rows."""
 
+    harness_file: str  # in the folder of the harness' tasks, without .yaml
     folder: str
     scored: str  # name of the scored split and, with .jsonl, of its file
     full_rows: int  # rows of the scored split in the published data set
     check: Check
     fewshot: str = FEWSHOT  # name of the file that holds the examples
+    shots: int | None = None  # number of examples, if the task's name fixes it
 
     def files(self, data_dir: Path, num_fewshot: int) -> dict[str, Path]:
         """Returns the files to read, by the name of the split."""
@@ -151,32 +153,38 @@ def _check_wikitext(row: Row) -> None:
     strict_json.get(row, "page", str)
 
 
-_TRIVIAQA = TaskData("triviaqa", "validation", 17_944, _check_triviaqa)
+_TRIVIAQA = TaskData("triviaqa/default", "triviaqa", "validation", 17_944, _check_triviaqa)
+_BOOLQ = _labelled("label", int, (0, 1), "passage", "question")
+_PIQA = _labelled("label", int, (0, 1), "goal", "sol1", "sol2")
 _SIQA = _labelled(
     "label", str, ("1", "2", "3"), "context", "question", "answerA", "answerB", "answerC"
 )
 TASK_DATA: Mapping[str, TaskData] = {
-    "arc_easy": TaskData("arc_easy", "test", 2376, _lettered("question")),
-    "arc_challenge": TaskData("arc_challenge", "test", 1172, _lettered("question")),
-    "boolq": TaskData(
-        "boolq", "validation", 3270, _labelled("label", int, (0, 1), "passage", "question")
+    "arc_easy": TaskData("arc/arc_easy", "arc_easy", "test", 2376, _lettered("question")),
+    "arc_challenge": TaskData(
+        "arc/arc_challenge", "arc_challenge", "test", 1172, _lettered("question")
     ),
-    "piqa": TaskData(
-        "piqa", "validation", 1838, _labelled("label", int, (0, 1), "goal", "sol1", "sol2")
+    "boolq": TaskData("super_glue/boolq/default", "boolq", "validation", 3270, _BOOLQ),
+    "piqa": TaskData("piqa/piqa", "piqa", "validation", 1838, _PIQA),
+    "social_iqa": TaskData("siqa/siqa", "siqa", "validation", 1954, _SIQA),
+    "hellaswag": TaskData(
+        "hellaswag/hellaswag", "hellaswag", "validation", 10_042, _check_hellaswag
     ),
-    "social_iqa": TaskData("siqa", "validation", 1954, _SIQA),
-    "hellaswag": TaskData("hellaswag", "validation", 10_042, _check_hellaswag),
-    "openbookqa": TaskData("openbookqa", "test", 500, _lettered("question_stem")),
-    "winogrande": TaskData("winogrande", "validation", 1267, _check_winogrande),
+    "openbookqa": TaskData(
+        "openbookqa/openbookqa", "openbookqa", "test", 500, _lettered("question_stem")
+    ),
+    "winogrande": TaskData(
+        "winogrande/default", "winogrande", "validation", 1267, _check_winogrande
+    ),
     "triviaqa": _TRIVIAQA,
-    "triviaqa_1shot": _TRIVIAQA,
-    "triviaqa_5shot": _TRIVIAQA,
-    "triviaqa_64shot": _TRIVIAQA,
+    "triviaqa_1shot": dataclasses.replace(_TRIVIAQA, shots=1),
+    "triviaqa_5shot": dataclasses.replace(_TRIVIAQA, shots=5),
+    "triviaqa_64shot": dataclasses.replace(_TRIVIAQA, shots=64),
     # A row of RACE is an article, because only the last question of an article is scored. The
     # harness knows no other split of RACE and draws examples from the scored split.
-    "race_middle": TaskData("race", "middle", 362, _check_race, fewshot="middle"),
-    "race_high": TaskData("race", "high", 1045, _check_race, fewshot="high"),
-    "wikitext": TaskData("wikitext", "test", 62, _check_wikitext),
+    "race_middle": TaskData("race/race", "race", "middle", 362, _check_race, fewshot="middle"),
+    "race_high": TaskData("race/race", "race", "high", 1045, _check_race, fewshot="high"),
+    "wikitext": TaskData("wikitext/wikitext", "wikitext", "test", 62, _check_wikitext, shots=0),
 }
 """Data of each task. If lm-evaluation-harness has the task, the name is the harness' name."""
 

@@ -35,21 +35,6 @@ from mobilellm_jax.evaluate.task_data import FEWSHOT, GROUPS, TASK_DATA, read_ro
 
 _HERE = __name__
 _INSTALLED = Path(lm_eval.__file__).parent / "tasks"
-_FILES = {
-    "arc_easy": "arc/arc_easy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "boolq": "super_glue/boolq/default.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "social_iqa": "siqa/siqa.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "triviaqa": "triviaqa/default.yaml",
-    "race": "race/race.yaml",
-    "wikitext": "wikitext/wikitext.yaml",
-}
-# The names of these tasks fix the number of examples, so --num_fewshot does not change it.
-_SHOTS = {"triviaqa_1shot": 1, "triviaqa_5shot": 5, "triviaqa_64shot": 64, "wikitext": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +95,8 @@ def load_tasks(
     for name, task in loaded["tasks"].items():
         given = task.get_config("num_fewshot")
         # A task file says 0 if examples must not be added.
-        if name not in _SHOTS and given != 0:
+        fixed = name in TASK_DATA and TASK_DATA[name].shots is not None
+        if not fixed and given != 0:
             shots = given if num_fewshot is None else num_fewshot
             task.set_config("num_fewshot", shots or 0)
     return Tasks(loaded, manager)
@@ -196,27 +182,28 @@ def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -
 
 
 def _shots(name: str, num_fewshot: int | None) -> int:
-    return _SHOTS.get(name, num_fewshot or 0)
+    fixed = TASK_DATA[name].shots
+    return (num_fewshot or 0) if fixed is None else fixed
 
 
 def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
-    base = next(base for base in _FILES if name.startswith(base))
-    fields: dict[str, Any] = {"include": str(_INSTALLED / _FILES[base]), "task": name}
+    data = TASK_DATA[name]
+    file = _INSTALLED / f"{data.harness_file}.yaml"
+    fields: dict[str, Any] = {"include": str(file), "task": name}
     functions = {}
-    if name in _SHOTS:
+    if data.shots is not None:
         fields["num_fewshot"] = shots
-    if base == "triviaqa":
+    if data.folder == "triviaqa":
         functions["process_results"] = "mobilellm_jax.evaluate.triviaqa.process_results"
         fields["metric_list"] = [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True}
             for metric in ("exact_match", "f1")
         ]
-    if base == "race":
+    if data.folder == "race":
         # Examples come from the scored split. The harness does not use the scored article as an
         # example.
         fields |= {"dataset_name": name.removeprefix("race_"), "fewshot_split": "test"}
     if data_dir is not None:
-        data = TASK_DATA[name]
         is_validation = data.scored == "validation"
         examples = FEWSHOT if shots and data.fewshot == FEWSHOT else None
         functions["custom_dataset"] = f"{_HERE}.{local_rows.__name__}"

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.evaluate.task_data import GROUPS, TASK_DATA
 from mobilellm_jax.evaluate.tasks import (
-    _FILES,
     _INSTALLED,
     as_json,
     format_results,
@@ -91,7 +90,7 @@ def test_examples_are_those_of_the_harness_own_local_files(data_dir: Path, tmp_p
         files = data.files(data_dir, 3)
         splits = {"train": str(files["fewshot"]), data.scored: str(files[data.scored])}
         overlay = {
-            "include": str(_INSTALLED / _FILES[task]),
+            "include": str(_INSTALLED / f"{data.harness_file}.yaml"),
             "task": f"theirs_{task}",
             "dataset_path": "json",
             "dataset_name": None,
