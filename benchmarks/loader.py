@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from mobilellm_jax.config import DataConfig
-from mobilellm_jax.data import shards
+from mobilellm_jax.data import shards, token_stream
 from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.data.mixture import open_mixture
 
@@ -202,15 +202,15 @@ def _write_tokens(
         )
         starts = np.cumsum(lengths) - lengths
         arrays = {
-            shards.TOKENS: rng.integers(3, _VOCAB_SIZE, count, dtype=np.uint16),
-            shards.OFFSETS: starts[starts < count].astype("<u8"),
+            token_stream.TOKENS: rng.integers(3, _VOCAB_SIZE, count, dtype=np.uint16),
+            token_stream.OFFSETS: starts[starts < count].astype("<u8"),
         }
         if masked:
-            arrays[shards.LOSS_MASK] = rng.integers(0, 2, count, dtype=np.uint8)
+            arrays[token_stream.LOSS_MASK] = rng.integers(0, 2, count, dtype=np.uint8)
         name = f"train-{index:05d}-of-{_SHARDS:05d}"
         files = {suffix: _write(folder / f"{name}.{suffix}", a) for suffix, a in arrays.items()}
-        documents = len(arrays[shards.OFFSETS])
-        found.append(shards.Shard(name=name, documents=documents, tokens=count, files=files))
+        documents = len(arrays[token_stream.OFFSETS])
+        found.append(token_stream.Shard(name=name, documents=documents, tokens=count, files=files))
     counts = {
         "documents": sum(shard.documents for shard in found),
         "tokens": sum(shard.tokens for shard in found),
@@ -239,10 +239,10 @@ def _write_tokens(
     shards.write_manifest(folder, manifest)
 
 
-def _write(file: Path, array: np.ndarray) -> shards.FileRecord:
+def _write(file: Path, array: np.ndarray) -> token_stream.FileRecord:
     content = array.tobytes()
     file.write_bytes(content)
-    return shards.FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    return token_stream.FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 if __name__ == "__main__":

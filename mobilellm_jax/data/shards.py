@@ -10,6 +10,7 @@ A document is in one shard, as BOS, tokens and EOS. The shards of a split, one a
 its stream (`token_stream.py`). The sources follow one another in the order of the manifest.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,8 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mobilellm_jax.data.token_stream import ShardFiles, TokenStream
+from mobilellm_jax.data.token_stream import (
+    LOSS_MASK,
+    LOSS_MASK_DTYPE,
+    OFFSET_DTYPE,
+    OFFSETS,
+    TOKENS,
+    FileRecord,
+    Shard,
+    TokenStream,
+)
 from mobilellm_jax.data.tokenizers.tokenizer import MAX_VOCABULARY
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.storage import rundir, strict_json
@@ -31,28 +42,9 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 UINT32_VOCABULARY = 65_536
 
-TOKENS, OFFSETS, LOSS_MASK = "tokens", "offsets", "loss_mask"
 REMEDY = "the folder is damaged: delete it and prepare it again."
 
 _SPLIT_NAME = re.compile("[a-z_]{1,40}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FileRecord:
-    """Size and checksum of a file."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shard:
-    """The files `name`.tokens, `name`.offsets and, with a mask, `name`.loss_mask."""
-
-    name: str
-    documents: int
-    tokens: int
-    files: Mapping[str, FileRecord]  # by suffix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,12 +174,7 @@ def open_tokens(path: Path) -> Dataset:
             f"{manifest.tokenizer_sha256}; {REMEDY}"
         )
     splits = {
-        name: TokenStream(
-            path,
-            [ShardFiles(s.name, s.tokens, LOSS_MASK in s.files) for s in split.shards],
-            np.dtype(manifest.dtype),
-            split.documents,
-        )
+        name: TokenStream(path, split.shards, np.dtype(manifest.dtype))
         for name, split in manifest.splits.items()
     }
     return Dataset(path=path, manifest=manifest, tokenizer=tokenizer, splits=splits)
@@ -226,6 +213,65 @@ def read_manifest(path: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, which completes `folder`."""
     rundir.write_whole(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+
+
+class ShardWriter(contextlib.ExitStack):
+    """Writes documents in the layout of a shard; `complete` gives the files their names.
+
+    If the `with` block ends without a call of `complete`, the files are deleted. The shard has a
+    loss mask as soon as a batch has one; in other batches, every token is a target.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
+        super().__init__()
+        self.documents = self.tokens = 0
+        self._folder, self._name, self._dtype = folder, name, dtype
+        self._files: dict[str, _HashedFile] = {}
+
+    def add(
+        self, ids_N: NDArray[Any], start_D: NDArray[np.int64], mask_N: NDArray[np.uint8] | None
+    ) -> None:
+        """Appends documents, which start at `start_D` of the ids."""
+        if mask_N is not None and LOSS_MASK not in self._files:
+            self._write(LOSS_MASK, np.ones(self.tokens, LOSS_MASK_DTYPE))
+        self._write(TOKENS, ids_N.astype(self._dtype, copy=False))
+        self._write(OFFSETS, (start_D + self.tokens).astype(OFFSET_DTYPE))
+        if LOSS_MASK in self._files:
+            all_targets = np.ones(len(ids_N), LOSS_MASK_DTYPE)
+            self._write(LOSS_MASK, all_targets if mask_N is None else mask_N)
+        self.documents += len(start_D)
+        self.tokens += len(ids_N)
+
+    def complete(self) -> Shard:
+        """Puts the shard on disk and returns its description."""
+        suffixes = [s for s in (TOKENS, OFFSETS, LOSS_MASK) if s in self._files]
+        files = {suffix: self._files[suffix].record() for suffix in suffixes}
+        return Shard(name=self._name, documents=self.documents, tokens=self.tokens, files=files)
+
+    def _write(self, suffix: str, array: NDArray[Any]) -> None:
+        if suffix not in self._files:
+            file = _HashedFile(self._folder / f"{self._name}.{suffix}")
+            self._files[suffix] = self.enter_context(file)
+        self._files[suffix].write(array.tobytes())
+
+
+class _HashedFile(rundir.WholeFile):
+    """A whole file that also counts and hashes its bytes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, content: bytes) -> None:
+        super().write(content)
+        self._hash.update(content)
+        self._bytes += len(content)
+
+    def record(self) -> FileRecord:
+        """Completes the file and returns its size and checksum."""
+        self.complete()
+        return FileRecord(bytes=self._bytes, sha256=self._hash.hexdigest())
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:

@@ -1,9 +1,10 @@
 """The tokens of a split as one stream over all its shards, which are mapped into memory."""
 
 import bisect
+import dataclasses
 import functools
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from mobilellm_jax.errors import UserError
 
+TOKENS, OFFSETS, LOSS_MASK = "tokens", "offsets", "loss_mask"
 OFFSET_DTYPE = np.dtype("<u8")
 LOSS_MASK_DTYPE = np.dtype("u1")
 
@@ -20,12 +22,22 @@ _FILES_PER_SHARD = 3
 _FILES_LEFT_FREE = 256
 
 
-class ShardFiles(NamedTuple):
-    """`name`.tokens, `name`.offsets and, if `masked`, `name`.loss_mask in a folder."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Size and checksum of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The files `name`.tokens, `name`.offsets and, with a mask, `name`.loss_mask."""
 
     name: str
+    documents: int
     tokens: int
-    masked: bool
+    files: Mapping[str, FileRecord]  # by suffix
 
 
 class _Arrays(NamedTuple):
@@ -37,30 +49,28 @@ class _Arrays(NamedTuple):
 class TokenStream:
     """A stream of `tokens` tokens in `documents` documents; `view` returns a part of it."""
 
-    def __init__(
-        self, folder: Path, files: Sequence[ShardFiles], dtype: np.dtype[Any], documents: int
-    ) -> None:
-        self.documents = documents
-        self.has_loss_mask = any(shard.masked for shard in files)
+    def __init__(self, folder: Path, shards: Sequence[Shard], dtype: np.dtype[Any]) -> None:
+        self.documents = sum(shard.documents for shard in shards)
+        self.has_loss_mask = any(LOSS_MASK in shard.files for shard in shards)
         self._dtype = dtype
-        self._folder, self._shards = folder, tuple(files)
-        ends = np.cumsum([shard.tokens for shard in files], dtype=np.int64)
+        self._folder, self._shards = folder, shards
+        ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
         self._bounds: list[int] = [0, *(int(end) for end in ends)]
         self._first, self.tokens = 0, self._bounds[-1]
-        open_at_once = _shards_open_at_once(len(files))
 
-        @functools.lru_cache(maxsize=open_at_once)
-        def arrays(shard: int) -> _Arrays:
-            name, _, masked = self._shards[shard]
+        # The cache must not refer to `self`: the last user of a stream then closes its files.
+        @functools.lru_cache(maxsize=_shards_open_at_once(len(shards)))
+        def arrays(index: int) -> _Arrays:
+            shard = shards[index]
 
             def mapped(suffix: str, dtype: np.dtype[Any]) -> NDArray[Any]:
                 # A plain array slices faster than the np.memmap below it.
-                return np.asarray(np.memmap(folder / f"{name}.{suffix}", dtype, mode="r"))
+                return np.asarray(np.memmap(folder / f"{shard.name}.{suffix}", dtype, mode="r"))
 
             return _Arrays(
-                mapped("tokens", self._dtype),
-                mapped("offsets", OFFSET_DTYPE),
-                mapped("loss_mask", LOSS_MASK_DTYPE) if masked else None,
+                mapped(TOKENS, dtype),
+                mapped(OFFSETS, OFFSET_DTYPE),
+                mapped(LOSS_MASK, LOSS_MASK_DTYPE) if LOSS_MASK in shard.files else None,
             )
 
         self._arrays = arrays

@@ -15,17 +15,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mobilellm_jax.data.preparation.workers import available_cores
-from mobilellm_jax.data.shards import (
+from mobilellm_jax.data.shards import REMEDY, Dataset, Manifest
+from mobilellm_jax.data.token_stream import (
     LOSS_MASK,
+    LOSS_MASK_DTYPE,
+    OFFSET_DTYPE,
     OFFSETS,
-    REMEDY,
     TOKENS,
-    Dataset,
     FileRecord,
-    Manifest,
     Shard,
 )
-from mobilellm_jax.data.token_stream import LOSS_MASK_DTYPE, OFFSET_DTYPE
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.sealing import sha256_of
 

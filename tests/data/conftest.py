@@ -11,7 +11,7 @@ from mobilellm_jax.data import shards
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from tests.data.example_tokenizers import TEXTS, train_byte_level
-from tests.data.token_folders import Documents, assemble_all, write_part
+from tests.data.token_folders import Documents, assemble_all, join_job, write_part
 
 WriteTokens = Callable[..., shards.Dataset]
 
@@ -50,11 +50,11 @@ def write_tokens(tmp_path: Path) -> WriteTokens:
         tokenizer = folder / "tokenizer.model"
         tokenizer.write_bytes(b"not opened here")
         dtype = shards.token_dtype(vocab_size)
-        parts = tmp_path / f"{name}.parts"
-        part = write_part(parts, 0, splits, dtype.str, loss_masks)
+        job = join_job(tmp_path / f"{name}.preparing", dtype.str, shard_tokens)
+        part = write_part(job.parts, 0, splits, dtype.str, loss_masks)
         written = {}
         for split in splits:
-            made = assemble_all(parts, folder, split, [part], dtype.str, shard_tokens)
+            made = assemble_all(job, folder, split, [part])
             counts = part.splits[split]
             written[split] = shards.Split(
                 documents=counts.documents,

@@ -8,7 +8,8 @@ import numpy as np
 
 from mobilellm_jax.data import shards
 from mobilellm_jax.data.preparation import assembly
-from mobilellm_jax.data.preparation.parts import Part, part_file
+from mobilellm_jax.data.preparation.parts import Job, Part
+from mobilellm_jax.data.token_stream import FileRecord, Shard
 
 Documents = Sequence[Sequence[int]]
 
@@ -21,8 +22,8 @@ def write_part(
     loss_masks: Mapping[str, Documents] | None = None,
 ) -> Part:
     """Writes a part with only NumPy. Every token stands for three bytes of text."""
-    folder.mkdir(exist_ok=True)
-    counts, loss_masks = {}, loss_masks or {}
+    folder.mkdir(parents=True, exist_ok=True)
+    written, loss_masks = {}, loss_masks or {}
     for split, documents in splits.items():
         lengths = np.array([len(d) for d in documents], np.int64)
         arrays = {
@@ -31,27 +32,43 @@ def write_part(
         }
         if split in loss_masks:
             arrays["loss_mask"] = np.array(list(itertools.chain(*loss_masks[split])), np.uint8)
+        name, tokens = f"{number:08d}.{split}", int(lengths.sum())
+        files = {}
         for suffix, array in arrays.items():
-            array.tofile(part_file(folder, number, split, suffix))
-        tokens = int(lengths.sum())
-        counts[split] = shards.Counts(
-            documents=len(documents), tokens=tokens, text_bytes=3 * tokens
+            array.tofile(folder / f"{name}.{suffix}")
+            files[suffix] = FileRecord(bytes=array.nbytes, sha256="not read")
+        shard = Shard(name=name, documents=len(documents), tokens=tokens, files=files)
+        written[split] = shards.Split(
+            documents=len(documents),
+            tokens=tokens,
+            text_bytes=3 * tokens,
+            shards=(shard,) if documents else (),
         )
     return Part(
         number=number,
         source=0,
-        splits=counts,
-        masked=tuple(loss_masks),
+        splits=written,
         empty_documents=0,
         bad_lines=(),
     )
 
 
-def assemble_all(
-    parts: Path, folder: Path, split: str, records: Sequence[Part], dtype: str, shard_tokens: int
-) -> list[shards.Shard]:
+def join_job(work: Path, dtype: str, shard_tokens: int) -> Job:
+    """Returns a job whose parts are already in `work`, for functions that join them."""
+    (work / "shards").mkdir(parents=True, exist_ok=True)
+    return Job(
+        sources=(),
+        work=work,
+        tokenizer=work / "not opened",
+        dtype=np.dtype(dtype),
+        skip_bad_lines=False,
+        shard_tokens=shard_tokens,
+    )
+
+
+def assemble_all(job: Job, folder: Path, split: str, records: Sequence[Part]) -> list[Shard]:
     """Joins parts into shards with their final names in `folder`."""
-    planner = assembly.Planner(parts, split, shard_tokens, 0, (0, 0))
+    planner = assembly.Planner(job, split)
     plans = [plan for part in records for plan in planner.add(part)] + list(planner.end())
-    made = [assembly.assemble(parts, parts, plan, np.dtype(dtype)) for plan in plans]
-    return assembly.give_final_names(parts, folder, split, made)
+    made = [assembly.assemble(job, plan) for plan in plans]
+    return assembly.give_final_names(job, folder, split, made)

@@ -123,8 +123,7 @@ def test_records_of_an_interrupted_preparation(tmp_path: Path) -> None:
     record = {
         "number": 0,
         "source": 0,
-        "splits": {"train": COUNTS},
-        "masked": ["train"],
+        "splits": {"train": {**COUNTS, "shards": []}},
         "empty_documents": 0,
         "bad_lines": [],
     }

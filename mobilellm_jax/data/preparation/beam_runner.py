@@ -6,12 +6,10 @@ older packages, so it is installed in an environment of its own (`pip install mo
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Generator, Iterable, Sequence
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mobilellm_jax.data.preparation import assembly
 from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task, read_part
@@ -21,12 +19,7 @@ from mobilellm_jax.errors import MissingFileError, UserError
 
 
 def encode_and_assemble(
-    job: Job,
-    tasks: Sequence[Task],
-    shards: Path,
-    dtype: np.dtype[Any],
-    shard_tokens: int,
-    options: Sequence[str],
+    job: Job, tasks: Sequence[Task], options: Sequence[str]
 ) -> Generator[Part, None, None]:
     """Encodes missing parts, assembles all shards, then yields the parts in order.
 
@@ -63,28 +56,14 @@ def encode_and_assemble(
     left = [task for task in tasks if read_part(job.parts, task.number) is None]
     run("encode", left, beam.ParDo(Encode(job)))
     parts = [_read(job, task) for task in tasks]
-
     plans: list[assembly.ShardPlan] = []
     for split in (TRAIN, VALIDATION):
-        made, start = assembly.read_assembled(shards, split)
-        planner = assembly.Planner(job.parts, split, shard_tokens, len(made), start)
+        planner = assembly.Planner(job, split)
         for part in parts:
             plans += planner.add(part)
         plans += planner.end()
-    run("assemble", plans, beam.Map(_Assemble(job.parts, shards, dtype.str)))
+    run("assemble", plans, beam.Map(functools.partial(assembly.assemble, job)))
     yield from parts
-
-
-@dataclasses.dataclass(frozen=True)
-class _Assemble:
-    """A function that can be sent to another process."""
-
-    parts: Path
-    shards: Path
-    dtype: str
-
-    def __call__(self, plan: assembly.ShardPlan) -> str:
-        return assembly.assemble(self.parts, self.shards, plan, np.dtype(self.dtype)).name
 
 
 def _read(job: Job, task: Task) -> Part:

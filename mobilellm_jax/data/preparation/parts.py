@@ -1,14 +1,14 @@
 """Encodes a piece of a source into a part on disk; workers do this in any order, on any machine.
 
-A part contains the encoded documents of one piece in the layout of a shard: `NUMBER.SPLIT.tokens`,
-`.offsets`, and `.loss_mask` for masked splits. `NUMBER.json` is written last and completes the
-part. `assembly.py` joins parts into shards.
+A part contains the encoded documents of one piece, as a shard NUMBER.SPLIT for each split that has
+documents. `NUMBER.json` is written last and completes the part. `assembly.py` joins parts into the
+shards of the output.
 """
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilellm_jax.data.shards import LOSS_MASK, OFFSETS, TOKENS, Counts, token_dtype
+from mobilellm_jax.data.shards import Counts, ShardWriter, Split, token_dtype
 from mobilellm_jax.data.sources.opening import open_source
 from mobilellm_jax.data.sources.source import (
     TRAIN,
@@ -29,7 +29,6 @@ from mobilellm_jax.data.sources.source import (
     TokenDocument,
     stop,
 )
-from mobilellm_jax.data.token_stream import OFFSET_DTYPE
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -44,14 +43,23 @@ Count = Callable[[Counts], None]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Settings that all pieces of a preparation share; every worker sees the same disk."""
+    """Settings that all workers of a preparation share; every worker sees the same disk."""
 
     sources: tuple[str, ...]
-    scratch: Path  # folder for files that sources build
+    work: Path
     tokenizer: Path
-    parts: Path  # folder for the parts
-    workers_lock: Path  # worker processes of a machine hold this lock while they live
+    dtype: np.dtype[Any]  # of the ids on disk
     skip_bad_lines: bool
+    shard_tokens: int
+
+    @property
+    def parts(self) -> Path:
+        return self.work / "parts"
+
+    @property
+    def shards(self) -> Path:
+        """Folder for shards that have no final name yet."""
+        return self.work / "shards"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +81,7 @@ class Part:
 
     number: int
     source: int
-    splits: Mapping[str, Counts]
-    masked: tuple[str, ...]  # splits with a loss mask
+    splits: Mapping[str, Split]  # each has at most one shard
     empty_documents: int
     bad_lines: tuple[Mapping[str, Any], ...]
 
@@ -94,34 +101,41 @@ class PieceEncoder:
           UserError: if the tokenizer or the source refuses a document, unless bad lines are
             skipped.
         """
-        job, skipped = self._job, list[dict[str, Any]]()
-        bad_lines = skipped if job.skip_bad_lines else None
+        job = self._job
+        skipped: list[dict[str, Any]] = []
+        empty = 0
+        counts = {TRAIN: Counts(), VALIDATION: Counts()}
 
         def on_bad(bad: BadLine) -> None:
-            if bad_lines is None:
+            if not job.skip_bad_lines:
                 stop(bad)
-            else:
-                bad_lines.append(dataclasses.asdict(bad))
+            skipped.append(dataclasses.asdict(bad))
 
-        empty = 0
         with contextlib.ExitStack() as stack:
             writers = {
                 split: stack.enter_context(
-                    _PartWriter(job.parts, task.number, split, self._tokenizer)
+                    ShardWriter(job.parts, f"{task.number:08d}.{split}", job.dtype)
                 )
-                for split in (TRAIN, VALIDATION)
+                for split in counts
             }
             for batch in _batches(self._source(task.source).documents(task.piece, on_bad)):
                 present = [d for d in batch if isinstance(d, TokenDocument) or d.text]
                 empty += len(batch) - len(present)
-                _write(writers, _encode(self._tokenizer, present, bad_lines), task, count)
-            for writer in writers.values():
-                writer.complete()
+                bad_lines = skipped if job.skip_bad_lines else None
+                encoded = _encode(self._tokenizer, present, bad_lines)
+                for split, chosen in _divided(encoded, task):
+                    starts = np.cumsum(chosen.lengths) - chosen.lengths
+                    writers[split].add(chosen.ids, starts, chosen.loss_mask)
+                    counts[split] += chosen.counts
+                count(encoded.counts)
+            shards = {s: (w.complete(),) if w.documents else () for s, w in writers.items()}
         part = Part(
             number=task.number,
             source=task.source,
-            splits={split: writer.counts for split, writer in writers.items()},
-            masked=tuple(split for split, writer in writers.items() if writer.masked),
+            splits={
+                split: Split(**dataclasses.asdict(counts[split]), shards=shards[split])
+                for split in counts
+            },
             empty_documents=empty,
             bad_lines=tuple(skipped),
         )
@@ -133,7 +147,7 @@ class PieceEncoder:
     def _source(self, index: int) -> Source:
         if index not in self._sources:
             spec = self._job.sources[index]
-            self._sources[index] = open_source(spec, self._job.scratch / str(index))
+            self._sources[index] = open_source(spec, self._job.work / "sources" / str(index))
         return self._sources[index]
 
 
@@ -166,11 +180,6 @@ def record_file(parts: Path, number: int) -> Path:
     return parts / f"{number:08d}.json"
 
 
-def part_file(parts: Path, number: int, split: str, suffix: str) -> Path:
-    """Returns the path of a part's array with this suffix."""
-    return parts / f"{number:08d}.{split}.{suffix}"
-
-
 def digest(document: Document | TokenDocument) -> int:
     """Returns the 64 bits that decide whether a document is held out."""
     if isinstance(document, TokenDocument):
@@ -188,6 +197,14 @@ class _Encoded(NamedTuple):
     lengths: NDArray[np.int64]
     text_bytes: NDArray[np.int64]
     loss_mask: NDArray[np.uint8] | None
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(
+            documents=len(self.documents),
+            tokens=len(self.ids),
+            text_bytes=int(self.text_bytes.sum()),
+        )
 
 
 def _encode(
@@ -262,88 +279,26 @@ def _encoded_already(
     )
 
 
-def _write(
-    writers: Mapping[str, "_PartWriter"], encoded: _Encoded, task: Task, count: Count
-) -> None:
-    """Writes each document to its split."""
-    if not len(encoded.documents):
-        return
+def _divided(encoded: _Encoded, task: Task) -> Iterator[tuple[str, _Encoded]]:
+    """Yields the documents of each split that has any."""
     if task.held_out:
-        held_D = np.array([digest(d) < task.held_out for d in encoded.documents])
+        held_D = np.array([digest(d) < task.held_out for d in encoded.documents], np.bool_)
     else:
         held_D = np.full(len(encoded.documents), task.piece.split == VALIDATION)
     for split, chosen_D in ((TRAIN, ~held_D), (VALIDATION, held_D)):
-        if chosen_D.all():
-            writers[split].add(encoded)
-        elif chosen_D.any():
+        if chosen_D.any():
             of_chosen = np.repeat(chosen_D, encoded.lengths)
             mask = encoded.loss_mask
-            writers[split].add(
+            yield (
+                split,
                 _Encoded(
-                    (),
+                    list(itertools.compress(encoded.documents, chosen_D)),
                     encoded.ids[of_chosen],
                     encoded.lengths[chosen_D],
                     encoded.text_bytes[chosen_D],
                     None if mask is None else mask[of_chosen],
-                )
+                ),
             )
-    count(
-        Counts(
-            documents=len(encoded.documents),
-            tokens=len(encoded.ids),
-            text_bytes=int(encoded.text_bytes.sum()),
-        )
-    )
-
-
-class _PartWriter:
-    """Writes one split of a part; `complete` gives its files their names."""
-
-    def __init__(self, parts: Path, number: int, split: str, tokenizer: Tokenizer) -> None:
-        self.counts = Counts()
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._final = functools.partial(part_file, parts, number, split)
-        self._files: dict[str, rundir.WholeFile] = {}
-        self._exits = contextlib.ExitStack()
-
-    def __enter__(self) -> "_PartWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._exits.close()
-
-    @property
-    def masked(self) -> bool:
-        return LOSS_MASK in self._files
-
-    def add(self, encoded: _Encoded) -> None:
-        tokens = self.counts.tokens
-        starts = tokens + np.cumsum(encoded.lengths) - encoded.lengths
-        if encoded.loss_mask is not None and not self.masked:
-            self._file(LOSS_MASK).write(np.ones(tokens, np.uint8).tobytes())
-        self._file(TOKENS).write(encoded.ids.astype(self._dtype, copy=False).tobytes())
-        self._file(OFFSETS).write(starts.astype(OFFSET_DTYPE).tobytes())
-        if self.masked:
-            mask = encoded.loss_mask
-            mask = np.ones(len(encoded.ids), np.uint8) if mask is None else mask
-            self._file(LOSS_MASK).write(mask.tobytes())
-        self.counts += Counts(
-            documents=len(encoded.lengths),
-            tokens=len(encoded.ids),
-            text_bytes=int(encoded.text_bytes.sum()),
-        )
-
-    def complete(self) -> None:
-        for file in self._files.values():
-            file.complete()
-
-    def _file(self, suffix: str) -> rundir.WholeFile:
-        if suffix not in self._files:
-            # A worker of a killed start may still write the same part, so its temporary name
-            # differs.
-            file = rundir.WholeFile(self._final(suffix))
-            self._files[suffix] = self._exits.enter_context(file)
-        return self._files[suffix]
 
 
 def _batches(

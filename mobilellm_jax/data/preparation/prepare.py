@@ -24,11 +24,7 @@ from mobilellm_jax.data.preparation import assembly
 from mobilellm_jax.data.preparation.held_out import held_out_below, is_divided, tokenizer_sample
 from mobilellm_jax.data.preparation.parts import Job, Part, Task, read_part
 from mobilellm_jax.data.preparation.workers import available_cores, encode_pieces
-from mobilellm_jax.data.preparation.working_folder import (
-    WORKERS_LOCK,
-    settings_difference,
-    working_folder,
-)
+from mobilellm_jax.data.preparation.working_folder import settings_difference, working_folder
 from mobilellm_jax.data.shards import Counts, Manifest, SourceRecord, Split
 from mobilellm_jax.data.sources.opening import open_source
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION, BadLine, Source, stop
@@ -84,8 +80,10 @@ def prepare(
     given = load_tokenizer(tokenizer) if tokenizer else None
     work = output.absolute().with_name(f".{output.name}.preparing")
     opened = [open_source(spec, work / "sources" / str(i)) for i, spec in enumerate(sources)]
-    settings = _settings(opened, weights, given, vocab_size)
-    settings |= {
+    settings = {
+        "sources": [source.identity() for source in opened],
+        "weights": list(weights) if weights else None,
+        "tokenizer": f"SHA-256 {given.sha256}" if given else f"trained, {vocab_size} tokens",
         "validation_fraction": validation_fraction,
         "on_bad_line": on_bad_line,
         "shard_tokens": shard_tokens,
@@ -95,43 +93,22 @@ def prepare(
         shutil.rmtree(work, ignore_errors=True)  # an earlier start was killed at its last moment
         return made
     with working_folder(work, settings):
-        preparation = _Preparation(
-            work=work,
-            sources=opened,
-            weights=weights,
-            settings=settings,
-            skip_bad_lines=on_bad_line == "skip",
-            shard_tokens=shard_tokens,
-        )
-        used, tasks = preparation.plan(given, vocab_size, validation_fraction)
+        preparation = _Preparation(work, opened, weights, settings)
+        job, tasks = preparation.plan(given, vocab_size)
         if runner == "beam":
-            parts = preparation.encode_on_beam(used, tasks, beam_options)
+            from mobilellm_jax.data.preparation import beam_runner
+
+            parts = beam_runner.encode_and_assemble(job, tasks, beam_options)
         else:
-            parts = preparation.encode(used, tasks, workers)
-        manifest = preparation.finish(used, parts)
+            parts = _encode(job, tasks, workers)
+        manifest = preparation.finish(job, parts)
         os.replace(work / "output", output)
         shutil.rmtree(work)
     _log_summary(output, manifest)
     return manifest
 
 
-def _settings(
-    sources: Sequence[Source],
-    weights: Sequence[float] | None,
-    tokenizer: Tokenizer | None,
-    vocab_size: int | None,
-) -> dict[str, Any]:
-    """Returns the settings that describe the sources and the tokenizer."""
-    return {
-        "sources": [source.identity() for source in sources],
-        "weights": list(weights) if weights else None,
-        "tokenizer": (
-            f"SHA-256 {tokenizer.sha256}" if tokenizer else f"trained, {vocab_size} tokens"
-        ),
-    }
-
-
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass
 class _Preparation:
     """A preparation that this process starts or continues in the working folder."""
 
@@ -139,18 +116,15 @@ class _Preparation:
     sources: Sequence[Source]
     weights: Sequence[float] | None
     settings: Mapping[str, Any]
-    skip_bad_lines: bool
-    shard_tokens: int
 
-    def plan(
-        self, given: Tokenizer | None, vocab_size: int | None, validation_fraction: float
-    ) -> tuple[Tokenizer, list[Task]]:
-        """Returns the tokenizer, which is already in the output, and all pieces in order.
+    def plan(self, given: Tokenizer | None, vocab_size: int | None) -> tuple[Job, list[Task]]:
+        """Returns the settings for workers and all pieces in order; the tokenizer is in the output.
 
-        Both are the same at every start. A tokenizer that an earlier start trained is used again.
+        All are the same at every start. A tokenizer that an earlier start trained is used again.
         """
-        on_bad: Callable[[BadLine], None] = (lambda _: None) if self.skip_bad_lines else stop
-        held_out = held_out_below(self.sources, validation_fraction, on_bad)
+        skip_bad_lines = self.settings["on_bad_line"] == "skip"
+        on_bad: Callable[[BadLine], None] = (lambda _: None) if skip_bad_lines else stop
+        held_out = held_out_below(self.sources, self.settings["validation_fraction"], on_bad)
         output = self.work / "output"
         if given is not None:
             copy = copy_tokenizer(given, output)
@@ -170,7 +144,15 @@ class _Preparation:
                 for piece in source.pieces(split):
                     tasks.append(Task(len(tasks), index, below, piece))
         self._check_pieces(tasks)
-        return load_tokenizer(copy), tasks
+        job = Job(
+            sources=tuple(source.spec for source in self.sources),
+            work=self.work,
+            tokenizer=copy,
+            dtype=shards.token_dtype(load_tokenizer(copy).vocab_size),
+            skip_bad_lines=skip_bad_lines,
+            shard_tokens=self.settings["shard_tokens"],
+        )
+        return job, tasks
 
     def _check_pieces(self, tasks: Sequence[Task]) -> None:
         """Parts are found by number, so the pieces must be the pieces of the earlier start."""
@@ -184,57 +166,10 @@ class _Preparation:
                 "way, perhaps by another version of mobilellm; delete it to begin anew."
             )
 
-    def job(self, tokenizer: Tokenizer) -> Job:
-        """Returns the settings for worker processes."""
-        return Job(
-            sources=tuple(source.spec for source in self.sources),
-            scratch=self.work / "sources",
-            tokenizer=tokenizer.file,
-            parts=self.work / "parts",
-            workers_lock=self.work / WORKERS_LOCK,
-            skip_bad_lines=self.skip_bad_lines,
-        )
-
-    def encode(
-        self, tokenizer: Tokenizer, tasks: Sequence[Task], workers: int | None
-    ) -> Generator[Part, None, None]:
-        """Yields all parts in order, from earlier starts and from this start."""
-        job = self.job(tokenizer)
-        done = {t.number: p for t in tasks if (p := read_part(job.parts, t.number)) is not None}
-        left = [task for task in tasks if task.number not in done]
-        left_bytes = sum(task.piece.size_bytes for task in left)
-        done_bytes = sum(task.piece.size_bytes for task in tasks) - left_bytes
-        if done:
-            _log.info(f"Going on: {len(done):,} of {len(tasks):,} parts are complete.")
-        count = workers or available_cores()
-        if left_bytes < _TOO_SMALL_TO_SHARE_BYTES and workers is None:
-            count = 1
-        encoded = encode_pieces(job, left, min(count, max(len(left), 1)), done_bytes)
-        with contextlib.closing(encoded):
-            for task in tasks:
-                yield done.pop(task.number) if task.number in done else next(encoded)
-
-    def encode_on_beam(
-        self, tokenizer: Tokenizer, tasks: Sequence[Task], options: Sequence[str]
-    ) -> Generator[Part, None, None]:
-        """Yields all parts in order, after Beam has assembled their shards."""
-        from mobilellm_jax.data.preparation import beam_runner
-
-        return beam_runner.encode_and_assemble(
-            self.job(tokenizer),
-            tasks,
-            self.work / "shards",
-            shards.token_dtype(tokenizer.vocab_size),
-            self.shard_tokens,
-            options,
-        )
-
-    def finish(self, tokenizer: Tokenizer, parts: Generator[Part, None, None]) -> Manifest:
+    def finish(self, job: Job, parts: Generator[Part, None, None]) -> Manifest:
         """Joins parts into shards as they arrive, names the shards and writes the manifest."""
         totals = [_SourceTotal() for _ in self.sources]
-        joiner = assembly.Joiner(
-            self.work, shards.token_dtype(tokenizer.vocab_size), self.shard_tokens
-        )
+        planners = {split: assembly.Planner(job, split) for split in (TRAIN, VALIDATION)}
         with contextlib.closing(parts):
             for part in parts:
                 totals[part.source].add(part)
@@ -244,15 +179,15 @@ class _Preparation:
                         "bad lines, so this is not a damaged line here and there. The last: "
                         f"{part.bad_lines[-1]}. Check the form of the source."
                     )
-                joiner.add(part)
-        made = joiner.end()
+                for planner in planners.values():
+                    planner.made += [assembly.assemble(job, plan) for plan in planner.add(part)]
+                    planner.delete_used_parts()
         splits = {}
-        for name, of_split in made.items():
+        for name, planner in planners.items():
+            planner.made += [assembly.assemble(job, plan) for plan in planner.end()]
             counts = sum((total.splits.get(name, Counts()) for total in totals), Counts())
             if counts.documents:
-                named = assembly.give_final_names(
-                    self.work / "shards", self.work / "output", name, of_split
-                )
+                named = assembly.give_final_names(job, self.work / "output", name, planner.made)
                 splits[name] = Split(**dataclasses.asdict(counts), shards=tuple(named))
         if TRAIN not in splits:
             raise UserError(
@@ -266,6 +201,7 @@ class _Preparation:
                         f"source={source.spec!r} has a weight but no text for training; leave it "
                         "out, or check its pattern."
                     )
+        tokenizer = load_tokenizer(job.tokenizer)
         manifest = Manifest(
             format_version=shards.FORMAT_VERSION,
             tokenizer=tokenizer.file.name,
@@ -273,7 +209,7 @@ class _Preparation:
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
-            dtype=shards.token_dtype(tokenizer.vocab_size).name,
+            dtype=job.dtype.name,
             splits=splits,
             sources=tuple(
                 SourceRecord(
@@ -289,6 +225,23 @@ class _Preparation:
         )
         shards.write_manifest(self.work / "output", manifest)
         return manifest
+
+
+def _encode(job: Job, tasks: Sequence[Task], workers: int | None) -> Generator[Part, None, None]:
+    """Yields all parts in order, from earlier starts and from this start."""
+    done = {t.number: p for t in tasks if (p := read_part(job.parts, t.number)) is not None}
+    left = [task for task in tasks if task.number not in done]
+    left_bytes = sum(task.piece.size_bytes for task in left)
+    done_bytes = sum(task.piece.size_bytes for task in tasks) - left_bytes
+    if done:
+        _log.info(f"Going on: {len(done):,} of {len(tasks):,} parts are complete.")
+    count = workers or available_cores()
+    if left_bytes < _TOO_SMALL_TO_SHARE_BYTES and workers is None:
+        count = 1
+    encoded = encode_pieces(job, left, min(count, max(len(left), 1)), done_bytes)
+    with contextlib.closing(encoded):
+        for task in tasks:
+            yield done.pop(task.number) if task.number in done else next(encoded)
 
 
 class _SourceTotal:

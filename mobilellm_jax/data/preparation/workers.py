@@ -1,6 +1,7 @@
 """Encodes pieces in parallel processes and returns the parts in order."""
 
 import collections
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -8,8 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task
 from mobilellm_jax.data.shards import Counts
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
+WORKERS_LOCK = "workers.lock"  # worker processes of a machine hold this lock while they live
+
 _log = logging.getLogger(__name__)
 
 _POLL_SEC = 0.5
@@ -28,10 +31,7 @@ _LOG_EVERY_SEC = 30.0
 _AHEAD = 3
 _LEFTOVER_WAIT_SEC = 30.0
 
-# State of a worker process, set when it starts.
-_alive: FileLock
-_encoder: PieceEncoder
-_shared_counts: Any
+_encode: Callable[[Task], Part]  # what a worker process does; set when the process starts
 
 
 def available_cores() -> int:
@@ -72,67 +72,44 @@ def encode_pieces(
 ) -> Generator[Part, None, None]:
     """Yields the parts of `tasks` in order, encoded by `workers` processes.
 
-    An earlier start encoded `done_bytes` of the sources, and the progress starts there. With one
-    worker, no process is started.
+    An earlier start encoded `done_bytes` of the sources, and the progress starts there. A single
+    worker is a thread of this process.
 
     Raises:
       UserError: as for `PieceEncoder.encode`.
       RuntimeError: if a worker process was killed.
     """
-    total = done_bytes + sum(task.piece.size_bytes for task in tasks)
-    with _Progress(total, done_bytes) as progress:
-        if workers == 1:
-            yield from _encode_here(job, tasks, progress)
-        else:
-            yield from _encode_in_processes(job, tasks, workers, progress)
-
-
-def _encode_here(
-    job: Job, tasks: Sequence[Task], progress: "_Progress"
-) -> Generator[Part, None, None]:
     if not tasks:
         return
-    encoder = PieceEncoder(job)
-    counted = Counts()
-
-    def count(batch: Counts) -> None:
-        nonlocal counted
-        counted += batch
-        progress.show(counted)
-
-    for task in tasks:
-        part = encoder.encode(task, count)
-        progress.finished(task, counted)
-        yield part
-
-
-def _encode_in_processes(
-    job: Job, tasks: Sequence[Task], workers: int, progress: "_Progress"
-) -> Generator[Part, None, None]:
+    total = done_bytes + sum(task.piece.size_bytes for task in tasks)
     # The workers are not forked, because a fork would copy the locks of this process's threads.
     context = multiprocessing.get_context("spawn")
-    counts = context.Array("q", 3)
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(job, counts)
-    )
+    counts: Any = context.Array("q", len(dataclasses.fields(Counts)))
+    pool: Executor
+    if workers == 1:
+        pool, encode, ahead = ThreadPoolExecutor(1), _counting(job, counts), 1
+    else:
+        pool = ProcessPoolExecutor(workers, context, _start_process, (job, counts))
+        encode, ahead = _encode_in_process, _AHEAD * workers
     waiting: collections.deque[tuple[Task, Future[Part]]] = collections.deque()
     left = iter(tasks)
-    try:
-        while True:
-            while len(waiting) < _AHEAD * workers and (task := next(left, None)) is not None:
-                waiting.append((task, pool.submit(_encode_in_worker, task)))
-            if not waiting:
-                return
-            task, future = waiting[0]
-            if not wait([future], timeout=_POLL_SEC).done:
-                progress.show(_as_counts(counts))
-                continue
-            waiting.popleft()
-            part = _result(job, task, future)
-            progress.finished(task, _as_counts(counts))
-            yield part
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with _Progress(total, done_bytes) as progress:
+        try:
+            while True:
+                while len(waiting) < ahead and (task := next(left, None)) is not None:
+                    waiting.append((task, pool.submit(encode, task)))
+                if not waiting:
+                    return
+                task, future = waiting[0]
+                if not wait([future], timeout=_POLL_SEC).done:
+                    progress.show(counts)
+                    continue
+                waiting.popleft()
+                part = _result(job, task, future)
+                progress.finished(task, counts)
+                yield part
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _result(job: Job, task: Task, future: "Future[Part]") -> Part:
@@ -149,16 +126,27 @@ def _result(job: Job, task: Task, future: "Future[Part]") -> Part:
         return PieceEncoder(job).encode(task, lambda _: None)
 
 
-def _start_worker(job: Job, counts: Any) -> None:
-    global _alive, _encoder, _shared_counts
+def _counting(job: Job, counts: Any) -> Callable[[Task], Part]:
+    """Returns a function that encodes a piece and adds to counts that all workers share."""
+    encoder = PieceEncoder(job)
+
+    def count(batch: Counts) -> None:
+        with counts.get_lock():
+            for index, added in enumerate(dataclasses.astuple(batch)):
+                counts[index] += added
+
+    return lambda task: encoder.encode(task, count)
+
+
+def _start_process(job: Job, counts: Any) -> None:
+    global _encode
     # Ctrl-C reaches all processes of the group; the parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The process holds this lock while it lives, and the next start waits for it
+    # The process holds this lock until it ends, and the next start waits for it
     # (`wait_for_workers`).
-    _alive = FileLock(job.workers_lock, shared=True, wait=True)
-    _shared_counts = counts
-    _encoder = PieceEncoder(job)
+    FileLock(job.work / WORKERS_LOCK, shared=True, wait=True)
+    _encode = _counting(job, counts)
 
 
 def _end_with_parent() -> None:
@@ -169,20 +157,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(task: Task) -> Part:
-    return _encoder.encode(task, _count)
-
-
-def _count(batch: Counts) -> None:
-    with _shared_counts.get_lock():
-        _shared_counts[0] += batch.documents
-        _shared_counts[1] += batch.tokens
-        _shared_counts[2] += batch.text_bytes
-
-
-def _as_counts(shared: Any) -> Counts:
-    documents, tokens, text_bytes = shared[:]
-    return Counts(documents=documents, tokens=tokens, text_bytes=text_bytes)
+def _encode_in_process(task: Task) -> Part:
+    return _encode(task)
 
 
 class _Progress:
@@ -207,16 +183,14 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def show(self, counted: Counts) -> None:
-        """Shows what this start has encoded so far."""
+    def show(self, counts: Sequence[int]) -> None:
+        """Shows the documents and tokens that this start has encoded so far."""
         now = time.monotonic()
         if not self._on_terminal and now - self._logged < _LOG_EVERY_SEC:
             return
         elapsed = max(now - self._started, 1e-3)
-        rates = (
-            f"{counted.documents / elapsed:,.0f} documents/s, "
-            f"{counted.tokens / elapsed:,.0f} tokens/s"
-        )
+        documents, tokens, _ = counts
+        rates = f"{documents / elapsed:,.0f} documents/s, {tokens / elapsed:,.0f} tokens/s"
         if self._on_terminal:
             self._bar.set_postfix_str(rates)
             return
@@ -226,8 +200,8 @@ class _Progress:
         left = f"{(self._total - self._done) * elapsed / new / 60:,.1f}" if new else "?"
         _log.info(f"Encoded {share:.1%} of the sources; {rates}; {left} minutes left.")
 
-    def finished(self, task: Task, counted: Counts) -> None:
+    def finished(self, task: Task, counts: Sequence[int]) -> None:
         """Counts the bytes of a finished piece."""
         self._done += task.piece.size_bytes
         self._bar.update(task.piece.size_bytes)
-        self.show(counted)
+        self.show(counts)

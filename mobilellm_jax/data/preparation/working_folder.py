@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mobilellm_jax.data import shards
 from mobilellm_jax.data.preparation.parts import read_record
-from mobilellm_jax.data.preparation.workers import wait_for_workers
+from mobilellm_jax.data.preparation.workers import WORKERS_LOCK, wait_for_workers
+from mobilellm_jax.data.token_stream import TOKENS
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
-WORKERS_LOCK = "workers.lock"
 _log = logging.getLogger(__name__)
 
 _JOB = "job.json"
@@ -83,7 +82,7 @@ def settings_difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> s
 def _has_parts(work: Path) -> bool:
     """Returns whether an earlier start has encoded anything."""
     arrays = (file for name in ("parts", "shards", "output") for file in (work / name).iterdir())
-    return any(file.suffix == f".{shards.TOKENS}" for file in arrays)
+    return any(file.suffix == f".{TOKENS}" for file in arrays)
 
 
 def _empty(work: Path) -> None:

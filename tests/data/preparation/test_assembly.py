@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.data.preparation import assembly
-from mobilellm_jax.data.preparation.parts import part_file
-from tests.data.token_folders import assemble_all, write_part
+from mobilellm_jax.data.preparation.parts import Part
+from tests.data.token_folders import assemble_all, join_job, write_part
 
 
 def expected_shards(documents: list[list[int]], shard_tokens: int) -> list[list[list[int]]]:
@@ -44,7 +44,7 @@ def test_random_parts_make_the_expected_shards(tmp_path: Path, seed: int) -> Non
         at = stop
     output = tmp_path / "output"
     output.mkdir()
-    made = assemble_all(tmp_path / "parts", output, "train", parts, "<u2", shard_tokens)
+    made = assemble_all(join_job(tmp_path, "<u2", shard_tokens), output, "train", parts)
     expected = expected_shards(documents, shard_tokens)
     assert [shard.documents for shard in made] == [len(shard) for shard in expected]
     mask_of = iter(masked)
@@ -64,54 +64,55 @@ def test_random_parts_make_the_expected_shards(tmp_path: Path, seed: int) -> Non
 def test_an_interrupted_assembly_goes_on(tmp_path: Path, stop_after: int) -> None:
     """Assembly works when the parts before the first needed part have been deleted."""
     documents = [[part, i] * (1 + i) for part in range(4) for i in range(5)]
-    parts = [
-        write_part(tmp_path / "parts", n, {"train": documents[5 * n : 5 * n + 5]}) for n in range(4)
-    ]
 
-    def assemble(folder: Path, most: int) -> None:
-        folder.mkdir(exist_ok=True)
-        found, start = assembly.read_assembled(folder, "train")
-        planner = assembly.Planner(tmp_path / "parts", "train", 18, len(found), start)
+    def write_parts(work: Path) -> list[Part]:
+        splits = [{"train": documents[5 * n : 5 * n + 5]} for n in range(4)]
+        return [write_part(work / "parts", n, split) for n, split in enumerate(splits)]
+
+    def assemble(work: Path, parts: list[Part], most: int) -> None:
+        job = join_job(work, "<u2", 18)
+        planner = assembly.Planner(job, "train")
         made = 0
         for part in parts:
             for plan in planner.add(part):
                 if made == most:
                     return
-                assembly.assemble(tmp_path / "parts", folder, plan, np.dtype("<u2"))
+                assembly.assemble(job, plan)
                 made += 1
+            planner.delete_used_parts()
         for plan in planner.end():
-            assembly.assemble(tmp_path / "parts", folder, plan, np.dtype("<u2"))
+            assembly.assemble(job, plan)
 
-    assemble(tmp_path / "whole", 100)
-    whole, _ = assembly.read_assembled(tmp_path / "whole", "train")
+    assemble(tmp_path / "whole", write_parts(tmp_path / "whole"), 100)
+    whole = assembly.Planner(join_job(tmp_path / "whole", "<u2", 18), "train").made
     assert len(whole) == len(expected_shards(documents, 18)) == 6
-    assemble(tmp_path / "again", stop_after)
-    _, (needed, _) = assembly.read_assembled(tmp_path / "again", "train")
-    for number in range(needed):
-        for suffix in ("tokens", "offsets"):
-            part_file(tmp_path / "parts", number, "train", suffix).unlink()
-    assemble(tmp_path / "again", 100)
+    parts = write_parts(tmp_path / "again")
+    assemble(tmp_path / "again", parts, stop_after)
+    done = sum(expected.tokens for expected in whole[:stop_after])
+    ends = np.cumsum([part.splits["train"].tokens for part in parts])
+    left = sorted(file.name for file in (tmp_path / "again" / "parts").glob("*.tokens"))
+    assert left[-1] == "00000003.train.tokens"
+    assert len(left) >= sum(end > done for end in ends.tolist())
+    assemble(tmp_path / "again", parts, 100)
     one, two = (
-        {f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("whole", "again")
+        {f.name: f.read_bytes() for f in (tmp_path / n / "shards").iterdir()}
+        for n in ("whole", "again")
     )
     assert one == two
+    kept = {f.name for f in (tmp_path / "again" / "parts").iterdir()}
+    assert kept <= {"00000003.train.tokens", "00000003.train.offsets"}
 
 
 def test_final_names_can_be_given_again(tmp_path: Path) -> None:
     part = write_part(tmp_path / "parts", 0, {"train": [[1, 2], [1, 5, 2]]})
-    planner = assembly.Planner(tmp_path / "parts", "train", 1, 0, (0, 0))
-    shards, output = tmp_path / "shards", tmp_path / "output"
-    shards.mkdir()
+    job, output = join_job(tmp_path, "<u2", 1), tmp_path / "output"
     output.mkdir()
-    made = [
-        assembly.assemble(tmp_path / "parts", shards, plan, np.dtype("<u2"))
-        for plan in planner.add(part)
-    ]
-    names = assembly.give_final_names(shards, output, "train", made)
+    made = [assembly.assemble(job, plan) for plan in assembly.Planner(job, "train").add(part)]
+    names = assembly.give_final_names(job, output, "train", made)
     before = {f.name: f.read_bytes() for f in output.iterdir()}
     assert sorted(before) == [
         f"train-0000{i}-of-00002.{suffix}" for i in (0, 1) for suffix in ("offsets", "tokens")
     ]
-    (output / "train-00001-of-00002.tokens").rename(shards / "train-00001.tokens")
-    assert assembly.give_final_names(shards, output, "train", made) == names
+    (output / "train-00001-of-00002.tokens").rename(job.shards / "train-00001.tokens")
+    assert assembly.give_final_names(job, output, "train", made) == names
     assert {f.name: f.read_bytes() for f in output.iterdir()} == before

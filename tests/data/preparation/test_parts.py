@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task, part_file, read_part
-from mobilellm_jax.data.shards import Counts
+from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task, read_part
+from mobilellm_jax.data.shards import Counts, token_dtype
 from mobilellm_jax.data.sources.opening import open_source
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
@@ -25,11 +25,11 @@ def encode(tmp_path: Path, tokenizer: Tokenizer, spec: str, **changes: Any) -> P
     settings = {"held_out": 0, "skip_bad_lines": False} | changes
     job = Job(
         sources=(spec,),
-        scratch=tmp_path / "scratch",
+        work=tmp_path,
         tokenizer=tokenizer.file,
-        parts=parts,
-        workers_lock=tmp_path / "workers.lock",
+        dtype=token_dtype(tokenizer.vocab_size),
         skip_bad_lines=settings["skip_bad_lines"],
+        shard_tokens=1,
     )
     (piece,) = open_source(spec, tmp_path / "scratch").pieces("train")
     heard: list[Counts] = []
@@ -41,7 +41,7 @@ def encode(tmp_path: Path, tokenizer: Tokenizer, spec: str, **changes: Any) -> P
 
 
 def array(tmp_path: Path, suffix: str, dtype: str, split: str = "train") -> list[int]:
-    return np.fromfile(part_file(tmp_path / "parts", 0, split, suffix), dtype).tolist()
+    return np.fromfile(tmp_path / "parts" / f"00000000.{split}.{suffix}", dtype).tolist()
 
 
 def write_lines(file: Path, *rows: Any) -> str:
@@ -59,8 +59,8 @@ def test_tokens_get_the_bos_and_eos_that_they_lack(tmp_path: Path, tokenizer: To
     lengths = [len(row) for row in expected]
     assert array(tmp_path, "offsets", "<u8") == np.cumsum([0, *lengths[:-1]]).tolist()
     assert part.splits["train"].text_bytes == 5 * len(TEXT)
-    assert part.masked == ()
-    assert not part_file(tmp_path / "parts", 0, "train", "loss_mask").exists()
+    assert [*part.splits["train"].shards[0].files] == ["tokens", "offsets"]
+    assert not (tmp_path / "parts" / "00000000.train.loss_mask").exists()
 
 
 def test_a_loss_mask_goes_along(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -73,7 +73,8 @@ def test_a_loss_mask_goes_along(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ]
     file = write_lines(tmp_path / "ids.jsonl", *rows)
     part = encode(tmp_path, tokenizer, f"tokens:{file}")
-    assert part.masked == ("train",)
+    assert "loss_mask" in part.splits["train"].shards[0].files
+    assert part.splits["validation"].shards == ()
     expected = [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 1, 0], [0, 1, 0, 0]]
     assert array(tmp_path, "loss_mask", "u1") == [i for row in expected for i in row]
 
