@@ -1,7 +1,7 @@
 """Settles everything that a run needs, before anything compiles.
 
-`config.py` checks the rules that need neither files nor devices. The functions here check the other
-rules. They raise `ConfigError` with the field, its value, the rule and the remedy.
+`config/rules.py` has the rules that need neither files nor devices. The functions here check the
+other rules. They raise `ConfigError` with the field, its value, the rule and the remedy.
 """
 
 import dataclasses

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from mobilellm_jax.config import (
-    ATTENTION,
     Config,
     ConfigError,
     changed_fields,
@@ -19,6 +18,7 @@ from mobilellm_jax.config import (
     to_config_dict,
     to_json,
 )
+from mobilellm_jax.config.rules import ATTENTION
 
 
 def changed(**fields: Any) -> Config:
@@ -290,7 +290,7 @@ def test_near_miss() -> None:
 
 
 def test_defaults_are_written_once() -> None:
-    """Only config.py sets defaults."""
+    """Only the dataclasses of the config set defaults."""
     package = Path(__file__).parent.parent / "mobilellm_jax"
     readers = [f for f in package.rglob("*.py") if "config.get(" in f.read_text()]
     assert readers == []

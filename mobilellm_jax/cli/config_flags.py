@@ -1,7 +1,7 @@
 """Turns `--config=configs/x.py` and `--config.a.b=value` into a checked `Config`.
 
 `split_overrides` removes the overrides before absl parses the other flags. The type of a field in
-`config.py` decides how its value is read, not the look of the value. `ml_collections.config_flags`
+the config decides how its value is read, not the look of the value. `ml_collections.config_flags`
 has such flags too, but it stops at the first mistake, does not know the allowed values of a field,
 and reads `sys.argv`, so that one process could not run two commands.
 """

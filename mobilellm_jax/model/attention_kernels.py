@@ -1,7 +1,7 @@
 """Attention of whole sequences by kernels for accelerators, which keep no T x T scores.
 
-`model.attention` names a kernel. `config.ATTENTION` lists the limits of each kernel, and the config
-refuses a combination that a kernel cannot compute. All kernels compute the same function as
+`model.attention` names a kernel. `config.rules.ATTENTION` lists the limits of each kernel, and the
+config refuses a combination that a kernel cannot compute. All kernels compute the same function as
 `softmax.attend`, and tests compare them with it. They serve training and scoring. Decoding uses
 `softmax.attend`.
 """

@@ -21,14 +21,8 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from mobilellm_jax.config import (
-    ATTENTION,
-    Attention,
-    ComputeDtype,
-    Config,
-    ModelConfig,
-    attention_violations,
-)
+from mobilellm_jax.config import Attention, ComputeDtype, Config, ModelConfig
+from mobilellm_jax.config.rules import ATTENTION, attention_violations
 from mobilellm_jax.startup.cpu import cpu_features
 
 INSTALL_TOKAMAX = 'pip install "mobilellm-jax[tokamax]"'

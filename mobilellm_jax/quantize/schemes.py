@@ -26,13 +26,9 @@ Tied embeddings are one matrix, so a scheme names both `embedding` and `head`, o
 import dataclasses
 from collections.abc import Iterator
 
-from mobilellm_jax.config import (
+from mobilellm_jax.config import Config, ConfigError, ModelConfig, QuantizeConfig, near_miss
+from mobilellm_jax.config.rules import (
     QUANTIZE_PARTS,
-    Config,
-    ConfigError,
-    ModelConfig,
-    QuantizeConfig,
-    near_miss,
     part_violations,
     quantize_parts,
     tied_violations,

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobilellm_jax.config import ATTENTION, DataConfig, ModelConfig
+from mobilellm_jax.config import DataConfig, ModelConfig
+from mobilellm_jax.config.rules import ATTENTION
 from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.model import attention_kernels
 from mobilellm_jax.model.transformer import Transformer, init_params

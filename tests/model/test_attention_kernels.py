@@ -19,7 +19,8 @@ from absl import flags
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mobilellm_jax.config import ATTENTION, Config, ModelConfig, Remat
+from mobilellm_jax.config import Config, ModelConfig, Remat
+from mobilellm_jax.config.rules import ATTENTION
 from mobilellm_jax.model import attention_kernels
 from mobilellm_jax.model.attention_kernels import segment_starts, self_attention, splash, tokamax
 from mobilellm_jax.model.on_device import device_violations
