@@ -15,12 +15,10 @@ is complete when it has a manifest, and good while its files match the manifest.
 
 from mobilellm_jax.checkpoint.folders import latest_step, steps, whole_steps
 from mobilellm_jax.checkpoint.reading import (
-    DATA_STATE_VERSION,
     FORMAT_VERSION,
     MODEL_PARTS,
     CheckpointError,
     DataState,
-    RestoredModel,
     can_resume,
     read_config,
     read_data_state,
@@ -32,14 +30,12 @@ from mobilellm_jax.checkpoint.saving import CheckpointWriter, SaveError, save_mo
 from mobilellm_jax.storage.sealing import DamagedError
 
 __all__ = [
-    "DATA_STATE_VERSION",
     "FORMAT_VERSION",
     "MODEL_PARTS",
     "CheckpointError",
     "CheckpointWriter",
     "DamagedError",
     "DataState",
-    "RestoredModel",
     "SaveError",
     "can_resume",
     "latest_step",

@@ -26,12 +26,12 @@ def use_compile_cache() -> str:
 
     Call this function before anything compiles, because jax reads these settings once.
     """
-    if not _setting("jax_enable_compilation_cache"):
+    settings = jax.config.values
+    if not settings["jax_enable_compilation_cache"]:
         return "off (JAX_ENABLE_COMPILATION_CACHE)"
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_SEC)
-    chosen = _setting("jax_compilation_cache_dir")
-    if chosen:
+    if chosen := settings["jax_compilation_cache_dir"]:
         return str(chosen)
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = caches / "mobilellm" / "compiled" / _processor()
@@ -49,7 +49,3 @@ def _processor() -> str:
     """Returns a name of the CPU: hosts may share a home folder, and jax's key omits the CPU."""
     features = hashlib.sha256(" ".join(sorted(cpu_features())).encode()).hexdigest()[:8]
     return f"{platform.machine()}-{features}"
-
-
-def _setting(name: str) -> object:
-    return jax.config.values[name]
