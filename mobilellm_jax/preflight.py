@@ -39,8 +39,7 @@ from mobilellm_jax.train.state import mesh_violations
 
 _log = logging.getLogger(__name__)
 
-_VERIFY_SEC = 24 * 3600.0  # processes wait for one another so long while they read the data
-_PREPARE_SEC = 24 * 3600.0  # the other processes wait so long while process 0 prepares data
+_DATA_SEC = 24 * 3600.0  # processes wait so long for others that prepare or read the data
 
 # A resumed run may change its length, its intervals, and how the same numbers are computed. Other
 # changes are refused, because the records of the run would then be wrong.
@@ -78,10 +77,7 @@ class Ready:
 def settle_run(config: Config, workdir: Path, check_start: Callable[[int], None]) -> Ready:
     """Settles everything that the run in `workdir` needs, and records its config there.
 
-    Args:
-      config: as the user gave it.
-      workdir: run folder, which this run holds alone.
-      check_start: raises if the run cannot start from the step that it is given.
+    `check_start` raises if the run cannot start from the step that it is given.
 
     Raises:
       ConfigError: if config, files and devices do not fit together.
@@ -107,7 +103,7 @@ def settle_run(config: Config, workdir: Path, check_start: Callable[[int], None]
             params=_initial_params(config, tokenizer) if resume_step is None else None,
             evaluator=make_evaluator(config, tokenizer, mesh, rules),
         )
-    with distributed.together("verifying the data", _VERIFY_SEC):
+    with distributed.together("verifying the data", _DATA_SEC):
         verify(config, mixture)
     with distributed.together("starting the run folder"):
         _record(config, tokenizer, workdir)
@@ -208,7 +204,7 @@ def open_data(config: Config) -> tuple[Mixture, Tokenizer]:
     if not config.data.path:
         raise ConfigError("data.path is empty; name a folder that `mobilellm prepare` wrote.")
     path = Path(config.data.path)
-    distributed.from_first("preparing the data", lambda: _prepare(config, path), _PREPARE_SEC)
+    distributed.from_first("preparing the data", lambda: _prepare(config, path), _DATA_SEC)
     mixture = open_mixture(config.data.path)
     tokenizer = load_tokenizer(mixture.tokenizer)
     if config.model.vocab_size != tokenizer.vocab_size:

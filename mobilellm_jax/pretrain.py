@@ -54,16 +54,10 @@ def pretrain(
     profile: ProfiledSteps | None = None,
     walltime: Walltime | None = None,
 ) -> bool:
-    """Trains, or continues to train, the run in `workdir`.
+    """Trains, or continues to train, the run in `workdir`, which no other run can use meanwhile.
 
     After `train.max_bad_steps` steps that are not finite, the run returns to its last good
     checkpoint once. A second return to the same checkpoint would repeat the same steps.
-
-    Args:
-      config: as the user gave it.
-      workdir: run folder; other runs cannot use it meanwhile.
-      profile: steps to profile, or None.
-      walltime: when to save and stop, or None.
 
     Returns:
       Whether the run reached `train.steps`; False if a signal or `walltime` stopped it, saved.
@@ -250,8 +244,9 @@ class _Run:
         """Removes samples of later steps, which a resumed run will write again."""
         path = self._workdir / rundir.SAMPLES
         if path.exists():
-            records = strict_json.read_lines(path)
             kept = [
-                r for r in records if strict_json.get(r, "step", int, name=str(path)) < first_step
+                json.dumps(record) + "\n"
+                for record in strict_json.read_lines(path)
+                if strict_json.get(record, "step", int, name=str(path)) < first_step
             ]
-            rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
+            rundir.write_whole(path, "".join(kept))

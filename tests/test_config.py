@@ -11,8 +11,8 @@ from mobilellm_jax.config import (
     ConfigError,
     changed_fields,
     field_types,
-    from_config_dict,
     from_json,
+    from_object,
     near_miss,
     read_json,
     to_config_dict,
@@ -30,7 +30,7 @@ def changed(**fields: Any) -> Config:
         # it.
         with config_dict[group].ignore_type():
             config_dict[group][field] = value
-    return from_config_dict(config_dict)
+    return from_object(config_dict.to_dict())
 
 
 def violations(**fields: Any) -> list[str]:
@@ -50,7 +50,7 @@ def test_defaults_are_the_papers_recipe() -> None:
 def test_config_dict_round_trip() -> None:
     config = changed(model__num_repeats=2, optimizer__peak_lr=1e-3)
     assert config != Config()
-    assert from_config_dict(to_config_dict(config)) == config
+    assert from_object(to_config_dict(config).to_dict()) == config
 
 
 def test_json_round_trip() -> None:

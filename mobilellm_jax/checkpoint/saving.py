@@ -125,25 +125,23 @@ class CheckpointWriter:
         number = next(self._numbers)
         work = folders.work_folder(self._folder, step, number)
         saved: Future[None] = Future()
-        self._pending = step, saved
         try:
-            if not distributed.from_first(
+            if distributed.from_first(
                 f"the place of checkpoint {step}", lambda: self._make_room(step)
             ):
+                trees = trees_of(state)
+                content = _content(self._config, trees)
+                content["data"] = {"version": DATA_STATE_VERSION, **dataclasses.asdict(data)}
+                writer = _start_writing(work, trees, str(number))
+                saved = self._pool.submit(self._finish, step, work, writer, content)
+            else:
                 saved.set_result(None)
-                return
-            trees = trees_of(state)
-            content = _content(self._config, trees)
-            content["data"] = {"version": DATA_STATE_VERSION, **dataclasses.asdict(data)}
-            writer = _start_writing(work, trees, str(number))
         except LockLostError:
-            self._pending = None
             raise
         except _FAILURES as error:
             self._fail(step, work, error)
             saved.set_exception(error)
-        else:
-            self._pending = step, self._pool.submit(self._finish, step, work, writer, content)
+        self._pending = step, saved
 
     def retry_is_due(self) -> bool:
         """Returns True if a save failed in any process and it is time to try again.

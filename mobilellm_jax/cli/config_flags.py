@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from mobilellm_jax.cli.errors import UsageError
-from mobilellm_jax.config import Config, ConfigError, field_types, from_config_dict, near_miss
+from mobilellm_jax.config import Config, ConfigError, field_types, from_object, near_miss
 from mobilellm_jax.errors import MissingFileError
 
 _OVERRIDE = re.compile(r"--?config\.(?P<field>[^=]*)(=(?P<value>.*))?", re.DOTALL)
@@ -79,11 +79,11 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
             continue
         group, _, name = field.partition(".")
         fields = groups.setdefault(group, {})
-        if isinstance(fields, dict):  # `from_config_dict` refuses other types with a message
+        if isinstance(fields, dict):  # `from_object` refuses other types with a message
             fields[name] = value
     if problems:
         raise ConfigError("\n".join(problems))
-    return from_config_dict(ConfigDict(groups))
+    return from_object(groups)
 
 
 def _get_config(path: Path) -> ConfigDict:

@@ -1,9 +1,9 @@
 """The settings of a run: frozen dataclasses with defaults and limits.
 
 The defaults are MobileLLM-125M and its recipe (Liu et al. 2024, arXiv:2402.14905, Table 9 and
-Sec. 3.1). Only `configs/*.py` and the command line use a `ConfigDict`; `from_config_dict` turns it
-into a `Config` and lists all broken rules together. `preflight.py` checks the rules that need files
-or devices.
+Sec. 3.1). Only `configs/*.py` and the command line use a `ConfigDict`. A `Config` checks the rules
+of `config/rules.py`, and its error lists all broken rules. `preflight.py` checks the rules that
+need files or devices.
 """
 
 import dataclasses
@@ -183,11 +183,6 @@ class Config:
 def to_config_dict(config: Config | None = None) -> ConfigDict:
     """Returns `config`, or the defaults, as a `ConfigDict` with fixed keys for `configs/*.py`."""
     return ConfigDict(dataclasses.asdict(config or Config())).lock()
-
-
-def from_config_dict(config_dict: ConfigDict) -> Config:
-    """Returns the checked `Config`; the errors are those of `from_object`."""
-    return from_object(config_dict.to_dict())
 
 
 def to_json(config: Config) -> str:
