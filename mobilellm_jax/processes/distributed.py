@@ -94,12 +94,18 @@ def start(
         address, count, own = check_flags(coordinator_address, num_processes, process_id)
         if own:
             _wait_for(address)
-        _initialize(*(address, count, own, peer_timeout_sec), cluster_detection_method="deactivate")
+        _initialize(
+            peer_timeout_sec,
+            coordinator_address=address,
+            num_processes=count,
+            process_id=own,
+            cluster_detection_method="deactivate",
+        )
         return f"process {own} of {count}, from flags, process 0 at {address}"
     cluster = find_cluster(os.environ)
     if not cluster.several:
         return f"one process ({cluster.name})"
-    _initialize(None, None, None, peer_timeout_sec, local_device_ids=cluster.devices)
+    _initialize(peer_timeout_sec, local_device_ids=cluster.devices)
     state = process_state()
     return f"process {state.process_id} of {state.num_processes}, found by {cluster.name}"
 
@@ -224,21 +230,14 @@ def _wait_for(address: str) -> None:
         time.sleep(0.2)
 
 
-def _initialize(
-    address: str | None,
-    count: int | None,
-    own: int | None,
-    peer_timeout_sec: float,
-    **more: Any,
-) -> None:
+def _initialize(peer_timeout_sec: float, **known: Any) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     jax.distributed.initialize(
-        *(address, count, own),
+        **known,
         initialization_timeout=_START_SEC,
         # Longer than our own limit, because our message has the name of the process.
         heartbeat_timeout_seconds=max(_JAX_HEARTBEAT_SEC, math.ceil(2 * peer_timeout_sec)),
         shutdown_timeout_seconds=_SHUTDOWN_SEC,
-        **more,
     )
     # jax has installed a handler that only records SIGTERM. The training loop has its own handler.
     # Outside the loop, for example during a long compilation, SIGTERM has to end the process.

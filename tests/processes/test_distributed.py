@@ -38,11 +38,7 @@ def initialized(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Records the calls of `jax.distributed.initialize` instead of making them."""
     calls: list[dict[str, Any]] = []
 
-    def initialize(*positional: Any, **keywords: Any) -> None:
-        names = ("coordinator_address", "num_processes", "process_id")
-        calls.append({**dict(zip(names, positional, strict=True)), **keywords})
-
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **known: calls.append(known))
     return calls
 
 
@@ -154,7 +150,7 @@ def test_environment_is_recognised(
     else:
         # jax finds the address and the numbers by itself.
         names = ("coordinator_address", "num_processes", "process_id")
-        assert [initialized[0][name] for name in names] == [None] * 3
+        assert initialized[0].keys().isdisjoint(names)
         assert initialized[0].get("cluster_detection_method") is None
 
 
