@@ -13,13 +13,13 @@ from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.config import Config, DataConfig, ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.generation.generate import Request, generate
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.storage import sealing
 from tests import tiny
+from tests.huggingface import write_huggingface
 
 TINY = ModelConfig(
     vocab_size=300,

@@ -85,8 +85,8 @@ def check(request: Request) -> None:
     path = Path(request.path)
     if path.exists() and is_artifact(path):
         artifact = open_artifact(path)
-        artifact.loader()
-        room = artifact.info.max_seq_len
+        artifact.check_runtime()
+        room = artifact.info.model.max_seq_len
     else:
         room = _open(request).config.max_seq_len
     # The prefill draws one more token than the tokens that are timed.
@@ -104,10 +104,10 @@ def measure(request: Request) -> Measurement:
         artifact = open_artifact(path)
         config, tokenizer = artifact.info.model, artifact.tokenizer()
         precision, size = artifact.info.precision, artifact.model_bytes
-        load_file = artifact.loader()
 
         def load() -> Engine:
-            return RuntimeEngine(config, precision, load_file())
+            return RuntimeEngine(config, precision, artifact.load())
+
     else:
         # The checkpoint is read before it is timed, because an export has also been read before.
         opened = _open(request)

@@ -33,19 +33,12 @@ from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import CHECKPOINT_HELP
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.export.artifact import EXTRA
-from mobilellm_jax.export.formats import (
-    DTYPES,
-    FORMATS,
-    HUGGINGFACE_PRECISIONS,
-    check_precision,
-    offered,
-)
-from mobilellm_jax.export.source import Source
+from mobilellm_jax.export.formats import EXTRA, FORMATS, check_precision, offered
+from mobilellm_jax.export.source import DTYPES, Source
 from mobilellm_jax.model.size import parameter_count
 
 _log = logging.getLogger(__name__)
-_HUGGINGFACE = ("hf", "mobilellm")
+_QUANTIZATIONS = {name: ", ".join(offered(name, quantized=True)) for name in FORMATS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +46,17 @@ class Flags:
     """The flags of the command."""
 
     checkpoint: str = flag(None, CHECKPOINT_HELP, required=True)
-    format: str = flag("hf", "format, see above", enum_values=[*_HUGGINGFACE, *FORMATS])
+    format: str = flag("hf", "format, see above", enum_values=list(FORMATS))
     output: str = flag(None, "folder to make", required=True)
     dtype: str | None = flag(
         None,
         "type of the stored weights (default without --quantize: float32)",
-        enum_values=DTYPES,
+        enum_values=list(DTYPES),
     )
     quantize: str | None = flag(
         None,
         "quantization of the weights; "
-        + "; ".join(f"{name}: {', '.join(offered(name, quantized=True))}" for name in FORMATS),
+        + "; ".join(f"{name}: {choices}" for name, choices in _QUANTIZATIONS.items() if choices),
     )
     verify: bool | None = flag(
         None,
@@ -73,27 +66,27 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """Exports the checkpoint and prints the sizes."""
-    name: Any = flags.format
-    precision: Any = _precision(flags)
+    name = flags.format
+    precision = check_precision(name, flags.dtype, flags.quantize)
     verified = _verified(flags)
 
-    from mobilellm_jax.export.exporting import export_for_device, export_huggingface
-    from mobilellm_jax.export.huggingface.model_card import Training
+    from mobilellm_jax.export.exporting import export
+    from mobilellm_jax.export.model_card import Training
     from mobilellm_jax.open_model import open_model
 
     model = open_model(flags.checkpoint)
-    source = Source(model.config, model.params, model.tokenizer, model.origin)
     training = None
     if model.run_config is not None and model.step is not None:
         training = Training(model.run_config, model.step)
     output = Path(flags.output)
-    common: Any = {"training": training, "verified": verified}
-    if name in _HUGGINGFACE:
-        exported = export_huggingface(source, output, layout=name, dtype=precision, **common)
-    else:
-        exported = export_for_device(
-            source, output, format_name=name, precision=precision, **common
-        )
+    exported = export(
+        Source(model.config, model.params, model.tokenizer, model.origin),
+        output,
+        format_name=name,
+        precision=precision,
+        training=training,
+        verified=verified,
+    )
     config = model.config
     print(
         f"{output}: {model.origin}",
@@ -103,30 +96,15 @@ def main(flags: Flags) -> None:
         sep="\n  ",
     )
     if config.num_repeats > 1:
-        form = FORMATS.get(name)
-        bits = (form.precisions if form else HUGGINGFACE_PRECISIONS)[precision].bits
+        bits = FORMATS[name].precisions[precision].bits
         print(f"  {_sharing(config, exported.layers, bits)}")
     if exported.verification is not None:
         print("  " + "\n  ".join(exported.verification.lines()))
 
 
-def _precision(flags: Flags) -> str:
-    """Returns the precision that --dtype and --quantize name; refuses what the format lacks."""
-    if flags.format in FORMATS:
-        return check_precision(flags.format, flags.dtype, flags.quantize)
-    if flags.quantize is not None:
-        raise UsageError(
-            f"--quantize={flags.quantize} does not go with --format={flags.format}, which does not "
-            f"quantize weights; use --dtype, or --format={', '.join(FORMATS)}."
-        )
-    return flags.dtype or "float32"
-
-
 def _verified(flags: Flags) -> bool:
     """Returns whether to run the export; warns if the runtime is absent and no flag decides."""
-    from mobilellm_jax.export.exporting import can_verify
-
-    if flags.verify is False or can_verify(flags.format):
+    if flags.verify is False or FORMATS[flags.format].can_run:
         return flags.verify is not False
     if flags.verify:
         raise UsageError(

@@ -7,10 +7,8 @@ reads damaged bytes.
 
 import dataclasses
 import hashlib
-import importlib.util
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
@@ -18,57 +16,11 @@ from mobilellm_jax.config import Config, DataConfig, near_miss
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import MissingFileError, UserError
+from mobilellm_jax.export.formats import EXTRA, FORMATS
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
 from mobilellm_jax.storage import rundir, sealing, strict_json
 
 VERSION = 1
-EXTRA = "pip install 'mobilellm-jax[export]'"
-
-
-class _Opener(NamedTuple):
-    """The function that loads a model file in the runtime of its format."""
-
-    load: Callable[[Path, ArtifactInfo], Runtime]
-    package: str  # the library that the runtime needs
-
-
-def _load_gguf(file: Path, info: ArtifactInfo) -> Runtime:
-    from mobilellm_jax.export.gguf import runtime
-
-    return runtime.load(file, info)
-
-
-def _load_onnx(file: Path, info: ArtifactInfo) -> Runtime:
-    from mobilellm_jax.export.onnx import runtime
-
-    return runtime.load(file, info)
-
-
-def _load_stablehlo(file: Path, info: ArtifactInfo) -> Runtime:
-    from mobilellm_jax.export.stablehlo import runtime
-
-    return runtime.load(file, info)
-
-
-def _load_executorch(file: Path, info: ArtifactInfo) -> Runtime:
-    from mobilellm_jax.export.executorch import runtime
-
-    return runtime.load(file, info)
-
-
-def _load_litert(file: Path, info: ArtifactInfo) -> Runtime:
-    from mobilellm_jax.export.litert import runtime
-
-    return runtime.load(file, info)
-
-
-RUNTIMES = {
-    "gguf": _Opener(_load_gguf, "llama_cpp"),
-    "onnx": _Opener(_load_onnx, "onnxruntime"),
-    "stablehlo": _Opener(_load_stablehlo, "flatbuffers"),  # jax.export imports it
-    "executorch": _Opener(_load_executorch, "executorch"),
-    "litert": _Opener(_load_litert, "ai_edge_litert"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +29,7 @@ class Artifact:
 
     folder: Path
     info: ArtifactInfo
-    sha256: str = ""  # SHA-256 of the manifest; "" before there is a manifest
+    sha256: str  # SHA-256 of the manifest
 
     @property
     def file(self) -> Path:
@@ -85,9 +37,7 @@ class Artifact:
 
     @property
     def model_bytes(self) -> int:
-        """Bytes that a device stores: the model file and the files beside it with the same stem."""
-        stem = self.file.stem
-        return sum(f.stat().st_size for f in self.folder.iterdir() if f.stem.split(".")[0] == stem)
+        return model_bytes(self.folder)
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.folder)
@@ -98,25 +48,25 @@ class Artifact:
         Raises:
           UserError: if the runtime is not installed, or refuses the file.
         """
-        return self.loader()()
+        self.check_runtime()
+        return FORMATS[self.info.format].load(self.folder, self.info)
 
-    def loader(self) -> Callable[[], Runtime]:
-        """Returns the function that loads the model, and imports the library of the runtime.
+    def check_runtime(self) -> None:
+        """Checks that the runtime is installed.
 
         Raises:
-          UserError: if the library is not installed.
+          UserError: if it is not.
         """
-        opener = RUNTIMES[self.info.format]
-        if not is_installed(self.info.format):
+        form = FORMATS[self.info.format]
+        if not form.can_run:
             raise UserError(
-                f"{self.file} runs in {opener.package}, which is not installed; {EXTRA}."
+                f"{self.file} runs in {form.run_packages[0]}, which is not installed; {EXTRA}."
             )
-        return lambda: opener.load(self.file, self.info)
 
 
-def is_installed(format_name: str) -> bool:
-    """Returns whether the runtime of a format is installed."""
-    return importlib.util.find_spec(RUNTIMES[format_name].package) is not None
+def model_bytes(folder: Path) -> int:
+    """Returns the bytes that a device stores: weights and programs, without tokenizer and card."""
+    return sum(file.stat().st_size for file in folder.glob("model[.-]*"))
 
 
 def seal_artifact(folder: Path, info: ArtifactInfo) -> None:
@@ -162,14 +112,20 @@ def _info(content: dict[str, Any], folder: Path) -> ArtifactInfo:
             f"{VERSION}; export again."
         )
     files = content.pop("files")
-    info = strict_json.as_type(content, ArtifactInfo, where)
-    assert isinstance(info, ArtifactInfo), "what it was asked for"
+    info: ArtifactInfo = strict_json.as_type(content, ArtifactInfo, where)
     Config(model=info.model, data=DataConfig(seq_len=1))  # its rules
-    if info.format not in RUNTIMES or info.file not in files:
+    form = FORMATS.get(info.format)
+    if form is None or info.file != form.file or info.file not in files:
         raise UserError(
             f"{where} names the format {strict_json.shown(info.format)} and the model file "
-            f"{strict_json.shown(info.file)}; the formats are {', '.join(RUNTIMES)}, and the file "
-            "must be one of the folder's."
+            f"{strict_json.shown(info.file)}; the formats are "
+            f"{', '.join(name for name in FORMATS if FORMATS[name].file)}, and the file must be "
+            "one of the folder's."
+        )
+    if info.precision not in form.precisions:
+        raise UserError(
+            f"{where} names the precision {strict_json.shown(info.precision)}; --format="
+            f"{info.format} has {', '.join(form.precisions)}."
         )
     if not any(name in files for name in rundir.TOKENIZER_FILES):
         raise UserError(f"{where} names no tokenizer; export again.")

@@ -1,16 +1,28 @@
-"""The formats for devices: what each format can hold, how exactly, and which function writes it."""
+"""The formats: what each format can hold, how exactly, and what writes and runs it."""
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Mapping
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mobilellm_jax.config import near_miss
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.export.artifact import EXTRA
-from mobilellm_jax.export.source import Precision, Source
+from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
+from mobilellm_jax.export.source import DTYPES, Source
 
-DTYPES = ("float32", "bfloat16", "float16")
+EXTRA = "pip install 'mobilellm-jax[export]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """A way to store weights, and the differences that verification allows."""
+
+    bits: float  # bits per weight of a matrix, scales included
+    # largest difference as a share of max(1, largest logit); None: logits are not compared
+    logits: float | None
+    loss: float  # largest rise of the loss on the verification's text, in nats per token
+    tokens: bool = False  # whether greedy tokens must be equal
 
 
 # In float32, only the order of sums differs. The bound is twice the bound of the tests against
@@ -19,66 +31,68 @@ EXACT = Precision(32, logits=2e-4, loss=1e-4, tokens=True)
 # Rounding changes a weight by at most 2^-11 (float16) or 2^-8 (bfloat16) of its value.
 HALF = Precision(16, logits=2e-2, loss=1e-2)
 BRAIN = Precision(16, logits=1e-1, loss=3e-2)
+_OF_DTYPES = {"float32": EXACT, "bfloat16": BRAIN, "float16": HALF}
 # Weights have 8 bits per row, and activations have 8 bits per token at run time. A trained model of
 # 0.9M parameters loses 0.002 nats. Single logits change by some percent of the largest logit, so
 # logits are not compared.
-DYNAMIC_INT8 = Precision(8, logits=None, loss=2e-2)
-HUGGINGFACE_PRECISIONS = {"float32": EXACT, "bfloat16": BRAIN, "float16": HALF}
+_DYNAMIC_INT8 = Precision(8, logits=None, loss=2e-2)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format for devices."""
+    """A format. Its writer and runtime are imported late, because few users install their packages.
 
-    write: Callable[[Source, Path, str], int]
-    """Writes the model file into a folder that exists; returns how many layers it stores."""
-    file: str  # the model's
-    packages: tuple[str, ...]  # packages that the writer imports
-    shares_blocks: bool  # whether the file contains a shared block once
+    `writer` names a function of (source, folder, precision), which writes the model into a folder
+    and returns how many layers it stored. `runtime` names a `Runtime` that takes (file, info). Both
+    names are relative to this room.
+    """
+
+    file: str  # the model's; "" for Hugging Face directories, which have no manifest
+    writer: str
+    runtime: str
+    write_packages: tuple[str, ...] = ()  # packages that the writer imports
+    run_packages: tuple[str, ...]  # packages that the runtime imports
     precisions: Mapping[str, Precision]  # keys are values of --dtype or --quantize
 
+    def write(self, source: Source, folder: Path, precision: str) -> int:
+        write: Callable[[Source, Path, str], int]
+        write = pkgutil.resolve_name(f"{__package__}.{self.writer}")
+        return write(source, folder, precision)
 
-# Each function imports its writer late, because a writer imports a library that few users install.
-def _write_gguf(source: Source, folder: Path, precision: str) -> int:
-    from mobilellm_jax.export.gguf import writer
+    def load(self, folder: Path, info: ArtifactInfo) -> Runtime:
+        load: Callable[[Path, ArtifactInfo], Runtime]
+        load = pkgutil.resolve_name(f"{__package__}.{self.runtime}")
+        return load(folder / self.file, info)
 
-    return writer.write(source, folder, precision)
-
-
-def _write_onnx(source: Source, folder: Path, precision: str) -> int:
-    from mobilellm_jax.export.onnx import writer
-
-    return writer.write(source, folder, precision)
-
-
-def _write_executorch(source: Source, folder: Path, precision: str) -> int:
-    from mobilellm_jax.export.executorch import writer
-
-    return writer.write(source, folder, precision)
-
-
-def _write_litert(source: Source, folder: Path, precision: str) -> int:
-    from mobilellm_jax.export.litert import writer
-
-    return writer.write(source, folder, precision)
-
-
-def _write_stablehlo(source: Source, folder: Path, precision: str) -> int:
-    from mobilellm_jax.export.stablehlo import writer
-
-    return writer.write(source, folder, precision)
+    @property
+    def can_run(self) -> bool:
+        """Whether the packages of the runtime are installed."""
+        return not _not_installed(self.run_packages)
 
 
 FORMATS: dict[str, Format] = {
+    "hf": Format(
+        file="",
+        writer="huggingface.directory:write_llama",
+        runtime="huggingface.runtime:HuggingFaceRuntime",
+        run_packages=("torch", "transformers"),
+        precisions=_OF_DTYPES,
+    ),
+    "mobilellm": Format(
+        file="",
+        writer="huggingface.directory:write_mobilellm",
+        runtime="huggingface.runtime:HuggingFaceRuntime",
+        run_packages=("torch", "transformers"),
+        precisions=_OF_DTYPES,
+    ),
     "gguf": Format(
-        write=_write_gguf,
         file="model.gguf",
-        packages=("gguf",),
-        shares_blocks=False,
+        writer="gguf.writer:write",
+        runtime="gguf.runtime:LlamaCppRuntime",
+        write_packages=("gguf",),
+        run_packages=("llama_cpp", "gguf"),
         precisions={
-            "float32": EXACT,
-            "bfloat16": BRAIN,
-            "float16": HALF,
+            **_OF_DTYPES,
             # The bounds are ten times the rise for a trained model of 0.9M parameters. Quantization
             # hurts small models most.
             "q8_0": Precision(8.5, logits=None, loss=0.02),
@@ -89,14 +103,13 @@ FORMATS: dict[str, Format] = {
         },
     ),
     "onnx": Format(
-        write=_write_onnx,
         file="model.onnx",
-        packages=("onnx",),
-        shares_blocks=True,
+        writer="onnx.writer:write",
+        runtime="onnx.runtime:OnnxRuntime",
+        write_packages=("onnx",),
+        run_packages=("onnxruntime",),
         precisions={
-            "float32": EXACT,
-            "bfloat16": BRAIN,
-            "float16": HALF,
+            **_OF_DTYPES,
             # A weight is stored as a code and a float32 scale, and activations are quantized too.
             # The bounds are ten times the rise for a trained model of 0.9M parameters: 0.0014 and
             # 0.0144 nats on the text.
@@ -105,30 +118,33 @@ FORMATS: dict[str, Format] = {
         },
     ),
     "executorch": Format(
-        write=_write_executorch,
         file="model.pte",
-        packages=("executorch", "torchao"),
-        shares_blocks=True,
+        writer="executorch.writer:write",
+        runtime="executorch.runtime:ExecutorchRuntime",
+        write_packages=("executorch", "torchao"),
+        run_packages=("executorch",),
         precisions={
             "float32": EXACT,
-            "8da8w": DYNAMIC_INT8,
+            "8da8w": _DYNAMIC_INT8,
             # Groups of 32 weights share a scale of 16 bits. The bound is ten times the rise for a
             # trained model of 0.9M parameters.
             "8da4w": Precision(4.5, logits=None, loss=0.2),
         },
     ),
     "litert": Format(
-        write=_write_litert,
         file="model.tflite",
-        packages=("litert_torch", "ai_edge_quantizer"),
-        shares_blocks=True,
-        precisions={"float32": EXACT, "int8": DYNAMIC_INT8},
+        writer="litert.writer:write",
+        runtime="litert.runtime:LitertRuntime",
+        write_packages=("litert_torch", "ai_edge_quantizer"),
+        run_packages=("ai_edge_litert",),
+        precisions={"float32": EXACT, "int8": _DYNAMIC_INT8},
     ),
     "stablehlo": Format(
-        write=_write_stablehlo,
         file="model.stablehlo",
-        packages=("flatbuffers",),  # jax.export serializes with flatbuffers
-        shares_blocks=True,
+        writer="stablehlo.writer:write",
+        runtime="stablehlo.runtime:StableHloRuntime",
+        write_packages=("flatbuffers",),  # jax.export serializes with flatbuffers
+        run_packages=("flatbuffers",),
         precisions={"float32": EXACT, "bfloat16": BRAIN},
     ),
 }
@@ -154,10 +170,16 @@ def check_precision(name: str, dtype: str | None, quantize: str | None) -> str:
     asked = quantize or dtype or "float32"
     choices = offered(name, quantized=quantize is not None)
     if asked not in choices:
+        others = [each for each in FORMATS if asked in FORMATS[each].precisions]
+        remedy = f" --format={' or '.join(others)} has it." if others else near_miss(asked, choices)
         raise UserError(
-            f"--{flag}={asked} is none of --format={name}; it has {', '.join(choices) or 'none'}."
-            f"{near_miss(asked, choices)}"
+            f"--{flag}={asked} must be a precision of --format={name}, which has "
+            f"{', '.join(choices) or 'none'} for --{flag}.{remedy}"
         )
-    if missing := [p for p in FORMATS[name].packages if importlib.util.find_spec(p) is None]:
+    if missing := _not_installed(FORMATS[name].write_packages):
         raise UserError(f"--format={name} is written with {', '.join(missing)}; {EXTRA}.")
     return asked
+
+
+def _not_installed(packages: Sequence[str]) -> list[str]:
+    return [package for package in packages if importlib.util.find_spec(package) is None]

@@ -1,8 +1,9 @@
-"""The interface of every runtime, and the description of a model file."""
+"""What every runtime does, and the description of a model file."""
 
+import abc
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,50 +16,76 @@ from mobilellm_jax.errors import UserError
 class ArtifactInfo:
     """The manifest's description of a model file."""
 
-    format: str  # of RUNTIMES
+    format: str  # of FORMATS
     file: str  # name of the model file in the folder
     precision: str  # precision of the weights: float32, q8_0, ...
     model: ModelConfig
     loss: float | None  # loss of the verification's text in the runtime, in nats per token
     origin: str  # the checkpoint
 
-    @property
-    def vocab_size(self) -> int:
-        return self.model.vocab_size
 
-    @property
-    def max_seq_len(self) -> int:
-        """Largest number of tokens in the cache of the export."""
-        return self.model.max_seq_len
+class Runtime(abc.ABC):
+    """A model that is loaded in the runtime of its format; it holds one sequence.
 
+    Args:
+      name: name and version of the runtime, for messages.
+      model: the exported model.
+      chunk: largest number of tokens that `_extend` reads; None: a whole sequence.
+    """
 
-class Runtime(Protocol):
-    """A model that is loaded in the runtime of its format; it holds one sequence."""
-
-    @property
-    def name(self) -> str:
-        """Name and version of the runtime, for messages."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Length of a row of logits."""
-
-    @property
-    def max_seq_len(self) -> int:
-        """Largest number of tokens in a sequence."""
+    def __init__(self, name: str, model: ModelConfig, chunk: int | None = None) -> None:
+        self.name = name
+        self.max_seq_len = model.max_seq_len
+        self._chunk = chunk or model.max_seq_len
+        self._length = 0  # number of tokens in the cache
 
     def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Starts a new sequence, reads all its tokens at once, and returns their logits.
+        """Starts a new sequence, reads its tokens, and returns their logits.
 
         Args:
           tokens: at least one token; the cache keeps them.
 
         Returns:
           Logits of shape [tokens, vocabulary]; row t predicts the token after token t.
+
+        Raises:
+          UserError: if there is no token, or more tokens than the export allows.
         """
+        self._check_room(len(tokens))
+        self._length = 0
+        chunks = (tokens[i : i + self._chunk] for i in range(0, len(tokens), self._chunk))
+        parts = [self._read_on(chunk) for chunk in chunks]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def append(self, token: int) -> NDArray[np.float32]:
-        """Reads one more token with the cache and returns the logits of the next token."""
+        """Reads one more token with the cache and returns the logits of the next token.
+
+        Raises:
+          UserError: if the cache is full.
+        """
+        self._check_room(self._length + 1)
+        last_V: NDArray[np.float32] = self._read_on([token])[-1]
+        return last_V
+
+    @abc.abstractmethod
+    def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Reads tokens after the `_length` tokens in the cache; 0 starts a new sequence.
+
+        Returns:
+          Logits of shape [tokens, vocabulary], which the next call does not change.
+        """
+
+    def _read_on(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        logits_TV = self._extend(tokens)
+        self._length += len(tokens)
+        return logits_TV
+
+    def _check_room(self, tokens: int) -> None:
+        if not 1 <= tokens <= self.max_seq_len:
+            raise UserError(
+                f"A sequence of {tokens:,} tokens must have at least 1 and at most max_seq_len="
+                f"{self.max_seq_len:,}, for which the artefact was exported."
+            )
 
 
 def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> Iterator[int]:
@@ -71,14 +98,9 @@ def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> Iterator[int]
             logits_V = runtime.append(token)
 
 
-def check_room(runtime: Runtime, tokens: int) -> None:
-    """Checks that a sequence is not empty and fits into the cache.
-
-    Raises:
-      UserError: if `tokens` is empty or has more tokens than the export allows.
-    """
-    if not 1 <= tokens <= runtime.max_seq_len:
-        raise UserError(
-            f"A sequence of {tokens:,} tokens must have at least 1 and at most max_seq_len="
-            f"{runtime.max_seq_len:,}, for which the artefact was exported."
-        )
+def wrong_model(file: Path, info: ArtifactInfo, found: str = "") -> UserError:
+    """Returns the error about a file that holds another model than its manifest describes."""
+    return UserError(
+        f"{file} is not the model of {info.model.vocab_size:,} tokens and sequences of "
+        f"{info.model.max_seq_len:,} that its manifest names{found}; export again."
+    )

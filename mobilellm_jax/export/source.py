@@ -1,12 +1,21 @@
-"""The model that an export starts from, and the precisions of its weights."""
+"""The model that an export starts from, and the checks that several writers share."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +28,20 @@ class Source:
     origin: str  # the checkpoint
 
 
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    """A way to store weights, and the differences that verification allows."""
+def narrowed(
+    name: str, values: np.ndarray, precision: str, dtype: np.dtype[Any] | None = None
+) -> np.ndarray:
+    """Returns weights as `dtype`, which is the dtype that `precision` names by default.
 
-    bits: float  # bits per weight of a matrix, scales included
-    # largest difference as a share of max(1, largest logit); None: logits are not compared
-    logits: float | None
-    loss: float  # largest rise of the loss on the verification's text, in nats per token
-    tokens: bool = False  # whether greedy tokens must be equal
+    Raises:
+      UserError: if a value is not finite in this dtype.
+    """
+    with np.errstate(over="ignore"):
+        narrow = values.astype(dtype or DTYPES[precision], copy=False)
+    if not np.isfinite(narrow.astype(np.float32, copy=False)).all():
+        remedy = "; use --dtype=bfloat16 or float32" if np.isfinite(values).all() else ""
+        raise UserError(f"{name} holds values that are not finite in {precision}{remedy}.")
+    return narrow
 
 
 def check_groups(config: ModelConfig, size: int, precision: str, remedy: str) -> None:

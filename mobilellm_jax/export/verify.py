@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.export.formats import Precision
 from mobilellm_jax.export.runtime import Runtime, greedy
-from mobilellm_jax.export.source import Precision, Source
+from mobilellm_jax.export.source import Source
 from mobilellm_jax.generation.generate import Request, generate
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.transformer import Params, Transformer

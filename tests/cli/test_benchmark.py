@@ -18,12 +18,12 @@ from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.engine import jax_engine
 from mobilellm_jax.evaluate.perplexity import CutText, perplexity
-from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.quantize.parameters import quantize_model, stored_bytes
 from mobilellm_jax.quantize.schemes import find_scheme
+from tests.huggingface import write_huggingface
 
 CONFIG = ModelConfig(
     vocab_size=290,

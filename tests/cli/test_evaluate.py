@@ -7,11 +7,11 @@ import pytest
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.evaluate.engine import jax_engine
 from mobilellm_jax.evaluate.perplexity import CutText, PerplexityResult, perplexity
-from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.open_model import OpenedModel, open_model
 from mobilellm_jax.quantize.parameters import quantized, stored_bytes
 from mobilellm_jax.quantize.schemes import find_scheme
 from tests import tiny
+from tests.huggingface import write_huggingface
 
 TEXT = "the cat sat\r\non the mat \u00e9\n" * 12
 TINY = dataclasses.replace(tiny.MODEL, num_repeats=2)

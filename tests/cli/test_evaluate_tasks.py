@@ -9,10 +9,10 @@ import pytest
 
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.evaluate.scoring import Scorer
-from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.transformer import init_params
 from tests import tiny
 from tests.evaluate.example_rows import write_rows
+from tests.huggingface import write_huggingface
 
 TINY = dataclasses.replace(tiny.MODEL, max_seq_len=128)
 

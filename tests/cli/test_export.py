@@ -11,9 +11,10 @@ import pytest
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.export.huggingface.directory import read_huggingface, write_huggingface
+from mobilellm_jax.export.huggingface.directory import read_huggingface
 from mobilellm_jax.model.transformer import init_params
 from mobilellm_jax.open_model import open_model
+from tests.huggingface import write_huggingface
 
 CONFIG = ModelConfig(
     vocab_size=300,

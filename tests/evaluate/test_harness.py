@@ -29,10 +29,10 @@ from mobilellm_jax.evaluate.harness import HarnessModel
 from mobilellm_jax.evaluate.journal import Journal
 from mobilellm_jax.evaluate.prefix_trees import Query
 from mobilellm_jax.evaluate.scoring import Score, Scorer
-from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.generation.generate import Request
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
+from tests.huggingface import write_huggingface
 
 torch.set_num_threads(1)
 VOCAB = 320

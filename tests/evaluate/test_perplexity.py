@@ -16,8 +16,8 @@ from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.evaluate.engine import JaxEngine, jax_engine
 from mobilellm_jax.evaluate.perplexity import CutText, PerplexityResult, perplexity
-from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
+from tests.huggingface import write_huggingface
 
 torch.set_num_threads(1)  # the threads of torch and jax would wait for each other
 TINY = ModelConfig(

@@ -9,6 +9,7 @@ import pytest
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export import artifact
 from mobilellm_jax.export.artifact import open_artifact, seal_artifact
+from mobilellm_jax.export.formats import FORMATS
 from mobilellm_jax.export.runtime import ArtifactInfo
 
 INFO = ArtifactInfo(
@@ -38,7 +39,7 @@ def test_what_was_sealed_is_opened_by_folder_and_by_file(folder: Path) -> None:
     for path in (folder, folder / "model.gguf"):
         found = open_artifact(path)
         assert found.info == INFO and found.file == folder / "model.gguf"
-        assert (found.info.vocab_size, found.info.max_seq_len) == (290, 64)
+        assert found.info.model.max_seq_len == 64
     # This list has the model's own files, without the tokenizer and the card.
     assert found.model_bytes == 9 * len("model.gguf" + "model.gguf.data")
 
@@ -73,6 +74,8 @@ def test_other_folders_and_files_are_refused(folder: Path, tmp_path: Path) -> No
         ({"format": "pdf"}, "names the format 'pdf'"),
         ({"file": "other.gguf"}, "the model file 'other.gguf'"),
         ({"file": "../model.gguf"}, "must be one of the folder's"),
+        ({"format": "hf", "file": ""}, "names the format 'hf'"),
+        ({"precision": "q9"}, "names the precision 'q9'; --format=gguf has float32, bfloat16"),
         ({"model": ModelConfig(num_heads=9, num_kv_heads=4)}, "model.num_heads=9 must be"),
     ],
 )
@@ -98,7 +101,7 @@ def test_a_manifest_of_something_else_is_refused(
 def test_a_runtime_that_is_not_installed_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = artifact.RUNTIMES["gguf"]._replace(package="no_such_library")
-    monkeypatch.setitem(artifact.RUNTIMES, "gguf", missing)
+    missing = dataclasses.replace(FORMATS["gguf"], run_packages=("no_such_library",))
+    monkeypatch.setitem(FORMATS, "gguf", missing)
     with pytest.raises(ValueError, match=r"runs in no_such_library, which is not installed; pip"):
         open_artifact(folder).load()

@@ -22,7 +22,7 @@ class Wrong:
 
     def __init__(self, inner: JaxRuntime, at_once=lambda x: x, by_cache=lambda x: x) -> None:
         self._inner, self._at_once, self._by_cache = inner, at_once, by_cache
-        self.name, self.vocab_size, self.max_seq_len = "wrong", inner.vocab_size, inner.max_seq_len
+        self.name, self.max_seq_len = "wrong", inner.max_seq_len
 
     def read(self, tokens):
         return self._at_once(self._inner.read(tokens))

@@ -13,7 +13,6 @@ import transformers
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
-from mobilellm_jax.export.huggingface.directory import write_huggingface
 from mobilellm_jax.generation import generate as generate_module
 from mobilellm_jax.generation.generate import Request, generate, stream
 from mobilellm_jax.generation.sampling import GREEDY, Sampling
@@ -22,6 +21,7 @@ from mobilellm_jax.model.decoding import decoding_weights
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 from tests import tiny
 from tests.generation.test_sampling import naive_support
+from tests.huggingface import write_huggingface
 
 torch.set_num_threads(1)  # the thread pools of torch and jax would wait for each other
 TINY = ModelConfig(

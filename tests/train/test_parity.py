@@ -24,7 +24,7 @@ from mobilellm_jax.config import (
     TrainConfig,
 )
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.export.huggingface.directory import read_huggingface, write_huggingface
+from mobilellm_jax.export.huggingface.directory import read_huggingface
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 from mobilellm_jax.sharding import AXES, logical_rules, put_batch
@@ -32,6 +32,7 @@ from mobilellm_jax.train.loss import weighted_loss
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import init_state
 from mobilellm_jax.train.step import make_train_step
+from tests.huggingface import write_huggingface
 
 TOLERANCE = 1e-4  # for losses and weights after up to 50 steps in float32
 STEPS, WARMUP, PEAK = 50, 5, 1e-3

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mobilellm_jax.data.preparation.workers import available_cores
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.gguf.header import check_header
-from mobilellm_jax.export.runtime import ArtifactInfo, check_room
+from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
 from mobilellm_jax.startup.cpu import cpu_features
 
 _c: Any = llama_cpp.llama_cpp
@@ -38,86 +38,52 @@ def _log(level: int, text: bytes, user_data: Any) -> None:
         _messages.append(text.decode(errors="replace").strip())
 
 
-def load(file: Path, info: ArtifactInfo) -> "LlamaCppRuntime":
-    """Loads a GGUF file.
+class LlamaCppRuntime(Runtime):
+    """A model with llama.cpp's cache for one sequence.
 
     Raises:
-      UserError: if llama.cpp cannot run the file, or the file does not match `info`.
+      UserError: if llama.cpp cannot run the file, or the file is not the export that `info`
+        describes.
     """
-    return LlamaCppRuntime(file, info)
-
-
-class LlamaCppRuntime:
-    """A model with llama.cpp's cache for one sequence."""
 
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
-        header = check_header(file)
-        if (header.vocab_size, header.context_length) != (info.vocab_size, info.max_seq_len):
-            raise UserError(
-                f"{file} has {header.vocab_size:,} tokens and a context of "
-                f"{header.context_length:,}, and its manifest says {info.vocab_size:,} and "
-                f"{info.max_seq_len:,}; export again."
-            )
-        self.name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
-        self.vocab_size = info.vocab_size
-        self.max_seq_len = info.max_seq_len
+        check_header(file, info)
+        name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
+        super().__init__(name, info.model, chunk=min(_CHUNK, info.model.max_seq_len))
+        self._vocab_size = info.model.vocab_size
         model = load_model(file, vocab_only=False)
         context = _c.llama_init_from_model(model, self._settings())
         if not context:
             _c.llama_model_free(model)
             raise UserError(f"llama.cpp cannot run {file}: {_said()}.")
-        weakref.finalize(self, _free, context, model)
         self._context = context
-        self._memory = _c.llama_get_memory(context)
-        self._length = 0
-        self._token = (_c.llama_token * 1)()
+        self._batch = _c.llama_batch_init(self._chunk, 0, 1)
+        weakref.finalize(self, _free, self._batch, context, model)
 
-    def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        check_room(self, len(tokens))
-        _c.llama_memory_clear(self._memory, True)
-        self._length = 0
-        logits_TV = np.empty((len(tokens), self.vocab_size), np.float32)
-        batch = _c.llama_batch_init(min(_CHUNK, len(tokens)), 0, 1)
-        try:
-            for start in range(0, len(tokens), _CHUNK):
-                chunk = tokens[start : start + _CHUNK]
-                batch.n_tokens = len(chunk)
-                for i, token in enumerate(chunk):
-                    batch.token[i] = token
-                    batch.pos[i] = start + i
-                    batch.n_seq_id[i] = 1
-                    batch.seq_id[i][0] = 0
-                    batch.logits[i] = True
-                self._decode(batch)
-                found = np.ctypeslib.as_array(
-                    _c.llama_get_logits(self._context), (len(chunk), self.vocab_size)
-                )
-                logits_TV[start : start + len(chunk)] = found
-        finally:
-            _c.llama_batch_free(batch)
-        return logits_TV
-
-    def append(self, token: int) -> NDArray[np.float32]:
-        check_room(self, self._length + 1)
-        self._token[0] = token
-        # This function takes the position from the cache and computes the logits of the last token.
-        self._decode(_c.llama_batch_get_one(self._token, 1))
-        logits_V: NDArray[np.float32] = np.ctypeslib.as_array(
-            _c.llama_get_logits_ith(self._context, -1), (self.vocab_size,)
-        ).copy()  # the next call overwrites the array
-        return logits_V
-
-    def _decode(self, batch: Any) -> None:
+    def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        if self._length == 0:
+            _c.llama_memory_clear(_c.llama_get_memory(self._context), True)
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = self._length + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = True
         _messages.clear()
         code = _c.llama_decode(self._context, batch)
         if code != 0:
             raise RuntimeError(f"{self.name} failed with code {code}: {_said()}.")
-        self._length += batch.n_tokens
+        logits_TV: NDArray[np.float32] = np.ctypeslib.as_array(
+            _c.llama_get_logits(self._context), (len(tokens), self._vocab_size)
+        ).copy()  # the next call overwrites the array
+        return logits_TV
 
     def _settings(self) -> Any:
         settings = _c.llama_context_default_params()
         settings.n_ctx = self.max_seq_len
-        settings.n_batch = settings.n_ubatch = min(_CHUNK, self.max_seq_len)
+        settings.n_batch = settings.n_ubatch = self._chunk
         settings.n_threads = settings.n_threads_batch = available_cores()
         settings.type_k = settings.type_v = _c.GGML_TYPE_F32
         settings.flash_attn_type = _c.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -126,14 +92,13 @@ class LlamaCppRuntime:
 
 
 class LlamaCppVocabulary:
-    """The tokenizer in a GGUF file, run by llama.cpp.
+    """The tokenizer in a GGUF file that this program wrote, run by llama.cpp.
 
     Raises:
       UserError: if llama.cpp cannot load the tokenizer.
     """
 
     def __init__(self, file: Path) -> None:
-        check_header(file)
         model = load_model(file, vocab_only=True)
         weakref.finalize(self, _c.llama_model_free, model)
         self._vocabulary = _c.llama_model_get_vocab(model)
@@ -189,6 +154,7 @@ def _said() -> str:
     return "; ".join(_messages).rstrip(".") or "it does not say why"
 
 
-def _free(context: Any, model: Any) -> None:
+def _free(batch: Any, context: Any, model: Any) -> None:
+    _c.llama_batch_free(batch)
     _c.llama_free(context)
     _c.llama_model_free(model)

@@ -2,24 +2,21 @@
 
 llama.cpp has its own tokenizers, and two of them can be exact. `llama` merges the neighbours with
 the best score, as SentencePiece does. `gpt2` is byte-level BPE that splits words by one of a fixed
-list of rules. Tokenizers that neither can express are refused. If llama.cpp is installed, it
-encodes probe texts and every piece of the vocabulary before the file is kept.
+list of rules. Tokenizers that neither can express are refused.
 
 One difference remains: llama.cpp reads a literal U+2581 in a text as a space.
 """
 
 import collections
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gguf import TokenType
 from sentencepiece import sentencepiece_model_pb2
 
-from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.export.huggingface.tokenizer_files import PROBES, inexpressible
+from mobilellm_jax.export.huggingface.tokenizer_files import inexpressible
 from mobilellm_jax.storage import strict_json
 
 _proto: Any = sentencepiece_model_pb2  # the library creates its classes at run time
@@ -80,35 +77,10 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
             vocabulary.scores.append(0.0)
     if len(set(tokens)) < len(tokens):
         [(twice, _)] = collections.Counter(tokens).most_common(1)
-        raise _refused(tokenizer, [f"It would have the token {twice!r} twice."])
+        raise refused(tokenizer, [f"It would have the token {twice!r} twice."])
     if cut := next((text for text in tokens if "\0" in text), None):
-        raise _refused(tokenizer, [f"llama.cpp would cut its token {cut!r} at the zero."])
+        raise refused(tokenizer, [f"llama.cpp would cut its token {cut!r} at the zero."])
     return vocabulary
-
-
-def check_in_llama_cpp(file: Path, tokenizer: Tokenizer) -> None:
-    """Compares llama.cpp's ids of texts with the tokenizer's ids, if llama.cpp is installed.
-
-    Raises:
-      UserError: naming the first text whose ids differ.
-    """
-    if importlib.util.find_spec("llama_cpp") is None:
-        return
-    from mobilellm_jax.export.gguf.runtime import LlamaCppVocabulary
-
-    vocabulary = LlamaCppVocabulary(file)
-    for text in _texts(tokenizer):
-        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
-        found = vocabulary.encode(text)
-        if ids != found:
-            problem = f"{text!r} is {ids} in it, but would be {found} in llama.cpp."
-            raise _refused(tokenizer, [problem])
-
-
-def _texts(tokenizer: Tokenizer) -> Iterator[str]:
-    pieces = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
-    # A byte that is not a character decodes to U+FFFD, which can be probed like any text.
-    yield from (text for text in (*PROBES, *pieces) if SPACE_MARK not in text)
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
@@ -120,7 +92,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
     if model.normalizer_spec.remove_extra_whitespaces:
         problems.append("Its remove_extra_whitespaces must be false.")
     if problems:
-        raise _refused(tokenizer, problems)
+        raise refused(tokenizer, problems)
     kinds = {
         model.SentencePiece.NORMAL: TokenType.NORMAL,
         model.SentencePiece.UNKNOWN: TokenType.UNKNOWN,
@@ -134,7 +106,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
         text = piece.piece
         # llama.cpp merges into any token, and SentencePiece merges into normal tokens only.
         if kind is TokenType.BYTE and _reached(text, pieces):
-            raise _refused(tokenizer, [f"Its pieces would merge to {text}, the name of a byte."])
+            raise refused(tokenizer, [f"Its pieces would merge to {text}, the name of a byte."])
         while kind is not TokenType.NORMAL and _reached(text, pieces):
             text = f"<{text}>"
         tokens.append(text)
@@ -169,7 +141,7 @@ def _byte_level(tokenizer: Tokenizer) -> Vocabulary:
         pre = _division(content)
         problems = list(_not_byte_level(content, model, pre))
         if problems:
-            raise _refused(tokenizer, problems)
+            raise refused(tokenizer, problems)
         vocabulary = strict_json.get(model, "vocab", dict[str, int], name="model")
         merges = strict_json.get(model, "merges", list[Any], name="model")
         added = strict_json.get(content, "added_tokens", list[dict[str, Any]])
@@ -250,7 +222,8 @@ def _not_byte_level(
             yield f"Its token {strict_json.shown(token.get('content'))} must not be {flags[0]}."
 
 
-def _refused(tokenizer: Tokenizer, problems: Sequence[str]) -> UserError:
+def refused(tokenizer: Tokenizer, problems: Sequence[str]) -> UserError:
+    """Returns the error about a tokenizer that llama.cpp cannot express; problems are sentences."""
     return UserError(
         f"{tokenizer.file} cannot be written into a GGUF file: {' '.join(problems)} {_REMEDY}"
     )

@@ -7,28 +7,22 @@ can be read, and so can `pytorch_model.bin` (`torch_files.py`).
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.torch_files import open_torch
+from mobilellm_jax.export.source import DTYPES
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.rundir import write_whole
 from mobilellm_jax.storage.strict_json import plain
 
 SHARD_BYTES = 5_000_000_000
-DTYPES: Mapping[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
-
 _SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
@@ -47,8 +41,8 @@ class StoredTensor(NamedTuple):
 
 def write_tensors(
     tensors: Iterable[tuple[str, np.ndarray]], directory: Path, shard_bytes: int = SHARD_BYTES
-) -> int:
-    """Writes the tensors with one shard in memory at a time; returns the number of bytes."""
+) -> None:
+    """Writes the tensors with one shard in memory at a time."""
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     pending_bytes = total_bytes = 0
@@ -70,7 +64,7 @@ def write_tensors(
     flush()
     if len(shards) == 1:
         (directory / "0.shard").rename(directory / _SAFETENSORS)
-        return total_bytes
+        return
     weight_map = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -78,7 +72,6 @@ def write_tensors(
         weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     write_whole(directory / f"{_SAFETENSORS}.index.json", json.dumps(index, indent=2) + "\n")
-    return total_bytes
 
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:

@@ -1,20 +1,13 @@
-"""Writes `model.tflite` for LiteRT, with the signatures `decode` and `prefill`.
+"""Writes `model.tflite` for LiteRT.
 
-`decode` reads one token, and `prefill` reads a chunk.
-
-Every signature takes `tokens[1, T]`, the position of the first token, and the cache. It returns
-`logits[1, T, V]` and the cache with new rows. DYNAMIC_UPDATE_SLICE writes the rows, and it copies
-nothing if input and output are the same buffer. A caller pads chunks that are shorter than `CHUNK`.
-Later tokens overwrite the rows of the padding before any token reads them. The cache holds a whole
-number of chunks, because LiteRT would move the last chunk to a position where it fits.
-
-All shapes are fixed, so attention reads all rows of the cache. `decode_256` and `prefill_256` read
-only the first 256 rows, for shorter sequences. A signature adds 10 kB per layer, and all signatures
-share the weights.
+Every signature (`litert/signatures.py`) takes `tokens[1, T]`, the position of the first token, and
+the cache. It returns `logits[1, T, V]` and the cache with new rows. DYNAMIC_UPDATE_SLICE writes the
+rows, and it copies nothing if input and output are the same buffer. A caller pads chunks that are
+shorter than `CHUNK`. Later tokens overwrite the rows of the padding before any token reads them. A
+signature adds 10 kB per layer, and all signatures share the weights.
 """
 
 import contextlib
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -29,29 +22,21 @@ from litert_torch.generative.custom_ops.dynamic_update_slice import dynamic_upda
 from torch import Tensor, nn
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.export.litert.signatures import cache_shapes, capacity, signatures
 from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.torch_decoder import TorchDecoder
-
-CHUNK = 128
-SPAN = 256
-"""Number of rows that the shorter pair of signatures reads."""
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
     """Writes the model; returns the number of stored blocks."""
     config = source.config
-    chunk = min(CHUNK, config.max_seq_len)
-    capacity = math.ceil(config.max_seq_len / chunk) * chunk
-    decoder = TorchDecoder(config, source.params, capacity)
+    decoder = TorchDecoder(config, source.params, capacity(config))
     converter_config.show_progress = False
     converter = Converter()
-    for suffix, span in {"": capacity, f"_{SPAN}": SPAN}.items():
-        if suffix and span >= capacity:  # the table computes the same
-            continue
+    for name, (length, span) in signatures(config).items():
+        sample = _sample(config, length)
         step = _Step(config, decoder, span).eval()
-        for name, length in (("decode", 1), ("prefill", chunk)):
-            sample = _sample(config, length, capacity)
-            converter.add_signature(name + suffix, step, sample_kwargs=sample)
+        converter.add_signature(name, step, sample_kwargs=sample)
     # The converter lowers with jax, which broadcasts ranks; torch warns about future changes.
     with jax.numpy_rank_promotion("allow"), warnings.catch_warnings(action="ignore"):
         model = converter.convert()
@@ -105,12 +90,10 @@ class _Step(nn.Module):
         return {"logits": self.decoder(tokens, cos_TH, sin_TH, attend), **longer}
 
 
-def _sample(config: ModelConfig, length: int, capacity: int) -> dict[str, Any]:
+def _sample(config: ModelConfig, length: int) -> dict[str, Any]:
     """Returns one tensor per argument, because the converter merges equal ones."""
-    shape = (1, config.num_kv_heads, capacity, config.head_dim)
-    names = [f"{kind}_{i}" for i in range(config.applied_depth) for kind in ("keys", "values")]
     return {
         "tokens": torch.zeros(1, length, dtype=torch.int32),
         "start": torch.zeros(1, dtype=torch.int32),
-        "cache": {name: torch.zeros(shape) for name in names},
+        "cache": {name: torch.zeros(shape) for name, shape in cache_shapes(config).items()},
     }

@@ -16,20 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import onnx
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.onnx.graph import MICROSOFT, WEIGHTS, Graph
-from mobilellm_jax.export.source import Source
+from mobilellm_jax.export.source import DTYPES, Source, narrowed
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.rope import rotation
 
 FILE = "model.onnx"
 
-_STORED = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _BITS = {"int8": 8, "int4": 4}
 # Number of weights that share a scale, by bits. The width of a matrix is padded to a multiple of
 # it.
@@ -86,7 +83,7 @@ class _Block(NamedTuple):
 def _write_model(graph: Graph, source: Source, precision: str) -> None:
     config, params = source.config, source.params
     bits = _BITS.get(precision, 0)
-    store = _STORED.get(precision, np.dtype(np.float32))
+    store = DTYPES.get(precision, DTYPES["float32"])
     tokens = graph.input("tokens", np.int64, [1, "T"])
     length = graph.input("length", np.int32, [1])
     first = graph.input("logits_from", np.int64, [1])
@@ -189,12 +186,7 @@ def _add_rows(
 
 def _stored(graph: Graph, name: str, values: np.ndarray, store: np.dtype[Any]) -> str:
     """Adds an initializer of type `store` and returns the name of its values in float32."""
-    with np.errstate(over="ignore"):  # other nodes use this name
-        narrow = values.astype(store, copy=False)
-    if not np.isfinite(narrow.astype(np.float32, copy=False)).all():
-        beyond = "" if not np.isfinite(values).all() else "; use --dtype=bfloat16 or float32"
-        raise UserError(f"{name} holds values that are not finite in dtype={store}{beyond}.")
-    graph.constant(name, narrow)
+    graph.constant(name, narrowed(name, values, str(store)))
     if store == np.float32:
         return name
     return graph.node("Cast", name, to=onnx.TensorProto.FLOAT)

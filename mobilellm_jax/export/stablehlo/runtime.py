@@ -13,20 +13,53 @@ from jax import export
 from numpy.typing import NDArray
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.export.runtime import ArtifactInfo, check_room
+from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, wrong_model
 
-PREFILL, WEIGHTS = "model.prefill.stablehlo", "model.safetensors"
+PREFILL, DECODE, WEIGHTS = "model.prefill.stablehlo", "model.stablehlo", "model.safetensors"
 HASHES = "sha256 of prefill and decode"
 """The key of the functions' hashes in the metadata of the weights."""
 _SMALLEST_BUCKET = 16  # number of tokens; jax would compile another program for every length
 
 
-def load(file: Path, info: ArtifactInfo) -> "StableHloRuntime":
-    """Loads an export that `stablehlo/writer.py` wrote.
+class StableHloRuntime(Runtime):
+    """The functions of `stablehlo/writer.py`, compiled at their first use.
+
+    The cache is updated in place.
 
     Raises:
-      UserError: if the files are damaged, or come from different exports.
+      UserError: if the files are damaged, come from different exports, or contain another model.
     """
+
+    def __init__(self, file: Path, info: ArtifactInfo) -> None:
+        model = info.model
+        super().__init__(f"jax {jax.__version__}, {jax.default_backend()}", model)
+        prefill, decode, weights = _opened(file)
+        logits, *state = (value.shape for value in decode.out_avals)
+        slot = (model.num_kv_heads, model.max_seq_len, model.head_dim)
+        cache = [(), *[slot] * 2 * model.applied_depth]
+        if logits != (1, model.vocab_size) or sorted(state) != cache:
+            raise wrong_model(file, info)
+        self._weights = jax.device_put(weights)
+        self._prefill = jax.jit(prefill.call)
+        self._decode = jax.jit(decode.call, donate_argnums=2)
+        self._cache: Any = None
+
+    def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        if self._length > 0:
+            token_1 = jnp.asarray(tokens, jnp.int32)
+            logits_1V, self._cache = self._decode(self._weights, token_1, self._cache)
+            return np.asarray(logits_1V)
+        count = len(tokens)
+        bucket = max(_SMALLEST_BUCKET, 1 << (count - 1).bit_length())
+        padded_1T = np.zeros((1, min(bucket, self.max_seq_len)), np.int32)
+        padded_1T[0, :count] = tokens
+        self._cache = None  # reuses the memory of the old cache
+        logits_1TV, self._cache = self._prefill(self._weights, padded_1T, np.int32(count))
+        return np.asarray(logits_1TV[0, :count])
+
+
+def _opened(file: Path) -> tuple[export.Exported, export.Exported, dict[str, np.ndarray]]:
+    """Returns prefill, decode and the weights."""
     weights_file = file.with_name(WEIGHTS)
     try:
         with safetensors.safe_open(weights_file, framework="np") as tensors:
@@ -45,55 +78,4 @@ def load(file: Path, info: ArtifactInfo) -> "StableHloRuntime":
             )
         functions.append(export.deserialize(bytearray(content)))
     prefill, decode = functions
-    logits, *state = (value.shape for value in decode.out_avals)
-    model = info.model
-    slot = (model.num_kv_heads, model.max_seq_len, model.head_dim)
-    if logits != (1, model.vocab_size) or sorted(state) != [(), *[slot] * 2 * model.applied_depth]:
-        raise UserError(
-            f"{file} is not the model of {info.vocab_size:,} tokens and sequences of "
-            f"{info.max_seq_len:,} that its manifest names; export again."
-        )
-    return StableHloRuntime(prefill, decode, weights, info)
-
-
-class StableHloRuntime:
-    """The two functions, compiled at their first use, and a cache that is updated in place.
-
-    Args:
-      prefill: (weights, tokens [1, T], count) -> (logits [1, T, V], cache).
-      decode: (weights, token [1], cache) -> (logits [1, V], cache).
-      weights: arrays by name.
-      info: the manifest's description.
-    """
-
-    def __init__(
-        self,
-        prefill: export.Exported,
-        decode: export.Exported,
-        weights: dict[str, np.ndarray],
-        info: ArtifactInfo,
-    ) -> None:
-        self.name = f"jax {jax.__version__}, {jax.default_backend()}"
-        self.vocab_size, self.max_seq_len = info.vocab_size, info.max_seq_len
-        self._weights = jax.device_put(weights)
-        self._prefill = jax.jit(prefill.call)
-        self._decode = jax.jit(decode.call, donate_argnums=2)
-        self._cache: Any = None
-        self._length = 0
-
-    def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        check_room(self, len(tokens))
-        self._length = len(tokens)
-        bucket = max(_SMALLEST_BUCKET, 1 << (self._length - 1).bit_length())
-        padded_1T = np.zeros((1, min(bucket, self.max_seq_len)), np.int32)
-        padded_1T[0, : self._length] = tokens
-        self._cache = None  # reuses the memory of the old cache
-        logits_1TV, self._cache = self._prefill(self._weights, padded_1T, np.int32(self._length))
-        return np.asarray(logits_1TV[0, : self._length])
-
-    def append(self, token: int) -> NDArray[np.float32]:
-        check_room(self, self._length + 1)
-        token_1 = jnp.asarray([token], jnp.int32)
-        logits_1V, self._cache = self._decode(self._weights, token_1, self._cache)
-        self._length += 1
-        return np.asarray(logits_1V[0])
+    return prefill, decode, weights

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.source import Source
-from mobilellm_jax.export.stablehlo.runtime import HASHES, PREFILL, WEIGHTS
+from mobilellm_jax.export.stablehlo.runtime import DECODE, HASHES, PREFILL, WEIGHTS
 from mobilellm_jax.model.attention import Attend, attend_within
 from mobilellm_jax.model.cache import AlignedCache
 from mobilellm_jax.model.decoding import (
@@ -37,7 +37,6 @@ from mobilellm_jax.model.softmax import AttentionProducts
 from mobilellm_jax.storage.rundir import write_whole
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-DECODE = "model.stablehlo"
 
 Named = dict[str, jax.Array]
 Cache = dict[str, Any]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.export.artifact import open_artifact
-from mobilellm_jax.export.exporting import export_for_device
+from mobilellm_jax.export.exporting import export
 from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 from mobilellm_jax.model.size import parameter_count
@@ -51,7 +51,7 @@ def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
     config, params, tokens_BT, logits_BTV = make_model(scale=5.0, max_seq_len=ROOM, **fields)
     folder = tmp_path_factory.mktemp("executorch") / precision
     source = Source(config, params, tokenizer, "a test")
-    made = export_for_device(source, folder, format_name="executorch", precision=precision)
+    made = export(source, folder, format_name="executorch", precision=precision)
     assert made.layers == config.num_blocks
     tokens, logits = tokens_BT[:, :ROOM].tolist(), logits_BTV[:, :ROOM]
     return config, tokens, logits, open_artifact(folder)
@@ -124,31 +124,29 @@ def test_inputs_that_are_no_whole_groups_are_refused(make_model, tokenizer, tmp_
     config, params, *_ = make_model(ffn_dim=40)
     source = Source(config, params, tokenizer, "a test")
     with pytest.raises(ValueError, match=r"model\.ffn_dim=40 must be a multiple of 32"):
-        export_for_device(
-            source, tmp_path / "x", format_name="executorch", precision="8da4w", verified=False
-        )
+        export(source, tmp_path / "x", format_name="executorch", precision="8da4w", verified=False)
     assert not (tmp_path / "x").exists()
 
 
 def test_damaged_and_foreign_programs_are_refused(exact, tmp_path) -> None:
     *_, artifact = exact
-    from mobilellm_jax.export.executorch.runtime import load
+    from mobilellm_jax.export.executorch.runtime import ExecutorchRuntime
 
     for damage in (cut, garble, without_embeddings):
         folder = shutil.copytree(artifact.folder, tmp_path / damage.__name__)
         damage(folder)
         with pytest.raises(ValueError, match="model.pte is no program that ExecuTorch loads"):
-            load(folder / "model.pte", artifact.info)
+            ExecutorchRuntime(folder / "model.pte", artifact.info)
     other = dataclasses.replace(artifact.info.model, vocab_size=321)
-    with pytest.raises(ValueError, match="no program of ours for 321 tokens"):
-        load(artifact.file, dataclasses.replace(artifact.info, model=other))
+    with pytest.raises(ValueError, match="is not the model of 321 tokens"):
+        ExecutorchRuntime(artifact.file, dataclasses.replace(artifact.info, model=other))
 
 
 def test_sequences_too_short_are_refused(make_model, tokenizer, tmp_path) -> None:
     config, params, *_ = make_model(max_seq_len=3)
     source = Source(config, params, tokenizer, "a test")
     with pytest.raises(ValueError, match="model.max_seq_len=3 must be at least 4"):
-        export_for_device(
+        export(
             source, tmp_path / "x", format_name="executorch", precision="float32", verified=False
         )
 

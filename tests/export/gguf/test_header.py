@@ -1,8 +1,6 @@
 """Tests of GGUF files from unknown authors."""
 
-import random
-import re
-from pathlib import Path
+import dataclasses
 
 import jax
 import pytest
@@ -13,6 +11,7 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.export.gguf.header import check_header
 from mobilellm_jax.export.gguf.writer import write
+from mobilellm_jax.export.runtime import ArtifactInfo
 from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.transformer import init_params
 
@@ -26,25 +25,33 @@ CONFIG = ModelConfig(
     ffn_dim=64,
     max_seq_len=40,
 )
+INFO = ArtifactInfo(
+    format="gguf", file="model.gguf", precision="q8_0", model=CONFIG, loss=None, origin="a test"
+)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory) -> bytes:
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     tokenizer = train_tokenizer(["the quick brown fox"] * 9, 290, folder / "tokenizer.model")
     params = init_params(CONFIG, jax.random.key(0))
     write(Source(CONFIG, params, tokenizer, "a test"), folder, "q8_0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(folder) -> bytes:
     return (folder / "model.gguf").read_bytes()
 
 
 @pytest.fixture
-def check(tmp_path):
-    """Returns a function that checks a file with the given bytes."""
+def check(folder):
+    """Returns a function that checks a file with the given bytes beside the tokenizer."""
 
-    def run(content: bytes):
-        file = tmp_path / "model.gguf"
+    def run(content: bytes, info: ArtifactInfo = INFO):
+        file = folder / "changed.gguf"
         file.write_bytes(content)
-        return check_header(file)
+        check_header(file, info)
 
     return run
 
@@ -57,83 +64,72 @@ def text(value: str) -> bytes:
     return number(len(value), 8) + value.encode()
 
 
-def test_what_an_export_says(written, check):
-    assert check(written) == (300, 40)
+def test_an_export_is_accepted_whatever_its_weights_are(written, check):
+    check(written)
+    check(written[:-40] + bytes(40))
 
 
 @pytest.mark.parametrize(
-    ("found", "replaced", "message"),
+    ("found", "replaced"),
     [
-        (b"GGUF", b"GGML", "is no GGUF file: it does not begin with GGUF"),
-        (b"GGUF" + number(3), b"GGUF" + number(2), "version 2, and must have 3"),
-        (text("llama"), text("gpt-x"), "architecture=gpt-x must be llama"),
-        (b"general.name", b"general.nam3", "'general.nam3' is not one of an export"),
-        (b"general.name", b"general.type", "'general.type' is not .*, or there twice"),
-        (
-            b"feed_forward_length" + number(4) + number(64),
-            b"feed_forward_length" + number(5) + number(64),
-            "feed_forward_length has another type",
-        ),
-        (b"length" + number(4) + number(64), b"length" + number(4) + number(0), "=0 must be"),
-        (b"length" + number(4) + number(64), b"length" + number(4) + number(96), "ffn_gate.weight"),
-        (b"block_count" + number(4) + number(2), b"block_count" + number(4) + number(99), "99"),
-        (b"block_count" + number(4) + number(2), b"block_count" + number(4) + number(1), "blk.1"),
-        (b"head_count" + number(4) + number(2), b"head_count" + number(4) + number(3), "attn_q"),
-        (b"dimension_count" + number(4) + number(16), b"dimension_count" + number(4) + number(15),
-         "=15 must be even"),
-        (b"dimension_count" + number(4) + number(16), b"dimension_count" + number(4) + number(14),
-         "key_length=16 must be 14"),
-        (text("</s>"), text("</s\0"), "has a zero in it"),
-        (text("</s>"), number(4, 8) + b"\xff/s>", "is not UTF-8"),
-        (text("</s>"), text("<0x41>"), "there twice"),
-        (text("</s>"), number(1 << 40, 8) + b"</s>", "would have 1,099,511,627,776 bytes"),
-        (b"eos_token_id" + number(4) + number(2), b"eos_token_id" + number(4) + number(300),
-         "eos_token_id=300 must be less than 300"),
-        (text("blk.1.ffn_norm.weight"), text("blk.0.ffn_norm.weight"), "is not one of its model"),
-        (number(32, 8) + number(0), number(32, 8) + number(8), "cannot have the type 8"),
-        (number(300, 8) + number(8), number(300, 8) + number(99), "has the type 99"),
-        (number(300, 8) + number(8) + number(0, 8), number(300, 8) + number(8) + number(32, 8),
-         "is at 32, and must be at 0"),
+        (b"GGUF", b"GGML"),
+        (b"GGUF" + number(3), b"GGUF" + number(2)),
+        (text("llama"), text("gpt-x")),
+        (b"general.name", b"general.nam3"),
+        (b"feed_forward_length" + number(4) + number(64),
+         b"feed_forward_length" + number(5) + number(64)),
+        (b"length" + number(4) + number(64), b"length" + number(4) + number(0)),
+        (b"block_count" + number(4) + number(2), b"block_count" + number(4) + number(99)),
+        (text("</s>"), text("</s\0")),
+        (text("</s>"), number(4, 8) + b"\xff/s>"),
+        (text("</s>"), text("<0x41>")),
+        (text("</s>"), number(1 << 40, 8) + b"</s>"),
+        (b"eos_token_id" + number(4) + number(2), b"eos_token_id" + number(4) + number(300)),
+        (text("blk.1.ffn_norm.weight"), text("blk.0.ffn_norm.weight")),
+        (number(300, 8) + number(8), number(300, 8) + number(99)),
+        (number(300, 8) + number(8) + number(0, 8), number(300, 8) + number(8) + number(32, 8)),
     ],
 )  # fmt: skip
-def test_what_contradicts_itself_is_refused(written, check, found, replaced, message):
+def test_another_header_is_refused(written, check, found, replaced):
     assert found in written
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="is not the model of 300 tokens .* other bytes"):
         check(written.replace(found, replaced, 1))
+
+
+def test_every_changed_byte_in_front_of_the_weights_is_found(written, check):
+    end = written.index(b"blk.1.ffn_down.weight") + 60
+    for place in range(0, end, 17):
+        content = bytearray(written)
+        content[place] ^= 1 << place % 8
+        with pytest.raises(ValueError, match="other bytes"):
+            check(bytes(content))
 
 
 def test_a_file_that_is_cut_off_or_goes_on(written, check):
     header = written.index(b"blk.1.ffn_down.weight")
-    for length in (0, 3):
-        with pytest.raises(ValueError, match="is no GGUF file"):
-            check(written[:length])
-    for length in range(4, header, 97):
-        with pytest.raises(ValueError, match=f"ends at byte {length:,}, within its header"):
+    for length in (0, 3, *range(4, header, 997)):
+        with pytest.raises(ValueError, match="other bytes"):
             check(written[:length])
     for content in (written[:-1], written + b"\0"):
         size, whole = f"{len(content):,}", f"{len(written):,}"
-        with pytest.raises(ValueError, match=f"has {size} bytes, and must have {whole}"):
+        with pytest.raises(ValueError, match=f"has {size} bytes instead of {whole}"):
             check(content)
 
 
-def test_whatever_is_changed_it_is_read_or_refused(written, check):
-    rng = random.Random(1)
-    end = written.index(b"blk.1.ffn_down.weight") + 60
-    refused = 0
-    for _ in range(400):
-        content = bytearray(written)
-        for _ in range(rng.choice((1, 1, 4))):
-            place = rng.randrange(end)
-            new = rng.choice((b"\xff" * 8, b"\0" * 4, rng.randbytes(1), number(1 << 31)))
-            content[place : place + len(new)] = new
-        try:
-            check(bytes(content))
-        except ValueError as error:
-            refused += 1
-            assert re.search(r"model\.gguf is (no GGUF file|damaged)", str(error))
-    assert refused > 100
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_seq_len": 4096}, "300 tokens and sequences of 4,096 .* other bytes"),
+        ({"num_blocks": 1}, "other bytes"),
+        ({"activation": "relu"}, "has two matrices in the feed-forward"),
+    ],
+)
+def test_a_manifest_of_another_model_is_refused(written, check, fields, message):
+    model = dataclasses.replace(CONFIG, **fields)
+    with pytest.raises(ValueError, match=message):
+        check(written, dataclasses.replace(INFO, model=model))
 
 
-def test_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        check_header(Path(tmp_path / "nothing.gguf"))
+def test_a_manifest_of_another_precision_is_refused(written, check):
+    with pytest.raises(ValueError, match="other bytes"):
+        check(written, dataclasses.replace(INFO, precision="float16"))

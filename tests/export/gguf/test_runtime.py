@@ -12,9 +12,9 @@ pytest.importorskip("llama_cpp", reason="needs the extra 'export': llama-cpp-pyt
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.export.artifact import Artifact, open_artifact
-from mobilellm_jax.export.exporting import export_for_device
+from mobilellm_jax.export.exporting import export
+from mobilellm_jax.export.gguf import header
 from mobilellm_jax.export.gguf import runtime as llama_cpp
-from mobilellm_jax.export.gguf import writer as gguf_file
 from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.transformer import init_params
 
@@ -42,7 +42,7 @@ def source(tmp_path_factory) -> Source:
 @pytest.fixture(scope="module")
 def artifact(source, tmp_path_factory) -> Artifact:
     folder = tmp_path_factory.mktemp("exported") / "gguf"
-    export_for_device(source, folder, format_name="gguf", precision="float32", verified=False)
+    export(source, folder, format_name="gguf", precision="float32", verified=False)
     return open_artifact(folder)
 
 
@@ -66,7 +66,7 @@ def test_reading_at_once_in_parts_and_by_the_cache_agree(runtime, monkeypatch):
     assert whole_TV.shape == (40, 300) and whole_TV.dtype == np.float32
     first_TV = runtime.read(sequence[:1])
     close(np.stack([first_TV[0], *(runtime.append(token) for token in sequence[1:])]), whole_TV)
-    monkeypatch.setattr(llama_cpp, "_CHUNK", 7)
+    monkeypatch.setattr(runtime, "_chunk", 7)
     close(runtime.read(sequence), whole_TV)
 
 
@@ -105,8 +105,8 @@ def test_nothing_is_printed(artifact, capfd):
 def test_a_manifest_of_another_model(artifact):
     config = dataclasses.replace(CONFIG, max_seq_len=4096)
     info = dataclasses.replace(artifact.info, model=config)
-    with pytest.raises(ValueError, match="context of 40, and its manifest says 300 and 4,096"):
-        llama_cpp.load(artifact.file, info)
+    with pytest.raises(ValueError, match="is not the model of 300 tokens and sequences of 4,096"):
+        llama_cpp.LlamaCppRuntime(artifact.file, info)
 
 
 def test_what_llama_cpp_says_is_passed_on(source, tmp_path, monkeypatch, capfd):
@@ -114,12 +114,10 @@ def test_what_llama_cpp_says_is_passed_on(source, tmp_path, monkeypatch, capfd):
         vocabulary = made(tokenizer, vocab_size)
         return vocabulary._replace(model="gpt2", pre="nobody's", merges=["t h"])
 
-    made = gguf_file.vocabulary_of
-    monkeypatch.setattr(gguf_file, "vocabulary_of", other)
+    made = header.vocabulary_of
+    monkeypatch.setattr(header, "vocabulary_of", other)
     with pytest.raises(ValueError, match=r"cannot load .*model\.gguf: .*nobody's"):
-        export_for_device(
-            source, tmp_path / "x", format_name="gguf", precision="float32", verified=False
-        )
+        export(source, tmp_path / "x", format_name="gguf", precision="float32", verified=False)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
 
@@ -133,5 +131,5 @@ def test_amx_is_avoided_and_only_that(monkeypatch, artifact, flags, extra):
         llama_cpp._c, "llama_model_load_from_file", lambda _, settings: given.append(settings)
     )
     with pytest.raises(ValueError, match="it does not say why"):
-        llama_cpp.load(artifact.file, artifact.info)
+        llama_cpp.LlamaCppRuntime(artifact.file, artifact.info)
     assert [settings.use_extra_bufts for settings in given] == [extra]

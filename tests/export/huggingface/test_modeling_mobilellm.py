@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from mobilellm_jax.export.huggingface.directory import write_huggingface
+from tests.huggingface import write_huggingface
 
 # The tolerance covers float32 sums of some hundred terms in another order, through up to six
 # layers.

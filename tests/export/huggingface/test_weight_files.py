@@ -27,7 +27,7 @@ def assert_same(found, expected=TENSORS):
 
 
 def test_one_file_that_torch_reads(tmp_path):
-    assert write_tensors(TENSORS.items(), tmp_path) == 6 * 4 + 2 * 2 + 2
+    write_tensors(TENSORS.items(), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
     theirs = load_file(tmp_path / "model.safetensors")
     assert theirs["b"].dtype == torch.bfloat16 and theirs["b"].tolist() == [1.5, -2.25]

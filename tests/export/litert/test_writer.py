@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.export.artifact import open_artifact
-from mobilellm_jax.export.exporting import export_for_device
+from mobilellm_jax.export.exporting import export
 from mobilellm_jax.export.source import Source
 from mobilellm_jax.model.size import parameter_count
 from tests.export.rooms import (
@@ -47,7 +47,7 @@ def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
     logits_BTV = np.asarray(make_model.logits(config)(params, tokens_BT))
     folder = tmp_path_factory.mktemp("litert") / precision
     source = Source(config, params, tokenizer, "a test")
-    made = export_for_device(source, folder, format_name="litert", precision=precision)
+    made = export(source, folder, format_name="litert", precision=precision)
     assert made.layers == config.num_blocks
     return config, tokens_BT.tolist(), logits_BTV, open_artifact(folder)
 
@@ -95,12 +95,12 @@ def test_quantized_steps_equal_the_quantized_chunk(int8) -> None:
 
 def test_damaged_and_foreign_models_are_refused(exact, tmp_path) -> None:
     *_, artifact = exact
-    from mobilellm_jax.export.litert.runtime import load
+    from mobilellm_jax.export.litert.runtime import LitertRuntime
 
     other = tmp_path / "model.tflite"
     other.write_bytes(b"no model" * 1000)
     with pytest.raises(ValueError, match="model.tflite is no model that LiteRT loads"):
-        load(other, artifact.info)
+        LitertRuntime(other, artifact.info)
     folder = shutil.copytree(artifact.folder, tmp_path / "cut")
     file = folder / artifact.file.name
     file.write_bytes(file.read_bytes()[:-1000])
@@ -109,7 +109,7 @@ def test_damaged_and_foreign_models_are_refused(exact, tmp_path) -> None:
     for field, value in (("vocab_size", 321), ("head_dim", 16), ("num_repeats", 1)):
         model = dataclasses.replace(artifact.info.model, **{field: value})
         with pytest.raises(ValueError, match="other arguments or results in decode"):
-            load(artifact.file, dataclasses.replace(artifact.info, model=model))
+            LitertRuntime(artifact.file, dataclasses.replace(artifact.info, model=model))
     longer = dataclasses.replace(artifact.info.model, max_seq_len=385)
-    with pytest.raises(ValueError, match="room for 384 tokens"):
-        load(artifact.file, dataclasses.replace(artifact.info, model=longer))
+    with pytest.raises(ValueError, match="sequences of 385 .* other arguments or results"):
+        LitertRuntime(artifact.file, dataclasses.replace(artifact.info, model=longer))

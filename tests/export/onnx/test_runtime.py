@@ -10,8 +10,8 @@ import onnx
 import onnxruntime
 
 from mobilellm_jax.export.artifact import open_artifact
-from mobilellm_jax.export.exporting import export_for_device
-from mobilellm_jax.export.onnx.runtime import load
+from mobilellm_jax.export.exporting import export
+from mobilellm_jax.export.onnx.runtime import OnnxRuntime
 from mobilellm_jax.export.runtime import greedy
 from mobilellm_jax.export.source import Source
 from tests.export.conftest import random_params, tiny, tokenizer  # noqa: F401  # a fixture
@@ -29,7 +29,7 @@ def artifacts(tokenizer, tmp_path_factory):  # noqa: F811
     made = {}
     for precision in ("float32", "int8"):
         folder = tmp_path_factory.mktemp("onnx") / precision
-        export_for_device(source, folder, format_name="onnx", precision=precision, verified=False)
+        export(source, folder, format_name="onnx", precision=precision, verified=False)
         made[precision] = open_artifact(folder)
     return made
 
@@ -110,13 +110,13 @@ def test_a_truncated_file_is_refused(file, copied):
     data = (copied.folder / file).read_bytes()
     (copied.folder / file).write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="is no model that ONNX Runtime .* export again"):
-        load(copied.file, copied.info)
+        OnnxRuntime(copied.file, copied.info)
 
 
 def test_no_onnx_file_at_all_is_refused(copied):
     copied.file.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ValueError, match="is no model that ONNX Runtime"):
-        load(copied.file, copied.info)
+        OnnxRuntime(copied.file, copied.info)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_another_name_is_refused(name, other, copied, capfd):
     assert name in data
     copied.file.write_bytes(data.replace(name, other))
     with pytest.raises(ValueError, match="export again"):
-        load(copied.file, copied.info)
+        OnnxRuntime(copied.file, copied.info)
     assert capfd.readouterr() == ("", "")
 
 
@@ -140,7 +140,7 @@ def test_another_model_is_refused(copied):
     for other in ({"vocab_size": 321}, {"max_seq_len": 25}, {"num_blocks": 3}):
         with pytest.raises(ValueError, match="is not the model of"):
             model = dataclasses.replace(copied.info.model, **other)
-            load(copied.file, dataclasses.replace(copied.info, model=model))
+            OnnxRuntime(copied.file, dataclasses.replace(copied.info, model=model))
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
     out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
@@ -149,7 +149,7 @@ def test_another_model_is_refused(copied):
     foreign = onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
     copied.file.write_bytes(foreign.SerializeToString())
     with pytest.raises(ValueError, match="is not the model of"):
-        load(copied.file, copied.info)
+        OnnxRuntime(copied.file, copied.info)
 
 
 def test_the_documented_program_says_what_the_runtime_says(artifacts):

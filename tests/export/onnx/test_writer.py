@@ -6,8 +6,8 @@ pytest.importorskip("onnxruntime", reason="the export extra")
 
 import onnx
 
+from mobilellm_jax.export import exporting
 from mobilellm_jax.export.artifact import open_artifact
-from mobilellm_jax.export.exporting import export_for_device
 from mobilellm_jax.export.formats import EXACT, FORMATS
 from mobilellm_jax.export.onnx import writer as onnx_file
 from mobilellm_jax.export.source import Source
@@ -25,7 +25,7 @@ def make_source(tiny_config, tiny_params, tokenizer):
 
 
 def export(source, output, precision="float32", verified=False):
-    return export_for_device(
+    return exporting.export(
         source, output, format_name="onnx", precision=precision, verified=verified
     )
 

@@ -7,10 +7,10 @@ import pytest
 pytest.importorskip("flatbuffers", reason="the export extra")
 
 from mobilellm_jax.export.artifact import open_artifact
-from mobilellm_jax.export.exporting import export_for_device
+from mobilellm_jax.export.exporting import export
 from mobilellm_jax.export.runtime import greedy
 from mobilellm_jax.export.source import Source
-from mobilellm_jax.export.stablehlo.runtime import load
+from mobilellm_jax.export.stablehlo.runtime import StableHloRuntime
 from tests.export.conftest import random_params, tiny, tokenizer  # noqa: F401  # a fixture
 from tests.export.examples import run_example
 
@@ -27,7 +27,7 @@ def artifact(tokenizer, tmp_path_factory):  # noqa: F811
 def exported(tokenizer, folder, **fields):  # noqa: F811
     config = tiny(max_seq_len=ROOM, **fields)
     source = Source(config, random_params(config, 6.0), tokenizer, "random")
-    export_for_device(source, folder, format_name="stablehlo", precision="float32", verified=False)
+    export(source, folder, format_name="stablehlo", precision="float32", verified=False)
     return open_artifact(folder)
 
 
@@ -83,7 +83,7 @@ def test_a_damaged_function_is_refused(file, spoil, copied):
     if spoil != "gone":
         part.write_bytes(data[: len(data) // 2] if spoil == "half" else data)
     with pytest.raises(ValueError, match=rf"{file} is not the function that model.safetensors"):
-        load(copied.file, copied.info)
+        StableHloRuntime(copied.file, copied.info)
 
 
 @pytest.mark.parametrize("spoil", ["half", "foreign", "gone"])
@@ -94,21 +94,21 @@ def test_damaged_weights_are_refused(spoil, copied):
     if spoil != "gone":
         part.write_bytes(data[: len(data) // 2] if spoil == "half" else b"GGUF" * 10)
     with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file"):
-        load(copied.file, copied.info)
+        StableHloRuntime(copied.file, copied.info)
 
 
 def test_files_of_two_exports_are_refused(copied, tokenizer, tmp_path):  # noqa: F811
     other = exported(tokenizer, tmp_path / "other", num_repeats=2, rope_theta=500.0)
     shutil.copy(other.file, copied.file)
     with pytest.raises(ValueError, match="is not the function that"):
-        load(copied.file, copied.info)
+        StableHloRuntime(copied.file, copied.info)
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "max_seq_len"])
 def test_another_model_is_refused(field, copied):
     model = dataclasses.replace(copied.info.model, **{field: 25})
     with pytest.raises(ValueError, match="is not the model of"):
-        load(copied.file, dataclasses.replace(copied.info, model=model))
+        StableHloRuntime(copied.file, dataclasses.replace(copied.info, model=model))
 
 
 def test_the_documented_program_says_what_the_runtime_says(artifact):

@@ -7,8 +7,8 @@ import jax
 from jax import export as jax_export
 from safetensors.numpy import load_file
 
+from mobilellm_jax.export import exporting
 from mobilellm_jax.export.artifact import open_artifact
-from mobilellm_jax.export.exporting import export_for_device
 from mobilellm_jax.export.formats import EXACT
 from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.stablehlo.writer import DECODE, PREFILL, WEIGHTS
@@ -26,7 +26,7 @@ def make_source(tiny_config, tiny_params, tokenizer):
 
 
 def export(source, output, precision="float32"):
-    return export_for_device(
+    return exporting.export(
         source, output, format_name="stablehlo", precision=precision, verified=False
     )
 

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilellm_jax.config import Config, ModelConfig
-from mobilellm_jax.export.huggingface.model_card import FILE, Training, write_model_card
+from mobilellm_jax.export.model_card import FILE, Training, write_model_card
 from mobilellm_jax.export.source import Source
 
 

@@ -1,0 +1,142 @@
+"""The names and shapes of a Llama's tensors, in Hugging Face directories and in GGUF files."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.strict_json import plain
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LIST_LIMIT = 8
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Row(NamedTuple):
+    """A parameter with its two names.
+
+    `axes` are the axes of our array. A comma separates the input axes of a matrix from its output
+    axes. Hugging Face stores the transposed matrix, with each side flattened to one axis.
+    """
+
+    ours: str
+    theirs: str  # "{}" stands for the number of the layer
+    axes: str
+
+    def our_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Returns the shape of the parameter; blocks are stacked in front of it."""
+        return _sizes(self.axes.replace(",", ""), config)
+
+    def their_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        if "," not in self.axes:
+            return _sizes(self.axes, config)
+        inputs, outputs = (math.prod(_sizes(side, config)) for side in self.axes.split(","))
+        return outputs, inputs
+
+    def to_theirs(self, array: np.ndarray, config: ModelConfig) -> np.ndarray:
+        if "," not in self.axes:
+            return array
+        return array.reshape(self.their_shape(config)[::-1]).T
+
+    def to_ours(self, array: np.ndarray, config: ModelConfig) -> np.ndarray:
+        return (array.T if "," in self.axes else array).reshape(self.our_shape(config))
+
+
+_LAYER = "model.layers.{}."
+_TABLE = (
+    Row("embedding/table", EMBEDDING, "VD"),
+    Row("final_norm/scale", "model.norm.weight", "D"),
+    Row("head/kernel", HEAD, "D,V"),
+    Row("blocks/attention_norm/scale", f"{_LAYER}input_layernorm.weight", "D"),
+    Row("blocks/attention/query", f"{_LAYER}self_attn.q_proj.weight", "D,NH"),
+    Row("blocks/attention/key", f"{_LAYER}self_attn.k_proj.weight", "D,KH"),
+    Row("blocks/attention/value", f"{_LAYER}self_attn.v_proj.weight", "D,KH"),
+    Row("blocks/attention/output", f"{_LAYER}self_attn.o_proj.weight", "NH,D"),
+    Row("blocks/feed_forward_norm/scale", f"{_LAYER}post_attention_layernorm.weight", "D"),
+    Row("blocks/feed_forward/gate", f"{_LAYER}mlp.gate_proj.weight", "D,F"),
+    Row("blocks/feed_forward/up", f"{_LAYER}mlp.up_proj.weight", "D,F"),
+    Row("blocks/feed_forward/down", f"{_LAYER}mlp.down_proj.weight", "F,D"),
+)
+
+
+def named_rows(config: ModelConfig, layers: int) -> Iterator[tuple[str, Row, int | None]]:
+    """Yields the name, the row and the layer of every tensor, in the order of a file."""
+    absent = {"head/kernel"} if config.tie_embeddings else set()
+    if config.activation != "swiglu":
+        absent.add("blocks/feed_forward/gate")
+    table = [row for row in _TABLE if row.ours not in absent]
+    for row in table:
+        if _LAYER not in row.theirs:
+            yield row.theirs, row, None
+    for layer in range(layers):
+        for row in table:
+            if _LAYER in row.theirs:
+                yield row.theirs.format(layer), row, layer
+
+
+def their_shapes(config: ModelConfig, layers: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors of a model with `layers` stored layers."""
+    return {name: row.their_shape(config) for name, row, _ in named_rows(config, layers)}
+
+
+def their_tensors(
+    config: ModelConfig, params: Mapping[str, Any], blocks: Sequence[int]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a model whose layer i is block `blocks[i]`; most tensors are views.
+
+    Raises:
+      UserError: if the parameter tree does not fit the config.
+    """
+    flat: dict[str, np.ndarray] = {
+        path: np.asarray(leaf)
+        for path, leaf in traverse_util.flatten_dict(params, sep="/").items()  # type: ignore[no-untyped-call]  # flax
+    }
+    expected: dict[str, tuple[int, ...]] = {}
+    for _, row, layer in named_rows(config, 1):
+        stacked = () if layer is None else (config.num_blocks,)
+        expected[row.ours] = (*stacked, *row.our_shape(config))
+    check_shapes(expected, {path: a.shape for path, a in flat.items()}, "The parameter tree")
+    for name, row, layer in named_rows(config, len(blocks)):
+        array = flat[row.ours]
+        yield name, row.to_theirs(array if layer is None else array[blocks[layer]], config)
+
+
+def check_shapes(expected: Shapes, found: Shapes, where: str, remedy: str = "") -> None:
+    """Checks that names and shapes are equal.
+
+    Raises:
+      UserError: with three lists: only in the model, only in the file, different shapes.
+    """
+    lists = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [plain(name) for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {found[name]}, not {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    if not any(lists.values()):
+        return
+    lines = [f"{where} does not fit the config."]
+    for kind, names in lists.items():
+        more = f" and {len(names) - _LIST_LIMIT} more" if len(names) > _LIST_LIMIT else ""
+        lines.append(f"{kind}: {', '.join(names[:_LIST_LIMIT]) or 'none'}{more}")
+    raise UserError("\n".join([*lines, remedy] if remedy else lines))
+
+
+def _sizes(axes: str, config: ModelConfig) -> tuple[int, ...]:
+    size = {
+        "V": config.vocab_size,
+        "D": config.embed_dim,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
+        "H": config.head_dim,
+        "F": config.ffn_dim,
+    }
+    return tuple(size[axis] for axis in axes)
