@@ -68,7 +68,7 @@ def _open(folder: Path) -> OpenedModel:
     # The resolved path handles "." and links to a step, such as "best".
     run = folder.resolve().parent.parent
     if folder.resolve().parent.name == rundir.CHECKPOINTS and folder.resolve().name.isdecimal():
-        return _open_step(run, int(folder.resolve().name))
+        return _checked(_open_step(run, int(folder.resolve().name)))
     if (folder / rundir.CHECKPOINTS).is_dir():
         step = latest_step(folder, MODEL_PARTS)
         if step is None:
@@ -76,11 +76,11 @@ def _open(folder: Path) -> OpenedModel:
                 f"checkpoint='{folder}' is a run with no complete checkpoint yet; let it train "
                 "until train.checkpoint_every."
             )
-        return _open_step(folder, step, verified=True)
+        return _checked(_open_step(folder, step, verified=True))
     if (folder / HUGGINGFACE_CONFIG).is_file() and any(
         next(folder.glob(pattern), None) for pattern in _WEIGHTS
     ):
-        return _open_huggingface(folder)
+        return _checked(_open_huggingface(folder))
     names = sorted(path.name for path in folder.iterdir())
     found = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
     raise UserError(
@@ -90,7 +90,7 @@ def _open(folder: Path) -> OpenedModel:
 
 def _open_step(run: Path, step: int, *, verified: bool = False) -> OpenedModel:
     restored = restore_model(run, step, verified=verified)
-    return _checked(
+    return OpenedModel(
         config=restored.config.model,
         params=restored.params,
         tokenizer=restored.tokenizer,
@@ -102,11 +102,7 @@ def _open_step(run: Path, step: int, *, verified: bool = False) -> OpenedModel:
 
 def _open_huggingface(folder: Path) -> OpenedModel:
     imported = read_huggingface(folder)
-    if imported.tokenizer_file is None:
-        raise MissingFileError(
-            f"{folder} has no tokenizer; put its {' or '.join(rundir.TOKENIZER_FILES)} there."
-        )
-    return _checked(
+    return OpenedModel(
         config=imported.config,
         params=jax.device_put(imported.params),
         tokenizer=load_tokenizer(imported.tokenizer_file),
@@ -116,29 +112,16 @@ def _open_huggingface(folder: Path) -> OpenedModel:
     )
 
 
-def _checked(
-    *,
-    config: ModelConfig,
-    params: Params,
-    tokenizer: Tokenizer,
-    run_config: Config | None,
-    step: int | None,
-    origin: str,
-) -> OpenedModel:
+def _checked(model: OpenedModel) -> OpenedModel:
+    tokenizer, config = model.tokenizer, model.config
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
-            f"{origin}: its tokenizer {tokenizer.file.name} has {tokenizer.vocab_size} tokens, but "
-            f"the model only model.vocab_size={config.vocab_size}; put the tokenizer that it was "
-            "trained with there."
+            f"{model.origin}: its tokenizer {tokenizer.file.name} has {tokenizer.vocab_size} "
+            f"tokens, but the model only model.vocab_size={config.vocab_size}; put the tokenizer "
+            "that it was trained with there."
         )
-    return OpenedModel(
-        config=dataclasses.replace(config, compute_dtype="auto", attention="auto"),
-        params=params,
-        tokenizer=tokenizer,
-        run_config=run_config,
-        step=step,
-        origin=origin,
-    )
+    config = dataclasses.replace(config, compute_dtype="auto", attention="auto")
+    return dataclasses.replace(model, config=config)
 
 
 def _missing(folder: Path) -> MissingFileError:

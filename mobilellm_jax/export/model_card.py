@@ -36,12 +36,8 @@ def write_model_card(
 ) -> None:
     """Writes the card into an exported folder.
 
-    Args:
-      folder: the exported folder.
-      source: the model.
-      training: facts about the run, or None if they are unknown.
-      stored: a sentence about format, precision and bytes.
-      measured: lines of the verification; empty if it did not run.
+    `stored` is a sentence about format, precision and bytes. `measured` has the lines of the
+    verification, or nothing if it did not run.
     """
     sections = [
         "# Model card",

@@ -62,7 +62,8 @@ def write_header(file: Path, config: ModelConfig, tokenizer: Tokenizer, precisio
     vocabulary = vocabulary_of(tokenizer, config.vocab_size)
     with contextlib.closing(gguf.GGUFWriter(file, _ARCHITECTURE)) as opened:
         writer: Any = opened
-        _describe(writer, config, vocabulary)
+        _describe_model(writer, config)
+        _describe_tokenizer(writer, tokenizer, vocabulary)
         writer.add_file_type(_PRECISIONS[precision][1])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         weight_bytes = _list_tensors(writer, config, precision)
@@ -93,7 +94,7 @@ def check_header(file: Path, info: ArtifactInfo) -> None:
         raise wrong_model(file, info, f", because it has {size:,} bytes instead of {whole:,}")
 
 
-def _describe(writer: Any, config: ModelConfig, vocabulary: Vocabulary) -> None:
+def _describe_model(writer: Any, config: ModelConfig) -> None:
     writer.add_type("model")
     writer.add_name("MobileLLM")
     writer.add_vocab_size(config.vocab_size)
@@ -110,16 +111,18 @@ def _describe(writer: Any, config: ModelConfig, vocabulary: Vocabulary) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
 
+
+def _describe_tokenizer(writer: Any, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list([text.encode() for text in vocabulary.tokens])
     writer.add_token_types(vocabulary.types)
-    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_scores(list(vocabulary.scores))
     writer.add_token_merges([merge.encode() for merge in vocabulary.merges])
-    writer.add_bos_token_id(vocabulary.bos_id)
-    writer.add_eos_token_id(vocabulary.eos_id)
-    if vocabulary.unknown_id is not None:
-        writer.add_unk_token_id(vocabulary.unknown_id)
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    if tokenizer.unknown_id is not None:
+        writer.add_unk_token_id(tokenizer.unknown_id)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.space_prefix)

@@ -47,18 +47,15 @@ _WHOLE_WORDS = ("llama-bpe",)  # these keep a word that is a token, whatever the
 
 
 class Vocabulary(NamedTuple):
-    """The description of the tokenizer in a GGUF file."""
+    """The description of the tokens in a GGUF file."""
 
     model: str  # llama.cpp's implementation
     pre: str  # name of the rule that splits words
     tokens: list[str]
     types: list[TokenType]
-    scores: list[float]  # empty for gpt2
-    merges: list[str]  # empty for llama
-    bos_id: int
-    eos_id: int
-    unknown_id: int | None
-    space_prefix: bool
+    scores: Sequence[float] = ()  # of llama
+    merges: Sequence[str] = ()  # of gpt2
+    space_prefix: bool = False
 
 
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
@@ -69,18 +66,16 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     """
     expressed = _sentencepiece if tokenizer.file.suffix == ".model" else _byte_level
     vocabulary = expressed(tokenizer)
-    tokens = vocabulary.tokens
-    for token in range(len(tokens), vocab_size):
-        tokens.append(f"[PAD{token}]")
-        vocabulary.types.append(TokenType.UNUSED)
-        if vocabulary.scores:
-            vocabulary.scores.append(0.0)
+    padding = range(len(vocabulary.tokens), vocab_size)
+    tokens = [*vocabulary.tokens, *(f"[PAD{token}]" for token in padding)]
     if len(set(tokens)) < len(tokens):
         [(twice, _)] = collections.Counter(tokens).most_common(1)
         raise refused(tokenizer, [f"It would have the token {twice!r} twice."])
     if cut := next((text for text in tokens if "\0" in text), None):
         raise refused(tokenizer, [f"llama.cpp would cut its token {cut!r} at the zero."])
-    return vocabulary
+    types = [*vocabulary.types, *(TokenType.UNUSED for _ in padding)]
+    scores = [*vocabulary.scores, *(0.0 for _ in padding)] if vocabulary.scores else ()
+    return vocabulary._replace(tokens=tokens, types=types, scores=scores)
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
@@ -116,10 +111,6 @@ def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
         tokens=tokens,
         types=types,
         scores=[piece.score for piece in model.pieces],
-        merges=[],
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        unknown_id=tokenizer.unknown_id,
         space_prefix=model.normalizer_spec.add_dummy_prefix,
     )
 
@@ -169,12 +160,7 @@ def _byte_level(tokenizer: Tokenizer) -> Vocabulary:
         pre=pre,
         tokens=[by_id[token] for token in order],
         types=[types[token] for token in order],
-        scores=[],
         merges=joined,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        unknown_id=tokenizer.unknown_id,
-        space_prefix=False,
     )
 
 

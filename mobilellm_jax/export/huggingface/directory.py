@@ -34,12 +34,8 @@ from mobilellm_jax.export.huggingface.layout import (
     their_tensors,
 )
 from mobilellm_jax.export.huggingface.tokenizer_files import write_tokenizer_files
-from mobilellm_jax.export.huggingface.weight_files import (
-    StoredTensor,
-    open_tensors,
-    spare_pickle,
-    write_tensors,
-)
+from mobilellm_jax.export.huggingface.torch_files import StoredTensor
+from mobilellm_jax.export.huggingface.weight_files import open_tensors, spare_pickle, write_tensors
 from mobilellm_jax.export.source import Source, narrowed
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.storage import strict_json

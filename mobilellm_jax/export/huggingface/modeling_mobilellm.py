@@ -23,56 +23,39 @@ CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 _ACTIVATIONS = {"silu": functional.silu, "relu": functional.relu, "gelu": functional.gelu}
 
 
+_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "gated_mlp": True,
+    "share_embedding": True,
+    "layer_sharing": False,
+    "layer_sharing_repeats": 2,
+    "layer_sharing_order": "immediate",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 class MobileLLMConfig(PretrainedConfig):
     """Shape of the model. `num_hidden_layers` counts stored blocks, without repeats."""
 
     model_type = "mobilellm"
     keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012  # a list to transformers
 
-    def __init__(
-        self,
-        vocab_size=32000,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        hidden_act="silu",
-        gated_mlp=True,
-        share_embedding=True,
-        layer_sharing=False,
-        layer_sharing_repeats=2,
-        layer_sharing_order="immediate",
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        initializer_range=0.02,
-        use_cache=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        **kwargs,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.hidden_act = hidden_act
-        self.gated_mlp = gated_mlp
-        self.share_embedding = share_embedding
-        self.layer_sharing = layer_sharing
-        self.layer_sharing_repeats = layer_sharing_repeats
-        self.layer_sharing_order = layer_sharing_order
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        self.initializer_range = initializer_range
-        self.use_cache = use_cache
-        kwargs["tie_word_embeddings"] = share_embedding
-        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
+    def __init__(self, **values):
+        values = _DEFAULTS | values
+        super().__init__(**values | {"tie_word_embeddings": values["share_embedding"]})
 
     @property
     def application_order(self):
@@ -243,12 +226,6 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
         if not config.share_embedding:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value):
-        self.model.embed_tokens = value
 
     def get_output_embeddings(self):
         return self.model.embed_tokens if self.config.share_embedding else self.lm_head

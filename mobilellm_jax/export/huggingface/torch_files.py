@@ -9,6 +9,7 @@ else. The numbers stay in the archive until they are needed, and their checksums
 tuples must not take 2^n steps, and a changed number must be found by its checksum.
 """
 
+import contextlib
 import errno
 import functools
 import math
@@ -19,10 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.export.source import DTYPES
 from mobilellm_jax.storage.strict_json import plain, shown
 
 # A thousand tensors take a quarter of a megabyte.
@@ -32,18 +33,18 @@ _MOST_AXES = 8
 _MOST_SHARING = 2
 
 _DTYPES = {
-    "FloatStorage": np.dtype("<f4"),
-    "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "FloatStorage": DTYPES["float32"],
+    "HalfStorage": DTYPES["float16"],
+    "BFloat16Storage": DTYPES["bfloat16"],
 }
 
 
-class TorchTensor(NamedTuple):
-    """A tensor in the file, which is read when its values are needed."""
+class StoredTensor(NamedTuple):
+    """A tensor in a file, which is read when its values are needed."""
 
     shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
+    dtype: str  # a key of DTYPES
+    read: Callable[[], np.ndarray]  # in the tensor's own dtype
 
 
 class _Refused(Exception):  # noqa: N818  # never leaves this file
@@ -85,45 +86,45 @@ class _Tensor(NamedTuple):
         )
 
 
-def open_torch(file: Path) -> dict[str, TorchTensor]:
+def open_torch(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a file in which `torch.save` (1.6 or newer) saved a dict of tensors.
 
     Raises:
       UserError: if the file contains anything else.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
+    with _refusals(file), file.open("rb") as opened:
+        if opened.read(2) != b"PK":
+            raise UserError(
+                f"{file} is no zip archive, as torch writes since version 1.6; if it is older, "
+                "load it with torch and save it again."
+            )
+        with zipfile.ZipFile(opened) as archive:
             return _open(file, archive)
-    except (zipfile.BadZipFile, struct.error, NotImplementedError, UnicodeDecodeError) as error:
-        if _is_zip(file):
-            raise _error(file, str(error)) from error
-        raise UserError(
-            f"{file} is no zip archive, as torch writes since version 1.6; if it is older, load it "
-            "with torch and save it again."
-        ) from error
-    except _Refused as error:
-        raise _error(file, str(error)) from error
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a damaged index points before the start of the file
-            raise
-        raise _error(file, "it refers to what is not in it") from error
 
 
-def _is_zip(file: Path) -> bool:
+@contextlib.contextmanager
+def _refusals(file: Path, name: str = "") -> Iterator[None]:
+    """Turns the errors about a damaged or foreign file into errors for the user."""
     try:
-        return zipfile.is_zipfile(file)
-    except zipfile.BadZipFile:  # an archive of several disks
-        return True
+        yield
+    except (
+        *(zipfile.BadZipFile, struct.error, NotImplementedError, UnicodeDecodeError),
+        *(OSError, _Refused),
+    ) as error:
+        problem = str(error)
+        if isinstance(error, OSError):
+            if error.errno != errno.EINVAL:  # a damaged index points before the start of the file
+                raise
+            problem = "it refers to what is not in it"
+        if name:
+            problem = f"{plain(name)}: {problem}"
+        raise UserError(
+            f"{file} is not a whole file of torch tensors: {problem}; save the weights as "
+            "safetensors, or as a plain dict of tensors."
+        ) from error
 
 
-def _error(file: Path, problem: str) -> UserError:
-    return UserError(
-        f"{file} is not a whole file of torch tensors: {problem}; save the weights as safetensors, "
-        "or as a plain dict of tensors."
-    )
-
-
-def _open(file: Path, archive: zipfile.ZipFile) -> dict[str, TorchTensor]:
+def _open(file: Path, archive: zipfile.ZipFile) -> dict[str, StoredTensor]:
     entries = {info.filename: info for info in archive.infolist()}
     if len(entries) != len(archive.infolist()):
         raise _Refused("an entry occurs twice in it")
@@ -154,7 +155,7 @@ def _open(file: Path, archive: zipfile.ZipFile) -> dict[str, TorchTensor]:
         _check(name, tensor, dtype, info)
         whole_bytes += tensor.size * dtype.itemsize
         read = functools.partial(_read, file, name, info, dtype, tensor)
-        tensors[name] = TorchTensor(tensor.shape, str(dtype.name), read)
+        tensors[name] = StoredTensor(tensor.shape, str(dtype.name), read)
     if whole_bytes > _MOST_SHARING * file.stat().st_size:
         raise _Refused(f"its tensors have {whole_bytes:,} bytes, more than the file could hold")
     return tensors
@@ -188,15 +189,8 @@ def _check(name: str, tensor: _Tensor, dtype: np.dtype[Any], info: zipfile.ZipIn
 def _read(
     file: Path, name: str, info: zipfile.ZipInfo, dtype: np.dtype[Any], tensor: _Tensor
 ) -> np.ndarray:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            content = _content(archive, info, info.file_size)
-    except (zipfile.BadZipFile, struct.error, _Refused) as error:
-        raise _error(file, f"{plain(name)}: {error}") from error
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a damaged index points before the start of the file
-            raise
-        raise _error(file, "it refers to what is not in it") from error
+    with _refusals(file, name), zipfile.ZipFile(file) as archive:
+        content = _content(archive, info, info.file_size)
     if not tensor.size:
         return np.empty(tensor.shape, dtype)
     values = np.frombuffer(content, dtype)[tensor.offset :]
@@ -208,11 +202,24 @@ def _read(
 def _interpreted(content: bytes) -> Any:
     """Returns the value that the pickle describes, with `_Tensor`s in the place of tensors."""
     stack = _Stack()
-    for code, argument in _instructions(content):
-        if code == "STOP":
-            return stack.result()
-        stack.execute(code, argument)
+    try:
+        for code, argument, _ in pickletools.genops(content):
+            if code.name == "STOP":
+                return stack.result()
+            stack.execute(code.name, argument)
+    except (ValueError, struct.error) as error:
+        raise _Refused(f"its pickle is damaged ({error})") from error
     raise _Refused("its pickle does not end")
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
+# The number of values that an instruction takes from the stack; None: all values up to a mark.
+_TAKES: dict[str, int | None] = {
+    **{"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None},
+    **{"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None},
+    **{"BINPERSID": 1, "REDUCE": 2, "BUILD": 1, "BINPUT": 1, "LONG_BINPUT": 1},
+}
 
 
 class _Stack:
@@ -231,95 +238,71 @@ class _Stack:
 
     def execute(self, code: str, argument: Any) -> None:
         """Follows one instruction; raises `_Refused` if tensors do not need it."""
-        push = self._values.append
-        match code:
-            case "PROTO" | "FRAME":
-                pass
-            case "MARK":
-                self._levels.append(self._values)
-                self._values = []
-            case "EMPTY_DICT":
-                push({})
-            case "EMPTY_LIST" | "EMPTY_TUPLE":
-                push([] if code == "EMPTY_LIST" else ())
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[code])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
-                push(argument)
-            case "GLOBAL":
-                module, _, name = argument.partition(" ")
-                push(_Name(module, name))
-            case "BINPUT" | "LONG_BINPUT":
-                [self._memo[argument]] = self._pop(1)
-                push(self._memo[argument])
-            case "BINGET" | "LONG_BINGET":
-                if argument not in self._memo:
-                    raise _Refused("its pickle recalls a value that it has not stored")
-                push(self._memo[argument])
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                push(tuple(self._pop(int(code[-1]))))
-            case "TUPLE":
-                items = tuple(self._pop_level())
-                self._values.append(items)
-            case _:
-                self._change_or_call(code)
+        if code in _TAKES:
+            self._execute_taken(code, argument, self._taken(_TAKES[code]))
+        elif code in _CONSTANTS:
+            self._values.append(_CONSTANTS[code])
+        elif code in _ARGUMENTS:
+            self._values.append(argument)
+        elif code in ("EMPTY_DICT", "EMPTY_LIST"):
+            self._values.append({} if code == "EMPTY_DICT" else [])
+        elif code == "GLOBAL":
+            module, _, name = argument.partition(" ")
+            self._values.append(_Name(module, name))
+        elif code in ("BINGET", "LONG_BINGET"):
+            if argument not in self._memo:
+                raise _Refused("its pickle recalls a value that it has not stored")
+            self._values.append(self._memo[argument])
+        elif code == "MARK":
+            self._levels.append(self._values)
+            self._values = []
+        elif code not in ("PROTO", "FRAME"):
+            raise _Refused(f"its pickle has the instruction {code}, which no tensor needs")
 
-    def _change_or_call(self, code: str) -> None:
+    def _execute_taken(self, code: str, argument: Any, taken: list[Any]) -> None:
+        top = self._values[-1] if self._values else None
         match code:
+            case "BINPUT" | "LONG_BINPUT":
+                [self._memo[argument]] = taken
+                self._values += taken
             case "APPEND" | "APPENDS":
-                _extend(self._pop(1) if code == "APPEND" else self._pop_level(), self._values)
+                if not isinstance(top, list):
+                    raise _Refused("its pickle appends to what is no list")
+                top.extend(taken)
             case "SETITEM" | "SETITEMS":
-                _set_items(self._pop(2) if code == "SETITEM" else self._pop_level(), self._values)
+                if not isinstance(top, dict) or len(taken) % 2:
+                    raise _Refused("its pickle sets items of what is no dict")
+                _set_items(top, taken)
             case "BINPERSID":
-                self._values.append(_storage(*self._pop(1)))
+                self._values.append(_storage(*taken))
             case "REDUCE":
-                self._values.append(_called(*self._pop(2)))
+                self._values.append(_called(*taken))
             case "BUILD":
                 # torch gives a state dict some metadata of its modules, and gives a tensor none.
                 # The metadata are ignored.
-                self._pop(1)
-                if not self._values or not isinstance(self._values[-1], dict):
+                if not isinstance(top, dict):
                     raise _Refused("its pickle gives a state to a value without one")
             case _:
-                raise _Refused(f"its pickle has the instruction {code}, which no tensor needs")
+                self._values.append(tuple(taken))
 
-    def _pop(self, count: int) -> list[Any]:
-        if len(self._values) < count:
+    def _taken(self, count: int | None) -> list[Any]:
+        if count is None and self._levels:
+            taken, self._values = self._values, self._levels.pop()
+        elif count is not None and len(self._values) >= count:
+            taken = self._values[len(self._values) - count :]
+            del self._values[len(self._values) - count :]
+        else:
             raise _Refused("its pickle takes more from the stack than there is")
-        taken = self._values[len(self._values) - count :]
-        del self._values[len(self._values) - count :]
-        return taken
-
-    def _pop_level(self) -> list[Any]:
-        if not self._levels:
-            raise _Refused("its pickle takes more from the stack than there is")
-        taken, self._values = self._values, self._levels.pop()
         return taken
 
 
-def _instructions(content: bytes) -> Iterator[tuple[str, Any]]:
-    try:
-        for code, argument, _ in pickletools.genops(content):
-            yield code.name, argument
-    except (ValueError, struct.error) as error:
-        raise _Refused(f"its pickle is damaged ({error})") from error
-
-
-def _extend(items: Sequence[Any], stack: list[Any]) -> None:
-    if not stack or not isinstance(stack[-1], list):
-        raise _Refused("its pickle appends to what is no list")
-    stack[-1].extend(items)
-
-
-def _set_items(items: Sequence[Any], stack: list[Any]) -> None:
-    if not stack or not isinstance(stack[-1], dict) or len(items) % 2:
-        raise _Refused("its pickle sets items of what is no dict")
+def _set_items(target: dict[str, Any], items: Sequence[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str):
             raise _Refused(f"a dict in it has the key {shown(key)}, not a text")
-        if key in stack[-1]:
+        if key in target:
             raise _Refused(f"{plain(key)} occurs twice in it")
-        stack[-1][key] = value
+        target[key] = value
 
 
 def _storage(identifier: Any) -> _Storage:

@@ -9,14 +9,14 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
 from mobilellm_jax.errors import MissingFileError, UserError
-from mobilellm_jax.export.huggingface.torch_files import open_torch
+from mobilellm_jax.export.huggingface.torch_files import StoredTensor, open_torch
 from mobilellm_jax.export.source import DTYPES
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.rundir import write_whole
@@ -29,14 +29,6 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 # Each shard stays open.
 _MOST_SHARDS = 256
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-
-class StoredTensor(NamedTuple):
-    """A tensor in a file, which is read when its values are needed."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]  # in the tensor's own dtype
 
 
 def write_tensors(
@@ -81,7 +73,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
       MissingFileError: if the directory has no weights, or a shard is missing.
       UserError: if a dtype is not in `DTYPES`, or a file is damaged or misleading.
     """
-    for name, open_file in ((_SAFETENSORS, _open_safetensors), (_PICKLE, _open_pickle)):
+    for name, open_file in ((_SAFETENSORS, _open_safetensors), (_PICKLE, open_torch)):
         if (directory / name).is_file():
             return open_file(directory / name)
         if (directory / f"{name}.index.json").is_file():
@@ -138,20 +130,12 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name in opened.keys():
         part = opened.get_slice(name)
-        dtype = _known_dtype(file, name, _STORED_DTYPES.get(part.get_dtype(), part.get_dtype()))
+        dtype = _STORED_DTYPES.get(part.get_dtype())
+        if dtype is None:
+            raise UserError(
+                f"{file}: {plain(name)} has dtype {part.get_dtype()}; only {', '.join(DTYPES)} can "
+                "be read (quantised weights cannot)."
+            )
         read = functools.partial(opened.get_tensor, name)
         tensors[name] = StoredTensor(tuple(part.get_shape()), dtype, read)
     return tensors
-
-
-def _open_pickle(file: Path) -> dict[str, StoredTensor]:
-    return {name: StoredTensor(*tensor) for name, tensor in open_torch(file).items()}
-
-
-def _known_dtype(file: Path, name: str, dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise UserError(
-            f"{file}: {plain(name)} has dtype {dtype}; only {', '.join(DTYPES)} can be read "
-            "(quantised weights cannot)."
-        )
-    return dtype

@@ -12,6 +12,7 @@ are standard.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,17 +40,10 @@ _END = np.iinfo(np.int64).max
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes `model.onnx` and its weights.
+    """Writes `model.onnx` and its weights; returns the number of stored blocks.
 
-    Args:
-      source: the model.
-      folder: folder for both files.
-      precision: float32; float16 or bfloat16, which ONNX Runtime widens when it loads the file;
-        int8 or int4, with a scale per 64 or 32 weights (int4 keeps the embeddings and the head in
-        int8).
-
-    Returns:
-      The number of stored blocks.
+    ONNX Runtime widens float16 and bfloat16 when it loads the file. In int8 and int4, 64 or 32
+    weights share a scale, and int4 keeps the embeddings and the head in int8.
     """
     config = source.config
     with (folder / WEIGHTS).open("wb") as weights:
@@ -92,11 +86,11 @@ def _write_model(graph: Graph, source: Source, precision: str) -> None:
     table_VD = np.asarray(params["embedding"]["table"])
     # In int4, embeddings and head would raise the loss from 0.010 to 0.019 nats.
     table_bits = 8 if bits else 0
-    table = _add_rows(graph, "embedding", table_VD, store, table_bits)
+    table = _add_matrix(graph, "embedding", table_VD, store, table_bits, as_rows=True)
     head = table
     if not config.tie_embeddings:
         head_VD = np.asarray(params["head"]["kernel"]).T
-        head = _add_rows(graph, "head", head_VD, store, table_bits)
+        head = _add_matrix(graph, "head", head_VD, store, table_bits, as_rows=True)
     blocks = [_add_block(graph, source, u, store, bits) for u in range(config.num_blocks)]
     context = _add_context(graph, config, tokens, length)
     x_1TD = _looked_up(graph, table, tokens)
@@ -126,7 +120,7 @@ def _add_block(graph: Graph, source: Source, u: int, store: np.dtype[Any], bits:
         return graph.constant(f"block_{u}.{name}", np.asarray(blocks[name]["scale"][u]))
 
     def matrix(name: str, *kernels: np.ndarray) -> _Matrix:
-        return _add_matrix(graph, f"block_{u}.{name}", np.concatenate(kernels, 1), store, bits)
+        return _add_matrix(graph, f"block_{u}.{name}", np.concatenate(kernels, 1).T, store, bits)
 
     def heads(name: str) -> np.ndarray:
         return _widened(np.asarray(attention[name][u]), axis=2).reshape(width, -1)
@@ -161,35 +155,24 @@ def _head_width(head_dim: int) -> int:
 
 
 def _add_matrix(
-    graph: Graph, name: str, kernel_IO: np.ndarray, store: np.dtype[Any], bits: int
+    graph: Graph,
+    name: str,
+    weight_OI: np.ndarray,
+    store: np.dtype[Any],
+    bits: int,
+    *,
+    as_rows: bool = False,
 ) -> _Matrix:
-    """Adds a matrix with I inputs and O outputs."""
-    inputs, outputs = kernel_IO.shape
+    """Adds a matrix; `as_rows` stores a row per output, for the embedding and the head."""
+    outputs, inputs = weight_OI.shape
     if bits:
-        codes, scales = _quantized(kernel_IO.T, bits)
-        graph.constant(name, codes)
+        codes, scales = _quantized(weight_OI, bits)
+        graph.constant(name, codes.reshape(outputs, -1) if as_rows else codes)
         return _Matrix(name, inputs, outputs, bits, graph.constant(f"{name}.scales", scales))
-    return _Matrix(_stored(graph, name, kernel_IO, store), inputs, outputs)
-
-
-def _add_rows(
-    graph: Graph, name: str, table_VD: np.ndarray, store: np.dtype[Any], bits: int
-) -> _Matrix:
-    """Adds a matrix with a row per token, for the embedding or the head."""
-    outputs, inputs = table_VD.shape
-    if bits:
-        codes, scales = _quantized(table_VD, bits)
-        graph.constant(name, codes.reshape(len(codes), -1))
-        return _Matrix(name, inputs, outputs, bits, graph.constant(f"{name}.scales", scales))
-    return _Matrix(_stored(graph, name, table_VD, store), inputs, outputs)
-
-
-def _stored(graph: Graph, name: str, values: np.ndarray, store: np.dtype[Any]) -> str:
-    """Adds an initializer of type `store` and returns the name of its values in float32."""
-    graph.constant(name, narrowed(name, values, str(store)))
-    if store == np.float32:
-        return name
-    return graph.node("Cast", name, to=onnx.TensorProto.FLOAT)
+    graph.constant(name, narrowed(name, weight_OI if as_rows else weight_OI.T, str(store)))
+    if store != np.float32:
+        name = graph.node("Cast", name, to=onnx.TensorProto.FLOAT)
+    return _Matrix(name, inputs, outputs)
 
 
 def _quantized(weight_OI: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -211,16 +194,8 @@ def _quantized(weight_OI: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
     return codes, scales[..., 0].astype(np.float32)
 
 
-class _Context(NamedTuple):
-    """Names of values that every attention reads."""
-
-    last: str  # position of the last token
-    total: str  # number of tokens in the cache, with the new ones
-    cos: str
-    sin: str
-
-
-def _add_context(graph: Graph, config: ModelConfig, tokens: str, length: str) -> _Context:
+def _add_context(graph: Graph, config: ModelConfig, tokens: str, length: str) -> tuple[str, ...]:
+    """Adds what every attention reads: last position, number of tokens, cosines and sines."""
     new = graph.node("Shape", tokens, start=1, end=2)
     total = graph.node("Add", length, graph.node("Cast", new, to=onnx.TensorProto.INT32))
     one = graph.constant("one", np.ones(1, np.int32))
@@ -231,23 +206,24 @@ def _add_context(graph: Graph, config: ModelConfig, tokens: str, length: str) ->
         half = (_head_width(config.head_dim) - config.head_dim) // 2
         return graph.constant(name, np.pad(np.asarray(values_1S1H)[0, :, 0], ((0, 0), (0, half))))
 
-    return _Context(
-        last=graph.node("Sub", total, one),
-        total=graph.node("Squeeze", total),
-        cos=angles("cos", turn.cos_BT1P),
-        sin=angles("sin", turn.sin_BT1P),
+    return (
+        graph.node("Sub", total, one),
+        graph.node("Squeeze", total),
+        angles("cos", turn.cos_BT1P),
+        angles("sin", turn.sin_BT1P),
     )
 
 
-def _attention(graph: Graph, heads: str, context: _Context, config: ModelConfig, slot: int) -> str:
+def _attention(
+    graph: Graph, heads: str, context: Sequence[str], config: ModelConfig, slot: int
+) -> str:
     """Adds the attention of one application, which has its own cache."""
     width = _head_width(config.head_dim)
     shape = [1, config.num_kv_heads, config.max_seq_len, width]
     past = [graph.input(f"past_{kind}_{slot}", np.float32, shape) for kind in ("key", "value")]
     present = [graph.output(f"present_{kind}_{slot}", shape) for kind in ("key", "value")]
     return graph.node(
-        *("GroupQueryAttention", heads, "", "", *past, context.last, context.total),
-        *(context.cos, context.sin),
+        *("GroupQueryAttention", heads, "", "", *past, *context),
         outputs=[f"attention_{slot}", *present],
         domain=MICROSOFT,
         num_heads=config.num_heads,

@@ -44,15 +44,9 @@ Cache = dict[str, Any]
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes both functions and the weights.
+    """Writes both functions and the weights; returns the number of stored blocks.
 
-    Args:
-      source: the model.
-      folder: receives the files.
-      precision: float32 or bfloat16, for weights, activations and cache.
-
-    Returns:
-      The number of blocks stored.
+    Weights, activations and cache have the dtype that `precision` names.
     """
     dtype: Any = precision
     config = dataclasses.replace(source.config, compute_dtype=dtype, attention="xla")

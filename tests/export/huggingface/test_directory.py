@@ -88,6 +88,7 @@ def test_files_of_a_plain_llama(tiny_config, tiny_params, tokenizer, output):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "model_card.md",
         "tokenizer.json",
         "tokenizer.model",
         "tokenizer_config.json",
@@ -423,14 +424,10 @@ def test_nothing_is_left_of_an_export_that_fails(tiny_config, tiny_params, token
     params["final_norm"]["scale"] = np.full(64, 1e6, np.float32)
     output.parent.mkdir(exist_ok=True)
     before = list(output.parent.iterdir())
-    with pytest.raises(
-        ValueError, match=r"model\.norm\.weight holds.*in float16; use --dtype"
-    ):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds.*in float16; use --dtype"):
         write_huggingface(config, params, tokenizer, output, dtype="float16")
     params["blocks"]["feed_forward"]["up"][1, 0, 0] = np.nan
-    with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds.*in float32\."
-    ):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight holds.*in float32\."):
         write_huggingface(config, params, tokenizer, output)
     del params["final_norm"]
     with pytest.raises(ValueError, match="missing: final_norm/scale\nunexpected: none"):
