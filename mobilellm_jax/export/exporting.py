@@ -43,7 +43,7 @@ def export(
       directory: folder to create; an empty folder may exist.
       format_name: a key of FORMATS.
       precision: a precision of the format.
-      training: training facts for the model card, if they are known.
+      training: the run, for the model card, if it is known.
       verified: whether to run the export and compare it.
 
     Raises:

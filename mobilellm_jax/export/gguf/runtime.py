@@ -92,42 +92,21 @@ class LlamaCppRuntime(Runtime):
 
 
 class LlamaCppVocabulary:
-    """The tokenizer in a GGUF file that this program wrote, run by llama.cpp.
-
-    Raises:
-      UserError: if llama.cpp cannot load the tokenizer.
-    """
+    """The tokenizer in a GGUF file that this program wrote, run by llama.cpp."""
 
     def __init__(self, file: Path) -> None:
         model = load_model(file, vocab_only=True)
         weakref.finalize(self, _c.llama_model_free, model)
-        self._vocabulary = _c.llama_model_get_vocab(model)
+        self.pointer = _c.llama_model_get_vocab(model)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text with BOS first; a literal "<s>" in it is plain text."""
         content = text.encode()
         room = len(content) + 2  # at most a token per byte, plus BOS and the first space
         found = (_c.llama_token * room)()
-        count = _c.llama_tokenize(self._vocabulary, content, len(content), found, room, True, False)
+        count = _c.llama_tokenize(self.pointer, content, len(content), found, room, True, False)
         assert 0 <= count <= room, f"{count} tokens of {len(content)} bytes"
         return list(found[:count])
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens as an app streams it, without BOS and EOS.
-
-        The text keeps the space that a tokenizer adds at its start. llama.cpp's function for whole
-        texts would also drop spaces before commas and full stops of byte-level BPE.
-        """
-        return b"".join(map(self._piece, tokens)).decode(errors="replace")
-
-    def _piece(self, token: int) -> bytes:
-        room = 64
-        while True:
-            text = ctypes.create_string_buffer(room)
-            count = _c.llama_token_to_piece(self._vocabulary, token, text, room, 0, False)
-            if count >= 0:
-                return text.raw[:count]
-            room = -count
 
 
 def load_model(file: Path, *, vocab_only: bool) -> Any:

@@ -168,9 +168,8 @@ def _tokenizer_file(directory: Path, vocab_size: int) -> Path:
         raise MissingFileError(
             f"{directory} holds no tokenizer; put its {' or '.join(TOKENIZER_FILES)} there."
         )
-    if len(files) == 2 and load_tokenizer(files[0]).vocab_size != vocab_size:
-        return next((f for f in files if load_tokenizer(f).vocab_size == vocab_size), files[0])
-    return files[0]
+    fitting = (file for file in files if load_tokenizer(file).vocab_size == vocab_size)
+    return next(fitting, files[0]) if len(files) > 1 else files[0]
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

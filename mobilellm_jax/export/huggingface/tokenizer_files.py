@@ -20,11 +20,10 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
-from mobilellm_jax.data.tokenizers.tokenizer import TOKENIZER_CONFIG, Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, TOKENIZER_CONFIG, Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
 
-_SPACE = "\u2581"
 _ALL = 1_000_000
 _proto: Any = sentencepiece_model_pb2  # the library creates its classes at run time
 _Piece = _proto.ModelProto.SentencePiece
@@ -47,14 +46,8 @@ PROBES = (
 def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """Writes the files that `AutoTokenizer.from_pretrained(directory)` reads.
 
-    A SentencePiece model is copied, and also written as tokenizer.json. A tokenizer.json is copied
-    unchanged, with the tokenizer_config.json beside it. If there is no tokenizer_config.json, one
-    is written.
-
-    Args:
-      tokenizer: the run's tokenizer.
-      directory: an existing folder.
-      max_length: largest number of tokens in a sequence, for tokenizer_config.json.
+    The run's file is copied, with a tokenizer_config.json beside it, or one is written, which says
+    `max_length`. A SentencePiece model is also written as tokenizer.json.
 
     Raises:
       UserError: if tokenizer.json cannot express the SentencePiece model.
@@ -112,15 +105,15 @@ def convert_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     if normalizer.remove_extra_whitespaces:
         # Only the last step may replace U+2581, because a text may contain this character.
         steps.append(normalizers.Replace(Regex("^ +|(?<= ) +"), ""))
-        steps.append(normalizers.Replace(Regex(f"[ {_SPACE}]+$"), ""))
-    steps.append(normalizers.Replace(" ", _SPACE))
+        steps.append(normalizers.Replace(Regex(f"[ {SPACE_MARK}]+$"), ""))
+    steps.append(normalizers.Replace(" ", SPACE_MARK))
     if normalizer.add_dummy_prefix:
-        steps.append(normalizers.Prepend(_SPACE))
+        steps.append(normalizers.Prepend(SPACE_MARK))
     fast.normalizer = normalizers.Sequence(steps)
     leading = _ALL if normalizer.remove_extra_whitespaces else int(normalizer.add_dummy_prefix)
     fast.decoder = decoders.Sequence(
         [
-            decoders.Replace(_SPACE, " "),
+            decoders.Replace(SPACE_MARK, " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
             decoders.Strip(" ", leading, 0),
@@ -181,7 +174,7 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 def _compare(file: Path, fast: tokenizers.Tokenizer, bos_id: int) -> None:
     model: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    surfaces = [model.id_to_piece(i).replace(_SPACE, " ") for i in range(model.get_piece_size())]
+    surfaces = [model.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(model.get_piece_size())]
     texts = [*PROBES, *surfaces]
     fast.encode_special_tokens = True
     expected: Sequence[Sequence[int]] = model.encode(texts)
