@@ -7,12 +7,11 @@ from pathlib import Path
 import jax
 
 from mobilellm_jax.checkpoint import MODEL_PARTS, latest_step, restore_model, steps
-from mobilellm_jax.config import Config, ConfigError, ModelConfig, near_miss
-from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.config import Config, ModelConfig, near_miss
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.directory import CONFIG as HUGGINGFACE_CONFIG
-from mobilellm_jax.export.huggingface.directory import read_huggingface
+from mobilellm_jax.export.huggingface.directory import check_vocabulary, read_huggingface
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.quantize.parameters import bits_per_weight, quantize_model, stored_bytes
 from mobilellm_jax.quantize.schemes import Scheme
@@ -52,6 +51,8 @@ def open_model(ckpt: str | Path, scheme: Scheme | None = None) -> OpenedModel:
       ConfigError: if the scheme quantizes only one of two matrices that are the same matrix.
     """
     opened = _open(Path(ckpt))
+    config = dataclasses.replace(opened.config, compute_dtype="auto", attention="auto")
+    opened = dataclasses.replace(opened, config=config)
     if scheme is None:
         return opened
     params = quantize_model(opened.config, opened.params, scheme)
@@ -68,7 +69,7 @@ def _open(folder: Path) -> OpenedModel:
     # The resolved path handles "." and links to a step, such as "best".
     run = folder.resolve().parent.parent
     if folder.resolve().parent.name == rundir.CHECKPOINTS and folder.resolve().name.isdecimal():
-        return _checked(_open_step(run, int(folder.resolve().name)))
+        return _open_step(run, int(folder.resolve().name))
     if (folder / rundir.CHECKPOINTS).is_dir():
         step = latest_step(folder, MODEL_PARTS)
         if step is None:
@@ -76,11 +77,11 @@ def _open(folder: Path) -> OpenedModel:
                 f"checkpoint='{folder}' is a run with no complete checkpoint yet; let it train "
                 "until train.checkpoint_every."
             )
-        return _checked(_open_step(folder, step, verified=True))
+        return _open_step(folder, step, verified=True)
     if (folder / HUGGINGFACE_CONFIG).is_file() and any(
         next(folder.glob(pattern), None) for pattern in _WEIGHTS
     ):
-        return _checked(_open_huggingface(folder))
+        return _open_huggingface(folder)
     names = sorted(path.name for path in folder.iterdir())
     found = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
     raise UserError(
@@ -90,13 +91,15 @@ def _open(folder: Path) -> OpenedModel:
 
 def _open_step(run: Path, step: int, *, verified: bool = False) -> OpenedModel:
     restored = restore_model(run, step, verified=verified)
+    folder = run / rundir.CHECKPOINTS / str(step)
+    check_vocabulary(restored.tokenizer, restored.config.model, folder)
     return OpenedModel(
         config=restored.config.model,
         params=restored.params,
         tokenizer=restored.tokenizer,
         run_config=restored.config,
         step=step,
-        origin=str(run / rundir.CHECKPOINTS / str(step)),
+        origin=str(folder),
     )
 
 
@@ -105,23 +108,11 @@ def _open_huggingface(folder: Path) -> OpenedModel:
     return OpenedModel(
         config=imported.config,
         params=jax.device_put(imported.params),
-        tokenizer=load_tokenizer(imported.tokenizer_file),
+        tokenizer=imported.tokenizer,
         run_config=None,
         step=None,
         origin=str(folder),
     )
-
-
-def _checked(model: OpenedModel) -> OpenedModel:
-    tokenizer, config = model.tokenizer, model.config
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"{model.origin}: its tokenizer {tokenizer.file.name} has {tokenizer.vocab_size} "
-            f"tokens, but the model only model.vocab_size={config.vocab_size}; put the tokenizer "
-            "that it was trained with there."
-        )
-    config = dataclasses.replace(config, compute_dtype="auto", attention="auto")
-    return dataclasses.replace(model, config=config)
 
 
 def _missing(folder: Path) -> MissingFileError:
@@ -133,6 +124,6 @@ def _missing(folder: Path) -> MissingFileError:
         siblings = [path.name for path in parent.iterdir() if path.is_dir()]
         remedy = near_miss(folder.name, siblings) or f" It must be {_LAYOUTS}."
     else:
-        remedy = f" Neither does {parent}."
+        remedy = f" {parent} does not exist either."
     what = "is a file, not a folder" if folder.is_file() else "does not exist"
     return MissingFileError(f"checkpoint={str(folder)!r} {what}.{remedy}")

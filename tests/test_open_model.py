@@ -161,7 +161,9 @@ def test_missing_folder_names_the_near_miss(saved_run: Path) -> None:
         open_model(saved_run.parent / "quikc")
     with pytest.raises(FileNotFoundError, match=r"zzz' does not exist\. It must be a run folder"):
         open_model(saved_run.parent / "zzz")
-    with pytest.raises(FileNotFoundError, match=r"does not exist\. Neither does .*nowhere"):
+    with pytest.raises(
+        FileNotFoundError, match=r"does not exist\. .*nowhere does not exist either"
+    ):
         open_model(saved_run.parent / "nowhere" / "at all")
 
 

@@ -27,7 +27,6 @@ token, the loss of the text, and 64 greedy tokens. --noverify skips this check.
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
 
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag

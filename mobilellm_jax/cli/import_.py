@@ -13,7 +13,6 @@ import dataclasses
 from pathlib import Path
 
 from mobilellm_jax.cli.flags import flag
-from mobilellm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,27 +27,17 @@ def main(flags: Flags) -> None:
     """Imports the model and prints its size."""
     from mobilellm_jax.checkpoint import save_model
     from mobilellm_jax.config import Config, DataConfig
-    from mobilellm_jax.data.tokenizers.opening import load_tokenizer
     from mobilellm_jax.export.huggingface.directory import read_huggingface
     from mobilellm_jax.model.size import parameter_count
     from mobilellm_jax.storage.rundir import whole_directory
 
     source, output = Path(flags.source), Path(flags.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output={output} exists; name a new folder, or delete this one first.")
-    imported = read_huggingface(source)
-    model = imported.config
-    tokenizer = load_tokenizer(imported.tokenizer_file)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{imported.tokenizer_file} has {tokenizer.vocab_size} tokens, but the model has only "
-            f"vocab_size={model.vocab_size}; replace the file by the tokenizer that the model was "
-            "trained with."
-        )
-    seq_len = min(DataConfig().seq_len, model.max_seq_len)
-    config = Config(model=model, data=DataConfig(seq_len=seq_len))
     with whole_directory(output) as folder:
-        save_model(folder, config, imported.params, tokenizer)
+        imported = read_huggingface(source)
+        model = imported.config
+        seq_len = min(DataConfig().seq_len, model.max_seq_len)
+        config = Config(model=model, data=DataConfig(seq_len=seq_len))
+        save_model(folder, config, imported.params, imported.tokenizer)
     print(
         f"{output}: step 0",
         f"{parameter_count(model):,} parameters, {model.num_blocks} blocks, each applied "

@@ -104,7 +104,9 @@ def open_artifact(path: str | Path) -> Artifact:
 def _info(content: dict[str, Any], folder: Path) -> ArtifactInfo:
     where = str(folder / sealing.MANIFEST)
     if "artifact" not in content:
-        raise UserError(f"{where} is not that of an export, but of something else.")
+        raise UserError(
+            f"{where} does not describe an export; give a folder of `mobilellm export`."
+        )
     version = content.pop("artifact")
     if version != VERSION:
         raise UserError(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
-from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.artifact import model_bytes, seal_artifact
 from mobilellm_jax.export.formats import FORMATS
 from mobilellm_jax.export.model_card import Training, write_model_card
@@ -51,8 +50,6 @@ def export(
       VerificationError: if the export differs from the checkpoint by more than its precision
         allows.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists; give a new folder, or delete this one first.")
     form = FORMATS[format_name]
     with whole_directory(directory) as folder:
         if form.file:
@@ -71,7 +68,7 @@ def export(
             found = verify(form.load(folder, info), source)
             if problems := found.problems(form.precisions[precision]):
                 raise VerificationError(
-                    f"The export is not what the checkpoint is: {'; '.join(problems)}. Nothing "
+                    f"The export differs from the checkpoint: {'; '.join(problems)}. Nothing "
                     "was written.\n" + "\n".join(found.lines())
                 )
             info = dataclasses.replace(info, loss=found.loss)

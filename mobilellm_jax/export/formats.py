@@ -177,7 +177,7 @@ def check_precision(name: str, dtype: str | None, quantize: str | None) -> str:
             f"{', '.join(choices) or 'none'} for --{flag}.{remedy}"
         )
     if missing := _not_installed(FORMATS[name].write_packages):
-        raise UserError(f"--format={name} is written with {', '.join(missing)}; {EXTRA}.")
+        raise UserError(f"--format={name} needs {', '.join(missing)} to write a file; {EXTRA}.")
     return asked
 
 

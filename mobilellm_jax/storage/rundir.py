@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
+from mobilellm_jax.errors import UserError
+
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -71,9 +73,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
 def whole_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, which gets the name `path` after the block.
 
-    An error in the block deletes the temporary folder, and an existing `path` stays as it was.
-    All users may read the files, although some libraries (safetensors) forbid it.
+    An error in the block deletes the temporary folder. All users may read the files, although some
+    libraries (safetensors) forbid it.
+
+    Raises:
+      UserError: if `path` exists, except as an empty folder.
     """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists; give a new folder, or delete this one first.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     temporary.chmod(0o755)
@@ -82,13 +89,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -90,7 +90,7 @@ def test_bad_input_has_a_message_and_makes_nothing(
     full = f"--output={tmp_path}"
     for args, message in (
         (["import", f"--source={tmp_path / 'no'}", f"--output={new}"], "no Hugging Face directory"),
-        (["import", f"--source={source}", full], "exists; name a new folder"),
+        (["import", f"--source={source}", full], "exists; give a new folder"),
         (["export", f"--checkpoint={source}", full], "exists; give a new folder"),
         (["export", f"--checkpoint={source}", "--format=pdf", f"--output={new}"], "hf|mobilellm"),
         (["export", f"--checkpoint={source}"], "--output is missing: folder to make"),
@@ -116,5 +116,5 @@ def test_import_refuses_a_tokenizer_larger_than_the_model(
     (source / "tokenizer.model").unlink()
     train_tokenizer(texts, 310, source / "tokenizer.model")
     assert cli.main(["import", f"--source={source}", f"--output={tmp_path / 'run'}"]) == 2
-    assert "has 310 tokens, but the model has only vocab_size=300" in capsys.readouterr().err
+    assert "has 310 tokens, but the model has only model.vocab_size=300" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

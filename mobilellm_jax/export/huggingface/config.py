@@ -117,8 +117,8 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     """
     if "model_type" not in values:
         raise UserError(
-            f"{file} has no model_type, so it is not Hugging Face's; a run folder is used as it "
-            "is, without an import."
+            f"{file} has no model_type, so it does not describe a Hugging Face model; a run folder "
+            "needs no import."
         )
     # transformers treats null like a missing key.
     values = {key: value for key, value in values.items() if value is not None}
@@ -150,7 +150,9 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     try:
         Config(model=model, data=DataConfig(seq_len=1))
     except ConfigError as error:
-        raise UserError(f"{file} describes a model that is none of ours:\n{error}") from error
+        raise UserError(
+            f"{file} describes a model that this package does not have:\n{error}"
+        ) from error
     return model
 
 
@@ -169,7 +171,9 @@ def _check_values(values: Mapping[str, Any], file: Path) -> None:
     # Only values of the right type can be checked further.
     problems = other + (ill_typed or list(_unsupported(values)))
     if problems:
-        raise UserError("\n".join([f"{file} describes a model that is none of ours:", *problems]))
+        raise UserError(
+            "\n".join([f"{file} describes a model that this package does not have:", *problems])
+        )
 
 
 def _head_dim(values: Mapping[str, Any], file: Path) -> int:

@@ -17,6 +17,7 @@ from flax import traverse_util
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.config import (
     MODELING_FILE,
@@ -51,7 +52,7 @@ class Imported(NamedTuple):
 
     config: ModelConfig
     params: dict[str, Any]  # NumPy, float32
-    tokenizer_file: Path
+    tokenizer: Tokenizer
     dtype: str  # dtype of the stored weights; an export with this dtype gives the same bits
 
 
@@ -83,7 +84,8 @@ def read_huggingface(directory: Path) -> Imported:
 
     Raises:
       MissingFileError: if config.json, the weights or the tokenizer is missing.
-      UserError: if `ModelConfig` cannot express the model, or its tensors do not fit its config.
+      UserError: if `ModelConfig` cannot express the model, or its tensors or its tokenizer do not
+        fit its config.
     """
     file = directory / CONFIG
     if not file.is_file():
@@ -106,7 +108,7 @@ def read_huggingface(directory: Path) -> Imported:
     return Imported(
         config=config,
         params=traverse_util.unflatten_dict(flat, sep="/"),  # type: ignore[no-untyped-call]  # flax
-        tokenizer_file=_tokenizer_file(directory, config.vocab_size),
+        tokenizer=_open_tokenizer(directory, config),
         # If the weights have several dtypes, only float32 holds all values.
         dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
     )
@@ -145,9 +147,11 @@ def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directo
     spare = spare_pickle(directory)
     if spare:
         # The safetensors file that a bot made of MobileLLM-125M lacked the embeddings.
-        remedy = f"The safetensors may be broken; move them away, and {spare} beside is read."
+        remedy = f"The safetensors may be incomplete; move them away to read {spare} instead."
     elif HEAD not in stored and not config.tie_embeddings:
-        remedy = "If its head is its embeddings, set tie_word_embeddings to true in config.json."
+        remedy = (
+            "If the embeddings are also the head, set tie_word_embeddings to true in config.json."
+        )
     if config.num_blocks > len(stored):
         raise UserError(
             f"{directory} does not fit the config: it has {len(stored)} tensors for "
@@ -158,18 +162,36 @@ def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directo
     check_shapes(expected, shapes, str(directory), remedy)
 
 
-def _tokenizer_file(directory: Path, vocab_size: int) -> Path:
-    """Returns the tokenizer's file; a SentencePiece model comes first if it fits.
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
+    """Checks that the model has all tokens of its tokenizer.
+
+    Raises:
+      UserError: if it has fewer.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: its {tokenizer.file.name} has {tokenizer.vocab_size} tokens, but the model "
+            f"has only model.vocab_size={config.vocab_size}; replace the file by the tokenizer "
+            "that the model was trained with."
+        )
+
+
+def _open_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
+    """Opens the tokenizer; a SentencePiece model comes first if it fits.
 
     A model with added tokens has them only in its tokenizer.json.
     """
-    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    if not files:
+    found = [
+        load_tokenizer(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()
+    ]
+    if not found:
         raise MissingFileError(
             f"{directory} holds no tokenizer; put its {' or '.join(TOKENIZER_FILES)} there."
         )
-    fitting = (file for file in files if load_tokenizer(file).vocab_size == vocab_size)
-    return next(fitting, files[0]) if len(files) > 1 else files[0]
+    fitting = (tokenizer for tokenizer in found if tokenizer.vocab_size == config.vocab_size)
+    tokenizer = next(fitting, found[0])
+    check_vocabulary(tokenizer, config, directory)
+    return tokenizer
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -174,7 +174,9 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 def _compare(file: Path, fast: tokenizers.Tokenizer, bos_id: int) -> None:
     model: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    surfaces = [model.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(model.get_piece_size())]
+    surfaces = [
+        model.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(model.get_piece_size())
+    ]
     texts = [*PROBES, *surfaces]
     fast.encode_special_tokens = True
     expected: Sequence[Sequence[int]] = model.encode(texts)

@@ -95,8 +95,8 @@ def open_torch(file: Path) -> dict[str, StoredTensor]:
     with _refusals(file), file.open("rb") as opened:
         if opened.read(2) != b"PK":
             raise UserError(
-                f"{file} is no zip archive, as torch writes since version 1.6; if it is older, "
-                "load it with torch and save it again."
+                f"{file} is not a zip archive, which torch writes since version 1.6; if the file "
+                "is older, load it with torch and save it again."
             )
         with zipfile.ZipFile(opened) as archive:
             return _open(file, archive)
@@ -115,7 +115,7 @@ def _refusals(file: Path, name: str = "") -> Iterator[None]:
         if isinstance(error, OSError):
             if error.errno != errno.EINVAL:  # a damaged index points before the start of the file
                 raise
-            problem = "it refers to what is not in it"
+            problem = "its index points outside the file"
         if name:
             problem = f"{plain(name)}: {problem}"
         raise UserError(
@@ -267,11 +267,11 @@ class _Stack:
                 self._values += taken
             case "APPEND" | "APPENDS":
                 if not isinstance(top, list):
-                    raise _Refused("its pickle appends to what is no list")
+                    raise _Refused("its pickle appends to a value that is not a list")
                 top.extend(taken)
             case "SETITEM" | "SETITEMS":
                 if not isinstance(top, dict) or len(taken) % 2:
-                    raise _Refused("its pickle sets items of what is no dict")
+                    raise _Refused("its pickle sets items of a value that is not a dict")
                 _set_items(top, taken)
             case "BINPERSID":
                 self._values.append(_storage(*taken))
@@ -328,4 +328,6 @@ def _called(function: Any, arguments: Any) -> Any:
             if sound and len(shape) == len(strides) <= _MOST_AXES:
                 return _Tensor(storage, offset, shape, strides)
     named = ".".join(function) if isinstance(function, _Name) else function
-    raise _Refused(f"its pickle calls {shown(named)} with {shown(arguments)}, which is not done")
+    raise _Refused(
+        f"its pickle calls {shown(named)} with {shown(arguments)}, which no tensor needs"
+    )

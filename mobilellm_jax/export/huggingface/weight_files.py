@@ -102,7 +102,7 @@ def _open_shards(
         raise UserError(f"{index}: {error} Fetch the file again.") from error
     files = sorted(set(weight_map.values()))
     if len(files) > _MOST_SHARDS:
-        raise UserError(f"{index} names {len(files)} shards, and may name {_MOST_SHARDS}.")
+        raise UserError(f"{index} names {len(files)} shards; at most {_MOST_SHARDS} are allowed.")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         # A name with a slash could point outside of the folder.

@@ -142,7 +142,7 @@ def test_mobilellm_layout_comes_back(fields, tiny_config, tiny_params, tokenizer
     found = read_huggingface(output)
     assert found.config == config
     assert_trees_equal(found.params, params)
-    assert found.tokenizer_file == output / "tokenizer.model"
+    assert found.tokenizer.file == output / "tokenizer.model"
 
 
 LLAMA = {
@@ -296,7 +296,7 @@ def test_keys_of_the_papers_code(tokenizer, tmp_path):
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention are not"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 must be 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
-        ({"model_type": KEY_ABSENT}, "has no model_type, so it is not Hugging Face's"),
+        ({"model_type": KEY_ABSENT}, "has no model_type, so it does not describe a Hugging Face"),
         ({"model_type": "qwen2"}, "model_type='qwen2' must be llama or mobilellm"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM or Mobile"),
         ({"hidden_size": KEY_ABSENT}, "hidden_size=None must be a whole number above 0"),
@@ -340,13 +340,15 @@ def test_missing_embeddings_are_refused_and_torch_weights_beside_named(folder):
     with pytest.raises(ValueError, match=r"missing: model\.embed_tokens\.weight"):
         read_huggingface(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"move them away, and pytorch_model\.bin beside"):
+    with pytest.raises(ValueError, match=r"move them away to read pytorch_model\.bin"):
         read_huggingface(folder)
 
 
 def test_missing_head_is_refused_with_a_hint(folder):
     drop_tensors(folder, "lm_head.weight")
-    with pytest.raises(ValueError, match=r"If its head is its embeddings, set tie_word_embedd"):
+    with pytest.raises(
+        ValueError, match=r"If the embeddings are also the head, set tie_word_embedd"
+    ):
         read_huggingface(folder)
 
 
@@ -384,21 +386,21 @@ def test_what_is_no_directory_of_a_model_is_refused(folder, tmp_path):
 
 
 def test_tokenizer_is_the_one_that_fits_the_vocabulary(folder):
-    assert read_huggingface(folder).tokenizer_file.name == "tokenizer.model"
+    assert read_huggingface(folder).tokenizer.file.name == "tokenizer.model"
     tokenizer_json = json.loads((folder / "tokenizer.json").read_text())
     tokenizer_json["added_tokens"].append({
         "id": 320, "content": "<call>", "single_word": False, "lstrip": False, "rstrip": False,
         "normalized": False, "special": True
     })  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json))
-    assert read_huggingface(folder).tokenizer_file.name == "tokenizer.model"
+    assert read_huggingface(folder).tokenizer.file.name == "tokenizer.model"
     change_config(folder, vocab_size=321)
     larger = {
         name: np.zeros((321, 64), np.float32)
         for name in ("model.embed_tokens.weight", "lm_head.weight")
     }
     drop_tensors(folder, **larger)
-    assert read_huggingface(folder).tokenizer_file.name == "tokenizer.json"
+    assert read_huggingface(folder).tokenizer.file.name == "tokenizer.json"
 
 
 @pytest.mark.parametrize(

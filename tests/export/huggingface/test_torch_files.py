@@ -78,8 +78,8 @@ class Malicious:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (Malicious(), "calls '__builtin__.eval' with .* which is not done"),
-        ({"a": Malicious()}, "calls '__builtin__.eval' with .* which is not done"),
+        (Malicious(), "calls '__builtin__.eval' with .* which no tensor needs"),
+        ({"a": Malicious()}, "calls '__builtin__.eval' with .* which no tensor needs"),
         (torch.nn.Linear(1, 1), "pickle"),
         ([STATE["a"]], "not a dict of tensors"),
         ({"epoch": 3}, "epoch is 3, not a tensor"),
@@ -102,7 +102,9 @@ def test_what_is_refused(
 
 def test_other_formats_and_protocols(tmp_path: Path) -> None:
     file = saved(tmp_path, STATE, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"no zip archive, as torch writes since version 1\.6"):
+    with pytest.raises(
+        ValueError, match=r"not a zip archive, which torch writes since version 1\.6"
+    ):
         open_torch(file)
     file = saved(tmp_path, STATE, pickle_protocol=4)
     with pytest.raises(ValueError, match="has the instruction .*, which no tensor needs"):
@@ -130,7 +132,7 @@ def changed(file: Path, entry: str, content: bytes | None, compression: int = 0)
         ("data.pkl", None, "has 0 entries NAME/data.pkl"),
         ("data.pkl", b"\x80\x02}", "its pickle is damaged"),
         ("data.pkl", b"\x80\x02}.", ""),
-        ("data.pkl", b"\x80\x02)Na.", "its pickle appends to what is no list"),
+        ("data.pkl", b"\x80\x02)Na.", "its pickle appends to a value that is not a list"),
         ("data.pkl", b"\x80\x020.", "has the instruction POP"),
         ("data.pkl", b"\x80\x02r\xff\xff\xff\xff.", "takes more from the stack"),
         ("data.pkl", b"\x80\x02j\xff\xff\xff\xff.", "recalls a value that it has not stored"),

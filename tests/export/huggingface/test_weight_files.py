@@ -102,7 +102,7 @@ def test_an_index_that_misleads(tmp_path):
     for weight_map, message in (
         ({"a": first, "b": first}, "says that b is in model-00001.*, but it is not"),
         ({"a": first, "x": whole["b"]}, "says that x is in model-00002.*, but it is not"),
-        ({str(i): f"{i}.safetensors" for i in range(257)}, "names 257 shards, and may name 256"),
+        ({str(i): f"{i}.safetensors" for i in range(257)}, "names 257 shards; at most 256"),
         ([], r"weight_map=\[\] must be an object"),
     ):
         file.write_text(json.dumps({"weight_map": weight_map}))
@@ -134,5 +134,5 @@ def test_broken_files_and_quantised_weights_are_refused(tmp_path):
         open_tensors(tmp_path)
     file.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"no torch file")
-    with pytest.raises(ValueError, match="is no zip archive"):
+    with pytest.raises(ValueError, match="is not a zip archive"):
         open_tensors(tmp_path)
