@@ -117,7 +117,7 @@ def _describe_tokenizer(writer: Any, tokenizer: Tokenizer, vocabulary: Vocabular
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list([text.encode() for text in vocabulary.tokens])
     writer.add_token_types(vocabulary.types)
-    writer.add_token_scores(list(vocabulary.scores))
+    writer.add_token_scores(vocabulary.scores)
     writer.add_token_merges([merge.encode() for merge in vocabulary.merges])
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)

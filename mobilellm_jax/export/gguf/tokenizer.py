@@ -11,6 +11,7 @@ import collections
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import tokenizers
 from gguf import TokenType
 from sentencepiece import sentencepiece_model_pb2
 
@@ -53,9 +54,9 @@ class Vocabulary(NamedTuple):
     pre: str  # name of the rule that splits words
     tokens: list[str]
     types: list[TokenType]
-    scores: Sequence[float] = ()  # of llama
-    merges: Sequence[str] = ()  # of gpt2
-    space_prefix: bool = False
+    scores: list[float]  # empty for gpt2
+    merges: list[str]  # empty for llama
+    space_prefix: bool
 
 
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
@@ -66,16 +67,18 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     """
     expressed = _sentencepiece if tokenizer.file.suffix == ".model" else _byte_level
     vocabulary = expressed(tokenizer)
-    padding = range(len(vocabulary.tokens), vocab_size)
-    tokens = [*vocabulary.tokens, *(f"[PAD{token}]" for token in padding)]
+    tokens, types = vocabulary.tokens, vocabulary.types
+    for token in range(len(tokens), vocab_size):
+        tokens.append(f"[PAD{token}]")
+        types.append(TokenType.UNUSED)
+        if vocabulary.scores:
+            vocabulary.scores.append(0.0)
     if len(set(tokens)) < len(tokens):
         [(twice, _)] = collections.Counter(tokens).most_common(1)
         raise refused(tokenizer, [f"It would have the token {twice!r} twice."])
     if cut := next((text for text in tokens if "\0" in text), None):
         raise refused(tokenizer, [f"llama.cpp would cut its token {cut!r} at the zero."])
-    types = [*vocabulary.types, *(TokenType.UNUSED for _ in padding)]
-    scores = [*vocabulary.scores, *(0.0 for _ in padding)] if vocabulary.scores else ()
-    return vocabulary._replace(tokens=tokens, types=types, scores=scores)
+    return vocabulary
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
@@ -111,6 +114,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
         tokens=tokens,
         types=types,
         scores=[piece.score for piece in model.pieces],
+        merges=[],
         space_prefix=model.normalizer_spec.add_dummy_prefix,
     )
 
@@ -126,48 +130,40 @@ def _reached(text: str, pieces: set[str]) -> bool:
 
 
 def _byte_level(tokenizer: Tokenizer) -> Vocabulary:
-    try:
-        content = strict_json.read(tokenizer.file)
-        model = strict_json.get(content, "model", dict[str, Any])
-        pre = _division(content)
-        problems = list(_not_byte_level(content, model, pre))
-        if problems:
-            raise refused(tokenizer, problems)
-        vocabulary = strict_json.get(model, "vocab", dict[str, int], name="model")
-        merges = strict_json.get(model, "merges", list[Any], name="model")
-        added = strict_json.get(content, "added_tokens", list[dict[str, Any]])
-        by_id = {token: text for text, token in vocabulary.items()}
-        types = dict.fromkeys(by_id, TokenType.NORMAL)
-        for i, each in enumerate(added):
-            name = f"added_tokens[{i}]"
-            token = strict_json.get(each, "id", int, name=name)
-            special = strict_json.get(each, "special", bool, False, name)
-            by_id[token] = strict_json.get(each, "content", str, name=name)
-            types[token] = TokenType.CONTROL if special else TokenType.USER_DEFINED
-        for token in range(tokenizer.vocab_size):
-            by_id.setdefault(token, f"[PAD{token}]")
-            types.setdefault(token, TokenType.UNUSED)
-        joined = [
-            each if isinstance(each, str) else " ".join(strict_json.as_type(each, tuple[str, str]))
-            for each in merges
-        ]
-    except strict_json.JsonError as error:
-        raise UserError(f"{tokenizer.file}: {error}") from error
-    assert pre is not None, "_not_byte_level refuses it"
-    order = range(tokenizer.vocab_size)
+    content = strict_json.read(tokenizer.file)
+    library = tokenizers.Tokenizer.from_file(str(tokenizer.file))  # also checks the types
+    added = library.get_added_tokens_decoder()
+    outer = content.get("pre_tokenizer") or {}
+    steps = outer.get("pretokenizers", [outer])
+    rule = _splitting_rule(steps)
+    problems = [*_differences(content, steps, rule), *_odd_tokens(added)]
+    if rule is None or problems:
+        raise refused(tokenizer, problems)
+    known = {
+        token: (text, TokenType.NORMAL)
+        for text, token in library.get_vocab(with_added_tokens=False).items()
+    }
+    for token, each in added.items():
+        kind = TokenType.CONTROL if each.special else TokenType.USER_DEFINED
+        known[token] = (each.content, kind)
+    everything = [
+        known.get(token, (f"[PAD{token}]", TokenType.UNUSED))
+        for token in range(tokenizer.vocab_size)
+    ]
+    merges = content["model"]["merges"]
     return Vocabulary(
         model="gpt2",
-        pre=pre,
-        tokens=[by_id[token] for token in order],
-        types=[types[token] for token in order],
-        merges=joined,
+        pre=rule,
+        tokens=[text for text, _ in everything],
+        types=[kind for _, kind in everything],
+        scores=[],
+        merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
+        space_prefix=False,
     )
 
 
-def _division(content: Mapping[str, Any]) -> str | None:
-    """Returns llama.cpp's name for the way a tokenizer.json splits a text, or None."""
-    outer = strict_json.get(content, "pre_tokenizer", dict[str, Any], {})
-    steps = strict_json.get(outer, "pretokenizers", list[dict[str, Any]], [outer], "pre_tokenizer")
+def _splitting_rule(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns llama.cpp's name for the way these steps split a text, or None."""
     for name, wanted in _WORDS.items():
         if len(steps) == len(wanted) and all(
             given.get(key, True) == value  # use_regex is true if the file does not say
@@ -180,32 +176,35 @@ def _division(content: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _not_byte_level(
-    content: Mapping[str, Any], model: Mapping[str, Any], pre: str | None
+def _differences(
+    content: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], rule: str | None
 ) -> Iterator[str]:
     """Yields a sentence for every difference to llama.cpp's `gpt2` tokenizer."""
+    model = content["model"]
     if model.get("type") != "BPE":
         yield f"Its model.type={strict_json.shown(model.get('type'))} must be BPE."
-    if pre is None:
+    if rule is None:
         yield (
             "Its pre_tokenizer must be byte-level, and divide words as GPT-2, Llama 3, Qwen 2 or "
             "SmolLM do."
         )
     if content.get("normalizer") is not None:
         yield "It must have no normalizer."
-    outer = content.get("pre_tokenizer") or {}
-    steps = outer.get("pretokenizers", [outer])
     if any(step.get("type") == "ByteLevel" and step.get("add_prefix_space") for step in steps):
         yield "Its add_prefix_space must be false."
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             yield f"Its model.{key}={strict_json.shown(model[key])} must not be set."
-    if bool(model.get("ignore_merges")) != (pre in _WHOLE_WORDS) and pre is not None:
-        yield f"Its model.ignore_merges must be {str(pre in _WHOLE_WORDS).lower()}, as {pre}'s is."
-    for token in content["added_tokens"]:
-        flags = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
-        if flags and not token.get("special"):
-            yield f"Its token {strict_json.shown(token.get('content'))} must not be {flags[0]}."
+    whole = rule in _WHOLE_WORDS
+    if rule is not None and bool(model.get("ignore_merges")) != whole:
+        yield f"Its model.ignore_merges must be {str(whole).lower()}, as {rule}'s is."
+
+
+def _odd_tokens(added: Mapping[int, tokenizers.AddedToken]) -> Iterator[str]:
+    for token in added.values():
+        flags = [key for key in ("single_word", "lstrip", "rstrip") if getattr(token, key)]
+        if flags and not token.special:
+            yield f"Its token {strict_json.shown(token.content)} must not be {flags[0]}."
 
 
 def refused(tokenizer: Tokenizer, problems: Sequence[str]) -> UserError:

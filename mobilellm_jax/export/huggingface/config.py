@@ -24,25 +24,24 @@ _REQUIRED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     "num_attention_heads",
 )
-_TYPES: Mapping[Any, tuple[str, ...]] = {
-    int: (
-        *(*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"),
-        *("layer_sharing_repeats", "sliding_window"),
-    ),
-    float: ("rms_norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor"),
-    bool: (
-        *("tie_word_embeddings", "share_embedding", "gated_mlp", "layer_sharing"),
-        *("attention_bias", "mlp_bias", "use_sliding_window"),
-    ),
-    str: ("model_type", "hidden_act", "layer_sharing_order"),
-    list[str]: ("architectures", "layer_types"),
-    dict[str, Any]: ("rope_parameters", "rope_scaling", "quantization_config"),
+_INTEGERS = (
+    *(*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("layer_sharing_repeats", "sliding_window"),
+)
+_FLOATS = ("rms_norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor")
+_BOOLS = (
+    *("tie_word_embeddings", "share_embedding", "gated_mlp", "layer_sharing"),
+    *("attention_bias", "mlp_bias", "use_sliding_window"),
+)
+_TYPES: Mapping[str, Any] = {
+    **dict.fromkeys(_INTEGERS, int),
+    **dict.fromkeys(_FLOATS, float),
+    **dict.fromkeys(_BOOLS, bool),
+    **dict.fromkeys(("model_type", "hidden_act", "layer_sharing_order", "rope_type"), str),
+    **dict.fromkeys(("architectures", "layer_types"), list[str]),
+    **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config"), dict[str, Any]),
 }
-"""For each type, the keys that are read, except those of RoPE. A file may have other keys."""
-_ROPE_TYPES: Mapping[Any, tuple[str, ...]] = {
-    float: ("rope_theta", "partial_rotary_factor"),
-    str: ("rope_type", "type"),
-}
+"""The keys that are read, also in the object that describes RoPE. A file may have other keys."""
 
 
 def check_llama(config: ModelConfig) -> None:
@@ -157,19 +156,13 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
 
 
 def _check_values(values: Mapping[str, Any], file: Path) -> None:
-    other = []
+    problems = []
     # a list, because the value may have any type
     if values.get("model_type") not in [*_ARCHITECTURES]:
         model_type = shown(values.get("model_type"))
-        other.append(f"model_type={model_type} must be {' or '.join(_ARCHITECTURES)}.")
-    ill_typed = list(_ill_typed(values))
-    ill_typed += [
-        f"{key}={values.get(key)!r} must be a whole number above 0."
-        for key in _REQUIRED
-        if values.get(key) is None or (type(values[key]) is int and values[key] < 1)
-    ]
+        problems.append(f"model_type={model_type} must be {' or '.join(_ARCHITECTURES)}.")
     # Only values of the right type can be checked further.
-    problems = other + (ill_typed or list(_unsupported(values)))
+    problems += list(_ill_typed(values)) or list(_unsupported(values))
     if problems:
         raise UserError(
             "\n".join([f"{file} describes a model that this package does not have:", *problems])
@@ -190,17 +183,17 @@ def _head_dim(values: Mapping[str, Any], file: Path) -> int:
 
 
 def _ill_typed(values: Mapping[str, Any]) -> Iterator[str]:
-    holders = [(values, "", _TYPES)]
-    for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(values.get(name), dict):
-            holders.append((values[name], name, _ROPE_TYPES))
-    for holder, name, keys_of in holders:
-        for expected, keys in keys_of.items():
-            for key in keys:
-                try:
-                    strict_json.get(holder, key, expected, None, name)
-                except strict_json.JsonError as error:
-                    yield str(error)
+    for name in ("", "rope_parameters", "rope_scaling"):
+        holder = values.get(name) if name else values
+        for key, expected in _TYPES.items() if isinstance(holder, Mapping) else ():
+            try:
+                strict_json.get(holder, key, expected, None, name)
+            except strict_json.JsonError as error:
+                yield str(error)
+    for key in _REQUIRED:
+        value = values.get(key)
+        if value is None or (type(value) is int and value < 1):
+            yield f"{key}={value!r} must be a whole number above 0."
 
 
 def _activation(values: Mapping[str, Any]) -> tuple[Any, bool]:

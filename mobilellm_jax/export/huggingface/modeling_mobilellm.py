@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 # transformers calls the cache `past_key_values` up to 5.23, and `cache` from 5.24 on.
 _FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
@@ -72,20 +73,6 @@ class MobileLLMConfig(PretrainedConfig):
         ]
 
 
-class MobileLLMRMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
-
-
 class MobileLLMAttention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -136,9 +123,9 @@ class MobileLLMBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = MobileLLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MobileLLMAttention(config)
-        self.post_attention_layernorm = MobileLLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MobileLLMMLP(config)
 
     def forward(self, x, rotation, mask, cache, slot):
@@ -164,7 +151,7 @@ class MobileLLMModel(MobileLLMPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MobileLLMBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = MobileLLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     def get_input_embeddings(self):
