@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mobilellm_jax.config import Config, ModelConfig
+from mobilellm_jax.config import Config
 from mobilellm_jax.data.mixture import split_path
 from mobilellm_jax.data.shards import read_manifest
 from mobilellm_jax.export.source import Source
@@ -39,52 +39,52 @@ def write_model_card(
     `stored` is a sentence about format, precision and bytes. `measured` has the lines of the
     verification, or nothing if it did not run.
     """
-    sections = [
-        "# Model card",
-        f"Exported by mobilellm-jax from `{source.origin}`.",
-        "## Architecture",
-        _table(_architecture(source.config)),
-        "## Stored",
-        stored,
-        "## Training",
-        _training(training),
-        "## Measured",
-        "```\n" + "\n".join(measured) + "\n```"
-        if measured
-        else "Nothing: the export was not verified.",
-    ]
-    write_whole(folder / FILE, "\n\n".join(sections) + "\n")
+    config = source.config
+    repeats = f", each applied {config.num_repeats} times ({config.sharing})"
+    head = "embeddings shared with the head" if config.tie_embeddings else "a head of its own"
+    results = "\n".join(["```", *measured, "```"])
+    card = f"""\
+# Model card
+
+Exported by mobilellm-jax from `{source.origin}`.
+
+## Architecture
+
+| | |
+|---|---|
+| parameters | {parameter_count(config):,} |
+| depth | {config.num_blocks} blocks{repeats if config.num_repeats > 1 else ""}: \
+{config.applied_depth} layers |
+| width | {config.embed_dim}, feed-forward {config.ffn_dim} ({config.activation}) |
+| attention | {config.num_heads} of {config.head_dim}, {config.num_kv_heads} key-value heads |
+| vocabulary | {config.vocab_size:,}, {head} |
+| longest sequence | {config.max_seq_len:,} tokens |
+
+## Stored
+
+{stored}
+
+## Training
+
+{_training(training) if training else "Not known: the model came from a Hugging Face directory."}
+
+## Measured
+
+{results if measured else "Nothing: the export was not verified."}
+"""
+    write_whole(folder / FILE, card)
 
 
-def _architecture(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    yield "parameters", f"{parameter_count(config):,}"
-    depth = f"{config.num_blocks} blocks"
-    if config.num_repeats > 1:
-        depth += f", each applied {config.num_repeats} times ({config.sharing})"
-    yield "depth", f"{depth}: {config.applied_depth} layers"
-    yield "width", f"{config.embed_dim}, feed-forward {config.ffn_dim} ({config.activation})"
-    heads = f"{config.num_heads} of {config.head_dim}, {config.num_kv_heads} key-value heads"
-    yield "attention", heads
-    yield (
-        "vocabulary",
-        f"{config.vocab_size:,}, "
-        + ("embeddings shared with the head" if config.tie_embeddings else "a head of its own"),
-    )
-    yield "longest sequence", f"{config.max_seq_len:,} tokens"
-
-
-def _training(training: Training | None) -> str:
-    if training is None:
-        return "Not known: the model came from a Hugging Face directory."
-    config = training.config
-    tokens = training.step * config.train.global_batch * config.data.seq_len
-    rows = [
-        ("steps", f"{training.step:,} of {config.train.steps:,}"),
-        ("tokens", f"{tokens:,}, in windows of {config.data.seq_len:,}"),
-        ("optimizer", f"{config.optimizer.name}, peak learning rate {config.optimizer.peak_lr:g}"),
-        *(("data", line) for line in _data(config.data.path)),
-    ]
-    return _table(rows)
+def _training(training: Training) -> str:
+    config, step = training.config, training.step
+    tokens = step * config.train.global_batch * config.data.seq_len
+    data = "".join(f"\n| data | {line} |" for line in _data(config.data.path))
+    return f"""\
+| | |
+|---|---|
+| steps | {step:,} of {config.train.steps:,} |
+| tokens | {tokens:,}, in windows of {config.data.seq_len:,} |
+| optimizer | {config.optimizer.name}, peak learning rate {config.optimizer.peak_lr:g} |{data}"""
 
 
 def _data(path: str) -> Iterator[str]:
@@ -97,8 +97,3 @@ def _data(path: str) -> Iterator[str]:
             counts = record.splits.get("train")
             size = f"{counts.documents:,} documents, {counts.tokens:,} tokens" if counts else "none"
             yield f"`{record.spec}` ({float(share):.0%} of training): {size}"
-
-
-def _table(rows: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> str:
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join(lines)

@@ -43,8 +43,6 @@ _DEFAULTS = {
     "rope_theta": 10000.0,
     "initializer_range": 0.02,
     "use_cache": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 
 
@@ -55,8 +53,10 @@ class MobileLLMConfig(PretrainedConfig):
     keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012  # a list to transformers
 
     def __init__(self, **values):
-        values = _DEFAULTS | values
-        super().__init__(**values | {"tie_word_embeddings": values["share_embedding"]})
+        for name, default in _DEFAULTS.items():
+            setattr(self, name, values.pop(name, default))
+        values = {"bos_token_id": 1, "eos_token_id": 2} | values
+        super().__init__(**values | {"tie_word_embeddings": self.share_embedding})
 
     @property
     def application_order(self):

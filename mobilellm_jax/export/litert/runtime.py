@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel
@@ -39,13 +39,15 @@ class LitertRuntime(Runtime):
             raise wrong_model(file, info, other)
         chunk, _ = lengths["prefill"]
         super().__init__(f"LiteRT {metadata.version('ai-edge-litert')}", info.model, chunk)
+        self._vocab_size = info.model.vocab_size
         cache = {}
         for name, shape in cache_shapes(info.model).items():
             cache[name] = model.create_input_buffer_by_name("decode", _CACHE + name)
             # New memory may contain NaN, and a weight of 0 times NaN is NaN.
             cache[name].write(np.zeros(shape, np.float32))
-        ordered = sorted(lengths, key=lengths.__getitem__)
-        self._calls = [_Call(model, name, *lengths[name], info.model, cache) for name in ordered]
+        self._model = model
+        self._calls = [_call(model, name, *lengths[name], cache) for name in lengths]
+        self._calls.sort(key=lambda call: (call.length, call.span))
 
     def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         # The last call of each length reads the whole cache, so there always is a call.
@@ -54,40 +56,32 @@ class LitertRuntime(Runtime):
             for call in self._calls
             if len(tokens) <= call.length and self._length + call.length <= call.span
         )
-        return call(tokens, self._length)
-
-
-class _Call:
-    """A signature with its buffers, which reads `length` tokens and `span` rows of the cache."""
-
-    def __init__(
-        self,
-        model: Any,
-        signature: str,
-        length: int,
-        span: int,
-        config: ModelConfig,
-        cache: Mapping[str, Any],
-    ) -> None:
-        self.length, self.span = length, span
-        self._model, self._signature = model, signature
-        self._vocab_size = config.vocab_size
-        arguments = {_CACHE + name: buffer for name, buffer in cache.items()}
-        for name in ("tokens", "start"):
-            arguments[name] = model.create_input_buffer_by_name(signature, name)
-        self._arguments = arguments
-        logits = model.create_output_buffer_by_name(signature, "logits")
-        self._results = {"logits": logits, **cache}
-
-    def __call__(self, tokens: Sequence[int], start: int) -> NDArray[np.float32]:
-        padded_T = np.zeros(self.length, np.int32)
+        padded_T = np.zeros(call.length, np.int32)
         padded_T[: len(tokens)] = tokens
-        self._arguments["tokens"].write(padded_T)
-        self._arguments["start"].write(np.asarray([start], np.int32))
-        self._model.run_by_name(self._signature, self._arguments, self._results)
-        logits_V = self._results["logits"].read(self.length * self._vocab_size, np.float32)
-        logits_TV: NDArray[np.float32] = logits_V.reshape(self.length, self._vocab_size)
+        call.arguments["tokens"].write(padded_T)
+        call.arguments["start"].write(np.asarray([self._length], np.int32))
+        self._model.run_by_name(call.signature, call.arguments, call.results)
+        logits_V = call.results["logits"].read(call.length * self._vocab_size, np.float32)
+        logits_TV: NDArray[np.float32] = logits_V.reshape(call.length, -1)
         return logits_TV[: len(tokens)]
+
+
+class _Call(NamedTuple):
+    """A signature with its buffers."""
+
+    signature: str
+    length: int  # number of tokens
+    span: int  # number of rows of the cache
+    arguments: dict[str, Any]
+    results: dict[str, Any]
+
+
+def _call(model: Any, signature: str, length: int, span: int, cache: Mapping[str, Any]) -> _Call:
+    arguments = {_CACHE + name: buffer for name, buffer in cache.items()}
+    for name in ("tokens", "start"):
+        arguments[name] = model.create_input_buffer_by_name(signature, name)
+    logits = model.create_output_buffer_by_name(signature, "logits")
+    return _Call(signature, length, span, arguments, {"logits": logits, **cache})
 
 
 def _opened(file: Path) -> tuple[Any, dict[str, _Arrays]]:

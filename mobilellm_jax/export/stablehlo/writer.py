@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.stablehlo.runtime import DECODE, HASHES, PREFILL, WEIGHTS
-from mobilellm_jax.model.attention import Attend, attend_within
+from mobilellm_jax.model.attention import attend_within
 from mobilellm_jax.model.cache import AlignedCache
 from mobilellm_jax.model.decoding import (
     DecodingWeights,
@@ -109,10 +109,36 @@ def _decode(config: ModelConfig, weights: Named) -> export.Exported:
 
 
 def _prefill(config: ModelConfig, weights: Named) -> export.Exported:
+    slot_shape = (config.num_kv_heads, config.max_seq_len, config.head_dim)
+
+    def slot_of(x_BTKH: Float[Array, "B T K H"]) -> Float[Array, "K S H"]:
+        empty_KSH = jnp.zeros(slot_shape, compute_dtype(config))
+        new_KTH = x_BTKH[0].swapaxes(0, 1)
+        return jax.lax.dynamic_update_slice_in_dim(empty_KSH, new_KTH, 0, axis=1)
+
     def read(
         named: Named, tokens_BT: Int[Array, "B T"], count: Int[Array, ""]
-    ) -> tuple[jax.Array, Cache]:
-        return _read(config, _from_names(named, config), tokens_BT, count)
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Reads one row from its start; returns the logits of all tokens and the cache.
+
+        The tokens after the first `count` are padding. Decoding overwrites their keys and values.
+        """
+        positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        mask_BTS = positions_BT[:, None, :] <= positions_BT[:, :, None]
+        attend = attend_within(config, None, mask_BTS)
+
+        def attend_and_keep(
+            q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, products: AttentionProducts
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            out_BTNH, _ = attend(q_BTNH, k_BTKH, v_BTKH, products)
+            return out_BTNH, (slot_of(k_BTKH), slot_of(v_BTKH))
+
+        decoding = _from_names(named, config)
+        logits_BTV, slots = apply_unrolled(
+            config, decoding, tokens_BT, positions_BT, lambda slot: attend_and_keep
+        )
+        keys, values = ([pair[i] for pair in slots] for i in (0, 1))
+        return logits_BTV, {"keys": keys, "values": values, "length": count}
 
     [length] = export.symbolic_shape("T", constraints=[f"T <= {config.max_seq_len}"])
     tokens_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -122,37 +148,3 @@ def _prefill(config: ModelConfig, weights: Named) -> export.Exported:
 def _exported(function: Callable[..., Any], weights: Named, *arguments: Any) -> export.Exported:
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     return export.export(jax.jit(function), platforms=PLATFORMS)(shapes, *arguments)
-
-
-def _read(
-    config: ModelConfig,
-    weights: DecodingWeights,
-    tokens_BT: Int[Array, "B T"],
-    count: Int[Array, ""],
-) -> tuple[Float[Array, "B T V"], Cache]:
-    """Reads one row from its start; returns the logits of all tokens and the cache.
-
-    The tokens after the first `count` are padding. Decoding overwrites their keys and values.
-    """
-    positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-    mask_BTS = positions_BT[:, None, :] <= positions_BT[:, :, None]
-    attend = attend_within(config, None, mask_BTS)
-    shape = (config.num_kv_heads, config.max_seq_len, config.head_dim)
-    empty_KSH = jnp.zeros(shape, compute_dtype(config))
-
-    def slot_of(x_BTKH: Float[Array, "B T K H"]) -> Float[Array, "K S H"]:
-        new_KTH = x_BTKH[0].swapaxes(0, 1)
-        return jax.lax.dynamic_update_slice_in_dim(empty_KSH, new_KTH, 0, axis=1)
-
-    def attend_and_keep(
-        q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, products: AttentionProducts
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        out_BTNH, _ = attend(q_BTNH, k_BTKH, v_BTKH, products)
-        return out_BTNH, (slot_of(k_BTKH), slot_of(v_BTKH))
-
-    def attend_in_slot(slot: int) -> Attend:
-        return attend_and_keep
-
-    logits_BTV, slots = apply_unrolled(config, weights, tokens_BT, positions_BT, attend_in_slot)
-    keys, values = ([pair[i] for pair in slots] for i in (0, 1))
-    return logits_BTV, {"keys": keys, "values": values, "length": count}
