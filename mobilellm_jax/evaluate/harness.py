@@ -10,7 +10,7 @@ trees. Texts are written with cached decoding. `journal.py` keeps the answers.
 import collections
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -153,10 +153,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             prompts[keys[-1]] = ids, written
 
         def compute(asked: list[str]) -> Iterator[dict[str, Any]]:
-            # The writer may hold a copy of the weights, so it is made only if it is needed.
-            write = self._engine.writer() if asked else None
+            write = self._engine.writer()
             for names in _batches(asked, prompts, self._engine.prompts_at_once):
-                assert write is not None, "there is a batch, so something is asked"
                 how = json.loads(prompts[names[0]][1])
                 texts = self._continue(write, [prompts[name][0] for name in names], how)
                 yield dict(zip(names, texts, strict=True))
@@ -166,13 +164,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     def _answers(
         self,
-        names: Iterable[str],
+        names: Mapping[str, object],
         unit: str,
         compute: Callable[[list[str]], Iterator[dict[str, Any]]],
     ) -> dict[str, Any]:
-        """Returns the journal's answers after `compute` has added the missing answers."""
-        names = list(names)
+        """Returns the journal's answers after `compute` has added the missing answers, if any."""
         asked = [name for name in names if name not in self._journal.answers]
+        if not asked:
+            return self._journal.answers
         done = len(names) - len(asked)
         # disable=None shows the bar on a terminal only.
         hidden = None if self._show else True
