@@ -81,6 +81,20 @@ def make_train_step(
       state: a concrete or abstract state, which gives the shardings.
       transform: the model computes with `transform(params)`, and gradients flow through it.
     """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jit_under(
+        mesh,
+        rules,
+        _step(config, optimizer, mesh, transform),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def _step(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, transform: Transform
+) -> TrainStep:
     schedule = learning_rate(config.optimizer, config.train.steps)
     loss_and_gradient = _loss_and_gradient(config, mesh, transform)
 
@@ -122,15 +136,7 @@ def make_train_step(
             skipped_steps=new_state.skipped_steps,
         )
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jit_under(
-        mesh,
-        rules,
-        step,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
+    return step
 
 
 def _loss_and_gradient(
