@@ -19,7 +19,6 @@ from mobilellm_jax.quantize.schemes import trained_scheme
 from mobilellm_jax.sharding import bytes_per_device, count_slices
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.train.metrics import read_metrics
-from mobilellm_jax.train.report import BadSteps
 from mobilellm_jax.train.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -89,29 +88,29 @@ def _describe_slices(config: Config, mesh: Mesh) -> str:
     return ""
 
 
-def going_back(bad: BadSteps, good_step: int) -> None:
+def going_back(bad: range, good_step: int) -> None:
     """Reports bad steps and the return to an earlier checkpoint."""
     if distributed.is_first():
         _log.warning(
-            f"GOING BACK to the checkpoint of step {good_step}: steps {bad.first} to {bad.last} "
+            f"GOING BACK to the checkpoint of step {good_step}: steps {bad[0]} to {bad[-1]} "
             "were not finite. If the state was damaged, that heals it; if they are not finite "
             "again, the run ends."
         )
 
 
-def divergence(config: Config, workdir: Path, bad: BadSteps, good_step: int | None) -> str:
+def divergence(config: Config, workdir: Path, bad: range, good_step: int | None) -> str:
     """Describes the bad steps, and the commands that show and repeat the first bad batch."""
     data, batch = config.data, config.train.global_batch
     inspect = [
         *("mobilellm", "inspect", f"--data={data.path}", f"--seq_len={data.seq_len}"),
         *(f"--boundaries={data.boundaries}", f"--seed={data.seed}"),
-        *(f"--first_sample={(bad.first - 1) * batch}", f"--sample={batch}"),
+        *(f"--first_sample={(bad[0] - 1) * batch}", f"--sample={batch}"),
     ]
     again = "there is no checkpoint before them to go back to"
     if good_step is not None:
         again = f"they were so again after going back to the checkpoint of step {good_step}"
     return (
-        f"loss, gradient or update was not finite in steps {bad.first} to {bad.last} "
+        f"loss, gradient or update was not finite in steps {bad[0]} to {bad[-1]} "
         f"(train.max_bad_steps={config.train.max_bad_steps}), and {again}.\n"
         f"The first of these batches is shown by\n  {shlex.join(inspect)}\n"
         f"and met again by the same train command, which goes on from step {good_step or 0} of "

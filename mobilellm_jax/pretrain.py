@@ -120,7 +120,7 @@ class _Run:
         )
         state, outcome = self._train_from(state, checkpoints)
         back_at: int | None = None
-        while outcome.bad is not None:
+        while outcome.bad:
             del state  # there may be no room for two states
             found = self._newest_good(checkpoints)
             if found is None or int(found.step) == back_at:

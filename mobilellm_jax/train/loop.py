@@ -19,7 +19,7 @@ import numpy as np
 from mobilellm_jax.config import Config
 from mobilellm_jax.train.metrics import MetricsWriter
 from mobilellm_jax.train.prefetch import prefetch
-from mobilellm_jax.train.report import BadSteps, Reporter
+from mobilellm_jax.train.report import Reporter
 from mobilellm_jax.train.state import TrainState
 from mobilellm_jax.train.step import Batch, TrainStep
 from mobilellm_jax.train.stopping import StopRequest, Walltime
@@ -47,7 +47,7 @@ class Outcome:
 
     kind: Literal["finished", "stopped", "diverged"]
     why: str = ""  # reason of a stop
-    bad: BadSteps | None = None  # last steps of a diverged run
+    bad: range = range(0)  # last steps of a diverged run
 
 
 def train_loop(
@@ -94,7 +94,7 @@ def train_loop(
                 report.flush()
             if report.diverged:
                 return state, Outcome("diverged", bad=report.bad)
-            if last or (due and report.bad is None):
+            if last or (due and not report.bad):
                 if stopping:
                     why = why or "another process"
                     writer.message(f"step {step}: stopping ({why}); saving, then leaving")

@@ -58,11 +58,7 @@ def muon_axes(params: ParamsOrPlaceholder) -> Any:
     Muon updates the matrices of the blocks, one matrix per unique block. AdamW updates embeddings,
     head and norms.
     """
-
-    def axes(path: tuple[Any, ...], _: object) -> optax.contrib.MuonDimensionNumbers | None:
-        return _MUON_AXES.get(path[-1].key) if path[0].key == "blocks" else None
-
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _axes(path), params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -104,8 +100,10 @@ def _with_rms_of_adamw(updates: ParamsOrPlaceholder) -> Any:
 
 
 def _update_of_leaf(params: ParamsOrPlaceholder) -> Any:
-    return jax.tree.map(
-        lambda axes: "adamw" if axes is None else "muon",
-        muon_axes(params),
-        is_leaf=lambda node: node is None or isinstance(node, optax.contrib.MuonDimensionNumbers),
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if _axes(path) else "adamw", params
     )
+
+
+def _axes(path: tuple[Any, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+    return _MUON_AXES.get(path[-1].key) if path[0].key == "blocks" else None

@@ -19,14 +19,6 @@ from mobilellm_jax.train.step import StepMetrics
 Item = TypeVar("Item")
 
 
-@dataclasses.dataclass(frozen=True)
-class BadSteps:
-    """A range of consecutive steps with numbers that were not finite; both ends are included."""
-
-    first: int
-    last: int
-
-
 @dataclasses.dataclass
 class Meter:
     """Measures targets per second, and the share of the time that the host waits for data."""
@@ -58,7 +50,7 @@ class Reporter:
 
     def __init__(self, config: Config, writer: MetricsWriter) -> None:
         self.meter = Meter()
-        self.bad: BadSteps | None = None  # None if the newest step that was read was good
+        self.bad = range(0)  # the latest steps that were not finite; empty after a good step
         self._config = config
         self._writer = writer
         self._pending: tuple[int, StepMetrics] | None = None
@@ -68,9 +60,7 @@ class Reporter:
     @property
     def diverged(self) -> bool:
         """Whether `train.max_bad_steps` consecutive steps were not finite."""
-        return self.bad is not None and (
-            self.bad.last - self.bad.first + 1 >= self._config.train.max_bad_steps
-        )
+        return len(self.bad) >= self._config.train.max_bad_steps
 
     def step(self, step: int, metrics: StepMetrics) -> None:
         """Keeps the metrics of a step, and reads the metrics of the step before."""
@@ -96,8 +86,7 @@ class Reporter:
     def _record(self, step: int, metrics: StepMetrics) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         train = self._config.train
-        bad_steps = int(values["bad_steps"])
-        self.bad = BadSteps(step - bad_steps + 1, step) if bad_steps else None
+        self.bad = range(step - int(values["bad_steps"]) + 1, step + 1)
         self.meter.targets += values["targets"]
         due = step == 1 or step % train.log_every == 0 or step == train.steps
         rates: dict[str, float] = {}

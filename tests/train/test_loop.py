@@ -24,7 +24,6 @@ from mobilellm_jax.config import (
 )
 from mobilellm_jax.train.loop import Hooks, Outcome, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, read_metrics
-from mobilellm_jax.train.report import BadSteps
 from mobilellm_jax.train.spikes import nothing_yet
 from mobilellm_jax.train.state import TrainState
 from mobilellm_jax.train.stopping import StopRequest, Walltime
@@ -371,7 +370,7 @@ def test_diverged_run_ends_unsaved(make: Callable[..., Rig]) -> None:
         bad={4: 1, 5: 2, 6: 3},
     )
     _, outcome = rig()
-    assert outcome == Outcome("diverged", bad=BadSteps(4, 6))
+    assert outcome == Outcome("diverged", bad=range(4, 7))
     assert rig.done("save") == ["save 3"]
     assert rig.done("step")[-1] == "step 6"
 
@@ -379,7 +378,7 @@ def test_diverged_run_ends_unsaved(make: Callable[..., Rig]) -> None:
 def test_diverged_run_is_noticed_one_step_late(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 20, "max_bad_steps": 2}, bad={1: 1, 2: 2, 3: 3})
     _, outcome = rig()
-    assert outcome == Outcome("diverged", bad=BadSteps(1, 2))
+    assert outcome == Outcome("diverged", bad=range(1, 3))
     assert rig.done("step") == ["step 1", "step 2", "step 3"]
     assert rig.done("save") == []
 
