@@ -32,16 +32,6 @@ _PLACED_TOGETHER = 4096
 _ENDLESS = 1 << 62
 
 
-def windows_per_epoch(tokens: Dataset | Mixture, split: str, seq_len: int) -> int:
-    """Returns the number of windows of all components, the padded last windows included.
-
-    Raises:
-      UserError: if the split is missing or has no token to predict.
-    """
-    streams = required_streams(_mixture(tokens), split)
-    return sum(count_windows(stream, seq_len) for stream in streams)
-
-
 def train_batches(
     tokens: Dataset | Mixture,
     data: DataConfig,

@@ -7,7 +7,8 @@ import pytest
 
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data import shards
-from mobilellm_jax.data.loader import train_batches, validation_batches, windows_per_epoch
+from mobilellm_jax.data.loader import train_batches, validation_batches
+from tests.data.token_folders import windows_per_epoch
 
 BOS, EOS = 1, 2
 

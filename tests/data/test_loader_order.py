@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.config import DataConfig
-from mobilellm_jax.data.loader import train_batches, windows_per_epoch
+from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.data.mixture import Mixture, open_mixture
 from mobilellm_jax.data.permutation import permuted
+from tests.data.token_folders import windows_per_epoch
 
 BATCHES, GLOBAL_BATCH, SEQ_LEN = 1000, 8, 6
 DATA = DataConfig(seq_len=SEQ_LEN, seed=5, boundaries="document_mask")

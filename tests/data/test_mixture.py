@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.config import ConfigError, DataConfig
-from mobilellm_jax.data.loader import train_batches, validation_batches, windows_per_epoch
+from mobilellm_jax.data.loader import train_batches, validation_batches
 from mobilellm_jax.data.mixture import Mixture, mixture_of, open_mixture, split_path
+from tests.data.token_folders import windows_per_epoch
 
 
 def documents(first_id: int, *lengths: int) -> list[list[int]]:

@@ -9,8 +9,9 @@ import pytest
 
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data import windows
-from mobilellm_jax.data.loader import train_batches, validation_batches, windows_per_epoch
+from mobilellm_jax.data.loader import train_batches, validation_batches
 from mobilellm_jax.data.windows import count_targets, count_windows
+from tests.data.token_folders import windows_per_epoch
 
 
 def documents(*lengths: int) -> list[list[int]]:

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from mobilellm_jax.data import shards
+from mobilellm_jax.data.loader import required_streams
+from mobilellm_jax.data.mixture import Mixture, mixture_of
 from mobilellm_jax.data.preparation import assembly
 from mobilellm_jax.data.preparation.parts import Job, Part
 from mobilellm_jax.data.token_stream import FileRecord, Shard
+from mobilellm_jax.data.windows import count_windows
 
 Documents = Sequence[Sequence[int]]
 
@@ -72,3 +75,9 @@ def assemble_all(job: Job, folder: Path, split: str, records: Sequence[Part]) ->
     plans = [plan for part in records for plan in planner.add(part)] + list(planner.end())
     made = [assembly.assemble(job, plan) for plan in plans]
     return assembly.give_final_names(job, folder, split, made)
+
+
+def windows_per_epoch(tokens: shards.Dataset | Mixture, split: str, seq_len: int) -> int:
+    """Returns the number of windows of all components, the padded last windows included."""
+    mixture = tokens if isinstance(tokens, Mixture) else mixture_of(tokens)
+    return sum(count_windows(stream, seq_len) for stream in required_streams(mixture, split))

@@ -1,6 +1,8 @@
 """Finds, opens and reads the files of a corpus, on this machine or behind a URL."""
 
+import abc
 import contextlib
+import functools
 import glob
 import hashlib
 import io
@@ -11,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from mobilellm_jax.data.sources import source
 from mobilellm_jax.data.sources.decompression import ChunkedFile, DamageError, decompressed
-from mobilellm_jax.data.sources.source import TRAIN, BadLine, BadLineError, Piece
+from mobilellm_jax.data.sources.source import TRAIN, BadLine, BadLineError, Piece, Source
 from mobilellm_jax.errors import MissingFileError, UserError, require
 
 COMPRESSED = (".gz", ".zst")
@@ -42,6 +44,32 @@ class Part(NamedTuple):
     where: tuple[Any, ...]
     text_bytes: int
     stored_bytes: int
+
+
+class FileSource(Source):
+    """Files that match a pattern; they have no splits of their own."""
+
+    def __init__(self, spec: str, pattern: str) -> None:
+        super().__init__(spec)
+        self._pattern = pattern
+
+    def splits(self) -> tuple[str, ...]:
+        return (TRAIN,)
+
+    def identity(self) -> str:
+        return identity(self.spec, self._files)
+
+    def pieces(self, split: str) -> list[Piece]:
+        assert split == TRAIN, f"{self.spec} has no split {split}"
+        return pack(self.spec, self._parts())
+
+    @abc.abstractmethod
+    def _parts(self) -> Iterable[Part]:
+        """Returns the files in order, or the ranges of them that can be read separately."""
+
+    @functools.cached_property
+    def _files(self) -> list[File]:
+        return find(self.spec, self._pattern)
 
 
 def find(spec: str, pattern: str) -> list[File]:

@@ -1,7 +1,6 @@
 """Sources of plain files: `text` has a document per file, `jsonl` and `tokens` one per line."""
 
 import abc
-import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,12 +8,10 @@ from typing import Any
 from mobilellm_jax import config
 from mobilellm_jax.data.sources import files, source
 from mobilellm_jax.data.sources.source import (
-    TRAIN,
     BadLine,
     Document,
     OnBadLine,
     Piece,
-    Source,
     TokenDocument,
 )
 
@@ -41,33 +38,7 @@ class _Fault(Exception):  # noqa: N818  # never leaves this file
         self.at = at
 
 
-class _FileSource(Source):
-    """Files that match a pattern; they have no splits of their own."""
-
-    def __init__(self, spec: str, pattern: str) -> None:
-        super().__init__(spec)
-        self._pattern = pattern
-
-    def splits(self) -> tuple[str, ...]:
-        return (TRAIN,)
-
-    def identity(self) -> str:
-        return files.identity(self.spec, self._files)
-
-    def pieces(self, split: str) -> list[Piece]:
-        assert split == TRAIN, f"{self.spec} has no split {split}"
-        return files.pack(self.spec, (part for file in self._files for part in self._parts(file)))
-
-    @abc.abstractmethod
-    def _parts(self, file: files.File) -> Iterator[files.Part]:
-        """Yields the file, or the ranges of it that can be read separately."""
-
-    @functools.cached_property
-    def _files(self) -> list[files.File]:
-        return files.find(self.spec, self._pattern)
-
-
-class TextSource(_FileSource):
+class TextSource(files.FileSource):
     """Every file is a document, in the order of the paths, byte for byte.
 
     Nothing divides a file into documents, so memory holds a whole file. The text keeps a byte order
@@ -85,11 +56,12 @@ class TextSource(_FileSource):
                 continue
             yield Document(path, text)
 
-    def _parts(self, file: files.File) -> Iterator[files.Part]:
-        yield files.Part((file.path, file.size_bytes), file.size_bytes, file.size_bytes)
+    def _parts(self) -> Iterator[files.Part]:
+        for file in self._files:
+            yield files.Part((file.path, file.size_bytes), file.size_bytes, file.size_bytes)
 
 
-class _LineSource(_FileSource):
+class _LineSource(files.FileSource):
     """Every line of a file is a document, in order; blank lines are skipped.
 
     A plain file is divided between lines, and a line belongs to the piece in which it starts. A
@@ -127,11 +99,12 @@ class _LineSource(_FileSource):
           _Fault: if the line is not a document.
         """
 
-    def _parts(self, file: files.File) -> Iterator[files.Part]:
-        size = file.size_bytes
-        whole = file.path.endswith(files.COMPRESSED)
-        for start, stop in files.cuts(size, 1 if whole else -(-size // source.PIECE_BYTES)):
-            yield files.Part((file.path, size, start, stop), stop - start, stop - start)
+    def _parts(self) -> Iterator[files.Part]:
+        for file in self._files:
+            size = file.size_bytes
+            whole = file.path.endswith(files.COMPRESSED)
+            for start, stop in files.cuts(size, 1 if whole else -(-size // source.PIECE_BYTES)):
+                yield files.Part((file.path, size, start, stop), stop - start, stop - start)
 
 
 class JsonlSource(_LineSource):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mobilellm_jax import config
 from mobilellm_jax.data.sources import files
-from mobilellm_jax.data.sources.source import TRAIN, BadLine, Document, OnBadLine, Piece, Source
+from mobilellm_jax.data.sources.source import BadLine, Document, OnBadLine, Piece
 from mobilellm_jax.errors import UserError, require
 
 # Footers are small, and reading them may have to wait for a network.
@@ -23,34 +23,19 @@ class _RowGroup(NamedTuple):
     encoded_bytes: int  # bytes of all columns before compression
 
 
-class ParquetSource(Source):
+class ParquetSource(files.FileSource):
     """The rows of the files in the order of the paths.
 
     An empty text is a document, and null is a bad record.
 
     Only the column with the text is read, in batches. A row group is the smallest piece, so one
-    process reads a file that was written as one row group.
+    process reads a file that was written as one row group. `pieces` reads the footer of every file,
+    and raises a UserError if a file is not Parquet or has no such column of text.
     """
 
     def __init__(self, spec: str, pattern: str, field: str) -> None:
-        super().__init__(spec)
-        self._pattern = pattern
+        super().__init__(spec, pattern)
         self._field = field
-
-    def splits(self) -> tuple[str, ...]:
-        return (TRAIN,)
-
-    def identity(self) -> str:
-        return files.identity(self.spec, self._files)
-
-    def pieces(self, split: str) -> list[Piece]:
-        """Returns the pieces; reads the footer of every file for its row groups.
-
-        Raises:
-          UserError: if a file is not Parquet, or has no such column of text.
-        """
-        assert split == TRAIN, f"{self.spec} has no split {split}"
-        return files.pack(self.spec, self._parts)
 
     def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document]:
         for (path, size), parts in itertools.groupby(piece.where, lambda part: tuple(part[:2])):
@@ -58,12 +43,11 @@ class ParquetSource(Source):
                 for _, _, group, first_row in parts:
                     yield from self._rows(path, table, group, first_row, on_bad)
 
-    @functools.cached_property
-    def _files(self) -> list[files.File]:
-        return files.find(self.spec, self._pattern)
+    def _parts(self) -> list[files.Part]:
+        return self._cached_parts
 
     @functools.cached_property
-    def _parts(self) -> list[files.Part]:
+    def _cached_parts(self) -> list[files.Part]:
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
             row_groups = pool.map(self._row_groups, self._files)
             together = zip(self._files, row_groups, strict=True)
