@@ -311,17 +311,22 @@ def check(config: Config, mixture: Mixture) -> tuple[Mesh, Rules]:
             "set XLA_FLAGS=--xla_gpu_deterministic_ops=true before you import jax."
         )
     violations += mesh_violations(config, mesh)
-    train = config.train
-    held_out = [stream for c in mixture.components if (stream := c.stream(VALIDATION))]
-    if train.eval_every and not any(count_targets(s, config.data.boundaries) for s in held_out):
+    eval_every = config.train.eval_every
+    if eval_every and not held_out_targets(config, mixture):
         violations.append(
-            f"train.eval_every={train.eval_every} needs a validation split with targets, and "
+            f"train.eval_every={eval_every} needs a validation split with targets, and "
             f"data.path={config.data.path!r} has none; prepare it with --validation_fraction "
             "greater than 0, or set --config.train.eval_every=0."
         )
     if violations:
         raise ConfigError("\n".join(violations))
     return mesh, logical_rules(config.model, mesh.shape)
+
+
+def held_out_targets(config: Config, mixture: Mixture) -> int:
+    """Returns the number of tokens in the validation split that a loss can be computed for."""
+    held_out = [stream for c in mixture.components if (stream := c.stream(VALIDATION))]
+    return sum(count_targets(stream, config.data.boundaries) for stream in held_out)
 
 
 def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:

@@ -30,15 +30,16 @@ class Flags:
 def main(flags: Flags, overrides: list[str]) -> int:
     """Prints the plan."""
     config = load_config(flags.config, overrides)
-    # jax loads slowly. The import stands here, so that --help and mistakes in the config come fast.
+    # jax loads slowly. The imports are inside the function, so that --help and errors in the config
+    # appear quickly.
     import jax
 
     from mobilellm_jax.plan import plan
 
     if flags.topology:
         jax.config.update("jax_platforms", "cpu")  # leaves an attached TPU free
-    fits = True
-    for section in plan(config, flags.topology):
-        fits = section.fits
-        print("\n".join(section.lines), flush=True)
-    return 0 if fits else FAILED
+
+    def show(lines: list[str]) -> None:
+        print("\n".join(lines), flush=True)
+
+    return 0 if plan(config, flags.topology, show) else FAILED

@@ -27,21 +27,21 @@ stopped.
 """
 
 import dataclasses
-import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mobilellm_jax.cli.config_flags import load_config, parse_value
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
-from mobilellm_jax.config import near_miss
+from mobilellm_jax.config import ConfigError, near_miss
 from mobilellm_jax.errors import FAILED, SAVED_REQUEUE_ME
-from mobilellm_jax.paper.grids import GRIDS, SCALES, GridName, ScaleName
+from mobilellm_jax.paper.grids import GRIDS, SCALES, GridName
 
 if TYPE_CHECKING:
     from mobilellm_jax.sweep.runs import Run
 
-_log = logging.getLogger(__name__)
+T = TypeVar("T", bound=str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Flags:
 
 def main(flags: Flags, overrides: list[str]) -> int:
     """Plans or runs the sweep, and returns the exit code."""
-    scale, grids = _scale(flags.scale), _grids(flags.grid)
+    scale, grids = _one_of("scale", flags.scale, SCALES), _grids(flags.grid)
     fields, rates = _fields(flags.sweep), _rates(flags)
     if not grids and not fields:
         raise UsageError("--grid and --sweep are both missing; give at least one of them.")
@@ -107,25 +107,27 @@ def main(flags: Flags, overrides: list[str]) -> int:
     # jax loads slowly. The imports are inside the function, so that --help and errors in the config
     # appear quickly.
     from mobilellm_jax import preflight
-    from mobilellm_jax.sweep import check_config, plan, run_here, submit
-    from mobilellm_jax.sweep.runs import Variant, grid_variants, vary, with_seeds
+    from mobilellm_jax.sweep import plan, run_here, submit
+    from mobilellm_jax.sweep.runs import grid_variants, vary, with_seeds
 
     sweep = preflight.local_workdir(flags.workdir)
-    check_config(base)
-    variants = [Variant(name="", config=base)]
-    if grids:
-        variants = grid_variants(base, grids, scale, flags.group)
+    if base.train.init_from:
+        raise ConfigError(
+            f"train.init_from={base.train.init_from!r} has the shape of one model, and the models "
+            "of a sweep have different shapes; leave it empty."
+        )
+    variants = grid_variants(base, grids, scale, flags.group) if grids else {"": base}
     if fields or flags.fixed_parameters:
         variants = vary(variants, fields, flags.fixed_parameters)
     runs = with_seeds(variants, flags.seeds, rates)
-    plan(runs, sweep, _log.info)
+    plan(runs, sweep)
     if flags.topology:
         return _price(runs, sweep, flags.topology, flags.mfu)
     if flags.launcher == "slurm":
         if not flags.plan:
-            submit(runs, sweep, flags.sbatch_args, flags.parallel, _log.info)
+            submit(runs, sweep, flags.sbatch_args, flags.parallel)
         return 0
-    done = run_here(runs, sweep, flags.parallel, flags.flops_per_sec, flags.plan, _log.info)
+    done = run_here(runs, sweep, flags.parallel, flags.flops_per_sec, flags.plan)
     if done is None:
         return SAVED_REQUEUE_ME
     return 0 if done else FAILED
@@ -142,27 +144,24 @@ def _price(runs: "list[Run]", sweep: Path, topology_name: str, mfu: float) -> in
     topology = parse_topology(topology_name)
     sweep.mkdir(parents=True, exist_ok=True)
     name = topology.name.replace(":", "-")
-    prices = price_all(runs, topology, sweep / f"compiled-{name}.json", _log.info)
-    table = "\n".join(price_table(prices, topology, mfu))
-    rundir.write_whole(sweep / f"chip-hours-{name}.md", table + "\n")
-    print(table)
+    prices = price_all(runs, topology, sweep / f"compiled-{name}.json")
+    table = price_table(prices, topology, mfu)
+    rundir.write_whole(sweep / f"chip-hours-{name}.md", table)
+    print(table, end="")
     return 0 if all(price.compiled.peak_bytes for price in prices) else FAILED
 
 
-def _scale(asked: str) -> ScaleName:
-    for name in SCALES:
-        if name == asked:
-            return name
-    hint = near_miss(asked, SCALES)
-    raise UsageError(f"--scale={asked} must be one of {', '.join(SCALES)}.{hint}")
-
-
 def _grids(asked: list[str]) -> list[GridName]:
-    for name in asked:
-        if name not in (*GRIDS, "all"):
-            hint = near_miss(name, GRIDS)
-            raise UsageError(f"--grid={name} must be one of {', '.join(GRIDS)}, or all.{hint}")
-    return [name for name in GRIDS if name in asked or "all" in asked]
+    names = [_one_of("grid", name, (*GRIDS, "all")) for name in asked]
+    return [name for name in GRIDS if name in names or "all" in names]
+
+
+def _one_of(flag: str, value: str, allowed: Sequence[T]) -> T:
+    for name in allowed:
+        if name == value:
+            return name
+    hint = near_miss(value, allowed)
+    raise UsageError(f"--{flag}={value} must be one of {', '.join(allowed)}.{hint}")
 
 
 def _fields(asked: list[str]) -> dict[str, list[object]]:

@@ -179,6 +179,11 @@ class Config:
         if violations := list(rules.violations(self, values, types)):
             raise ConfigError("\n".join(violations))
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a global batch."""
+        return self.train.global_batch * self.data.seq_len
+
 
 def to_config_dict(config: Config | None = None) -> ConfigDict:
     """Returns `config`, or the defaults, as a `ConfigDict` with fixed keys for `configs/*.py`."""
@@ -258,6 +263,22 @@ def _as_annotated(value: Any, expected: Any) -> Any:
     whole = expected is float and type(value) is int
     # An int without an exact float stays an int, and the type check refuses it.
     return float(value) if whole and abs(value) <= 1 << 53 else value
+
+
+def changed(config: Config, change: Mapping[str, Any]) -> Config:
+    """Returns the config with other values of these dotted fields.
+
+    Raises:
+      ConfigError: if the values break a rule.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in change.items():
+        group, field = name.split(".")
+        groups.setdefault(group, {})[field] = value
+    return dataclasses.replace(
+        config,
+        **{g: dataclasses.replace(getattr(config, g), **fields) for g, fields in groups.items()},
+    )
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

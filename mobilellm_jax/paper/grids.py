@@ -8,6 +8,7 @@ row of the paper that it stands for.
 """
 
 import dataclasses
+import operator
 from typing import Literal, get_args
 
 from mobilellm_jax.config import ModelConfig
@@ -19,6 +20,15 @@ GridName = Literal["depth_width", "roadmap", "embedding", "heads", "sharing", "r
 ScaleName = Literal["paper", "small", "tiny"]
 GRIDS: tuple[GridName, ...] = get_args(GridName)
 SCALES: tuple[ScaleName, ...] = get_args(ScaleName)
+
+SHAPE = (
+    *("vocab_size", "embed_dim", "num_blocks", "num_repeats", "sharing", "num_heads"),
+    *("num_kv_heads", "head_dim", "ffn_dim", "activation", "tie_embeddings"),
+)
+"""The model fields that decide shapes of weights and the order in which they are applied.
+
+Models with equal fields may still be computed and initialized differently.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +109,7 @@ def grid_rows(
         `paper` always has 32,000.
     """
     rows = []
-    for row in _paper_rows(grid, group if scale == "paper" else "125M"):
+    for row in architectures.rows(ABOUT[grid].table, group if scale == "paper" else "125M"):
         model: ModelConfig | None = row.model
         if scale != "paper":
             model = small_model(grid, row, SMALL_SCALES[scale], vocab_size)
@@ -148,20 +158,9 @@ def shape_name(model: ModelConfig) -> str:
 
 
 def architecture(model: ModelConfig) -> tuple[object, ...]:
-    """Returns the fields that decide shapes of weights and the order in which they are applied.
-
-    Two models with equal fields may still be computed and initialised differently.
-    """
-    order = model.sharing if model.num_repeats > 1 else ""
-    return (
-        *(model.vocab_size, model.num_blocks, model.num_repeats, order, model.embed_dim),
-        *(model.num_heads, model.num_kv_heads, model.head_dim, model.ffn_dim),
-        *(model.activation, model.tie_embeddings),
-    )
-
-
-def _paper_rows(grid: GridName, group: str) -> tuple[Row, ...]:
-    return architectures.rows(ABOUT[grid].table, group)
+    """Returns the values of `SHAPE`, without an order of sharing if nothing is shared."""
+    shape = model if model.num_repeats > 1 else dataclasses.replace(model, sharing="immediate")
+    return operator.attrgetter(*SHAPE)(shape)
 
 
 def _compared_with(row: GridRow, rows: list[GridRow]) -> str:

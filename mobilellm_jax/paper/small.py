@@ -5,7 +5,7 @@ import dataclasses
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.paper.architectures import Row
-from mobilellm_jax.paper.width import solve_width
+from mobilellm_jax.paper.width import solve_ffn, solve_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,29 +85,27 @@ def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
     )
     # The reference row, which has one key for each query, has the scale's number of parameters.
     full = dataclasses.replace(model, num_kv_heads=heads, tie_embeddings=False)
-    narrow, wide = (dataclasses.replace(full, ffn_dim=width) for width in (8, 16))
-    step = parameter_count(wide) - parameter_count(narrow)
-    steps = round((scale.parameters - parameter_count(narrow)) / step)
-    return dataclasses.replace(model, ffn_dim=8 * (1 + steps))
+    return dataclasses.replace(model, ffn_dim=solve_ffn(full, scale.parameters).ffn_dim)
 
 
 def _of_solved_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
     """Returns a model with about the scale's number of parameters, and its head width."""
+    width = base.num_heads * scale.head_dim
     untied = dataclasses.replace(
-        base, num_kv_heads=base.num_heads, head_dim=scale.head_dim, tie_embeddings=False
-    )
-    untied = dataclasses.replace(
-        untied,
+        base,
+        # In Table 1, the model with more blocks has the width of the untied model with 30 blocks.
+        num_blocks=30 // scale.divisor if base.tie_embeddings else base.num_blocks,
         num_repeats=1,
-        embed_dim=base.num_heads * scale.head_dim,
-        ffn_dim=round(base.ffn_dim / base.embed_dim * base.num_heads * scale.head_dim),
+        num_kv_heads=base.num_heads,
+        head_dim=scale.head_dim,
+        embed_dim=width,
+        ffn_dim=round(base.ffn_dim / base.embed_dim * width),
+        tie_embeddings=False,
     )
-    # In Table 1, the model with more blocks has the width of the untied model with 30 blocks.
-    of_30 = 30 // scale.divisor
-    blocks = of_30 if base.tie_embeddings else base.num_blocks
-    model = solve_width(dataclasses.replace(untied, num_blocks=blocks), scale.parameters)
     model = dataclasses.replace(
-        model, num_blocks=base.num_blocks, tie_embeddings=base.tie_embeddings
+        solve_width(untied, scale.parameters),
+        num_blocks=base.num_blocks,
+        tie_embeddings=base.tie_embeddings,
     )
     if base.num_kv_heads < base.num_heads:
         group = base.num_heads // base.num_kv_heads

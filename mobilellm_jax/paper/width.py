@@ -13,6 +13,14 @@ SOLVED = ("model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.ffn
 _FFN_STEP = 8  # feed-forward widths are multiples of this, for the sake of vector units
 
 
+def solve_ffn(model: ModelConfig, parameters: int) -> ModelConfig:
+    """Returns the model with the feed-forward width that comes closest to `parameters`."""
+    narrow, wide = (dataclasses.replace(model, ffn_dim=f) for f in (_FFN_STEP, 2 * _FFN_STEP))
+    step = parameter_count(wide) - parameter_count(narrow)
+    steps = round((parameters - parameter_count(narrow)) / step)
+    return dataclasses.replace(model, ffn_dim=_FFN_STEP * (1 + max(0, steps)))
+
+
 def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
     """Returns the model with the width that gives it `parameters`; its depth stays the same.
 
@@ -32,13 +40,10 @@ def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
         width, rest = divmod(heads * model.embed_dim, model.num_heads)
         if rest:
             continue
-        narrow = dataclasses.replace(
-            model, embed_dim=width, num_heads=heads, num_kv_heads=kv_heads, ffn_dim=_FFN_STEP
+        heads_set = dataclasses.replace(
+            model, embed_dim=width, num_heads=heads, num_kv_heads=kv_heads
         )
-        wide = dataclasses.replace(narrow, ffn_dim=2 * _FFN_STEP)
-        step = parameter_count(wide) - parameter_count(narrow)
-        steps = round((parameters - parameter_count(narrow)) / step)
-        candidate = dataclasses.replace(narrow, ffn_dim=_FFN_STEP * (1 + max(0, steps)))
+        candidate = solve_ffn(heads_set, parameters)
         if abs(parameter_count(candidate) / parameters - 1) <= TOLERANCE:
             off = abs(math.log(candidate.ffn_dim / width / proportion))
             found.append((off, candidate))

@@ -6,9 +6,8 @@
 fit. `report` formats the results.
 """
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -26,21 +25,14 @@ from mobilellm_jax.train.state import mesh_of
 _log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """Lines of a plan. The last section says whether the run fits."""
-
-    lines: list[str]
-    fits: bool = True
-
-
-def plan(config: Config, topology_name: str | None) -> Iterator[Section]:
-    """Yields the plan, each section as soon as it is known.
+def plan(config: Config, topology_name: str | None, show: Callable[[list[str]], None]) -> bool:
+    """Shows the plan, each section as soon as it is known; returns False if nothing fits.
 
     Args:
       config: the config of the run.
       topology_name: TPU slices to compile the step for, in the form of `parse_topology`; None: the
         devices of this machine, without compiling.
+      show: receives the lines of a section.
 
     Raises:
       ConfigError: if there is no such topology, or if its devices cannot run the config.
@@ -48,42 +40,39 @@ def plan(config: Config, topology_name: str | None) -> Iterator[Section]:
     topology = parse_topology(topology_name) if topology_name else None
     devices = topology_devices(topology) if topology else jax.devices()
     config = settle(config, devices[0])
-    yield _counted(config, devices)
+    show(_counted(config, devices))
     if topology is None:
-        hint = "not compiled; --topology=v5e:16x16 compiles the step for such a slice of TPUs"
-        yield Section([hint])
-        return
+        show(["not compiled; --topology=v5e:16x16 compiles the step for such a slice of TPUs"])
+        return True
     _log.info(f"compiling the step for {topology.name} ...")
     step = compile_step(config, *mesh_of(config, devices))
-    if isinstance(step, CompiledStep):
-        yield _predicted(config, topology, devices, step)
-        return
-    yield Section(report.too_large_lines(step))
-    fit = smallest_fit(config, devices, step)
-    if fit is None:
-        failure = "no change of remat, accumulation or fsdp makes it fit; take a larger slice"
-        yield Section([failure], fits=False)
-        return
-    yield Section([f"smallest change that fits: {written(fit.change)}"])
-    yield _counted(fit.config, devices)
-    yield _predicted(fit.config, topology, devices, fit.step)
+    if not isinstance(step, CompiledStep):
+        show(report.too_large_lines(step))
+        fit = smallest_fit(config, devices, step)
+        if fit is None:
+            show(["no change of remat, accumulation or fsdp makes it fit; take a larger slice"])
+            return False
+        config, step = fit.config, fit.step
+        show([f"smallest change that fits: {written(fit.change)}"])
+        show(_counted(config, devices))
+    show(_predicted(config, topology, devices, step))
+    return True
 
 
-def _counted(config: Config, devices: Sequence[jax.Device]) -> Section:
+def _counted(config: Config, devices: Sequence[jax.Device]) -> list[str]:
     mesh, rules = mesh_of(config, devices)
-    account = account_of(config, mesh, rules)
-    return Section(report.account_lines(config, account, dict(mesh.shape)))
+    return report.account_lines(config, account_of(config, mesh, rules), dict(mesh.shape))
 
 
 def _predicted(
     config: Config, topology: Topology, devices: Sequence[jax.Device], step: CompiledStep
-) -> Section:
+) -> list[str]:
     chip, peak = topology.chip, peak_flops(devices[0])
     assert peak is not None, "the table of peaks has every chip of a topology"
     account = account_of(config, *mesh_of(config, devices))
     prediction = predict(config, account, step, chip, peak)
     cycles = step.program.estimated_cycles
-    return Section(
-        report.step_lines(step, chip.memory_bytes)
-        + report.prediction_lines(account, prediction, chip.name, cycles)
-    )
+    return [
+        *report.step_lines(step, chip.memory_bytes),
+        *report.prediction_lines(account, prediction, chip.name, cycles),
+    ]

@@ -58,7 +58,7 @@ def account_of(config: Config, mesh: Mesh, rules: Rules) -> Account:
     return Account(
         parameters=parameter_count(model),
         flops_per_token=flops_per_token(model, seq_len),
-        tokens_per_step=train.global_batch * seq_len,
+        tokens_per_step=config.tokens_per_step,
         num_devices=mesh.size,
         rows=rows,
         weight_bytes=weights,

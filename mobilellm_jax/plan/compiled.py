@@ -48,13 +48,17 @@ def lower_step(config: Config, mesh: Mesh, rules: Rules) -> jax.stages.Lowered:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = abstract_state(config, optimizer, mesh, rules)
     step = make_train_step(config, optimizer, mesh, rules, state, training_transform(config))
+    return step.lower(state, batch_shapes(config, mesh))
+
+
+def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the arrays of a global batch that the step of `train` takes, without values."""
     names = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     if config.data.boundaries == "document_mask":
         names |= {"segments": jnp.int32, "positions": jnp.int32}
     shape = (config.train.global_batch, config.data.seq_len)
     sharding = batch_sharding(mesh)
-    batch = {n: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for n, d in names.items()}
-    return step.lower(state, batch)
+    return {n: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for n, d in names.items()}
 
 
 def compile_step(config: Config, mesh: Mesh, rules: Rules) -> CompiledStep | TooLarge:

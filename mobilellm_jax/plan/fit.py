@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import jax
 
-from mobilellm_jax.config import Config, ConfigError, Remat
+from mobilellm_jax.config import Config, ConfigError, Remat, changed
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge, compile_step
 from mobilellm_jax.train.state import mesh_of
@@ -33,18 +33,6 @@ class Fit:
     change: Change
     config: Config
     step: CompiledStep
-
-
-def changed(config: Config, change: Change) -> Config:
-    """Returns the config with the fields of `change` replaced."""
-    groups: dict[str, dict[str, Any]] = {}
-    for name, value in change.items():
-        group, field = name.split(".")
-        groups.setdefault(group, {})[field] = value
-    return dataclasses.replace(
-        config,
-        **{g: dataclasses.replace(getattr(config, g), **fields) for g, fields in groups.items()},
-    )
 
 
 def smallest_fit(config: Config, devices: Sequence[jax.Device], failed: TooLarge) -> Fit | None:

@@ -20,6 +20,7 @@ from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.paper.grids import (
     GRIDS,
     SCALES,
+    SHAPE,
     GridName,
     GridRow,
     ScaleName,
@@ -31,11 +32,7 @@ from mobilellm_jax.preflight import MAY_CHANGE
 from mobilellm_jax.report.runs import Measured
 
 _SEEDS = {"train.seed", "data.seed"}
-_SHAPE = {
-    *("model.embed_dim", "model.num_blocks", "model.num_repeats", "model.sharing"),
-    *("model.num_heads", "model.num_kv_heads", "model.head_dim", "model.ffn_dim"),
-    *("model.activation", "model.tie_embeddings", "model.vocab_size", "model.scan_unroll"),
-}
+_SHAPE = {f"model.{name}" for name in (*SHAPE, "scan_unroll")}
 _RATE = "optimizer.peak_lr"
 # Fields that change no result: the fields that may change on resume, except for these three.
 _NO_RESULT = (MAY_CHANGE - {"train.steps", "data.path", "train.spike_factor"}) | _SEEDS
@@ -78,8 +75,7 @@ class Model:
     @property
     def tokens(self) -> int:
         """Tokens that each run was trained on."""
-        train = self.config.train
-        return train.steps * train.global_batch * self.config.data.seq_len
+        return self.config.train.steps * self.config.tokens_per_step
 
     @property
     def loss(self) -> Mean:

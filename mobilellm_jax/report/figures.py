@@ -36,7 +36,7 @@ def curves(name: str, labelled: Sequence[tuple[str, Model]]) -> Picture:
     def draw(axes: "Axes", theme: Theme) -> None:
         for number, (label, model) in enumerate(labelled):
             color = theme.series[number % len(theme.series)]
-            tokens = model.config.train.global_batch * model.config.data.seq_len / 1e6
+            tokens = model.config.tokens_per_step / 1e6
             series = [run.validation for run in model.runs]
             # Step 0 is left out: the loss of an untrained model is about the same for all.
             steps = [s for s in sorted(series[0]) if s and all(s in run for run in series)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from mobilellm_jax import config as config_lib
 from mobilellm_jax.config import Config, ConfigError
-from mobilellm_jax.storage import rundir, strict_json
+from mobilellm_jax.storage import rundir
 from mobilellm_jax.train.metrics import read_metrics
 
 _RUNS = "runs"  # subfolder of a sweep that holds its runs
@@ -69,7 +69,7 @@ def read_runs(pattern: str) -> list[Measured]:
 def _read(folder: Path) -> Measured:
     records = read_metrics(folder / rundir.METRICS)
     validation = _series(records, "validation/loss")
-    outcome = _outcome(folder)
+    outcome = rundir.read_outcome(folder)
     by_device = outcome.get("peak_device_bytes")
     peak = by_device or outcome.get("peak_host_bytes")
     bpb = [float(r["validation/bpb"]) for r in records if "validation/bpb" in r]
@@ -89,9 +89,3 @@ def _read(folder: Path) -> Measured:
 
 def _series(records: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
     return {int(r["step"]): float(r[name]) for r in records if name in r}
-
-
-def _outcome(folder: Path) -> dict[str, Any]:
-    file = folder / rundir.OUTCOME
-    found = strict_json.read(file) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}

@@ -11,9 +11,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage import strict_json
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -93,6 +94,13 @@ def whole_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """Returns the content of `outcome.json`, or {} if it does not exist or is no object."""
+    file = folder / OUTCOME
+    found = strict_json.read(file) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def tokenizer_file(folder: Path) -> Path | None:

@@ -11,14 +11,31 @@ ends, even if the parent was killed.
 
 import json
 import os
+import resource
 import signal
+import statistics
 import sys
 import threading
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
+from mobilellm_jax.model.on_device import settle
+from mobilellm_jax.plan.compiled import batch_shapes
+from mobilellm_jax.pretrain import pretrain
+from mobilellm_jax.processes import distributed
+from mobilellm_jax.processes.early_stop import EarlyStop
+from mobilellm_jax.quantize.parameters import training_transform
+from mobilellm_jax.startup.before_jax import before_jax
+from mobilellm_jax.startup.host_memory import keep_freed_memory
 from mobilellm_jax.startup.messages import show_messages
+from mobilellm_jax.sweep import folder as files
+from mobilellm_jax.train.optimizer import make_optimizer
+from mobilellm_jax.train.state import init_state, mesh_of
+from mobilellm_jax.train.step import make_train_step
 
 _TRIAL_STEPS = 5
 
@@ -34,7 +51,8 @@ def main(arguments: list[str]) -> int:
         elif name == "--with_parent":
             threading.Thread(target=_end_with_parent, daemon=True).start()
     what, folder, name = positional
-    return {"run": _run, "trial": _trial}[what](Path(folder), name)
+    with EarlyStop():
+        return {"run": _run, "trial": _trial}[what](Path(folder), name)
 
 
 def _end_with_parent() -> None:
@@ -44,18 +62,6 @@ def _end_with_parent() -> None:
 
 
 def _run(sweep: Path, name: str) -> int:
-    from mobilellm_jax.processes.early_stop import EarlyStop
-
-    with EarlyStop():
-        return _train(sweep, name)
-
-
-def _train(sweep: Path, name: str) -> int:
-    from mobilellm_jax.pretrain import pretrain
-    from mobilellm_jax.processes import distributed
-    from mobilellm_jax.startup.before_jax import before_jax
-    from mobilellm_jax.sweep import folder as files
-
     began = time.monotonic()
     folder = files.run_folder(sweep, name)
     run = files.find_run(sweep, name)
@@ -80,24 +86,9 @@ def _train(sweep: Path, name: str) -> int:
 
 def _trial(sweep: Path, name: str) -> int:
     """Prints the median seconds per step on random tokens, and the seconds of the start."""
-    from mobilellm_jax.startup.before_jax import before_jax
-    from mobilellm_jax.startup.host_memory import keep_freed_memory
-    from mobilellm_jax.sweep import folder as files
-
     config = files.find_run(sweep, name).config
     began = time.perf_counter()
     before_jax(deterministic=config.train.deterministic)
-
-    import jax
-    import numpy as np
-
-    from mobilellm_jax.model.on_device import settle
-    from mobilellm_jax.quantize.parameters import training_transform
-    from mobilellm_jax.sharding import local_rows, put_batch
-    from mobilellm_jax.train.optimizer import make_optimizer
-    from mobilellm_jax.train.state import init_state, mesh_of
-    from mobilellm_jax.train.step import make_train_step
-
     devices = jax.devices()
     if devices[0].platform == "cpu":
         keep_freed_memory()
@@ -106,20 +97,13 @@ def _trial(sweep: Path, name: str) -> int:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = init_state(config, optimizer, mesh, rules)
     step = make_train_step(config, optimizer, mesh, rules, state, training_transform(config))
-    rows = local_rows(mesh, config.train.global_batch)
-    shape = (len(rows), config.data.seq_len)
-    tokens_BT = np.random.default_rng(0).integers(config.model.vocab_size, size=shape)
-    tokens_BT = tokens_BT.astype(np.int32)
-    weights_BT = np.ones(shape, np.float32)
-    values: dict[str, np.ndarray] = {
-        "tokens": tokens_BT,
-        "targets": tokens_BT,
-        "weights": weights_BT,
-    }
-    if config.data.boundaries == "document_mask":
-        positions_BT = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
-        values |= {"segments": np.ones(shape, np.int32), "positions": positions_BT}
-    batch = put_batch(values, mesh, config.train.global_batch)
+    rng = np.random.default_rng(0)
+    batch = {}
+    for field, array in batch_shapes(config, mesh).items():
+        values = np.ones(array.shape, array.dtype)
+        if field in ("tokens", "targets"):
+            values *= rng.integers(config.model.vocab_size, size=array.shape, dtype=array.dtype)
+        batch[field] = jax.device_put(values, array.sharding)
     seconds = []
     for _ in range(1 + _TRIAL_STEPS):
         step_began = time.perf_counter()
@@ -127,16 +111,11 @@ def _trial(sweep: Path, name: str) -> int:
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - step_began)
     start_sec = time.perf_counter() - began - sum(seconds[1:])
-    median = sorted(seconds[1:])[_TRIAL_STEPS // 2]
-    print(json.dumps({"step_sec": median, "start_sec": start_sec}))
+    print(json.dumps({"step_sec": statistics.median(seconds[1:]), "start_sec": start_sec}))
     return 0
 
 
 def _peaks() -> dict[str, int]:
-    import resource
-
-    import jax
-
     # Linux counts in KiB, and macOS counts in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

@@ -8,12 +8,14 @@ not measurements.
 import dataclasses
 import functools
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from mobilellm_jax.config import Config, to_json
+import jax
+
+from mobilellm_jax.config import Config, changed, to_json
 from mobilellm_jax.model.on_device import settle
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.plan.accounting import account_of
@@ -22,12 +24,12 @@ from mobilellm_jax.plan.fit import smallest_fit, written
 from mobilellm_jax.plan.prediction import predict
 from mobilellm_jax.plan.topology import Topology, topology_devices
 from mobilellm_jax.processes.source_digest import source_digest
-from mobilellm_jax.storage import rundir, strict_json
+from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.train.metrics import peak_flops
 from mobilellm_jax.train.state import mesh_of
 
-Say = Callable[[str], object]
+_log = logging.getLogger(__name__)
 _GIB = 2**30
 # The compiled step depends on the config, on this source code, and on the versions of these
 # libraries.
@@ -50,28 +52,18 @@ class Compiled:
 class Price:
     """The price of one model, for all its runs."""
 
-    name: str
-    runs: int
-    parameters: int
-    steps: int
+    runs: Sequence[Run]
     compiled: Compiled
     num_chips: int
 
-    def stated(self, utilization: float) -> float:
-        """Returns the chip-hours of all runs at an assumed MFU."""
-        return self._chip_hours(self.compiled.flops_sec / utilization)
-
-    @property
-    def predicted(self) -> float:
-        """Returns the chip-hours of all runs with libtpu's estimate of the step."""
-        return self._chip_hours(self.compiled.step_sec)
-
-    def _chip_hours(self, step_sec: float) -> float:
-        return step_sec * self.steps * self.num_chips * self.runs / 3600
+    def chip_hours(self, step_sec: float) -> float:
+        """Returns the chip-hours of all runs if a step takes this time."""
+        steps = self.runs[0].config.train.steps
+        return step_sec * steps * self.num_chips * len(self.runs) / 3600
 
 
-def price_all(runs: Sequence[Run], topology: Topology, kept: Path, say: Say) -> list[Price]:
-    """Compiles the step of every model once and returns the prices.
+def price_all(runs: Sequence[Run], topology: Topology, kept: Path) -> list[Price]:
+    """Compiles the step of every model once, with a message per model, and returns the prices.
 
     Args:
       runs: the runs of the sweep. Runs that differ only in seeds, length or learning rate share one
@@ -79,79 +71,70 @@ def price_all(runs: Sequence[Run], topology: Topology, kept: Path, say: Say) -> 
       topology: the TPU slice to compile for.
       kept: a file with the results of earlier compilations. A step is compiled again only if the
         code or a library changed. The function saves this file after each compilation.
-      say: receives one line per model.
 
     Raises:
       ConfigError: if libtpu is missing, or if a model cannot be divided over the slice.
     """
     devices = topology_devices(topology)
-    found = strict_json.read(kept) if kept.exists() else {}
-    known = {key: strict_json.as_type(value, Compiled, key) for key, value in found.items()}
+    known = files.read_results(kept, Compiled)
     models: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         models.setdefault((_key(run.config, topology), run.config.train.steps), []).append(run)
     prices = []
-    for number, ((key, steps), members) in enumerate(models.items(), start=1):
-        name = members[0].name.rpartition("-s")[0]
+    for number, ((key, _), members) in enumerate(models.items(), start=1):
         if key not in known:
             known[key] = _compile(members[0].config, topology, devices)
-            text = json.dumps({k: dataclasses.asdict(c) for k, c in known.items()}, indent=1)
-            rundir.write_whole(kept, text + "\n")
+            files.write_results(kept, known)
         compiled = known[key]
-        say(
-            f"  {number}/{len(models)} {name}: {compiled.peak_bytes / _GIB:.1f} GiB, compiled in "
-            f"{compiled.compile_sec:.0f} s"
+        _log.info(
+            f"  {number}/{len(models)} {_model_name(members)}: {compiled.peak_bytes / _GIB:.1f} "
+            f"GiB, compiled in {compiled.compile_sec:.0f} s"
         )
-        prices.append(
-            Price(
-                name=name,
-                runs=len(members),
-                parameters=parameter_count(members[0].config.model),
-                steps=steps,
-                compiled=compiled,
-                num_chips=topology.num_devices,
-            )
-        )
+        prices.append(Price(members, compiled, topology.num_devices))
     return prices
 
 
-def price_table(prices: Sequence[Price], topology: Topology, utilization: float) -> list[str]:
-    """Returns the prices as lines of a Markdown table, followed by the assumptions."""
+def price_table(prices: Sequence[Price], topology: Topology, utilization: float) -> str:
+    """Returns the prices as a Markdown table, followed by the assumptions."""
     lines = [
         "| model | runs | parameters | steps | change to fit | peak GiB | predicted MFU "
         f"| chip-hours at MFU {utilization:.0%} | chip-hours, predicted |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    all_runs, all_stated, all_predicted = 0, 0.0, 0.0
     for price in prices:
-        compiled = price.compiled
+        compiled, config = price.compiled, price.runs[0].config
         numbers = "| does not fit | | | |"
         if compiled.peak_bytes:
-            mfu = compiled.flops_sec / compiled.step_sec
+            stated = price.chip_hours(compiled.flops_sec / utilization)
+            predicted = price.chip_hours(compiled.step_sec)
+            all_runs += len(price.runs)
+            all_stated += stated
+            all_predicted += predicted
             numbers = (
-                f"| {compiled.peak_bytes / _GIB:.1f} | {mfu:.0%} "
-                f"| {price.stated(utilization):,.0f} | {price.predicted:,.0f} |"
+                f"| {compiled.peak_bytes / _GIB:.1f} | {compiled.flops_sec / compiled.step_sec:.0%}"
+                f" | {stated:,.0f} | {predicted:,.0f} |"
             )
         lines.append(
-            f"| {price.name} | {price.runs} | {price.parameters:,} | {price.steps:,} | "
-            f"{compiled.change or 'none'} {numbers}"
+            f"| {_model_name(price.runs)} | {len(price.runs)} | {parameter_count(config.model):,} "
+            f"| {config.train.steps:,} | {compiled.change or 'none'} {numbers}"
         )
-    fitting = [price for price in prices if price.compiled.peak_bytes]
-    stated = sum(price.stated(utilization) for price in fitting)
-    predicted = sum(price.predicted for price in fitting)
-    lines.append(
-        f"| all | {sum(p.runs for p in fitting)} | | | | | | {stated:,.0f} | {predicted:,.0f} |"
-    )
     lines += [
+        f"| all | {all_runs} | | | | | | {all_stated:,.0f} | {all_predicted:,.0f} |",
         "",
         f"For {topology.name} ({topology.num_devices} chips), which is not here: nothing was "
         f"measured. {utilization:.0%} of the dense bfloat16 peak is an assumption (--mfu); the "
         "prediction is libtpu's estimate of the compiled step with no communication hidden. Model "
         "FLOPs as everywhere in this project; evaluation, saving and restarts are not counted.",
     ]
-    return lines
+    return "\n".join(lines) + "\n"
 
 
-def _compile(config: Config, topology: Topology, devices: list[object]) -> Compiled:
+def _model_name(runs: Sequence[Run]) -> str:
+    return runs[0].name.rpartition("-s")[0]
+
+
+def _compile(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Compiled:
     peak = peak_flops(devices[0])
     assert peak is not None, "the peak of every chip is known"
     config = settle(config, devices[0])
@@ -180,13 +163,9 @@ def _key(config: Config, topology: Topology) -> str:
     Seeds, the number of steps and learning rates do not change the compiled step, so the name
     ignores them.
     """
-    neutral = dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, steps=480_000, seed=0),
-        data=dataclasses.replace(config.data, seed=0, path=""),
-        optimizer=dataclasses.replace(config.optimizer, peak_lr=1e-3, warmup_steps=1),
-    )
-    text = f"{topology.name} {to_json(neutral)} {_code()}"
+    neutral = {"train.steps": 480_000, "train.seed": 0, "data.seed": 0, "data.path": ""}
+    neutral |= {"optimizer.peak_lr": 1e-3, "optimizer.warmup_steps": 1}
+    text = f"{topology.name} {to_json(changed(config, neutral))} {_code()}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -3,23 +3,21 @@
 import concurrent.futures
 import dataclasses
 import json
-import queue
+import logging
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mobilellm_jax.config import Config
 from mobilellm_jax.model.size import flops_per_token, parameter_count
-from mobilellm_jax.storage import rundir, strict_json
-from mobilellm_jax.sweep.folder import TRIALS
+from mobilellm_jax.storage import strict_json
+from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.sweep.slots import Slot
 
+_log = logging.getLogger(__name__)
 _FORWARD = 1 / 3  # an evaluation takes this share of the time of a training step per token
 _START_SEC = 10.0  # start of a process, if no trial has measured it
-
-Say = Callable[[str], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,44 +37,40 @@ class Speed:
 
 def speed_of(config: Config, flops_per_sec: float) -> Speed:
     """Returns the speed at a stated throughput in model FLOPs per second."""
-    tokens = config.train.global_batch * config.data.seq_len
-    flops = flops_per_token(config.model, config.data.seq_len) * tokens
+    flops = flops_per_token(config.model, config.data.seq_len) * config.tokens_per_step
     return Speed(flops / flops_per_sec, _START_SEC)
 
 
-def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot], say: Say) -> dict[str, Speed]:
+def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot]) -> dict[str, Speed]:
     """Returns measured speeds by `key_of`, with as many trials at once as the sweep has slots.
 
     Earlier measurements are read from `trials.json` and are not repeated. A trial fills the compile
     cache, so the runs of its model start faster. The result has no entry for a trial that failed;
     the log of the run will show the error.
     """
-    known = _read(sweep / TRIALS)
+    known = files.read_results(sweep / files.TRIALS, Speed)
     missing = {key_of(run): run for run in runs if key_of(run) not in known}
     if not missing:
         return known
-    say(f"trying {len(missing)} models for some steps each, to tell how long they take ...")
-    free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
-    for slot in slots:
-        free.put(slot)
+    _log.info(f"trying {len(missing)} models for some steps each, to tell how long they take ...")
+    free = list(slots)
 
     def measure(run: Run) -> Speed | None:
-        slot = free.get()
+        slot = free.pop()  # there are as many threads as slots
         try:
             return _try(sweep, run, slot)
         finally:
-            free.put(slot)
+            free.append(slot)
 
     with concurrent.futures.ThreadPoolExecutor(len(slots)) as pool:
-        tried = zip(missing, pool.map(measure, missing.values()), strict=True)
-        for number, (key, speed) in enumerate(tried, start=1):
-            if speed is None:
-                say(f"  {number}/{len(missing)} {missing[key].name}: the trial failed")
-                continue
-            known[key] = speed
-            text = json.dumps({k: dataclasses.asdict(s) for k, s in known.items()}, indent=1)
-            rundir.write_whole(sweep / TRIALS, text + "\n")
-            say(f"  {number}/{len(missing)} {missing[key].name}: {speed.step_sec:.3f} s a step")
+        tried = zip(missing.items(), pool.map(measure, missing.values()), strict=True)
+        for number, ((key, run), speed) in enumerate(tried, start=1):
+            result = "the trial failed"
+            if speed is not None:
+                known[key] = speed
+                files.write_results(sweep / files.TRIALS, known)
+                result = f"{speed.step_sec:.3f} s a step"
+            _log.info(f"  {number}/{len(missing)} {run.name}: {result}")
     return known
 
 
@@ -89,6 +83,45 @@ def key_of(run: Run) -> str:
     return json.dumps([*model, *shape, config.data.boundaries, config.optimizer.name, *quantized])
 
 
+def expected_seconds(
+    runs: Sequence[Run], speeds: Mapping[str, Speed], batches: Mapping[str, int]
+) -> dict[str, float]:
+    """Returns the expected seconds of each run, by the name of the run.
+
+    If the trial of a model failed, its seconds are computed from its FLOPs, at the mean rate of the
+    other runs.
+
+    Args:
+      runs: the runs of the sweep.
+      speeds: the speeds by `key_of`.
+      batches: the number of validation batches of an evaluation, by the name of the run.
+    """
+    known = {
+        run.name: speeds[key].seconds(run.config, batches[run.name])
+        for run in runs
+        if (key := key_of(run)) in speeds
+    }
+    flops = sum(run.flops for run in runs if run.name in known)
+    per_flop = sum(known.values()) / flops if flops else 1e-10
+    return {run.name: known.get(run.name, run.flops * per_flop) for run in runs}
+
+
+def seconds_ahead(sweep: Path, runs: Sequence[Run], expected_sec: Mapping[str, float]) -> float:
+    """Returns the expected seconds of all steps that these runs have not taken yet."""
+    return sum(
+        expected_sec[run.name]
+        * (1 - (files.last_value(sweep, run, "step") or 0) / run.config.train.steps)
+        for run in runs
+    )
+
+
+def in_words(seconds: float) -> str:
+    """Returns a duration in words: "50 s", "12 min", "3.4 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def plan_lines(runs: Sequence[Run]) -> list[str]:
     """Returns a line per model with its runs, parameters, tokens and FLOPs.
 
@@ -96,56 +129,24 @@ def plan_lines(runs: Sequence[Run]) -> list[str]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(_without_seed(run), []).append(run)
+        name = run.name.rpartition("-s")[0]
+        groups.setdefault(name.rpartition("-lr")[0] or name, []).append(run)
     width = max(len(name) for name in groups)
     lines = [f"{'model':{width}} {'runs':>5} {'parameters':>14} {'tokens':>16} {'PFLOP, all':>12}"]
     for name, members in groups.items():
-        config = members[0].config
-        tokens = config.train.steps * config.train.global_batch * config.data.seq_len
-        flops = sum(run.flops for run in members) / 1e15
+        run, flops = members[0], sum(run.flops for run in members) / 1e15
         lines.append(
-            f"{name:{width}} {len(members):5} {parameter_count(config.model):14,} {tokens:16,} "
-            f"{flops:12,.3f}"
+            f"{name:{width}} {len(members):5} {parameter_count(run.config.model):14,} "
+            f"{run.tokens:16,} {flops:12,.3f}"
         )
     return lines
 
 
-def _without_seed(run: Run) -> str:
-    name = run.name.rpartition("-s")[0]
-    return name.rpartition("-lr")[0] or name
-
-
 def _try(sweep: Path, run: Run, slot: Slot) -> Speed | None:
-    command = [sys.executable, "-m", "mobilellm_jax.sweep.child", "trial", str(sweep), run.name]
-    result = subprocess.run(
-        [*command, *slot.arguments],
-        env=child_environment(slot),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode:
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    process = slot.start("trial", sweep, run.name, stdin=nothing, stdout=pipe, stderr=nothing)
+    output, _ = process.communicate()
+    if process.returncode:
         return None
-    answer = strict_json.parse(result.stdout.splitlines()[-1])
-    return Speed(
-        step_sec=strict_json.get(answer, "step_sec", float),
-        start_sec=strict_json.get(answer, "start_sec", float),
-    )
-
-
-def child_environment(slot: Slot) -> dict[str, str]:
-    """Returns the environment of a child in this slot; the child imports the same package."""
-    import os
-
-    import mobilellm_jax
-
-    root = str(Path(mobilellm_jax.__file__).parent.parent)
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    # A child trains as a single process, even if its parent was started with settings for several
-    # processes.
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **slot.environment}
-
-
-def _read(file: Path) -> dict[str, Speed]:
-    found = strict_json.read(file) if file.exists() else {}
-    return {key: strict_json.as_type(value, Speed, key) for key, value in found.items()}
+    speed: Speed = strict_json.as_type(strict_json.parse(output.splitlines()[-1]), Speed)
+    return speed

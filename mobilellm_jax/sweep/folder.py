@@ -13,23 +13,23 @@ A killed sweep resumes from these files alone.
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mobilellm_jax import config as config_lib
-from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.config import Config, ConfigError, changed
 from mobilellm_jax.preflight import MAY_CHANGE, check_same_run
 from mobilellm_jax.storage import rundir, strict_json
-from mobilellm_jax.sweep.runs import Run
+from mobilellm_jax.sweep.runs import TUNED, Run
 from mobilellm_jax.train.metrics import read_metrics
 
 SWEEP, TRIALS = "sweep.json", "trials.json"
 RUNS, LOGS, SLURM = "runs", "logs", "slurm"
 _VERSION = 1
-_TUNED = "optimizer.peak_lr"
 
 State = Literal["waiting", "started", "finished", "failed"]
+T = TypeVar("T")
 
 
 def run_folder(sweep: Path, name: str) -> Path:
@@ -50,19 +50,11 @@ def record_runs(sweep: Path, runs: Sequence[Run]) -> None:
     """
     for run in runs:
         _check_started(sweep, run)
-    known = {run.name: run for run in read_runs(sweep)} | {run.name: run for run in runs}
-    entries = [
-        {
-            "name": run.name,
-            "config": dataclasses.asdict(run.config),
-            "tune_from": list(run.tune_from),
-        }
-        for run in known.values()
-    ]
+    known = {run.name: run for run in [*read_runs(sweep), *runs]}
     for folder in (RUNS, LOGS):
         (sweep / folder).mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"version": _VERSION, "runs": entries}, indent=1) + "\n"
-    rundir.write_whole(sweep / SWEEP, text)
+    entries = list(map(dataclasses.asdict, known.values()))
+    _write_json(sweep / SWEEP, {"version": _VERSION, "runs": entries})
 
 
 def read_runs(sweep: Path) -> list[Run]:
@@ -126,40 +118,37 @@ def settled(sweep: Path, run: Run) -> Config:
     if own.exists():
         rate = config_lib.read_json(own).optimizer.peak_lr
     else:
+        tuning = [tuned for tuned in read_runs(sweep) if tuned.name in run.tune_from]
         losses = {
-            loss: find_run(sweep, name).config.optimizer.peak_lr
-            for name in run.tune_from
-            if state_of(sweep, name) == "finished"
-            and (loss := last_validation(run_folder(sweep, name))) is not None
+            loss: tuned.config.optimizer.peak_lr
+            for tuned in tuning
+            if state_of(sweep, tuned) == "finished"
+            and (loss := last_value(sweep, tuned, "validation/loss")) is not None
             and math.isfinite(loss)  # leaves out runs that diverged
         }
         if not losses:
             raise ConfigError(
-                "no run with a finite validation loss has finished among "
-                f"{', '.join(run.tune_from)}, so that {run.name} has no learning rate; start the "
-                "sweep again."
+                f"{run.name} takes its learning rate from {', '.join(run.tune_from)}, and none of "
+                "these runs has finished with a finite validation loss; start the sweep again."
             )
         rate = losses[min(losses)]
-    optimizer = dataclasses.replace(run.config.optimizer, peak_lr=rate)
-    return dataclasses.replace(run.config, optimizer=optimizer)
+    return changed(run.config, {TUNED: rate})
 
 
-def state_of(sweep: Path, name: str, steps: int = 0) -> State:
-    """Returns the state of a run; a finish before step `steps` counts as started."""
-    folder = run_folder(sweep, name)
-    outcome = read_outcome(folder)
+def state_of(sweep: Path, run: Run) -> State:
+    """Returns the state of a run; a finish before its last step counts as started."""
+    folder = run_folder(sweep, run.name)
+    outcome = rundir.read_outcome(folder)
     if outcome.get("state") == "failed":
         return "failed"
-    if outcome.get("state") == "finished" and outcome.get("steps", 0) >= steps:
+    if outcome.get("state") == "finished" and outcome.get("steps", 0) >= run.config.train.steps:
         return "finished"
     return "started" if (folder / rundir.CONFIG).exists() else "waiting"
 
 
-def read_outcome(folder: Path) -> dict[str, Any]:
-    """Returns the content of `outcome.json` in a run folder, or {} if the file does not exist."""
-    file = folder / rundir.OUTCOME
-    found = strict_json.read(file) if file.exists() else {}
-    return found if isinstance(found, dict) else {}
+def unfinished(sweep: Path, runs: Sequence[Run]) -> list[Run]:
+    """Returns the runs that a sweep has to start or to continue."""
+    return [run for run in runs if state_of(sweep, run) != "finished"]
 
 
 def write_outcome(
@@ -169,26 +158,33 @@ def write_outcome(
 
     The recorded memory peaks are the maxima over all processes of the run so far.
     """
-    old = read_outcome(folder)
-    peaks = ("peak_host_bytes", "peak_device_bytes")
-    for name in peaks:
+    old = rundir.read_outcome(folder)
+    for name in ("peak_host_bytes", "peak_device_bytes"):
         known = [n[name] for n in (old, values) if isinstance(n.get(name), int)]
         values |= {name: max(known)} if known else {}
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"state": state, **values}, indent=1) + "\n"
-    rundir.write_whole(folder / rundir.OUTCOME, text)
+    _write_json(folder / rundir.OUTCOME, {"state": state, **values})
 
 
-def last_step(folder: Path) -> int:
-    """Returns the last step in the metrics of a run, or 0 if the run has no metrics."""
-    return max((int(r["step"]) for r in read_metrics(folder / rundir.METRICS)), default=0)
+def last_value(sweep: Path, run: Run, name: str) -> float | None:
+    """Returns the last value of this name in the metrics of a run."""
+    records = read_metrics(run_folder(sweep, run.name) / rundir.METRICS)
+    return next((record[name] for record in reversed(records) if name in record), None)
 
 
-def last_validation(folder: Path) -> float | None:
-    """Returns the last validation loss in the metrics of a run."""
-    records = read_metrics(folder / rundir.METRICS)
-    losses = [r["validation/loss"] for r in records if "validation/loss" in r]
-    return float(losses[-1]) if losses else None
+def read_results(file: Path, kind: type[T]) -> dict[str, T]:
+    """Returns what `write_results` wrote, or {} if the file does not exist."""
+    found = strict_json.read(file) if file.exists() else {}
+    return {key: strict_json.as_type(value, kind, key) for key, value in found.items()}
+
+
+def write_results(file: Path, results: Mapping[str, Any]) -> None:
+    """Writes measurements, which are dataclasses, so that a later sweep need not repeat them."""
+    _write_json(file, {key: dataclasses.asdict(result) for key, result in results.items()})
+
+
+def _write_json(file: Path, value: Any) -> None:
+    rundir.write_whole(file, json.dumps(value, indent=1) + "\n")
 
 
 def _check_started(sweep: Path, run: Run) -> None:
@@ -196,7 +192,9 @@ def _check_started(sweep: Path, run: Run) -> None:
     if not file.exists():
         return
     old = config_lib.read_json(file)
-    free = MAY_CHANGE | (frozenset({_TUNED}) if run.tune_from else frozenset())
+    free = MAY_CHANGE
+    if run.tune_from:
+        free |= {TUNED}
     if run.config.model.compute_dtype == "auto":
         free |= {"model.compute_dtype"}
     remedy = "Use its values to continue the sweep, or another --workdir."

@@ -8,9 +8,9 @@ lock.
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,12 +20,12 @@ from mobilellm_jax.processes.run_lock import RunLock
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 from mobilellm_jax.sweep import folder as files
-from mobilellm_jax.sweep.estimate import Say, child_environment
+from mobilellm_jax.sweep.estimate import in_words, seconds_ahead
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.sweep.slots import Slot
-from mobilellm_jax.train.metrics import read_metrics
 from mobilellm_jax.train.stopping import StopRequest
 
+_log = logging.getLogger(__name__)
 _CHILDREN_LOCK = "children.lock"
 _POLL_SEC = 0.2
 _SAY_SEC = 30.0
@@ -39,9 +39,14 @@ class Child:
     slot: Slot
     process: "subprocess.Popen[bytes]"
 
+    def stop(self) -> None:
+        """Closes the pipe, which tells the child to save and end; the second call does nothing."""
+        assert self.process.stdin is not None, "`_start` opens the pipe"
+        self.process.stdin.close()
+
 
 @contextlib.contextmanager
-def alone(sweep: Path, say: Say) -> Iterator[FileLock]:
+def alone(sweep: Path) -> Iterator[FileLock]:
     """Makes this process the only one that runs the sweep; yields the lock for its children.
 
     Raises:
@@ -53,7 +58,7 @@ def alone(sweep: Path, say: Say) -> Iterator[FileLock]:
         try:
             lock = FileLock(children)
         except HeldError:
-            say("waiting for the runs of a sweep that was killed to save and end ...")
+            _log.info("waiting for the runs of a sweep that was killed to save and end ...")
             lock = FileLock(children, wait=True)
         with lock:
             yield lock
@@ -65,9 +70,10 @@ def run_all(
     slots: Sequence[Slot],
     expected_sec: Mapping[str, float],
     lock: FileLock,
-    say: Say,
 ) -> bool:
     """Runs the unfinished runs; returns False if a signal stopped the sweep.
+
+    A message tells of every start and end, and of the progress every 30 seconds.
 
     Args:
       sweep: the folder that contains `sweep.json`.
@@ -76,60 +82,56 @@ def run_all(
       expected_sec: expected seconds by the name of a run. Only their ratios matter for the estimate
         of the remaining time.
       lock: the lock that `alone` yields.
-      say: receives a line per event, and the progress every 30 seconds.
     """
-    waiting = [r for r in runs if not _is_finished(sweep, r)]
+    waiting = files.unfinished(sweep, runs)
     free, children = list(slots), list[Child]()
-    progress = _Progress(sweep, runs, expected_sec)
-    said = time.monotonic()
+    ahead, began = seconds_ahead(sweep, waiting, expected_sec), time.monotonic()
+
+    def say_progress() -> float:
+        running = [child.run for child in children]
+        left = seconds_ahead(sweep, [*waiting, *running], expected_sec)
+        rate = (ahead - left) / (time.monotonic() - began)
+        remaining = f"; {in_words(left / rate)} left" if rate > 0 and left > 0 else ""
+        _log.info(f"        {_progress(sweep, runs, running)}{remaining}")
+        return time.monotonic()
+
+    said = began
     try:
         with StopRequest() as stop:
             while (waiting and stop.signal is None) or children:
                 while free and stop.signal is None and (ready := _ready(waiting, children)):
                     waiting.remove(ready)
                     children.append(_start(sweep, ready, free.pop(0), lock))
-                    say(f"start   {ready.name} on {children[-1].slot.name}")
-                if stop.signal is not None:
-                    _terminate(children)
+                    _log.info(f"start   {ready.name} on {children[-1].slot.name}")
+                for child in children if stop.signal is not None else ():
+                    child.stop()
                 for child in [c for c in children if c.process.poll() is not None]:
                     children.remove(child)
                     free.append(child.slot)
-                    say(_ended(sweep, child, stopping=stop.signal is not None))
-                    say(progress.line([c.run.name for c in children]))
-                    said = time.monotonic()
+                    _log.info(_ended(sweep, child, stopping=stop.signal is not None))
+                    said = say_progress()
                 if children and time.monotonic() - said > _SAY_SEC:
-                    say(progress.line([c.run.name for c in children]))
-                    said = time.monotonic()
+                    said = say_progress()
                 time.sleep(_POLL_SEC)
             return stop.signal is None
     finally:
-        for child in children:  # an exception ended the loop: the children save and end
-            child.process.terminate()
-
-
-def _is_finished(sweep: Path, run: Run) -> bool:
-    return files.state_of(sweep, run.name, run.config.train.steps) == "finished"
+        for child in children:  # an exception ended the loop
+            child.stop()
 
 
 def _ready(waiting: Sequence[Run], children: Sequence[Child]) -> Run | None:
     """Returns the next run that needs no result of an unfinished run."""
-    under_way = {run.name for run in waiting} | {child.run.name for child in children}
+    under_way = {run.name for run in [*waiting, *(child.run for child in children)]}
     return next((run for run in waiting if under_way.isdisjoint(run.tune_from)), None)
 
 
 def _start(sweep: Path, run: Run, slot: Slot, lock: FileLock) -> Child:
-    log = files.log_file(sweep, run.name)
-    log.parent.mkdir(parents=True, exist_ok=True)
     folder = files.run_folder(sweep, run.name)
     if (folder / rundir.OUTCOME).exists():  # the run failed before, or continues to more steps
         files.write_outcome(folder, "again")
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mobilellm_jax.sweep.child", "run", str(sweep), run.name),
-                *("--with_parent", *slot.arguments),
-            ],
-            env=child_environment(slot),
+    with files.log_file(sweep, run.name).open("ab") as output:
+        process = slot.start(
+            *("run", sweep, run.name, "--with_parent"),
             stdin=subprocess.PIPE,  # the pipe stays open while this process lives
             stdout=output,
             stderr=output,
@@ -139,75 +141,33 @@ def _start(sweep: Path, run: Run, slot: Slot, lock: FileLock) -> Child:
     return Child(run, slot, process)
 
 
-def _terminate(children: Sequence[Child]) -> None:
-    for child in children:
-        if child.process.poll() is None and child.process.stdin is not None:
-            # a closed pipe tells the child to save and end; closing again does nothing
-            child.process.stdin.close()
-
-
 def _ended(sweep: Path, child: Child, stopping: bool) -> str:
     """Returns the message for a child that has ended, and records its failure.
 
     A child records its own failure, unless it was killed.
     """
     name, code = child.run.name, child.process.returncode
-    folder = files.run_folder(sweep, name)
     if code == 0:
-        loss = files.last_validation(folder)
+        loss = files.last_value(sweep, child.run, "validation/loss")
         found = "" if loss is None else f", validation loss {loss:.4f}"
         return f"done    {name}{found}"
     if code == SAVED_REQUEUE_ME or (stopping and code == -signal.SIGTERM):
         return f"saved   {name}; the same command again goes on"
-    if files.read_outcome(folder).get("state") != "failed":
+    folder = files.run_folder(sweep, name)
+    if rundir.read_outcome(folder).get("state") != "failed":
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         files.write_outcome(folder, "failed", reason=f"its process ended with {how}")
-    reason = str(files.read_outcome(folder).get("reason", "")).splitlines()
+    reason = str(rundir.read_outcome(folder).get("reason", "")).splitlines()
     log = files.log_file(sweep, name)
     return f"FAILED  {name}: {reason[0] if reason else code}; its output is in {log}"
 
 
-class _Progress:
-    """The progress of the sweep, measured in expected seconds of its runs."""
-
-    def __init__(self, sweep: Path, runs: Sequence[Run], expected_sec: Mapping[str, float]) -> None:
-        self._sweep, self._runs, self._expected_sec = sweep, runs, expected_sec
-        self._began, self._done_before = time.monotonic(), self._done()
-
-    def line(self, running: Sequence[str]) -> str:
-        states = [
-            files.state_of(self._sweep, r.name, r.config.train.steps)
-            for r in self._runs
-            if r.name not in running
-        ]
-        failed = states.count("failed")
-        text = f"        {states.count('finished')} of {len(self._runs)} finished"
-        text += f", {failed} failed" if failed else ""
-        for name in running:
-            records = read_metrics(files.run_folder(self._sweep, name) / rundir.METRICS)
-            losses = [r["train/loss"] for r in records if "train/loss" in r]
-            step = records[-1]["step"] if records else 0
-            loss = f" loss {losses[-1]:.3f}" if losses else ""
-            text += f"; {name} step {step}{loss}"
-        done = self._done()
-        rate = (done - self._done_before) / (time.monotonic() - self._began)
-        left = sum(self._expected_sec.values()) - done
-        return text + (f"; {in_words(left / rate)} left" if rate > 0 and left > 0 else "")
-
-    def _done(self) -> float:
-        done = 0.0
-        for run in self._runs:
-            folder = files.run_folder(self._sweep, run.name)
-            state = files.state_of(self._sweep, run.name, run.config.train.steps)
-            share = 1.0
-            if state in ("waiting", "started"):
-                share = files.last_step(folder) / run.config.train.steps
-            done += share * self._expected_sec[run.name]
-        return done
-
-
-def in_words(seconds: float) -> str:
-    """Returns a duration in words: "50 s", "12 min", "3.4 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _progress(sweep: Path, runs: Sequence[Run], running: Sequence[Run]) -> str:
+    states = [files.state_of(sweep, run) for run in runs]
+    text = f"{states.count('finished')} of {len(runs)} finished"
+    if failed := states.count("failed"):
+        text += f", {failed} failed"
+    for run in running:
+        step, loss = (files.last_value(sweep, run, name) for name in ("step", "train/loss"))
+        text += f"; {run.name} step {step or 0}" + (f" loss {loss:.3f}" if loss else "")
+    return text

@@ -6,17 +6,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.config import Config, ConfigError, changed
 from mobilellm_jax.model.size import flops_per_token
-from mobilellm_jax.paper.grids import GridName, ScaleName, grid_rows, shape_name
+from mobilellm_jax.paper.grids import SHAPE, GridName, ScaleName, grid_rows, shape_name
 from mobilellm_jax.paper.width import SOLVED, solve_width
-from mobilellm_jax.plan.fit import changed
 
-_SHAPE = (
-    *("vocab_size", "embed_dim", "num_blocks", "num_repeats", "sharing", "num_heads"),
-    *("num_kv_heads", "head_dim", "ffn_dim", "activation", "tie_embeddings"),
-)
-_TUNED = "optimizer.peak_lr"
+TUNED = "optimizer.peak_lr"
+"""The field that a run with `tune_from` takes from another run."""
+
+Variants = dict[str, Config]
+"""Configs of a sweep by name, before seeds are set."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,29 +29,19 @@ class Run:
     tune_from: tuple[str, ...] = ()
 
     @property
+    def tokens(self) -> int:
+        """The number of tokens that the run trains on."""
+        return self.config.train.steps * self.config.tokens_per_step
+
+    @property
     def flops(self) -> float:
         """The model FLOPs of the whole training."""
-        return float(tokens_of(self.config)) * flops_per_token(
-            self.config.model, self.config.data.seq_len
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A config of a sweep, before seeds are set."""
-
-    name: str
-    config: Config
-
-
-def tokens_of(config: Config) -> int:
-    """Returns the number of tokens that a run trains on."""
-    return config.train.steps * config.train.global_batch * config.data.seq_len
+        return float(self.tokens) * flops_per_token(self.config.model, self.config.data.seq_len)
 
 
 def grid_variants(
     base: Config, grids: Iterable[GridName], scale: ScaleName, group: str = ""
-) -> list[Variant]:
+) -> Variants:
     """Returns the rows of the grids with the recipe of `base`; a row of several grids comes once.
 
     The row sets the shape of the model. `base` sets the other model fields, such as initialization,
@@ -64,31 +53,27 @@ def grid_variants(
     """
     if group not in ("", "125M", "350M"):
         raise ConfigError(f"--group={group} must be 125M or 350M, the groups of the paper's rows.")
-    found: dict[str, Variant] = {}
+    found: Variants = {}
     vocab_size = None if scale == "paper" else base.model.vocab_size
-    for grid in grids:
-        for row in grid_rows(grid, scale, group, vocab_size):
-            shape = {name: getattr(row.model, name) for name in _SHAPE}
-            # The recipe may put every block into the loop's body, because the body of a small model
-            # is small.
-            unroll = min(base.model.scan_unroll, row.model.num_blocks)
-            model = dataclasses.replace(base.model, **shape, scan_unroll=unroll)
-            train = dataclasses.replace(base.train, steps=base.train.steps * row.length)
-            name = shape_name(model) + (f"-long{row.length}" if row.length > 1 else "")
-            config = dataclasses.replace(base, model=model, train=train)
-            found.setdefault(name, Variant(name=name, config=config))
-    if grids and not found:
+    for row in (row for grid in grids for row in grid_rows(grid, scale, group, vocab_size)):
+        shape = {name: getattr(row.model, name) for name in SHAPE}
+        # The recipe may put every block into the loop's body, because the body of a small model is
+        # small.
+        unroll = min(base.model.scan_unroll, row.model.num_blocks)
+        model = dataclasses.replace(base.model, **shape, scan_unroll=unroll)
+        train = dataclasses.replace(base.train, steps=base.train.steps * row.length)
+        name = shape_name(model) + (f"-long{row.length}" if row.length > 1 else "")
+        found.setdefault(name, dataclasses.replace(base, model=model, train=train))
+    if not found:
         raise ConfigError(
-            f"--group={group}: no such rows in {', '.join(grids)}; leave out --group."
+            f"--group={group}: {', '.join(grids)} have no rows of this group; leave out --group."
         )
-    return list(found.values())
+    return found
 
 
 def vary(
-    variants: Sequence[Variant],
-    fields: Mapping[str, Sequence[Any]],
-    parameters: int | None = None,
-) -> list[Variant]:
+    variants: Variants, fields: Mapping[str, Sequence[Any]], parameters: int | None = None
+) -> Variants:
     """Returns every variant with every combination of values of the fields.
 
     Args:
@@ -103,29 +88,31 @@ def vary(
     solved = [name for name in fields if name in SOLVED] if parameters else []
     if solved:
         raise ConfigError(
-            f"--sweep={solved[0]} and --fixed_parameters={parameters} contradict each other: "
-            f"{', '.join(SOLVED)} are what is solved for; leave one of the two out."
+            f"--sweep={solved[0]} and --fixed_parameters={parameters} contradict each other, "
+            f"because --fixed_parameters chooses {', '.join(SOLVED)}; leave one of the flags out."
         )
-    found: dict[str, Variant] = {}
-    for variant, values in itertools.product(variants, itertools.product(*fields.values())):
+    found: Variants = {}
+    for (base, old), values in itertools.product(
+        variants.items(), itertools.product(*fields.values())
+    ):
         change = dict(zip(fields, values, strict=True))
         try:
-            config = changed(variant.config, change)
+            config = changed(old, change)
             if parameters:
                 model = solve_width(config.model, parameters)
                 config = dataclasses.replace(config, model=model)
         except ConfigError as error:
             where = ", ".join(f"--sweep={name}={value}" for name, value in change.items())
             raise ConfigError(f"{where}: {error}") from error
-        parts = [variant.name, *(f"{name.split('.')[1]}={value}" for name, value in change.items())]
-        name = _plain("-".join(part for part in parts if part))
+        parts = [base, *(f"{name.split('.')[1]}={value}" for name, value in change.items())]
+        name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, parts)))  # it names a folder
         if name in found:
             raise ConfigError(f"{name} occurs twice; give each --sweep value once.")
-        found[name] = Variant(name=name, config=config)
-    return list(found.values())
+        found[name] = config
+    return found
 
 
-def with_seeds(variants: Sequence[Variant], seeds: int, rates: Sequence[float] = ()) -> list[Run]:
+def with_seeds(variants: Variants, seeds: int, rates: Sequence[float] = ()) -> list[Run]:
     """Returns the runs: every variant with `seeds` seeds for initialization and data order.
 
     With `rates`, the first seed of a variant trains at each rate. The other seeds train at the rate
@@ -133,25 +120,15 @@ def with_seeds(variants: Sequence[Variant], seeds: int, rates: Sequence[float] =
     that stops early has results for every variant.
     """
     runs = []
-    for seed, variant in itertools.product(range(seeds), variants):
-        config = _seeded(variant.config, seed)
-        tuning = {f"{variant.name}-lr{rate:g}-s0": rate for rate in rates}
-        if not rates:
-            runs.append(Run(name=f"{variant.name}-s{seed}", config=config))
-        elif seed == 0:
+    for seed, (name, base) in itertools.product(range(seeds), variants.items()):
+        own = {"train.seed": base.train.seed + seed, "data.seed": base.data.seed + seed}
+        config = changed(base, own)
+        tuning = {f"{name}-lr{rate:g}-s0": rate for rate in rates}
+        if tuning and seed == 0:
             runs += [
-                Run(name=name, config=changed(config, {_TUNED: rate}))
-                for name, rate in tuning.items()
+                Run(name=tuned, config=changed(config, {TUNED: rate}))
+                for tuned, rate in tuning.items()
             ]
         else:
-            runs.append(Run(name=f"{variant.name}-s{seed}", config=config, tune_from=tuple(tuning)))
+            runs.append(Run(name=f"{name}-s{seed}", config=config, tune_from=tuple(tuning)))
     return runs
-
-
-def _seeded(config: Config, seed: int) -> Config:
-    train, data = config.train, config.data
-    return changed(config, {"train.seed": train.seed + seed, "data.seed": data.seed + seed})
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^\w.=+-]+", "_", name)

@@ -5,9 +5,15 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
+import mobilellm_jax
 from mobilellm_jax.config import ConfigError
+
+PACKAGE_PARENT = str(Path(mobilellm_jax.__file__).parent.parent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +23,18 @@ class Slot:
     name: str
     environment: dict[str, str]
     arguments: tuple[str, ...] = ()  # arguments of the child process
+
+    def start(
+        self, what: Literal["run", "trial"], sweep: Path, name: str, *flags: str, **options: Any
+    ) -> "subprocess.Popen[bytes]":
+        """Starts `child.py` for a run; the options are those of `subprocess.Popen`."""
+        child = [sys.executable, "-m", "mobilellm_jax.sweep.child", what, str(sweep), name]
+        # The child imports the same package. It trains as a single process, even if this process
+        # was started with settings for several processes.
+        paths = [PACKAGE_PARENT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        path = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+        env = {**os.environ, **path, **self.environment}
+        return subprocess.Popen([*child, *flags, *self.arguments], env=env, **options)
 
 
 def find_slots(parallel: int | None, env: Mapping[str, str] = os.environ) -> list[Slot]:

@@ -5,6 +5,9 @@ before it ends a task early (--time, preemption). The task then saves and puts i
 queue. A sweep with a job in the queue is not submitted again.
 """
 
+import json
+import logging
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,13 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import mobilellm_jax
 from mobilellm_jax.config import ConfigError
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.folder import SLURM
 from mobilellm_jax.sweep.runs import Run
+from mobilellm_jax.sweep.slots import PACKAGE_PARENT
 
+_log = logging.getLogger(__name__)
 _JOBS = "jobs.json"  # job ids of the last submission
 
 _SCRIPT = """\
@@ -48,8 +52,8 @@ exit $code
 """
 
 
-def submit(sweep: Path, runs: Sequence[Run], arguments: str, at_once: int | None) -> list[str]:
-    """Writes the scripts, submits them, and returns a line per submitted array.
+def submit(sweep: Path, runs: Sequence[Run], arguments: str, at_once: int | None) -> None:
+    """Writes the scripts and submits them.
 
     Runs with `tune_from` are in a second array, which starts after the first array has ended.
 
@@ -77,11 +81,16 @@ def submit(sweep: Path, runs: Sequence[Run], arguments: str, at_once: int | None
     wrong = [word for word in extra if not word.startswith("-") and "=" not in word]
     if wrong:
         raise ConfigError(f"--sbatch_args: {wrong[0]} must be written --name=value.")
-    said, jobs = [], list[str]()
+    folder = sweep.resolve() / SLURM
+    folder.mkdir(parents=True, exist_ok=True)
     first = [run for run in runs if not run.tune_from]
     then = [run for run in runs if run.tune_from]
-    for number, part in enumerate([part for part in (first, then) if part]):
-        script = _write(sweep, part, number, extra, at_once)
+    jobs: list[str] = []
+    for part, ending in ((first, ""), (then, "-tuned")):
+        if not part:
+            continue
+        name = re.sub(r"[^\w.-]", "_", sweep.resolve().name) + ending
+        script = _write(folder, name, part, extra, at_once)
         options = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
         command = ["sbatch", "--parsable", *options, str(script)]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -89,32 +98,26 @@ def submit(sweep: Path, runs: Sequence[Run], arguments: str, at_once: int | None
             raise ConfigError(f"{shlex.join(command)}: {result.stderr.strip()}")
         # sbatch --parsable prints "JOB" or "JOB;CLUSTER".
         jobs.append(result.stdout.strip().partition(";")[0])
-        rundir.write_whole(
-            sweep / SLURM / _JOBS, f'{{"jobs": [{", ".join(map(_quoted, jobs))}]}}\n'
-        )
-        said.append(f"submitted {len(part)} runs as job {jobs[-1]}: {script}")
-    return said
+        rundir.write_whole(folder / _JOBS, json.dumps({"jobs": jobs}) + "\n")
+        _log.info(f"submitted {len(part)} runs as job {jobs[-1]}: {script}")
 
 
 def _write(
-    sweep: Path, runs: Sequence[Run], number: int, extra: Sequence[str], at_once: int | None
+    folder: Path, name: str, runs: Sequence[Run], extra: Sequence[str], at_once: int | None
 ) -> Path:
-    folder = sweep.resolve() / SLURM
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = len(list(folder.glob("*.sh")))
-    script = folder / f"array-{kept + 1}.sh"
+    script = folder / f"array-{len(list(folder.glob('*.sh'))) + 1}.sh"
     names = script.with_suffix(".txt")
     rundir.write_whole(names, "".join(f"{run.name}\n" for run in runs))
     text = _SCRIPT.format(
-        name=_word(sweep.resolve().name + ("-tuned" if number else "")),
+        name=name,
         count=len(runs),
         at_once=f"%{at_once}" if at_once else "",
         logs=folder,
         extra="".join(f"#SBATCH {word}\n" for word in extra),
         list=shlex.quote(str(names)),
-        package=shlex.quote(str(Path(mobilellm_jax.__file__).parent.parent)),
+        package=shlex.quote(PACKAGE_PARENT),
         python=shlex.quote(sys.executable),
-        sweep=shlex.quote(str(sweep.resolve())),
+        sweep=shlex.quote(str(folder.parent)),
         requeue=SAVED_REQUEUE_ME,
     )
     rundir.write_whole(script, text)
@@ -125,21 +128,12 @@ def _check_queue(sweep: Path) -> None:
     file = sweep / SLURM / _JOBS
     if not file.exists():
         return
-    jobs = strict_json.get(strict_json.read(file), "jobs", list[str], name=str(file))
-    for job in jobs:
+    for job in strict_json.get(strict_json.read(file), "jobs", list[str], name=str(file)):
         command = ["squeue", "--noheader", f"--jobs={job}"]
         result = subprocess.run(command, capture_output=True, text=True)
         # squeue exits with an error for a job that ended long ago.
         if result.returncode == 0 and result.stdout.strip():
             raise ConfigError(
-                f"job {job} of this sweep is still in Slurm's queue; wait for it, or scancel {job} "
-                "and start again, which goes on where its runs were saved."
+                f"job {job} of this sweep is still in Slurm's queue; wait for it, or cancel it "
+                f"with `scancel {job}` and start again. Saved runs then continue."
             )
-
-
-def _quoted(job: str) -> str:
-    return f'"{job}"'
-
-
-def _word(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

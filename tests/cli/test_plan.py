@@ -6,8 +6,9 @@ import pytest
 
 from mobilellm_jax import plan as planning
 from mobilellm_jax.cli.main import main
+from mobilellm_jax.config import changed
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge
-from mobilellm_jax.plan.fit import Fit, changed
+from mobilellm_jax.plan.fit import Fit
 from mobilellm_jax.plan.hlo import Collective, Program
 
 ROOT = Path(__file__).parent.parent.parent

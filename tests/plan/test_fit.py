@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import pytest
 
-from mobilellm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from mobilellm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, changed
 from mobilellm_jax.plan import fit
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge
-from mobilellm_jax.plan.fit import candidates, changed, smallest_fit, written
+from mobilellm_jax.plan.fit import candidates, smallest_fit, written
 from mobilellm_jax.plan.hlo import Program
 from mobilellm_jax.train.state import mesh_of
 

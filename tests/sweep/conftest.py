@@ -8,10 +8,11 @@ import pytest
 from mobilellm_jax.config import Config, to_json
 from tests import tiny
 
+STEPS = 48
 CONFIG = dataclasses.replace(
     tiny.RUN,
-    train=dataclasses.replace(tiny.RUN.train, steps=64, eval_every=32, keep_checkpoints=2),
-    evaluate=dataclasses.replace(tiny.RUN.evaluate, every=32),
+    train=dataclasses.replace(tiny.RUN.train, steps=STEPS, eval_every=24, keep_checkpoints=2),
+    evaluate=dataclasses.replace(tiny.RUN.evaluate, every=24),
 )
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from mobilellm_jax.config import Config, ConfigError, to_json
+from mobilellm_jax.storage import rundir
 from mobilellm_jax.sweep import folder as files
-from mobilellm_jax.sweep.runs import Run, Variant, with_seeds
+from mobilellm_jax.sweep.runs import Run, with_seeds
 
 BASE = Config()
-RUNS = with_seeds([Variant(name="a", config=BASE)], 2, [1e-3, 1e-2, 1e-1])
+RUNS = with_seeds({"a": BASE}, 2, [1e-3, 1e-2, 1e-1])
 
 
 def finish(sweep: Path, name: str, loss: float, steps: int = BASE.train.steps) -> None:
@@ -53,27 +54,29 @@ def test_a_file_that_no_sweep_wrote(tmp_path: Path, content: str, message: str) 
 
 
 def test_states(tmp_path: Path) -> None:
-    name = RUNS[0].name
-    folder = files.run_folder(tmp_path, name)
-    assert files.state_of(tmp_path, name) == "waiting"
+    run = RUNS[0]
+    folder = files.run_folder(tmp_path, run.name)
+    assert files.state_of(tmp_path, run) == "waiting"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(to_json(BASE))
-    assert files.state_of(tmp_path, name) == "started"
+    assert files.state_of(tmp_path, run) == "started"
     files.write_outcome(folder, "failed", reason="x", peak_host_bytes=7)
-    assert files.state_of(tmp_path, name) == "failed"
+    assert files.state_of(tmp_path, run) == "failed"
     files.write_outcome(folder, "again")
-    assert files.state_of(tmp_path, name) == "started"
-    files.write_outcome(folder, "finished", steps=10, peak_host_bytes=5)
-    assert files.state_of(tmp_path, name, 10) == "finished"
-    assert files.state_of(tmp_path, name, 11) == "started"  # extended
-    assert files.read_outcome(folder)["peak_host_bytes"] == 7  # of all its processes
+    assert files.state_of(tmp_path, run) == "started"
+    steps = run.config.train.steps
+    files.write_outcome(folder, "finished", steps=steps - 1, peak_host_bytes=5)
+    assert files.state_of(tmp_path, run) == "started"  # extended by a step
+    files.write_outcome(folder, "finished", steps=steps)
+    assert files.state_of(tmp_path, run) == "finished"
+    assert rundir.read_outcome(folder)["peak_host_bytes"] == 7  # of all its processes
 
 
 def test_the_best_rate_is_that_of_the_lowest_loss(tmp_path: Path) -> None:
     files.record_runs(tmp_path, RUNS)
     *tuning, late = RUNS
     with pytest.raises(
-        ConfigError, match="no run with a finite validation loss has finished among"
+        ConfigError, match="none of these runs has finished with a finite validation loss"
     ):
         files.settled(tmp_path, late)
     for run, loss in zip(tuning, (3.0, 2.0, 2.5), strict=True):

@@ -17,12 +17,15 @@ from tests import tiny
 from tests.together import ROOT
 
 
-def test_a_sweep_waits_for_the_runs_of_one_that_was_killed(tmp_path: Path) -> None:
+def test_a_sweep_waits_for_the_runs_of_one_that_was_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The processes hold the lock that they inherited until they have saved."""
-    entered, said = threading.Event(), list[str]()
+    caplog.set_level("INFO")
+    entered = threading.Event()
 
     def enter() -> None:
-        with local.alone(tmp_path, said.append):
+        with local.alone(tmp_path):
             entered.set()
 
     with (tmp_path / "children.lock").open("a") as of_a_run:
@@ -32,7 +35,8 @@ def test_a_sweep_waits_for_the_runs_of_one_that_was_killed(tmp_path: Path) -> No
         assert not entered.wait(1.0)
     assert entered.wait(30)
     thread.join()
-    assert said == ["waiting for the runs of a sweep that was killed to save and end ..."]
+    waits = "waiting for the runs of a sweep that was killed to save and end ..."
+    assert caplog.messages == [waits]
 
 
 def test_a_run_ends_when_its_parent_is_gone_and_not_before() -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.sweep import slurm
-from mobilellm_jax.sweep.runs import Variant, with_seeds
+from mobilellm_jax.sweep.runs import with_seeds
 
-VARIANTS = [Variant(name=name, config=Config()) for name in ("a", "b")]
+VARIANTS = {name: Config() for name in ("a", "b")}
 
 
 @pytest.fixture
@@ -41,12 +41,15 @@ def stub_python(path: Path, body: str) -> Path:
     return path
 
 
-def test_an_array_of_all_runs(cluster: Path, tmp_path: Path) -> None:
+def test_an_array_of_all_runs(
+    cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     sweep = tmp_path / "my sweep"
     arguments = "--partition=gpu --gres=gpu:1 --time=4:00:00"
-    said = slurm.submit(sweep, with_seeds(VARIANTS, 2), arguments, at_once=3)
+    slurm.submit(sweep, with_seeds(VARIANTS, 2), arguments, at_once=3)
     script = sweep / "slurm" / "array-1.sh"
-    assert said == [f"submitted 4 runs as job 100: {script}"]
+    assert caplog.messages == [f"submitted 4 runs as job 100: {script}"]
     assert (cluster / "sbatch").read_text() == f"--parsable {script}\n"
     text = script.read_text()
     for line in ("--array=1-4%3", "--partition=gpu", "--gres=gpu:1", "--time=4:00:00"):
@@ -103,12 +106,15 @@ def test_slurms_warning_reaches_the_run(
     assert (cluster / "scontrol").read_text() == "requeue 100_1\n"
 
 
-def test_chosen_rates_wait_for_what_they_are_chosen_from(cluster: Path, tmp_path: Path) -> None:
+def test_chosen_rates_wait_for_what_they_are_chosen_from(
+    cluster: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     runs = with_seeds(VARIANTS, 3, [1e-3, 1e-2])
-    said = slurm.submit(tmp_path, runs, "", at_once=None)
+    slurm.submit(tmp_path, runs, "", at_once=None)
     first, second = (cluster / "sbatch").read_text().splitlines()
     assert "--dependency" not in first and "--dependency=afterany:100 " in second
-    assert [line.partition(":")[0] for line in said] == [
+    assert [line.partition(":")[0] for line in caplog.messages] == [
         "submitted 4 runs as job 100", "submitted 4 runs as job 101"
     ]  # fmt: skip
     names = (tmp_path / "slurm" / "array-2.txt").read_text().split()
