@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mobilellm_jax import config
 from mobilellm_jax.data.sources import files
-from mobilellm_jax.data.sources.source import BadLine, Document, OnBadLine, Piece
+from mobilellm_jax.data.sources.source import BadLine, Document, OnBadLine, Piece, decoded_record
 from mobilellm_jax.errors import UserError, require
 
 # Footers are small, and reading them may have to wait for a network.
@@ -63,7 +63,7 @@ class ParquetSource(files.FileSource):
         batches = table.iter_batches(
             batch_rows, row_groups=[group], columns=[self._field], use_threads=False
         )
-        row = first_row
+        row, column = first_row, f"column {self._field!r}"
         while True:
             with _refused(path):
                 batch = next(batches, None)
@@ -74,18 +74,9 @@ class ParquetSource(files.FileSource):
             for content in texts:
                 row += 1
                 if content is None:
-                    on_bad(BadLine(path, row, None, f"column {self._field!r} is null"))
-                    continue
-                try:
-                    text = content.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    reason = (
-                        f"byte {content[error.start]:#04x} at {error.start} of column "
-                        f"{self._field!r} is not UTF-8 ({error.reason})"
-                    )
-                    on_bad(BadLine(path, row, None, reason))
-                    continue
-                yield Document(f"{path}, record {row}", text)
+                    on_bad(BadLine(path, row, None, f"{column} is null"))
+                else:
+                    yield from decoded_record(path, row, column, content, on_bad)
 
     def _row_groups(self, file: files.File) -> list[_RowGroup]:
         with self._opened(file.path, file.size_bytes) as table:

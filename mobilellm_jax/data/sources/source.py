@@ -76,6 +76,22 @@ def stop(bad: BadLine) -> NoReturn:
     )
 
 
+def decoded_record(
+    file: str, record: int, field: str, content: bytes, on_bad: OnBadLine
+) -> Iterator[Document]:
+    """Yields the text of a record, or calls `on_bad` if the bytes of `field` are not UTF-8."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = (
+            f"byte {content[error.start]:#04x} at {error.start} of {field} is not UTF-8 "
+            f"({error.reason})"
+        )
+        on_bad(BadLine(file, record, None, reason))
+    else:
+        yield Document(f"{file}, record {record}", text)
+
+
 class Source(abc.ABC):
     """Documents in a fixed order, in pieces; `spec` is the text that named the source.
 

@@ -12,7 +12,6 @@ from mobilellm_jax.data.sources import files, source
 from mobilellm_jax.data.sources.source import (
     TRAIN,
     VALIDATION,
-    BadLine,
     Document,
     OnBadLine,
     Piece,
@@ -55,17 +54,9 @@ class _RecordSource(Source):
         for first in range(start, stop, at_once):
             indices = range(first, min(first + at_once, stop))
             for index, record in zip(indices, records.__getitems__(indices), strict=True):
-                content = record[self._field]
-                try:
-                    text = content.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    reason = (
-                        f"byte {content[error.start]:#04x} at {error.start} of {self._field!r} is "
-                        f"not UTF-8 ({error.reason})"
-                    )
-                    on_bad(BadLine(name, index + 1, None, reason))
-                    continue
-                yield Document(f"{name}, record {index + 1}", text)
+                yield from source.decoded_record(
+                    name, index + 1, repr(self._field), record[self._field], on_bad
+                )
 
     def _extent(self, split: str) -> tuple[int, int]:
         """Returns (records, bytes) of a split; the bytes of a slice are estimated."""
