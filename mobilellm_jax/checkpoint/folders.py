@@ -43,11 +43,8 @@ def whole_steps(run: epath.PathLike) -> list[int]:
 def latest_step(run: epath.PathLike, parts: Sequence[str] = ()) -> int | None:
     """Returns the newest step of a run whose files are unchanged, or None.
 
-    The function reads every file. The log names each incomplete or damaged step that is skipped.
-
-    Args:
-      run: the run folder.
-      parts: names of the parts to read; an empty sequence means all.
+    The function reads every file of `parts`; an empty sequence means all parts. The log names each
+    incomplete or damaged step that is skipped.
 
     Raises:
       CheckpointError: if no existing checkpoint can be used, or the newest has another format
@@ -101,9 +98,7 @@ def make_room(folder: epath.Path, step: int) -> bool:
 
 
 def work_folder(folder: epath.Path, step: int, attempt: int) -> epath.Path:
-    """Returns the folder where an attempt writes a step.
-
-    On an object store, this folder already has the final name.
+    """Returns the folder where an attempt writes a step; on a store it has the final name already.
 
     Each attempt has its own folder, because threads of a failed attempt may still write.
     """

@@ -93,8 +93,7 @@ def arrays_of(trees: Mapping[str, Any]) -> dict[str, str]:
 def read_content(folder: epath.Path) -> Content:
     """Returns the content of the manifest of a step folder.
 
-    The checksum finds damage. The types of the fields are checked as well, because another program
-    may have written the manifest.
+    Another program may have written the manifest, so the types of the fields are checked as well.
 
     Raises:
       DamagedError: if the manifest is missing or damaged.
@@ -127,11 +126,7 @@ def no_checkpoint(folder: epath.Path, why: object) -> CheckpointError:
 
 
 def check_arrays(folder: epath.Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Compares the arrays of a checkpoint (`there`) with the arrays of this program (`here`).
-
-    Raises:
-      CheckpointError: with three lists: only in the checkpoint, only in this program, different.
-    """
+    """Raises a `CheckpointError` if a checkpoint's arrays (`there`) are not those needed `here`."""
     lists = {
         "only in the checkpoint": sorted(set(there) - set(here)),
         "only in this program": sorted(set(here) - set(there)),
@@ -162,11 +157,8 @@ def composite(parts: Iterable[str]) -> ocp.CompositeCheckpointHandler:
 def restore_model(run: epath.PathLike, step: int, *, verified: bool = False) -> RestoredModel:
     """Returns the model saved as `step` of a run, whole on one device.
 
-    Args:
-      run: the run folder.
-      step: one of its steps.
-      verified: `latest_step` has just compared the files with their checksums; otherwise this
-        function compares them.
+    The function compares the files with their checksums, unless `latest_step` has just done so
+    (`verified`).
 
     Raises:
       DamagedError: if a file is missing or has changed; the message names all of them.

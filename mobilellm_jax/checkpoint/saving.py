@@ -64,13 +64,8 @@ class SaveError(RuntimeError):
 class CheckpointWriter:
     """Saves the states of a run in the background, and keeps the newest checkpoints.
 
-    All processes call every method in the same step.
-
-    Args:
-      run: the run folder.
-      config: the config of the run.
-      tokenizer: every checkpoint gets a copy of its file.
-      check_owner: raises an error if the folder belongs to another run by now.
+    All processes call every method in the same step. `check_owner` raises an error if the folder
+    belongs to another run by now.
     """
 
     def __init__(
@@ -144,10 +139,7 @@ class CheckpointWriter:
         self._pending = step, saved
 
     def retry_is_due(self) -> bool:
-        """Returns True if a save failed in any process and it is time to try again.
-
-        The caller then saves the state of this moment.
-        """
+        """Returns True if a save failed in any process and it is time to save the newest state."""
         return self._in_any_process(time.monotonic() >= self._retry_at)
 
     def wait(self) -> None:
@@ -239,9 +231,8 @@ class CheckpointWriter:
 def save_model(run: epath.PathLike, config: Config, params: Params, tokenizer: Tokenizer) -> None:
     """Writes a run folder with `params` as its step 0.
 
-    Other commands evaluate, generate from and export the folder like any run, and
-    `train.init_from` can start from it. The folder has no optimizer state, so training cannot
-    resume it.
+    Other commands open the folder like any run. It has no optimizer state, so training cannot
+    resume it, but `train.init_from` can start from it.
     """
     Path(run).mkdir(parents=True, exist_ok=True)
     rundir.write_whole(Path(run) / rundir.CONFIG, config_lib.to_json(config))
@@ -264,7 +255,6 @@ def _content(config: Config, trees: Mapping[str, Any]) -> dict[str, Any]:
 def _start_writing(
     work: epath.Path, trees: Mapping[str, Any], attempt: str
 ) -> ocp.AsyncCheckpointer:
-    """Copies the arrays from the devices and begins to write them."""
     writer = ocp.AsyncCheckpointer(
         composite(trees),
         # This thread creates the folder. If a thread of Orbax created it, a disk that refuses
@@ -285,7 +275,6 @@ def _complete(
     content: Mapping[str, Any],
     tokenizer: Tokenizer,
 ) -> None:
-    """Waits for the arrays of all processes; process 0 then adds the tokenizer and the manifest."""
     writer.wait_until_finished()
     writer.close()
     if distributed.is_first():
