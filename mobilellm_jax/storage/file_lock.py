@@ -23,15 +23,13 @@ class HeldError(RuntimeError):
 class FileLock:
     """A lock that this process holds from its creation until `release`, or until it dies.
 
-    Args:
-      path: the locked file, which is created if it is missing.
-      shared: several processes may hold the lock together, but not beside an exclusive holder.
-      wait: wait until the lock is free.
-      required: raise if the file system has no locks; otherwise `works` says whether it has.
+    The file at `path` is created if it is missing.
 
-    Raises:
-      HeldError: if another process holds the lock and `wait` is false.
-      OSError: if the file cannot be opened, or the file system has no locks.
+    Args:
+      shared: several processes may hold the lock together, but not beside an exclusive holder.
+      wait: wait until the lock is free, instead of raising a `HeldError`.
+      required: raise an `OSError` if the file system has no locks; otherwise `works` says whether
+        it has.
     """
 
     def __init__(

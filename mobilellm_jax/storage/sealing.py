@@ -38,9 +38,7 @@ class UnsealedError(DamagedError):
 def seal(folder: epath.Path, content: Mapping[str, Any]) -> None:
     """Writes the manifest over all files in `folder`; they are on disk when this returns.
 
-    Args:
-      folder: a folder that nothing writes to any more.
-      content: other entries of the manifest, in JSON's types.
+    Nothing may write to the folder any more. `content` has other entries of the manifest.
     """
     files = sorted(_files(folder))
 
@@ -86,10 +84,8 @@ def verify(
 ) -> dict[str, Any]:
     """Compares the files on all cores with the manifest, and returns the manifest.
 
-    Args:
-      folder: a sealed folder.
-      parts: names of the subfolders to read; an empty sequence means the whole folder.
-      contents: also read the files; otherwise only their sizes are compared.
+    `parts` names the subfolders to compare; an empty sequence means the whole folder. Without
+    `contents`, only sizes are compared.
 
     Raises:
       UnsealedError: if the folder has no manifest.
@@ -155,12 +151,8 @@ def sha256_of(
 ) -> str:
     """Returns the SHA-256 of a file as hexadecimal digits.
 
-    Other threads can run meanwhile, because hashlib releases Python's lock.
-
-    Args:
-      path: the file.
-      to_disk: also write the file from the system's memory to the disk.
-      look: called with each block of the file, in order.
+    Other threads can run meanwhile, because hashlib releases Python's lock. `to_disk` also writes
+    the file from the system's memory to the disk. `look` gets each block of the file, in order.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -63,11 +63,8 @@ def read(file: Path) -> Any:
 def read_lines(file: Path, *, non_finite: bool = False) -> list[Any]:
     """Returns the values of a file of JSON lines, or an empty list if the file does not exist.
 
-    A crash may cut off the last line. An invalid last line without a line end is therefore ignored.
-
-    Args:
-      file: lines of UTF-8; empty lines are ignored.
-      non_finite: as for `parse`.
+    Empty lines are ignored. A crash may cut off the last line, so an invalid last line without a
+    line end is ignored as well. `non_finite` is as for `parse`.
 
     Raises:
       JsonError: if a line is refused; the message names the file and the line.
@@ -87,11 +84,7 @@ def read_lines(file: Path, *, non_finite: bool = False) -> list[Any]:
 
 
 def content_of(file: Path) -> bytes:
-    """Returns the bytes of a file that should hold JSON.
-
-    Raises:
-      JsonError: if the file is larger than `MAX_BYTES`.
-    """
+    """Returns the bytes of a file; raises a `JsonError` if there are more than `MAX_BYTES`."""
     with file.open("rb") as opened:
         content = opened.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -100,14 +93,9 @@ def content_of(file: Path) -> bytes:
 
 
 def parse(content: bytes | str, *, non_finite: bool = False) -> Any:
-    """Returns the value of a JSON text.
+    """Returns the value of a JSON text (bytes are UTF-8), or raises a `JsonError`.
 
-    Args:
-      content: UTF-8 bytes, or a text.
-      non_finite: accept NaN and Infinity, which Python writes although JSON does not allow them.
-
-    Raises:
-      JsonError: if the text is refused.
+    `non_finite` accepts NaN and Infinity, which Python writes although JSON does not allow them.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
@@ -177,17 +165,10 @@ def as_type(value: Any, expected: Any, name: str = "") -> Any:
 
 
 def get(holder: Any, key: str, expected: Any, default: Any = _REQUIRED, name: str = "") -> Any:
-    """Returns one field of an object, which may have other fields, or `default`.
+    """Returns field `key` of a parsed object as `as_type` does; other fields are not checked.
 
-    Args:
-      holder: the parsed object.
-      key: name of the field.
-      expected: type of the field, as for `as_type`.
-      default: value for a field that is missing or null; without it the field is required.
-      name: path of the object, for messages.
-
-    Raises:
-      JsonError: as `as_type`.
+    A field that is missing or null becomes `default`; without a default it is an error. `name` is
+    the path of the object, for messages.
     """
     if not isinstance(holder, dict):
         raise _wrong(name, holder, "an object")
