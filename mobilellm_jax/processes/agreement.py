@@ -16,9 +16,9 @@ class Agreement:
     devices. The answer is read one step later, when reading it takes no wait.
 
     Args:
-      step: the step of the run, from which this object also watches for preemption notices. jax's
-        coordination service passes a notice to all processes and chooses the step from the numbers
-        that the processes report. Only one object of a process may report them. None reports none.
+      step: the step of the run, from which this object also watches for preemption notices; None
+        watches for none. jax's coordination service passes a notice to all processes and chooses
+        the step from the numbers that they report. Only one object of a process may report them.
     """
 
     def __init__(self, step: int | None = None) -> None:

@@ -22,11 +22,7 @@ class Cluster:
 def check_flags(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> tuple[str, int, int]:
-    """Returns the three flags, which only work together.
-
-    Raises:
-      ConfigError: if a flag is missing or impossible.
-    """
+    """Returns the three flags; raises a `ConfigError` if one is missing or impossible."""
     if coordinator_address is None or num_processes is None or process_id is None:
         values = {
             "--coordinator_address": coordinator_address,

@@ -67,10 +67,11 @@ def start(
     process_id: int | None = None,
     peer_timeout_sec: float = PEER_TIMEOUT_SEC,
 ) -> str:
-    """Connects this process with the others of the run; call it before a backend starts.
+    """Connects this process with the others of the run; returns one line that describes the result.
 
-    Afterwards this process ends with a message when another process is gone. The first three
-    arguments come together or not at all. Without them the environment tells the same facts.
+    Call this function before a backend starts. Afterwards this process ends with a message when
+    another process is gone. The first three arguments come together or not at all. Without them the
+    environment tells the same facts.
 
     Args:
       coordinator_address: HOST:PORT of process 0.
@@ -79,12 +80,8 @@ def start(
       peer_timeout_sec: a process that is silent for so long counts as gone; with 0, only jax
         watches the processes.
 
-    Returns:
-      One line that describes the result.
-
     Raises:
-      ConfigError: if some of the arguments are missing or impossible, or if this process runs other
-        code than process 0.
+      ConfigError: if arguments are missing or impossible, or if process 0 runs other code.
       DistributedError: if this process cannot reach process 0.
     """
     coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -172,12 +169,7 @@ def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
 
 
 def leave(how: Parting, why: str = "") -> None:
-    """Tells the other processes that this process ends now.
-
-    Args:
-      how: "done", "stopped" (all processes stop, and the run resumes later) or "failed".
-      why: the reason, for the message of the other processes.
-    """
+    """Tells the other processes that this process ends now, as `Peers.leave`."""
     if _membership.peers is not None:
         _membership.peers.leave(how, why)
 
@@ -272,11 +264,7 @@ def _watch_peers(timeout_sec: float) -> None:
 
 
 def _check_code() -> None:
-    """Checks that all processes run the same code; different programs would wait for ever.
-
-    Raises:
-      ConfigError: if the code differs from process 0; the message lists the differences.
-    """
+    """Checks that all processes run the same code; different programs would wait for ever."""
     with together("comparing versions"):
         own = _code()
         first = from_first("versions", lambda: own)
@@ -293,13 +281,11 @@ def _check_code() -> None:
 
 
 def _code() -> dict[str, str]:
-    """Returns the versions that decide a run's programs, and a digest of this package."""
     versions = {name: metadata.version(name) for name in _PROGRAMS_DEPEND_ON}
     return {**versions, "mobilellm_jax (its source)": source_digest()[:12]}
 
 
 def _client() -> Any:
-    """Returns the connection to the coordinator, or None in a run of one process."""
     return process_state().client
 
 

@@ -52,11 +52,7 @@ def end_at_once(code: int, text: str) -> None:
 class Peers:
     """Watches the other processes in a thread, from `start` until `leave`.
 
-    Args:
-      own: number of this process.
-      count: number of processes of the run.
-      timeout_sec: a process that is silent for so long counts as gone.
-      end: ends this process with an exit code and a message, when another process is gone.
+    Process `own` of `count` calls `end` with an exit code and a message when another one is gone.
     """
 
     def __init__(
@@ -96,11 +92,7 @@ class Peers:
         return int(self._socket.getsockname()[1]), self._token
 
     def connect(self, host: str, port: int, token: str) -> None:
-        """Connects to process 0.
-
-        Raises:
-          OSError: if this process cannot reach process 0.
-        """
+        """Connects to process 0; raises an `OSError` if that is impossible."""
         self._socket = socket.create_connection((host, port), self._timeout_sec)
         self._socket.sendall(_line({"hello": self._me, "token": token}))
         self._heard, self._members = {0: time.monotonic()}, {0: Member(0, host, 0)}
@@ -110,7 +102,7 @@ class Peers:
         self._thread.start()
 
     def leave(self, how: Parting, why: str = "") -> None:
-        """Sends the parting message: done, stopped (the run resumes later) or failed."""
+        """Sends the parting message: done, stopped (all stop and resume later) or failed."""
         with self._leave_once:
             if self._thread.is_alive():
                 self._parting = _parting(self._me, how, why)
@@ -220,7 +212,6 @@ class Peers:
                 writer.write(_line(message))
 
     def _part(self, who: Member, how: Parting, why: str) -> None:
-        """Records that a process leaves; process 0 tells the others."""
         self._heard.pop(who.process, None)
         self._writers.pop(who.process, None)
         if how == "done":

@@ -189,7 +189,6 @@ def _name(holder: dict[str, Any]) -> str:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """Returns the record of a holder, or nothing if `content` is not a record."""
     with contextlib.suppress(strict_json.JsonError):
         found = strict_json.parse(content)
         if isinstance(found, dict):
@@ -198,7 +197,6 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _boot() -> str:
-    """Returns an identifier of this boot of this machine."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
