@@ -196,11 +196,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Returns the checked `Config` in the text of a `config.json`.
-
-    Raises:
-      ConfigError: if the text is not JSON, or as in `from_object`.
-    """
+    """Returns the checked `Config` in the text of a `config.json`; raises as `from_object`."""
     try:
         values = strict_json.parse(text)
     except strict_json.JsonError as error:
@@ -209,12 +205,7 @@ def from_json(text: str) -> Config:
 
 
 def read_json(file: Path) -> Config:
-    """Returns the checked `Config` in a `config.json`.
-
-    Raises:
-      MissingFileError: if the file is missing.
-      ConfigError: as in `from_json`.
-    """
+    """Returns the checked `Config` in a `config.json`, which must exist; raises as `from_json`."""
     try:
         values = strict_json.read(file)
     except strict_json.JsonError as error:
@@ -266,11 +257,7 @@ def _as_annotated(value: Any, expected: Any) -> Any:
 
 
 def changed(config: Config, change: Mapping[str, Any]) -> Config:
-    """Returns the config with other values of these dotted fields.
-
-    Raises:
-      ConfigError: if the values break a rule.
-    """
+    """Returns the config with other values of these dotted fields."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in change.items():
         group, field = name.split(".")

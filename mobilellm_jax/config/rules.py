@@ -90,10 +90,7 @@ def violations(
 ) -> Iterator[str]:
     """Yields one message for each wrong value and for each broken rule between valid values.
 
-    Args:
-      config: the config.
-      values: its values by the dotted names of the fields.
-      types: the annotated types with their limits, by the same names.
+    `values` and `types` have the dotted names of the fields; the types carry their limits.
     """
     valid = set()
     for name, value in values.items():
