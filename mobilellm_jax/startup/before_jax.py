@@ -8,13 +8,8 @@ from mobilellm_jax.startup.xla_flags import set_xla_flags
 def before_jax(*, deterministic: bool) -> str:
     """Sets the allocator, XLA's flags and the compilation cache; returns a line about them.
 
-    Processes of one run connect (`distributed.start`) only afterwards, with the flags set.
-
-    Args:
-      deterministic: `train.deterministic` of the config.
-
-    Raises:
-      ConfigError: as `set_xla_flags`.
+    Processes of one run connect (`distributed.start`) only afterwards, with the flags set. The
+    errors are those of `set_xla_flags`.
     """
     share_one_heap()
     flags = set_xla_flags(deterministic=deterministic)

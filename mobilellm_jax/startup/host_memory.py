@@ -13,23 +13,16 @@ _TOP_PAD_BYTES = 64 << 20
 
 
 def share_one_heap() -> bool:
-    """Tells glibc that threads that start later use the main heap.
+    """Makes threads that start later use glibc's main heap; returns whether that worked.
 
     Call this function before XLA starts its threads. Otherwise each thread gets a separate heap of
     at most 64 MB, and glibc maps larger blocks anew, in spite of `keep_freed_memory`.
-
-    Returns:
-      Whether the C library accepted the setting.
     """
     return _set((_M_ARENA_MAX, 1))
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to allocate only from its heap and never to shrink the heap.
-
-    Returns:
-      Whether the C library accepted the settings. Other allocators do not change.
-    """
+    """Makes glibc use only its heap and never shrink it; returns whether that worked."""
     return _set((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD_BYTES))
 
 
