@@ -38,12 +38,7 @@ def quantized(params: Params, scheme: Scheme) -> Params:
 
 
 def quantize_model(config: ModelConfig, params: Params, scheme: Scheme) -> Params:
-    """Checks the parameters of a model on a device, and returns `quantized` of them.
-
-    Raises:
-      ConfigError: if the scheme names one side of tied embeddings.
-      UserError: if parameters are not finite.
-    """
+    """Checks scheme and parameters, and returns `quantized` of them, on a device."""
     check_scheme(scheme, config)
     check_finite(params)
     integers: Params = jax.jit(functools.partial(quantized, scheme=scheme))(params)
@@ -67,10 +62,9 @@ def training_transform(config: Config) -> Callable[[Params], Params]:
 
 
 def derivation(config: Config) -> Callable[[Params], Params]:
-    """Returns the function from a run's parameters to its model in integers.
+    """Returns the function from a run's parameters to the model in integers that is evaluated.
 
-    Validation and samples use this model. The function is the identity if the run is trained for no
-    scheme.
+    The function is the identity if the run is trained for no scheme.
     """
     scheme = trained_scheme(config)
     return jax.jit(functools.partial(quantized, scheme=scheme)) if scheme else lambda params: params
@@ -131,11 +125,7 @@ def as_arrays(kernel: QuantizedKernel, num_inputs: int) -> tuple[np.ndarray, np.
 
 
 def check_finite(params: Params) -> None:
-    """Refuses parameters that are not finite.
-
-    Raises:
-      UserError: with their names.
-    """
+    """Raises a `UserError` with the names of parameters that are not finite."""
     wrong = [
         jax.tree_util.keystr(path, simple=True, separator=".")
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

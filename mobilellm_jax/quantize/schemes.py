@@ -78,11 +78,7 @@ ALIASES = {name: f"{name}g32" for name in _GROUPED}
 
 
 def find_scheme(name: str, parts: str = QuantizeConfig.parts) -> Scheme:
-    """Returns the scheme `name` with the parts in `parts`, which commas separate.
-
-    Raises:
-      ConfigError: if the scheme or a part does not exist.
-    """
+    """Returns the scheme with these parts, separated by commas; raises `ConfigError` if unknown."""
     known = [*SCHEMES, *ALIASES]
     if name not in known:
         raise ConfigError(
@@ -94,11 +90,7 @@ def find_scheme(name: str, parts: str = QuantizeConfig.parts) -> Scheme:
 
 
 def check_scheme(scheme: Scheme, model: ModelConfig) -> None:
-    """Refuses a scheme that names one side of tied embeddings only.
-
-    Raises:
-      ConfigError: with the rule.
-    """
+    """Raises a `ConfigError` if the scheme names only one side of tied embeddings."""
     _refuse(tied_violations("quantized_parts", ",".join(scheme.parts), model))
 
 
