@@ -1,10 +1,4 @@
-"""Predicts the needs of a run before it starts, by formulas or from the compiled training step.
-
-`accounting` counts parameters, FLOPs and bytes. `topology` describes TPU slices, also absent ones.
-`compiled` compiles the training step for a slice, and `hlo` reads the compiled program.
-`prediction` estimates the time of a step. `fit` searches for the smallest change that makes a step
-fit. `report` formats the results.
-"""
+"""Predicts the needs of a run before it starts, by formulas or from the compiled training step."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -28,11 +22,8 @@ _log = logging.getLogger(__name__)
 def plan(config: Config, topology_name: str | None, show: Callable[[list[str]], None]) -> bool:
     """Shows the plan, each section as soon as it is known; returns False if nothing fits.
 
-    Args:
-      config: the config of the run.
-      topology_name: TPU slices to compile the step for, in the form of `parse_topology`; None: the
-        devices of this machine, without compiling.
-      show: receives the lines of a section.
+    `topology_name` names the TPU slices to compile the step for (`parse_topology`). None means the
+    devices of this machine, without compiling.
 
     Raises:
       ConfigError: if there is no such topology, or if its devices cannot run the config.

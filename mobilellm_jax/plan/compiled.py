@@ -85,11 +85,7 @@ def compile_step(config: Config, mesh: Mesh, rules: Rules) -> CompiledStep | Too
 
 
 def needed_and_available(message: str) -> tuple[int, int] | None:
-    """Reads the sizes from the compiler's message that a program does not fit.
-
-    Returns:
-      The needed bytes and the available bytes, or None if the message says something else.
-    """
+    """Returns the needed and the available bytes from the compiler's message, or None."""
     found = _EXCEEDS.search(message) or _USED.search(message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None

@@ -38,10 +38,7 @@ class Fit:
 def smallest_fit(config: Config, devices: Sequence[jax.Device], failed: TooLarge) -> Fit | None:
     """Compiles the changes of `candidates` in order until a change fits; None: no change fits.
 
-    Args:
-      config: a config that `settle` returned.
-      devices: the devices of the mesh.
-      failed: the result of `compile_step` for `config`.
+    `failed` is the result of `compile_step` for `config`, which `settle` returned.
     """
     mesh, rules = mesh_of(config, devices)
     # The compiler needs more bytes than the count, mostly for its own buffers.

@@ -15,7 +15,7 @@ _LARGEST = 6  # number of collectives that get a line each
 
 
 def account_lines(config: Config, account: Account, mesh: dict[str, int]) -> list[str]:
-    """Describes the run and its counts."""
+    """Returns lines about the run and its counts."""
     model, train = config.model, config.train
     sharing = f" x {model.num_repeats} ({model.sharing})" if model.num_repeats > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
@@ -61,7 +61,6 @@ def step_lines(step: CompiledStep, available_bytes: int) -> list[str]:
 
 
 def _collective_lines(program: Program) -> list[str]:
-    """Describes the communication of a step: first by kind, then the largest transfers."""
     rows = {}
     for kind in COLLECTIVES:
         found = [c for c in program.collectives if c.kind == kind]

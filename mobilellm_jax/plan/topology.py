@@ -64,16 +64,12 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """Number of devices, one device per chip."""
+        """One device per chip."""
         return math.prod(self.sides) * self.slices
 
 
 def parse_topology(name: str) -> Topology:
-    """Returns the topology of a name such as `v5e:16x16`, `v5p:4x4x4` or `2xv5e:16x16`.
-
-    Raises:
-      ConfigError: if there is no such slice.
-    """
+    """Reads a name such as `v5p:4x4x4` or `2xv5e:16x16`; raises a `ConfigError` for others."""
     field = f"--topology={name}"
     found = re.fullmatch(r"(?:([1-9]\d*)x)?(v\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if found is None:
