@@ -101,12 +101,9 @@ def grid_rows(
 ) -> tuple[GridRow, ...]:
     """Returns the rows of a grid.
 
-    Args:
-      grid: one of `GRIDS`.
-      scale: one of `SCALES`.
-      group: 125M or 350M at the scale `paper`; "" = both. The small scales have one group.
-      vocab_size: vocabulary at the small scales. None: the default of the scale. The scale
-        `paper` always has 32,000.
+    At the scale `paper`, `group` is 125M, 350M or "" for both, and the vocabulary has 32,000
+    tokens. The small scales have one group. Their vocabulary is `vocab_size`, or the default of the
+    scale.
     """
     rows = []
     for row in architectures.rows(ABOUT[grid].table, group if scale == "paper" else "125M"):

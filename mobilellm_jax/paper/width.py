@@ -27,10 +27,8 @@ def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
     As in the paper's Table 11, the channels of a head stay the same, so the width grows in steps of
     one group of query heads. The feed-forward layer takes the remaining parameters. All widths
     within 3% of `parameters` are candidates. The result has the ratio of feed-forward to embedding
-    that is closest to the ratio in `model`.
-
-    Raises:
-      ConfigError: if no width gives this number of parameters.
+    that is closest to the ratio in `model`. Without a candidate, the function raises a
+    `ConfigError`.
     """
     group = model.num_heads // model.num_kv_heads
     proportion = model.ffn_dim / model.embed_dim
