@@ -57,7 +57,6 @@ class Attention(nn.Module):
         return product("BTNH,NHD->BTD", out_BTNH, kernel_NHD), kept
 
     def _heads(self, x_BTD: Float[Array, "B T D"]) -> tuple[Queries, Keys, Keys]:
-        """Returns queries, keys and values before their rotation."""
         config = self.config
         width, head_dim = config.embed_dim, config.head_dim
         joined_DKJH: Kernel | None = self.get_variable("params", _JOINED)
@@ -104,11 +103,9 @@ def attend_within(
 ) -> Attend:
     """Returns attention among the given tokens, with no cache.
 
-    Args:
-      config: names the implementation. An `auto` that `on_device.py` did not resolve means `xla`,
-        because plain JAX runs everywhere.
-      segments_BT: the document of each token; None means one document per row.
-      mask_BTS: replaces causal attention within segments. No kernel takes it.
+    An `auto` that `on_device.py` did not resolve means `xla`, because plain JAX runs everywhere.
+    `segments_BT` is the document of each token; None means one document per row. `mask_BTS`
+    replaces causal attention within segments. No kernel takes it.
     """
     uses_kernel = config.attention not in ("auto", "xla")
     assert mask_BTS is None or not uses_kernel, f"a mask for {config.attention}"

@@ -122,12 +122,7 @@ def apply_unrolled(
 ) -> tuple[Float[Array, "B T V"], list[Any]]:
     """Applies the model layer after layer.
 
-    Args:
-      config: the architecture.
-      weights: its parameters.
-      tokens_BT: token ids.
-      positions_BT: their positions for RoPE.
-      attend_in_slot: returns the attention of the layer with this place in the application order.
+    `attend_in_slot` returns the attention of the layer with this place in the application order.
 
     Returns:
       The float32 logits, and the second result of every layer's attention.

@@ -82,14 +82,9 @@ def apply_blocks(
 ) -> Carry:
     """Runs all applied layers; returns the residual stream and the memory after them.
 
-    Args:
-      blocks: the module that holds the stacked parameters of the unique blocks.
-      config: the architecture.
-      x_BTD: the embedded tokens.
-      turn: the rotation of queries and keys.
-      attend_in_slot: returns the attention of a layer, given the memory and the layer's slot in it.
-        The slot is the place of the layer in `application_order`.
-      memory: the cache that the layers extend, or None.
+    `blocks` holds the stacked parameters of the unique blocks. `attend_in_slot` returns the
+    attention of a layer, given the memory and the layer's slot in it: its place in
+    `application_order`.
     """
 
     def apply_block(block: Block, carry: Carry, slot: Int[Array, ""]) -> Carry:

@@ -76,13 +76,10 @@ class Transformer(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the normed last hidden states, in the compute dtype.
 
-        Args:
-          tokens_BT: token ids.
-          segments_BT: the document of each token. A token attends only within its document. None
-            means that each row is one document.
-          positions_BT: the positions for RoPE. None means 0, 1, 2, ...
-          mask_BTS: True where a query may attend to a key. It replaces the causal mask and the
-            segments. Attention kernels compute their own masks, so they do not take one.
+        `segments_BT` is the document of each token, and a token attends only within its document.
+        None means one document per row. `positions_BT` are for RoPE; None means 0, 1, 2, ...
+        `mask_BTS` is True where a query may attend to a key. It replaces the causal mask and the
+        segments, and attention kernels do not take it.
         """
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
@@ -122,7 +119,6 @@ class Transformer(nn.Module):
         attend_in_slot: Callable[[Any, Int[Array, ""]], Attend],
         memory: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Returns the normed last hidden states, and the memory after `apply_blocks`."""
         config = self.config
         turn = rotation(positions_BT, config.head_dim, config.rope_theta)
         x_BTD = self._embed(tokens_BT)
@@ -133,8 +129,7 @@ class Transformer(nn.Module):
         # The table is gathered over `fsdp` before the lookup. Otherwise GSPMD would copy the result
         # to every device.
         table_VD = gathered(self.embedding())
-        # The rows are converted after the lookup. So the gradients of a frequent token are summed
-        # in float32.
+        # Converting the rows after the lookup sums the gradients of a frequent token in float32.
         x_BTD = table_VD[tokens_BT].astype(compute_dtype(self.config))
         axes = ("batch", "length", "activation_embed")
         return cast(jax.Array, nn.with_logical_constraint(x_BTD, axes))
