@@ -50,10 +50,7 @@ def peak_flops(device: jax.Device) -> float | None:
 def model_flops_utilization(
     config: ModelConfig, seq_len: int, tokens_per_sec: float
 ) -> float | None:
-    """Returns model FLOPs utilization over all devices, or None if the peak is not listed.
-
-    `model/size.py` defines which FLOPs count.
-    """
+    """Returns model FLOPs utilization (`model/size.py`); None if the peak is not listed."""
     peak = peak_flops(jax.devices()[0])
     if peak is None:
         return None
@@ -64,9 +61,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a `metrics.jsonl` without a last line that a crash cut short.
 
     All values are numbers, except `train/attention`, which names the implementation of attention.
-
-    Raises:
-      UserError: if a line is not a record.
+    A line that is not a record is a `UserError`.
     """
     records = strict_json.read_lines(path, non_finite=True)
     for record in records:
@@ -142,7 +137,6 @@ class MetricsWriter:
             self.message(f"step {step}/{self._last_step}  {text}  {left}")
 
     def message(self, text: str) -> None:
-        """Shows a line to the user."""
         _log.info(text)
 
 
@@ -161,7 +155,6 @@ class SilentWriter(MetricsWriter):
 
 
 def _open_board(folder: Path) -> Any:
-    """Returns TensorBoard's writer, or None if TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from tensorboard.summary import Writer

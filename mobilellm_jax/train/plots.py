@@ -13,11 +13,6 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     """Draws training and validation loss (nats per token) over the steps as a PNG file.
 
     Without matplotlib the function draws nothing; `MetricsWriter` warns of this once per run.
-
-    Args:
-      records: lines of `metrics.jsonl`.
-      path: the PNG file; it appears complete or not at all.
-      title: title of the picture.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return

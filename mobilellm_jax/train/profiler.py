@@ -24,11 +24,7 @@ class ProfiledSteps:
 
     @classmethod
     def parse(cls, text: str) -> "ProfiledSteps":
-        """Reads "a:b", or "a" for a single step.
-
-        Raises:
-          ConfigError: if the text is not a range of steps.
-        """
+        """Reads "a:b", or "a" for a single step; anything else is a `ConfigError`."""
         match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
         if match is None:
             raise ConfigError(
@@ -42,11 +38,7 @@ class ProfiledSteps:
         return steps
 
     def check(self, first_step: int, last_step: int) -> None:
-        """Checks that a run from `first_step` to `last_step` takes all steps of the range.
-
-        Raises:
-          ConfigError: if the run does not take all of them.
-        """
+        """Raises a `ConfigError` if a run from `first_step` does not take all these steps."""
         if self.first <= first_step or self.last > last_step:
             raise ConfigError(
                 f"--profile_steps={self.first}:{self.last} must lie within the steps that the run "

@@ -97,11 +97,7 @@ def mesh_violations(config: Config, mesh: Mesh) -> list[str]:
 
 
 def mesh_of(config: Config, devices: Sequence[jax.Device]) -> tuple[Mesh, Rules]:
-    """Returns the mesh over the devices and its sharding rules.
-
-    Raises:
-      ConfigError: if the config does not fit the devices.
-    """
+    """Returns the mesh and its sharding rules; a config that does not fit is a `ConfigError`."""
     mesh = make_mesh(config.mesh, devices)
     if violations := mesh_violations(config, mesh):
         raise ConfigError("\n".join(violations))

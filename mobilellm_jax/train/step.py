@@ -73,13 +73,8 @@ def make_train_step(
     or if it is a spike (`train.spike_factor`, see `spikes.py`). The update is checked too, because
     a damaged optimizer state turns a finite gradient into an update that is not finite.
 
-    Args:
-      config: the config of the run.
-      optimizer: the transformation of the gradients.
-      mesh: the devices.
-      rules: the sharding rules of the model.
-      state: a concrete or abstract state, which gives the shardings.
-      transform: the model computes with `transform(params)`, and gradients flow through it.
+    The concrete or abstract `state` gives the shardings. The model computes with
+    `transform(params)`, and gradients flow through it.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jit_under(
@@ -142,7 +137,6 @@ def _step(
 def _loss_and_gradient(
     config: Config, mesh: Mesh, transform: Transform
 ) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Params]]:
-    """Returns a function of parameters, batch and number of targets to loss and gradient."""
     model = Transformer(config.model)
     accumulation = config.train.accumulation_steps
     rows = config.train.global_batch // accumulation

@@ -70,7 +70,6 @@ class Walltime:
         return "save" in self._taken
 
     def measured(self, what: Literal["step", "save", "look"], seconds: float) -> None:
-        """Remembers the duration of a step, a save or a look."""
         self._taken.setdefault(what, deque(maxlen=_LATEST)).append(seconds)
 
     def is_up(self, look_is_near: bool) -> bool:
@@ -93,8 +92,7 @@ class Walltime:
 def parse_duration(flag: str, text: str) -> float:
     """Reads "3h50m", "90m", "1d12h", "5400s", "5400" or Slurm's "3:50:00" as seconds.
 
-    Raises:
-      ConfigError: if the text has none of these forms, or is 0; the message names `flag`.
+    Another form, or 0, is a `ConfigError`.
     """
     seconds: float | None = None
     with_units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
