@@ -43,20 +43,12 @@ class Artifact:
         return load_tokenizer(self.folder)
 
     def load(self) -> Runtime:
-        """Loads the model in its runtime.
-
-        Raises:
-          UserError: if the runtime is not installed, or refuses the file.
-        """
+        """Loads the model in its runtime; raises a `UserError` if that is impossible."""
         self.check_runtime()
         return FORMATS[self.info.format].load(self.folder, self.info)
 
     def check_runtime(self) -> None:
-        """Checks that the runtime is installed.
-
-        Raises:
-          UserError: if it is not.
-        """
+        """Raises a `UserError` if the runtime is not installed."""
         form = FORMATS[self.info.format]
         if not form.can_run:
             raise UserError(

@@ -35,15 +35,9 @@ def export(
     training: Training | None = None,
     verified: bool = True,
 ) -> Exported:
-    """Writes an export, which appears complete and verified or not at all.
+    """Writes an export in one of `FORMATS`, which appears complete and verified or not at all.
 
-    Args:
-      source: the model.
-      directory: folder to create; an empty folder may exist.
-      format_name: a key of FORMATS.
-      precision: a precision of the format.
-      training: the run, for the model card, if it is known.
-      verified: whether to run the export and compare it.
+    The folder must be new or empty. `training` is the run, for the model card, if it is known.
 
     Raises:
       UserError: if `directory` is not empty, or the format cannot express the model or tokenizer.

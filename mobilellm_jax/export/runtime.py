@@ -1,4 +1,7 @@
-"""What every runtime does, and the description of a model file."""
+"""What every runtime does, and the description of a model file.
+
+Every runtime raises a `UserError` for a file that it cannot load or that holds another model.
+"""
 
 import abc
 import dataclasses
@@ -40,13 +43,9 @@ class Runtime(abc.ABC):
         self._length = 0  # number of tokens in the cache
 
     def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Starts a new sequence, reads its tokens, and returns their logits.
+        """Starts a new sequence and returns its logits [tokens, vocabulary].
 
-        Args:
-          tokens: at least one token; the cache keeps them.
-
-        Returns:
-          Logits of shape [tokens, vocabulary]; row t predicts the token after token t.
+        Row t predicts the token after token t.
 
         Raises:
           UserError: if there is no token, or more tokens than the export allows.
@@ -58,11 +57,7 @@ class Runtime(abc.ABC):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def append(self, token: int) -> NDArray[np.float32]:
-        """Reads one more token with the cache and returns the logits of the next token.
-
-        Raises:
-          UserError: if the cache is full.
-        """
+        """Reads one more token into the cache, which must have room; returns its logits."""
         self._check_room(self._length + 1)
         last_V: NDArray[np.float32] = self._read_on([token])[-1]
         return last_V
@@ -71,8 +66,7 @@ class Runtime(abc.ABC):
     def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Reads tokens after the `_length` tokens in the cache; 0 starts a new sequence.
 
-        Returns:
-          Logits of shape [tokens, vocabulary], which the next call does not change.
+        The next call must not change the returned logits [tokens, vocabulary].
         """
 
     def _read_on(self, tokens: Sequence[int]) -> NDArray[np.float32]:

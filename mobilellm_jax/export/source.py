@@ -31,11 +31,7 @@ class Source:
 def narrowed(
     name: str, values: np.ndarray, precision: str, dtype: np.dtype[Any] | None = None
 ) -> np.ndarray:
-    """Returns weights as `dtype`, which is the dtype that `precision` names by default.
-
-    Raises:
-      UserError: if a value is not finite in this dtype.
-    """
+    """Returns weights as `dtype`, by default that of `precision`; all must be finite in it."""
     with np.errstate(over="ignore"):
         narrow = values.astype(dtype or DTYPES[precision], copy=False)
     if not np.isfinite(narrow.astype(np.float32, copy=False)).all():
@@ -45,11 +41,7 @@ def narrowed(
 
 
 def check_groups(config: ModelConfig, size: int, precision: str, remedy: str) -> None:
-    """Checks that the inputs of every matrix divide into groups of `size`.
-
-    Raises:
-      UserError: naming the field that does not.
-    """
+    """Raises a `UserError` if the inputs of a matrix do not divide into groups of `size`."""
     inputs = {
         "model.embed_dim": config.embed_dim,
         "model.num_heads * model.head_dim": config.num_heads * config.head_dim,

@@ -23,10 +23,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class TorchDecoder(nn.Module):
     """A MobileLLM of any shape in `ModelConfig`, for one sequence in float32.
 
-    Args:
-      config: the model's config.
-      params: the model's parameter tree.
-      positions: largest number of tokens in a sequence; None: `config.max_seq_len`.
+    A sequence has at most `positions` tokens; None: `config.max_seq_len`.
     """
 
     cos_SH: Tensor
@@ -65,8 +62,6 @@ class TorchDecoder(nn.Module):
 
 
 class _Block(nn.Module):
-    """Computes x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
     def __init__(self, config: ModelConfig, params: Mapping[str, Any], block: int) -> None:
         super().__init__()
         attention, feed_forward = params["attention"], params["feed_forward"]
@@ -107,8 +102,6 @@ class _Block(nn.Module):
 
 
 class _Norm(nn.Module):
-    """Computes x / sqrt(mean(x^2) + eps) * scale."""
-
     def __init__(self, scale_D: Any, eps: float) -> None:
         super().__init__()
         self.scale_D = nn.Parameter(_tensor(scale_D), requires_grad=False)

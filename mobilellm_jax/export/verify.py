@@ -103,11 +103,7 @@ class Verification:
 
 
 def verify(runtime: Runtime, source: Source) -> Verification:
-    """Compares an export with the model it was made from.
-
-    Raises:
-      VerificationError: if the logits of the export have another shape.
-    """
+    """Compares an export with its model; logits of another shape are a `VerificationError`."""
     config = dataclasses.replace(source.config, compute_dtype="float32", attention="xla")
     room = min(config.max_seq_len, runtime.max_seq_len)
     tokenizer = source.tokenizer

@@ -19,11 +19,7 @@ _METHOD = "forward"
 
 
 class ExecutorchRuntime(Runtime):
-    """A program of `executorch/writer.py`, which keeps its own cache.
-
-    Raises:
-      UserError: if ExecuTorch cannot load the file, or the file contains another model.
-    """
+    """A program of `executorch/writer.py`, which keeps its own cache."""
 
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
         data = file.with_suffix(".ptd")

@@ -98,7 +98,7 @@ def _lowered(program: "_Program", config: ModelConfig, data: str) -> Any:
 
 
 class _Program(nn.Module):
-    """The decoder with its cache, which is a pair of buffers for every application of a block."""
+    """The decoder with its cache: a pair of buffers for every application of a block."""
 
     def __init__(self, config: ModelConfig, decoder: TorchDecoder) -> None:
         super().__init__()

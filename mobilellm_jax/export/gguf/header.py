@@ -76,11 +76,7 @@ def write_header(file: Path, config: ModelConfig, tokenizer: Tokenizer, precisio
 
 
 def check_header(file: Path, info: ArtifactInfo) -> None:
-    """Checks that a file is what an export writes, except for the values of the weights.
-
-    Raises:
-      UserError: if the file has another header or another size.
-    """
+    """Checks that a file has the header and the size that an export writes."""
     with tempfile.TemporaryDirectory() as folder:
         ours = Path(folder) / file.name
         tokenizer = load_tokenizer(file.parent)
@@ -129,7 +125,7 @@ def _describe_tokenizer(writer: Any, tokenizer: Tokenizer, vocabulary: Vocabular
 
 
 def _list_tensors(writer: Any, config: ModelConfig, precision: str) -> int:
-    """Adds the lines of the tensors; returns how many bytes the tensors take."""
+    """Adds a line per tensor; returns how many bytes the tensors take."""
     layers = config.applied_depth
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     total = 0

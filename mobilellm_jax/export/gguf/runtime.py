@@ -32,19 +32,14 @@ _messages: collections.deque[str] = collections.deque(maxlen=20)
 
 @_c.llama_log_callback  # type: ignore[untyped-decorator]  # ctypes
 def _log(level: int, text: bytes, user_data: Any) -> None:
-    """Collects llama.cpp's error messages, which llama.cpp would otherwise print to stderr."""
+    """Collects llama.cpp's error messages, which it would otherwise print to stderr."""
     del user_data
     if level == _ERROR:
         _messages.append(text.decode(errors="replace").strip())
 
 
 class LlamaCppRuntime(Runtime):
-    """A model with llama.cpp's cache for one sequence.
-
-    Raises:
-      UserError: if llama.cpp cannot run the file, or the file is not the export that `info`
-        describes.
-    """
+    """A model with llama.cpp's cache for one sequence."""
 
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
         check_header(file, info)

@@ -26,8 +26,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
     """Writes `model.gguf` into `folder`; returns the number of stored layers.
 
     Raises:
-      UserError: if llama.cpp's `llama` architecture, the precision or llama.cpp's tokenizers cannot
-        express the model.
+      UserError: as `write_header`, or if llama.cpp gives other ids than the tokenizer.
     """
     config = source.config
     order = application_order(config.num_blocks, config.num_repeats, config.sharing)

@@ -45,11 +45,7 @@ _TYPES: Mapping[str, Any] = {
 
 
 def check_llama(config: ModelConfig) -> None:
-    """Checks that a LlamaForCausalLM computes the same as the model.
-
-    Raises:
-      UserError: naming the fields that prevent it.
-    """
+    """Raises a `UserError` if no LlamaForCausalLM computes the same as the model."""
     problems = []
     if config.activation != "swiglu":
         problems.append(

@@ -117,7 +117,7 @@ def read_huggingface(directory: Path) -> Imported:
 def _write_files(
     source: Source, folder: Path, dtype: str, layout: Layout, blocks: Sequence[int]
 ) -> int:
-    """Writes all files; layer i is block `blocks[i]`."""
+    """Writes all files, with block `blocks[i]` as layer i."""
     config, tokenizer = source.config, source.tokenizer
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     # transformers 4 reads torch_dtype.
@@ -163,11 +163,7 @@ def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directo
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
-    """Checks that the model has all tokens of its tokenizer.
-
-    Raises:
-      UserError: if it has fewer.
-    """
+    """Raises a `UserError` if the model has fewer tokens than its tokenizer."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where}: its {tokenizer.file.name} has {tokenizer.vocab_size} tokens, but the model "

@@ -87,11 +87,7 @@ def their_shapes(config: ModelConfig, layers: int) -> dict[str, tuple[int, ...]]
 def their_tensors(
     config: ModelConfig, params: Mapping[str, Any], blocks: Sequence[int]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a model whose layer i is block `blocks[i]`; most tensors are views.
-
-    Raises:
-      UserError: if the parameter tree does not fit the config.
-    """
+    """Yields the tensors of a model whose layer i is block `blocks[i]`; most tensors are views."""
     flat: dict[str, np.ndarray] = {
         path: np.asarray(leaf)
         for path, leaf in traverse_util.flatten_dict(params, sep="/").items()  # type: ignore[no-untyped-call]  # flax
@@ -107,11 +103,7 @@ def their_tensors(
 
 
 def check_shapes(expected: Shapes, found: Shapes, where: str, remedy: str = "") -> None:
-    """Checks that names and shapes are equal.
-
-    Raises:
-      UserError: with three lists: only in the model, only in the file, different shapes.
-    """
+    """Raises a `UserError` if names or shapes differ."""
     lists = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [plain(name) for name in found if name not in expected],

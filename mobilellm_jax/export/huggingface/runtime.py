@@ -19,12 +19,7 @@ _CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
 
 class HuggingFaceRuntime(Runtime):
-    """A causal language model with transformers' own cache.
-
-    Args:
-      folder: a directory that you trust, because its modelling file is run.
-      info: the description of the model.
-    """
+    """A causal language model in transformers; trust the folder, because its code is run."""
 
     def __init__(self, folder: Path, info: ArtifactInfo) -> None:
         super().__init__(f"transformers {transformers.__version__}", info.model)

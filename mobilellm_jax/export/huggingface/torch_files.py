@@ -52,8 +52,6 @@ class _Refused(Exception):  # noqa: N818  # never leaves this file
 
 
 class _Name(NamedTuple):
-    """The name of a class or function in the pickle."""
-
     module: str
     name: str
 
@@ -104,7 +102,6 @@ def open_torch(file: Path) -> dict[str, StoredTensor]:
 
 @contextlib.contextmanager
 def _refusals(file: Path, name: str = "") -> Iterator[None]:
-    """Turns the errors about a damaged or foreign file into errors for the user."""
     try:
         yield
     except (
@@ -231,7 +228,6 @@ class _Stack:
         self._memo: dict[int, Any] = {}
 
     def result(self) -> Any:
-        """Returns the only value."""
         if self._levels or len(self._values) != 1:
             raise _Refused("its pickle ends with more than one value")
         return self._values[0]

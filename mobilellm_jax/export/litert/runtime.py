@@ -23,11 +23,7 @@ _Arrays = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class LitertRuntime(Runtime):
-    """A model of `litert/writer.py`; its cache is both argument and result of every call.
-
-    Raises:
-      UserError: if LiteRT cannot load the file, or the file contains another model.
-    """
+    """A model of `litert/writer.py`; its cache is both argument and result of every call."""
 
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
         model, found = _opened(file)
@@ -85,7 +81,6 @@ def _call(model: Any, signature: str, length: int, span: int, cache: Mapping[str
 
 
 def _opened(file: Path) -> tuple[Any, dict[str, _Arrays]]:
-    """Returns the model, and the arrays of its signatures."""
     # XNNPACK packs the weights once for both signatures, and the file's pages can be dropped: a
     # file of 159 MB takes 296 MB instead of 527 MB.
     cpu = CpuOptions(num_threads=available_cores(), xnnpack_weight_cache_path=":memory")

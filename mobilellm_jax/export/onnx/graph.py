@@ -19,8 +19,7 @@ _ALIGNED = 64
 class Graph:
     """Nodes and initializers in the order in which they are added.
 
-    Args:
-      weights: file that takes the values of all initializers except the smallest ones.
+    The file `weights` takes the values of all initializers except the smallest ones.
     """
 
     def __init__(self, weights: BinaryIO) -> None:
@@ -31,7 +30,7 @@ class Graph:
         self._weights = weights
 
     def constant(self, name: str, values: np.ndarray) -> str:
-        """Adds an initializer and returns its name."""
+        """Adds an initializer; returns its name."""
         data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
         tensor = onnx.TensorProto(name=name, data_type=data_type, dims=values.shape)
         data = np.ascontiguousarray(values)

@@ -24,13 +24,7 @@ _ONLY_ERRORS = 3
 
 
 class OnnxRuntime(Runtime):
-    """A session of a model of `onnx/writer.py`.
-
-    It updates its cache in place, because input and output are bound to the same memory.
-
-    Raises:
-      UserError: if ONNX Runtime refuses the file, or the file contains another model.
-    """
+    """A session that updates its cache in place: input and output are bound to the same memory."""
 
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
         super().__init__(f"ONNX Runtime {onnxruntime.__version__}", info.model)

@@ -29,12 +29,10 @@ from mobilellm_jax.model.rope import rotation
 FILE = "model.onnx"
 
 _BITS = {"int8": 8, "int4": 4}
-# Number of weights that share a scale, by bits. The width of a matrix is padded to a multiple of
-# it.
+# Number of weights that share a scale, by bits; the width of a matrix is padded to a multiple.
 _BLOCK = {8: 64, 4: 32}
 _INT8_PRODUCTS = 4  # MatMulNBits quantizes activations too, each block of a token separately
-# GroupQueryAttention rotates only head dims that are multiples of this number. Zero channels pad
-# other heads.
+# GroupQueryAttention rotates only multiples of so many channels. Zeros pad other heads.
 _HEAD_MULTIPLE = 16
 _END = np.iinfo(np.int64).max
 
@@ -110,7 +108,6 @@ def _write_model(graph: Graph, source: Source, precision: str) -> None:
 
 
 def _add_block(graph: Graph, source: Source, u: int, store: np.dtype[Any], bits: int) -> _Block:
-    """Adds the initializers of unique block `u`."""
     config = source.config
     blocks = source.params["blocks"]
     attention, feed_forward = blocks["attention"], blocks["feed_forward"]
@@ -138,11 +135,7 @@ def _add_block(graph: Graph, source: Source, u: int, store: np.dtype[Any], bits:
 
 
 def _widened(heads: np.ndarray, axis: int) -> np.ndarray:
-    """Pads each half of the head dim with zeros up to a multiple of _HEAD_MULTIPLE.
-
-    Each half is padded, because rotation pairs channel i of the first half with channel i of the
-    second.
-    """
+    """Pads each half of the head dim, because rotation pairs channel i of the two halves."""
     *before, head_dim, after = *heads.shape[:axis], heads.shape[axis], heads.shape[axis + 1 :]
     halves = heads.reshape(*before, 2, head_dim // 2, *after)
     widths = [(0, 0)] * halves.ndim

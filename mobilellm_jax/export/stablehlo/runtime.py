@@ -24,10 +24,7 @@ _SMALLEST_BUCKET = 16  # number of tokens; jax would compile another program for
 class StableHloRuntime(Runtime):
     """The functions of `stablehlo/writer.py`, compiled at their first use.
 
-    The cache is updated in place.
-
-    Raises:
-      UserError: if the files are damaged, come from different exports, or contain another model.
+    The cache is updated in place. Files from different exports are refused.
     """
 
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
@@ -59,7 +56,6 @@ class StableHloRuntime(Runtime):
 
 
 def _opened(file: Path) -> tuple[export.Exported, export.Exported, dict[str, np.ndarray]]:
-    """Returns prefill, decode and the weights."""
     weights_file = file.with_name(WEIGHTS)
     try:
         with safetensors.safe_open(weights_file, framework="np") as tensors:
