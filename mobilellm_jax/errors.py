@@ -19,15 +19,12 @@ class MissingFileError(UserError, FileNotFoundError):
 
 
 def require(package: str, extra: str, purpose: str) -> None:
-    """Checks that an optional package is installed, before code imports it.
+    """Raises a `UserError` if an optional package is absent; call it before the import.
 
     Args:
       package: import name, such as "pyarrow".
       extra: the extra of `setup.py` that installs the package.
       purpose: what needs the package, such as "a parquet: source".
-
-    Raises:
-      UserError: if the package is absent; the message names the extra.
     """
     if importlib.util.find_spec(package) is None:
         raise UserError(

@@ -77,12 +77,8 @@ class Ready:
 def settle_run(config: Config, workdir: Path, check_start: Callable[[int], None]) -> Ready:
     """Settles everything that the run in `workdir` needs, and records its config there.
 
-    `check_start` raises if the run cannot start from the step that it is given.
-
-    Raises:
-      ConfigError: if config, files and devices do not fit together.
-      MissingFileError: if data is missing.
-      UserError: if data is damaged.
+    `check_start` raises if the run cannot start from the step that it is given. A `UserError` says
+    what is missing or damaged, or what does not fit together.
     """
     with distributed.together("checking the run"):
         resume_step: int | None = distributed.from_first(
@@ -111,12 +107,9 @@ def settle_run(config: Config, workdir: Path, check_start: Callable[[int], None]
 
 
 def local_workdir(workdir: str) -> Path:
-    """Returns the path of a run folder.
+    """Returns the path of a run folder; raises a `ConfigError` for a URL.
 
     A run appends to files and locks its folder, and object stores can do neither.
-
-    Raises:
-      ConfigError: for a URL.
     """
     if "://" in workdir:
         raise ConfigError(
@@ -143,11 +136,7 @@ def check_writable(workdir: Path) -> None:
 def check_same_run(
     workdir: Path, old: Config, new: Config, may_change: frozenset[str], remedy: str
 ) -> None:
-    """Checks that `new` may continue the run in `workdir`, which was started with `old`.
-
-    Raises:
-      ConfigError: listing the fields outside of `may_change` that differ.
-    """
+    """Checks that `old`, the config of `workdir`, and `new` differ only in `may_change`."""
     changed = config_lib.changed_fields(old, new)
     if lines := _lines({name: pair for name, pair in changed.items() if name not in may_change}):
         raise ConfigError(
@@ -162,11 +151,7 @@ def _lines(different: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
-    """Replaces every `auto`, and compares the config with the run in `workdir`.
-
-    Raises:
-      ConfigError: if the run in `workdir` cannot continue with this config.
-    """
+    """Replaces every `auto`; raises if the run in `workdir` cannot continue with the config."""
     device = jax.devices()[0]
     if resume_step is None:
         return settle_for_device(config, device)
@@ -229,11 +214,7 @@ def _prepare(config: Config, path: Path) -> None:
 
 
 def _record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
-    """Writes config and tokenizer into the run folder, and checks that all processes share it.
-
-    Raises:
-      ConfigError: if this process has another config or another folder than process 0.
-    """
+    """Writes config and tokenizer; checks that all processes have the same config and folder."""
 
     def write() -> str:
         text = config_lib.to_json(config)
@@ -285,9 +266,6 @@ def verify(config: Config, mixture: Mixture) -> None:
     """Reads all data and compares checksums, if `data.verify` is set.
 
     Every process reads all data, because hosts may have copies of their own.
-
-    Raises:
-      UserError: if a file is damaged; the message names the first one.
     """
     if config.data.verify:
         for dataset in mixture.datasets:
@@ -330,11 +308,7 @@ def held_out_targets(config: Config, mixture: Mixture) -> int:
 
 
 def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
-    """Returns the parameters of `train.init_from`, or None if it is empty.
-
-    Raises:
-      ConfigError: if the checkpoint has another model or another tokenizer.
-    """
+    """Returns the parameters of `train.init_from`, or None if it is empty."""
     if not config.train.init_from:
         return None
     opened = open_model(config.train.init_from)

@@ -64,8 +64,7 @@ def pretrain(
 
     Raises:
       TrainingDivergedError: if steps are not finite again after the return.
-      ConfigError: if config, files and devices do not fit together, before anything compiles.
-      MissingFileError: if data is missing.
+      UserError: as `settle_run`, before anything compiles.
     """
 
     def check_start(step: int) -> None:
@@ -108,7 +107,6 @@ class _Run:
         self._validator = make_validator(self._config, ready.mixture, ready.mesh, ready.rules)
 
     def train(self, checkpoints: CheckpointWriter) -> bool:
-        """Trains to the end or until the run is stopped; returns whether it finished."""
         state = self._first_state(checkpoints)
         self._step_fn = make_train_step(
             self._config,
@@ -134,7 +132,6 @@ class _Run:
         return outcome.kind == "finished"
 
     def plot(self) -> None:
-        """Draws the losses that are recorded so far."""
         if distributed.is_first():
             records = read_metrics(self._workdir / rundir.METRICS)
             plot_losses(records, self._workdir / rundir.LOSS_PLOT, self._workdir.name)
@@ -214,7 +211,6 @@ class _Run:
         return values
 
     def _sample_and_score(self, writer: MetricsWriter, step: int, state: TrainState) -> None:
-        """Samples texts and scores tasks with the parameters on the devices."""
         params = self._derive(state.params)
         self._write_samples(step, params, state.key_data)
         values = self._ready.evaluator(params)

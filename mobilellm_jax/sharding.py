@@ -80,10 +80,7 @@ def count_slices(devices: Iterable[jax.Device]) -> int:
 
 
 def _parts(dcn_data: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-    """Returns the devices of each slice.
-
-    CPU devices are divided in order into slices of equal size, for tests and plans.
-    """
+    """Returns the devices of each slice; for tests and plans, CPU devices form equal slices."""
     if dcn_data == 1:
         return [list(devices)]
     slices = count_slices(devices)
@@ -170,11 +167,7 @@ def local_rows(mesh: Mesh, global_batch: int) -> NDArray[np.int64]:
 def put_batch(
     batch: Mapping[str, np.ndarray], mesh: Mesh, global_batch: int
 ) -> dict[str, jax.Array]:
-    """Returns global arrays from the rows of this process.
-
-    Raises:
-      UserError: if the number of rows differs from `local_rows`.
-    """
+    """Returns global arrays from the rows of this process, which are those of `local_rows`."""
     own = len(local_rows(mesh, global_batch))
     placed = {}
     for name, rows_BT in batch.items():
@@ -203,10 +196,7 @@ def bytes_per_device(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class UnderMesh(Generic[Result]):
-    """A jitted function that is always traced under its own mesh.
-
-    `lower` returns the program without running it.
-    """
+    """A jitted function that is always traced under its own mesh."""
 
     jitted: jax.stages.Wrapped
     mesh: Mesh
