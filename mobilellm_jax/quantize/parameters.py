@@ -53,9 +53,8 @@ def on_levels(params: Params, scheme: Scheme) -> Params:
 def training_transform(config: Config) -> Callable[[Params], Params]:
     """Returns the function that the step applies to the parameters before the model.
 
-    The step computes with matrices and activations that are rounded to the levels of the run's
-    scheme. Its gradient passes straight through the rounding to the float parameters, which the run
-    trains and saves. The function is the identity if the run is trained for no scheme.
+    It rounds to the levels of the run's scheme, and gradients pass straight through to the float
+    parameters. It is the identity if the run is trained for no scheme.
     """
     scheme = trained_scheme(config)
     return functools.partial(on_levels, scheme=scheme) if scheme else lambda params: params
@@ -64,7 +63,7 @@ def training_transform(config: Config) -> Callable[[Params], Params]:
 def derivation(config: Config) -> Callable[[Params], Params]:
     """Returns the function from a run's parameters to the model in integers that is evaluated.
 
-    The function is the identity if the run is trained for no scheme.
+    It is the identity if the run is trained for no scheme.
     """
     scheme = trained_scheme(config)
     return jax.jit(functools.partial(quantized, scheme=scheme)) if scheme else lambda params: params
