@@ -41,7 +41,7 @@ class Account:
 
     @property
     def flops_per_step(self) -> int:
-        """Model FLOPs of one device in one step."""
+        """Model FLOPs of one device."""
         return self.flops_per_token * self.tokens_per_step // self.num_devices
 
 

@@ -32,7 +32,6 @@ class Prediction:
 
     @property
     def roofline_sec(self) -> float:
-        """A lower bound of the time."""
         return max(self.flops_sec, self.memory_sec, self.network_sec)
 
     @property
