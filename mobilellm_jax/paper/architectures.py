@@ -40,11 +40,7 @@ class Row:
 
 
 def ffn_width(embed_dim: int, activation: Activation = "swiglu") -> int:
-    """Returns the hidden width of the paper's feed-forward layers.
-
-    With SwiGLU it is 8/3 of the embedding, rounded up to a multiple of 256 as in LLaMA. With ReLU
-    it is 4 times the embedding.
-    """
+    """Returns the hidden width of the paper's feed-forward layers; with SwiGLU as in LLaMA."""
     if activation != "swiglu":
         return 4 * embed_dim
     return -(-(8 * embed_dim // 3) // 256) * 256
