@@ -2,8 +2,7 @@
 
 `model.attention` names a kernel. `config.rules.ATTENTION` lists the limits of each kernel, and the
 config refuses a combination that a kernel cannot compute. All kernels compute the same function as
-`softmax.attend`, and tests compare them with it. They serve training and scoring. Decoding uses
-`softmax.attend`.
+`softmax.attend`, which decoding uses, and tests compare them with it.
 """
 
 import functools
@@ -71,7 +70,6 @@ def tokamax(
     so this function uses private names: https://github.com/openxla/tokamax. Use the public function
     once it accepts segments or the first key of each query.
     """
-    # Tokamax is an optional dependency.
     from tokamax._src.ops.attention import api, base
 
     k_start_B1T = None if segments_BT is None else segment_starts(segments_BT)[:, None, :]

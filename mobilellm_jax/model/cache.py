@@ -40,7 +40,6 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row can hold."""
         return int(jax.tree.leaves(self.k_LBSKH)[0].shape[2])
 
 

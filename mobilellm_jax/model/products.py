@@ -28,17 +28,13 @@ from jaxtyping import Array, Float, Int
 
 
 class SpecialKernel(abc.ABC):
-    """A weight matrix with its own product, such as integers with scales (`quantize/kernels.py`).
-
-    It offers the parts of an array's interface that the model uses.
-    """
+    """A weight matrix with a product of its own, such as integers (`quantize/kernels.py`)."""
 
     integer_products: Any
     """Whether activations are rounded to 8 bits before the product."""
 
     @property
     def T(self) -> Any:  # noqa: N802  # the name that arrays use
-        """The transposed matrix."""
         return jax.tree.map(lambda array: array.T, self)
 
     @abc.abstractmethod
