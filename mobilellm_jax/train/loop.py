@@ -3,9 +3,6 @@
 The loop reads the metrics of a step while the next step runs, and places batches ahead of the step
 (`prefetch.py`). A batch that was placed but not used has no effect, because the position of a run
 in its data follows from its step.
-
-The caller gives the loop its batches and `Hooks`, so this file knows neither data formats nor
-checkpoints.
 """
 
 import contextlib
@@ -36,8 +33,7 @@ class Hooks:
     sample: Callable[[int, TrainState], None]
     # Returns whether a save failed and has to be repeated now; all processes get the same value.
     retry_is_due: Callable[[], bool] = lambda: False
-    # The argument says whether this process wants to stop, and the result says whether all
-    # processes stop.
+    # Takes whether this process wants to stop, and returns whether all processes stop.
     agree: Callable[[bool], bool] = lambda asked: asked
 
 
@@ -119,7 +115,6 @@ class _Watch:
             self.walltime.measured(kind, seconds)
 
     def reason_to_stop(self, step: int, stop: StopRequest) -> str:
-        """Returns the reason why this process wants to stop after the step, or ""."""
         if stop.signal is not None:
             return stop.signal.name
         limit = self.walltime
@@ -128,7 +123,6 @@ class _Watch:
         return ""
 
     def look(self, step: int, state: TrainState) -> None:
-        """Validates the state and draws samples, if the step is due for it."""
         if not self._look_is_due(step):
             return
         self.report.flush()

@@ -53,11 +53,7 @@ def is_matrix(params: ParamsOrPlaceholder) -> Any:
 
 
 def muon_axes(params: ParamsOrPlaceholder) -> Any:
-    """Returns the axes of inputs and outputs for Muon's leaves, and None for AdamW's leaves.
-
-    Muon updates the matrices of the blocks, one matrix per unique block. AdamW updates embeddings,
-    head and norms.
-    """
+    """Returns the axes of inputs and outputs for Muon's leaves, and None for AdamW's leaves."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _axes(path), params)
 
 

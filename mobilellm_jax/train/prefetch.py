@@ -26,8 +26,7 @@ def prefetch(
             return (put(batch),)
         return None
 
-    # A single thread keeps the batches in order.
-    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")  # one thread keeps the order
     try:
         waiting: deque[Future[tuple[Placed] | None]] = deque()
         waiting.extend(pool.submit(place_next) for _ in range(ahead))

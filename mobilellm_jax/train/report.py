@@ -28,7 +28,6 @@ class Meter:
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def wait_for(self, items: Iterator[Item]) -> Item:
-        """Returns the next item, and measures the wait for it."""
         began = time.perf_counter()
         item = next(items)
         self.waited_sec += time.perf_counter() - began
@@ -59,7 +58,6 @@ class Reporter:
 
     @property
     def diverged(self) -> bool:
-        """Whether `train.max_bad_steps` consecutive steps were not finite."""
         return len(self.bad) >= self._config.train.max_bad_steps
 
     def step(self, step: int, metrics: StepMetrics) -> None:
@@ -69,7 +67,6 @@ class Reporter:
             self._record(*pending)
 
     def flush(self) -> None:
-        """Reads the metrics of the newest step."""
         if self._pending is not None:
             self._record(*self._pending)
             self._pending = None

@@ -67,7 +67,7 @@ def make_train_step(
     """Returns the jitted step, which donates its input state.
 
     The loss is the mean over all targets of the global batch, whatever the number of micro-batches
-    and devices: the loss of each part is divided by the number of targets of the whole batch.
+    and devices.
 
     A step changes neither parameters nor optimizer if its loss, gradient or update is not finite,
     or if it is a spike (`train.spike_factor`, see `spikes.py`). The update is checked too, because

@@ -66,7 +66,6 @@ class Walltime:
 
     @property
     def knows_save(self) -> bool:
-        """Whether a save has been measured."""
         return "save" in self._taken
 
     def measured(self, what: Literal["step", "save", "look"], seconds: float) -> None:
