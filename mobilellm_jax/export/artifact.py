@@ -1,8 +1,7 @@
 """Exported folders: their contents, their checksums, and the runtime that loads their model.
 
-An exported folder is sealed (`sealing.py`). Its `manifest.json` describes the model file and
-contains the SHA-256 of every file. The checksums are compared first, so a runtime in C++ never
-reads damaged bytes.
+An exported folder is sealed (`sealing.py`). The checksums are compared first, so a runtime in C++
+never reads damaged bytes.
 """
 
 import dataclasses
@@ -48,7 +47,6 @@ class Artifact:
         return FORMATS[self.info.format].load(self.folder, self.info)
 
     def check_runtime(self) -> None:
-        """Raises a `UserError` if the runtime is not installed."""
         form = FORMATS[self.info.format]
         if not form.can_run:
             raise UserError(

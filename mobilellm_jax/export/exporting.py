@@ -1,8 +1,4 @@
-"""Writes an export, runs it, compares it with its checkpoint, and then gives it its name.
-
-All files are written in a temporary folder beside the output. The format's own runtime opens them
-there. A model card reports the comparison. Folders for devices are also sealed.
-"""
+"""Writes an export, runs it, compares it with its checkpoint, and then gives it its name."""
 
 import dataclasses
 from pathlib import Path
@@ -41,8 +37,7 @@ def export(
 
     Raises:
       UserError: if `directory` is not empty, or the format cannot express the model or tokenizer.
-      VerificationError: if the export differs from the checkpoint by more than its precision
-        allows.
+      VerificationError: if the export differs from the checkpoint by more than allowed.
     """
     form = FORMATS[format_name]
     with whole_directory(directory) as folder:

@@ -19,8 +19,7 @@ class Precision:
     """A way to store weights, and the differences that verification allows."""
 
     bits: float  # bits per weight of a matrix, scales included
-    # largest difference as a share of max(1, largest logit); None: logits are not compared
-    logits: float | None
+    logits: float | None  # as a share of max(1, largest logit); None: logits are not compared
     loss: float  # largest rise of the loss on the verification's text, in nats per token
     tokens: bool = False  # whether greedy tokens must be equal
 
@@ -42,9 +41,8 @@ _DYNAMIC_INT8 = Precision(8, logits=None, loss=2e-2)
 class Format:
     """A format. Its writer and runtime are imported late, because few users install their packages.
 
-    `writer` names a function of (source, folder, precision), which writes the model into a folder
-    and returns how many layers it stored. `runtime` names a `Runtime` that takes (file, info). Both
-    names are relative to this room.
+    `writer` and `runtime` are names relative to this room. The writer returns how many layers it
+    stored.
     """
 
     file: str  # the model's; "" for Hugging Face directories, which have no manifest
@@ -66,7 +64,6 @@ class Format:
 
     @property
     def can_run(self) -> bool:
-        """Whether the packages of the runtime are installed."""
         return not _not_installed(self.run_packages)
 
 
@@ -159,8 +156,7 @@ def check_precision(name: str, dtype: str | None, quantize: str | None) -> str:
     """Returns the precision that --dtype or --quantize names; the default is float32.
 
     Raises:
-      UserError: if the format lacks this precision, if both flags are given, or if a package of the
-        writer is not installed.
+      UserError: if both flags are given, or the precision or a package of the writer is missing.
     """
     if dtype is not None and quantize is not None:
         raise UserError(

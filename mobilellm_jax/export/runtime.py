@@ -30,10 +30,7 @@ class ArtifactInfo:
 class Runtime(abc.ABC):
     """A model that is loaded in the runtime of its format; it holds one sequence.
 
-    Args:
-      name: name and version of the runtime, for messages.
-      model: the exported model.
-      chunk: largest number of tokens that `_extend` reads; None: a whole sequence.
+    `name` includes the version. `_extend` reads at most `chunk` tokens; None: a whole sequence.
     """
 
     def __init__(self, name: str, model: ModelConfig, chunk: int | None = None) -> None:

@@ -39,8 +39,7 @@ class TorchDecoder(nn.Module):
         )
         self.order = application_order(config.num_blocks, config.num_repeats, config.sharing)
         self.final_norm = _Norm(params["final_norm"]["scale"], config.norm_eps)
-        # The head has a parameter of its own even if it is tied, because each format stores tied
-        # embeddings in its own way.
+        # A tied head has a parameter of its own too: each format stores it in its own way.
         if config.tie_embeddings:
             self.head = _linear(np.asarray(params["embedding"]["table"]).T)
         else:

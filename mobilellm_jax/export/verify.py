@@ -23,8 +23,7 @@ from mobilellm_jax.model.transformer import Params, Transformer
 POSITIONS = 256
 _PROMPT, _NEW = 32, 64
 
-# The text contains prose, names, numbers, code and several scripts, so that it covers all kinds of
-# tokens.
+# Prose, names, numbers, code and several scripts cover all kinds of tokens.
 TEXT = """\
 A model that fits into the memory of a phone has to earn every parameter. It is deep rather than
 wide, its embeddings serve twice, and a block that was read from memory once is applied again
@@ -71,7 +70,6 @@ class Verification:
         return max(1.0, self.largest_logit)
 
     def lines(self) -> list[str]:
-        """Returns the comparison as lines for the user."""
         rise = self.loss - self.loss_jax
         return [
             f"verified in {self.runtime}, {self.positions} positions beside JAX in float32:",

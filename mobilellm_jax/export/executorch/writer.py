@@ -44,12 +44,7 @@ _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # its stubs do no
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes the program, and the file of tied embeddings; returns the number of stored blocks.
-
-    Raises:
-      UserError: if sequences are too short for a variable length, or if the inputs of a matrix do
-        not divide into groups.
-    """
+    """Writes the program, and the file of tied embeddings; returns the number of stored blocks."""
     config = source.config
     if config.max_seq_len < _SHORTEST:
         raise UserError(
@@ -89,8 +84,7 @@ def _lowered(program: "_Program", config: ModelConfig, data: str) -> Any:
         ExecutorchBackendConfig(
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-            # Without this pass, XNNPACK mistakes a quantized table for a product, and has no kernel
-            # for it.
+            # Without it, XNNPACK takes a quantized table for a product that it has no kernel for.
             do_quant_fusion_and_const_prop=True,
             external_constants=beside if config.tie_embeddings else False,
         )

@@ -48,8 +48,7 @@ def write_header(file: Path, config: ModelConfig, tokenizer: Tokenizer, precisio
     """Writes a file without its weights; returns how many bytes the weights take.
 
     Raises:
-      UserError: if llama.cpp's `llama` architecture, the precision or llama.cpp's tokenizers cannot
-        express the model.
+      UserError: if llama.cpp's `llama` architecture or its tokenizers cannot express the model.
     """
     if config.activation != "swiglu":
         raise UserError(

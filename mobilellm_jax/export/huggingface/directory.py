@@ -84,8 +84,7 @@ def read_huggingface(directory: Path) -> Imported:
 
     Raises:
       MissingFileError: if config.json, the weights or the tokenizer is missing.
-      UserError: if `ModelConfig` cannot express the model, or its tensors or its tokenizer do not
-        fit its config.
+      UserError: if `ModelConfig` cannot express the model, or tensors or tokenizer do not fit.
     """
     file = directory / CONFIG
     if not file.is_file():

@@ -46,11 +46,8 @@ PROBES = (
 def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """Writes the files that `AutoTokenizer.from_pretrained(directory)` reads.
 
-    The run's file is copied, with a tokenizer_config.json beside it, or one is written, which says
-    `max_length`. A SentencePiece model is also written as tokenizer.json.
-
-    Raises:
-      UserError: if tokenizer.json cannot express the SentencePiece model.
+    An existing tokenizer_config.json beside the run's file is copied; a new one says `max_length`.
+    The errors are those of `convert_sentencepiece`.
     """
     copy = copy_tokenizer(tokenizer, directory)
     if copy.name == rundir.SENTENCEPIECE_MODEL:

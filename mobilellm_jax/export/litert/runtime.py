@@ -63,8 +63,6 @@ class LitertRuntime(Runtime):
 
 
 class _Call(NamedTuple):
-    """A signature with its buffers."""
-
     signature: str
     length: int  # number of tokens
     span: int  # number of rows of the cache
@@ -102,7 +100,6 @@ def _opened(file: Path) -> tuple[Any, dict[str, _Arrays]]:
 
 
 def _arrays(config: ModelConfig, length: int) -> _Arrays:
-    """Returns the arrays of a signature for `length` tokens."""
     arrays: _Arrays = {
         "tokens": ("int32", (1, length)),
         "start": ("int32", (1,)),

@@ -65,8 +65,7 @@ class _Step(nn.Module):
         length = tokens.shape[1]
         positions_T = start + torch.arange(length, dtype=torch.int32)
         keys_S = torch.arange(self.span, dtype=torch.int32)
-        # This number is added to masked scores. Their weight is exactly 0, and no score is
-        # infinite.
+        # This number makes the weight of a masked score exactly 0, and no score infinite.
         mask_TS = torch.where(keys_S[None, :] <= positions_T[:, None], 0.0, -1e30)
         mask_11MS = mask_TS[None, None].repeat(1, 1, self.group, 1)  # M = G * T
         zero, at = torch.zeros((), dtype=torch.int32), start.reshape(())

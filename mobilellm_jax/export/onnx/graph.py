@@ -30,7 +30,6 @@ class Graph:
         self._weights = weights
 
     def constant(self, name: str, values: np.ndarray) -> str:
-        """Adds an initializer; returns its name."""
         data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
         tensor = onnx.TensorProto(name=name, data_type=data_type, dims=values.shape)
         data = np.ascontiguousarray(values)

@@ -13,8 +13,7 @@ from mobilellm_jax.data.preparation.workers import available_cores
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, wrong_model
 
-# ONNX Runtime's errors derive from Exception only, and a name that is not UTF-8 raises
-# UnicodeDecodeError.
+# These errors derive from Exception only, and a name that is not UTF-8 raises UnicodeDecodeError.
 _REFUSALS = (
     UnicodeDecodeError,
     *(errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf),
@@ -75,7 +74,6 @@ class OnnxRuntime(Runtime):
 
 
 def _opened(file: Path) -> tuple[Any, dict[str, Any]]:
-    """Returns a session, and the shapes of its inputs and outputs."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_cores()
     options.log_severity_level = _ONLY_ERRORS

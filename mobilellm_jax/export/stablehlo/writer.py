@@ -44,10 +44,7 @@ Cache = dict[str, Any]
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes both functions and the weights; returns the number of stored blocks.
-
-    Weights, activations and cache have the dtype that `precision` names.
-    """
+    """Writes functions and weights, all in `precision`; returns the number of stored blocks."""
     dtype: Any = precision
     config = dataclasses.replace(source.config, compute_dtype=dtype, attention="xla")
     params = jax.device_put(dict(source.params))
