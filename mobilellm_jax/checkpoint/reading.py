@@ -157,8 +157,7 @@ def composite(parts: Iterable[str]) -> ocp.CompositeCheckpointHandler:
 def restore_model(run: epath.PathLike, step: int, *, verified: bool = False) -> RestoredModel:
     """Returns the model saved as `step` of a run, whole on one device.
 
-    The function compares the files with their checksums, unless `latest_step` has just done so
-    (`verified`).
+    The function compares checksums, unless `latest_step` has just done so (`verified`).
 
     Raises:
       DamagedError: if a file is missing or has changed; the message names all of them.
@@ -177,12 +176,9 @@ def restore_model(run: epath.PathLike, step: int, *, verified: bool = False) -> 
 
 
 def restore_state(run: epath.PathLike, step: int, abstract: TrainState) -> TrainState:
-    """Returns the state saved as `step`, in the shardings of `abstract`.
+    """Returns the state saved as `step`, in the shardings of `abstract`, which must match it.
 
     The function does not verify the files, because `latest_step` has verified them in process 0.
-
-    Raises:
-      CheckpointError: if the checkpoint holds other arrays than `abstract`.
     """
     restored = _restore(step_folder(run, step), trees_of(abstract))
     return TrainState(params=restored[PARAMS], **restored[OPTIMIZER])
@@ -195,12 +191,7 @@ def can_resume(run: epath.PathLike, step: int) -> bool:
 
 
 def read_config(folder: epath.PathLike) -> Config:
-    """Returns the config in a step folder.
-
-    Raises:
-      DamagedError: if the folder is not a complete checkpoint.
-      CheckpointError: if the folder has another format version.
-    """
+    """Returns the config in a step folder; raises as `read_content`."""
     return config_lib.from_object(read_content(epath.Path(folder)).config)
 
 

@@ -165,7 +165,6 @@ class CheckpointWriter:
         distributed.from_first("later checkpoints", delete)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Returns the state saved as `step`, in the shardings of `abstract`."""
         self._settle()
         self._last = None  # frees the arrays of the earlier state
         return restore_state(self._run, step, abstract)
