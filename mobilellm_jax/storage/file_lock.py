@@ -21,9 +21,7 @@ class HeldError(RuntimeError):
 
 
 class FileLock:
-    """A lock that this process holds from its creation until `release`, or until it dies.
-
-    The file at `path` is created if it is missing.
+    """A lock that this process holds until `release`, or until it dies; a missing file is created.
 
     Args:
       shared: several processes may hold the lock together, but not beside an exclusive holder.
@@ -51,7 +49,6 @@ class FileLock:
             self.works = False
 
     def read(self) -> str:
-        """Returns the text in the locked file."""
         return os.pread(self.descriptor, 1 << 16, 0).decode("utf-8", "replace")
 
     def write(self, text: str) -> None:
@@ -61,7 +58,6 @@ class FileLock:
         os.ftruncate(self.descriptor, len(content))
 
     def release(self) -> None:
-        """Closes the file, which releases the lock."""
         os.close(self.descriptor)
 
     def __enter__(self) -> "FileLock":

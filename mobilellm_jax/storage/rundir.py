@@ -1,8 +1,7 @@
 """The names of the files in a run folder, and writers that leave a whole file or none.
 
 A run folder holds `config.json`, the tokenizer, `checkpoints/STEP/`, `metrics.jsonl`,
-`tensorboard/`, `loss.png`, `samples.txt` and sometimes `profile/`. A writer here gives a file a
-temporary name in the same folder first. The final name follows when the content is complete.
+`tensorboard/`, `loss.png`, `samples.txt` and sometimes `profile/`.
 """
 
 import contextlib
@@ -33,8 +32,7 @@ class WholeFile:
     """A file that gets its name in `complete`, with all that was written, also after a crash.
 
     If the `with` block ends without a call of `complete`, the file is deleted. An earlier file of
-    the same name stays until `complete` replaces it. The temporary name begins with a dot and the
-    final name.
+    the same name stays until `complete` replaces it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,11 +50,9 @@ class WholeFile:
             Path(self._temporary).unlink(missing_ok=True)
 
     def write(self, content: bytes) -> None:
-        """Appends bytes."""
         self._file.write(content)
 
     def complete(self) -> None:
-        """Puts the content on disk and gives the file its name."""
         self._file.flush()
         os.fsync(self._file.fileno())
         Path(self._temporary).chmod(0o644)

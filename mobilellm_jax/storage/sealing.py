@@ -61,12 +61,7 @@ def seal(folder: epath.Path, content: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """Returns the manifest of a sealed folder, after a check of the manifest alone.
-
-    Raises:
-      UnsealedError: if the folder has no manifest.
-      DamagedError: if the manifest has changed.
-    """
+    """Returns the manifest of a sealed folder, after a check of the manifest alone."""
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -85,11 +80,7 @@ def verify(
     """Compares the files on all cores with the manifest, and returns the manifest.
 
     `parts` names the subfolders to compare; an empty sequence means the whole folder. Without
-    `contents`, only sizes are compared.
-
-    Raises:
-      UnsealedError: if the folder has no manifest.
-      DamagedError: if a file is missing or has changed; the message names all of them.
+    `contents`, only sizes are compared. A `DamagedError` names all missing and changed files.
     """
     content = read_manifest(folder)
     wanted = {
@@ -171,10 +162,7 @@ def _text(content: Mapping[str, Any]) -> str:
 
 
 def _is_manifest(content: dict[str, Any], raw: bytes) -> bool:
-    """Removes the checksum from `content`; returns whether it is right and all names are valid.
-
-    A valid name cannot point outside the folder.
-    """
+    """Removes the checksum from `content`; returns whether it is right and names stay inside."""
     if not content.pop("sha256", None) or raw != _text(content).encode():
         return False
     files = content.get("files")

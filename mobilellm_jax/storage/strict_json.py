@@ -46,12 +46,7 @@ class JsonError(UserError):
 
 
 def read(file: Path) -> Any:
-    """Returns the value in a JSON file.
-
-    Raises:
-      MissingFileError: if the file does not exist.
-      JsonError: if the content is refused; the message names the file.
-    """
+    """Returns the value in a JSON file; a `MissingFileError` or a `JsonError` names the file."""
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist.")
     try:
@@ -64,10 +59,7 @@ def read_lines(file: Path, *, non_finite: bool = False) -> list[Any]:
     """Returns the values of a file of JSON lines, or an empty list if the file does not exist.
 
     Empty lines are ignored. A crash may cut off the last line, so an invalid last line without a
-    line end is ignored as well. `non_finite` is as for `parse`.
-
-    Raises:
-      JsonError: if a line is refused; the message names the file and the line.
+    line end is ignored as well. A `JsonError` names the file and the line.
     """
     values = []
     lines = file.read_bytes().split(b"\n") if file.is_file() else []
@@ -123,10 +115,8 @@ def as_type(value: Any, expected: Any, name: str = "") -> Any:
     """Returns a parsed value as the type `expected`; messages use `name`, the path of the value.
 
     An object becomes a dataclass with these fields, and an array becomes a tuple. A whole number
-    becomes a float if `expected` is float. `Any` accepts every value.
-
-    Raises:
-      JsonError: if the value has another type; the message has field, value and rule.
+    becomes a float if `expected` is float. `Any` accepts every value. A `JsonError` has field,
+    value and rule.
     """
     if dataclasses.is_dataclass(expected):
         return _dataclass(value, expected, name)

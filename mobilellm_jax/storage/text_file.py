@@ -6,12 +6,7 @@ from mobilellm_jax.errors import MissingFileError, UserError
 
 
 def read_text(flag: str, file: Path) -> str:
-    """Returns the text of a UTF-8 file without any change; line ends are part of the text.
-
-    Raises:
-      MissingFileError: if there is no such file.
-      UserError: if the file is not UTF-8, or is empty.
-    """
+    """Returns the text of a UTF-8 file with its line ends; raises if it is missing or empty."""
     if not file.is_file():
         problem = "is a folder" if file.is_dir() else "does not exist"
         raise MissingFileError(f"{flag}={file} {problem}; name a text file in UTF-8.")
