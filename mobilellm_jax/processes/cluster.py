@@ -51,9 +51,8 @@ def check_flags(
 def find_cluster(env: Mapping[str, str]) -> Cluster:
     """Returns the launcher of this process; the order of the checks is jax's own.
 
-    jax can ask each launcher for the address of process 0 and the number of processes. jax asks
-    every launcher that seems present, and therefore fails in the pod of a notebook or in a shell
-    under Slurm. Here a launcher counts only if it started several processes.
+    jax asks every launcher that seems present, and therefore fails in the pod of a notebook or in a
+    shell under Slurm. Here a launcher counts only if it started several processes.
 
     Raises:
       ConfigError: if there are several processes that jax cannot connect.

@@ -4,7 +4,7 @@ When a process dies or hangs, the others wait in a collective, or jax aborts the
 every process keeps a connection to process 0, and both ends send a short message (a beat) in equal
 intervals. Process 0 tells the others which process is gone. A process whose connection closes
 without a parting message is gone at once. A process that sends nothing for `timeout_sec` is gone as
-well. No wall clock is used. `distributed.py` decides where process 0 listens.
+well. No wall clock is used.
 """
 
 import asyncio
@@ -98,7 +98,6 @@ class Peers:
         self._heard, self._members = {0: time.monotonic()}, {0: Member(0, host, 0)}
 
     def start(self) -> None:
-        """Starts the thread."""
         self._thread.start()
 
     def leave(self, how: Parting, why: str = "") -> None:

@@ -39,9 +39,7 @@ class LockLostError(RuntimeError):
 class RunLock:
     """The right of this process to write in a run folder during the `with` block.
 
-    Raises:
-      ConfigError: on entering, if another run holds it; the message names host, process, time and
-        command.
+    On entering, a `ConfigError` names host, process, time and command of another holder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,12 +68,7 @@ class RunLock:
         self._exits.close()
 
     def check(self) -> None:
-        """Checks that the folder still belongs to this run, before a final write.
-
-        Raises:
-          LockLostError: if another run has taken over.
-          OSError: if the folder is gone or cannot be read.
-        """
+        """Raises `LockLostError` if another run has taken over, and `OSError` without a folder."""
         if not self._is_ours():
             taker = _name(_parsed(self._path.read_bytes()))
             raise LockLostError(
