@@ -1,4 +1,4 @@
-"""Reads which instructions the CPU of this machine has."""
+"""Reads which instructions the CPU has."""
 
 import functools
 from pathlib import Path

@@ -30,8 +30,6 @@ _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "j
 def set_xla_flags(*, deterministic: bool) -> str:
     """Adds the flags for the accelerator of this machine to `XLA_FLAGS`; returns what it added.
 
-    Call this function before a backend starts.
-
     Raises:
       ConfigError: if the user's `XLA_FLAGS` contradict `train.deterministic`, or if
         `train.deterministic` needs a version of jaxlib that was not tested.
