@@ -76,7 +76,6 @@ class ModelConfig:
 
     @property
     def applied_depth(self) -> int:
-        """The number of blocks that a token passes through, with repeats."""
         return self.num_blocks * self.num_repeats
 
 
@@ -181,7 +180,6 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in a global batch."""
         return self.train.global_batch * self.data.seq_len
 
 
