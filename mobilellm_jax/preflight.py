@@ -181,10 +181,7 @@ def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
 def open_data(config: Config) -> tuple[Mixture, Tokenizer]:
     """Opens `data.path` and its tokenizer; prepares a missing folder from `data.source` first.
 
-    Raises:
-      ConfigError: if there is no path, if it is not a valid mixture, or if its vocabulary is not
-        that of the model.
-      MissingFileError: if the folder is missing and there is no source.
+    The vocabulary of the tokenizer must be that of the model.
     """
     if not config.data.path:
         raise ConfigError("data.path is empty; name a folder that `mobilellm prepare` wrote.")
@@ -236,12 +233,7 @@ def _record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
 def data_state(
     config: Config, mixture: Mixture, workdir: Path, resume_step: int | None
 ) -> DataState:
-    """Returns the position in the data from which the run continues.
-
-    Raises:
-      ConfigError: if process 0 or the run in `workdir` has other data.
-      CheckpointError: if the checkpoint has another version of the data state.
-    """
+    """Returns the position in the data; process 0 and the run in `workdir` must have this data."""
     found = mixture.fingerprint
     first: str = distributed.from_first("the data", lambda: found)
     if found != first:
@@ -273,12 +265,7 @@ def verify(config: Config, mixture: Mixture) -> None:
 
 
 def check(config: Config, mixture: Mixture) -> tuple[Mesh, Rules]:
-    """Checks the rules that need data or devices; returns the mesh and its sharding rules.
-
-    Raises:
-      ConfigError: listing all broken rules.
-      UserError: if the data has no training split.
-    """
+    """Checks the rules that need data or devices; returns the mesh and its sharding rules."""
     required_streams(mixture, TRAIN)
     violations = []
     mesh = make_mesh(config.mesh)
@@ -308,7 +295,6 @@ def held_out_targets(config: Config, mixture: Mixture) -> int:
 
 
 def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
-    """Returns the parameters of `train.init_from`, or None if it is empty."""
     if not config.train.init_from:
         return None
     opened = open_model(config.train.init_from)

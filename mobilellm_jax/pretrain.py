@@ -90,8 +90,6 @@ def pretrain(
 
 
 class _Run:
-    """A run that is ready: its state, its training step and its records."""
-
     def __init__(
         self,
         ready: Ready,
@@ -137,7 +135,6 @@ class _Run:
             plot_losses(records, self._workdir / rundir.LOSS_PLOT, self._workdir.name)
 
     def _first_state(self, checkpoints: CheckpointWriter) -> TrainState:
-        """Returns a new state, a new state with other parameters, or the state to resume from."""
         ready = self._ready
         if ready.resume_step is not None:
             return checkpoints.restore(ready.resume_step, self.abstract)

@@ -36,10 +36,8 @@ Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 def mesh_shape(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     """Returns the number of devices along each axis; -1 becomes the number of remaining devices.
 
-    The size of `data` is `mesh.data` of one slice times `mesh.dcn_data`.
-
-    Raises:
-      ConfigError: if the sizes do not multiply to `num_devices`.
+    The size of `data` is `mesh.data` of one slice times `mesh.dcn_data`. The sizes must multiply to
+    `num_devices`.
     """
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     fixed = math.prod(s for s in sizes.values() if s != -1) * mesh.dcn_data
@@ -59,10 +57,8 @@ def mesh_shape(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over `devices`, or over all devices if None.
 
-    The axes have type `Auto`, because flax.linen needs sharding by the compiler.
-
-    Raises:
-      ConfigError: if the sizes or `mesh.dcn_data` do not fit the devices.
+    The axes have type `Auto`, because flax.linen needs sharding by the compiler. A `ConfigError`
+    says that the sizes or `mesh.dcn_data` do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(mesh, len(devices))
