@@ -45,11 +45,7 @@ def stored_type(axes: int, precision: str) -> Any:
 
 
 def write_header(file: Path, config: ModelConfig, tokenizer: Tokenizer, precision: str) -> int:
-    """Writes a file without its weights; returns how many bytes the weights take.
-
-    Raises:
-      UserError: if llama.cpp's `llama` architecture or its tokenizers cannot express the model.
-    """
+    """Writes a file without its weights; returns how many bytes the weights take."""
     if config.activation != "swiglu":
         raise UserError(
             f"model.activation={config.activation} has two matrices in the feed-forward, and "

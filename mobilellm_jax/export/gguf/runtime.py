@@ -105,11 +105,7 @@ class LlamaCppVocabulary:
 
 
 def load_model(file: Path, *, vocab_only: bool) -> Any:
-    """Returns llama.cpp's model; the caller frees it with llama_model_free.
-
-    Raises:
-      UserError: if llama.cpp cannot load the file; the message contains llama.cpp's errors.
-    """
+    """Returns llama.cpp's model; the caller frees it with llama_model_free."""
     _c.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python prints too
     _messages.clear()
     settings = _c.llama_model_default_params()

@@ -60,11 +60,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
-    """Returns the tokenizer for a model of `vocab_size` tokens; padding fills missing tokens.
-
-    Raises:
-      UserError: if llama.cpp's tokenizers cannot give the same ids.
-    """
+    """Returns the tokenizer for a model of `vocab_size` tokens; padding fills missing tokens."""
     expressed = _sentencepiece if tokenizer.file.suffix == ".model" else _byte_level
     vocabulary = expressed(tokenizer)
     tokens, types = vocabulary.tokens, vocabulary.types

@@ -23,11 +23,7 @@ FILE = "model.gguf"
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes `model.gguf` into `folder`; returns the number of stored layers.
-
-    Raises:
-      UserError: as `write_header`, or if llama.cpp gives other ids than the tokenizer.
-    """
+    """Writes `model.gguf` into `folder`; returns the number of stored layers."""
     config = source.config
     order = application_order(config.num_blocks, config.num_repeats, config.sharing)
     write_header(folder / FILE, config, source.tokenizer, precision)

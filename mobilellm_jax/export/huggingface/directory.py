@@ -57,11 +57,7 @@ class Imported(NamedTuple):
 
 
 def write_llama(source: Source, folder: Path, precision: str) -> int:
-    """Writes the layout `hf`; returns the number of stored layers.
-
-    Raises:
-      UserError: if a Llama cannot express the model, or as for `write_mobilellm`.
-    """
+    """Writes the layout `hf`; returns the number of stored layers."""
     config = source.config
     check_llama(config)
     order = application_order(config.num_blocks, config.num_repeats, config.sharing)
@@ -69,11 +65,7 @@ def write_llama(source: Source, folder: Path, precision: str) -> int:
 
 
 def write_mobilellm(source: Source, folder: Path, precision: str) -> int:
-    """Writes the layout `mobilellm`; returns the number of stored blocks.
-
-    Raises:
-      UserError: if the precision cannot express a weight, or tokenizer.json the tokenizer.
-    """
+    """Writes the layout `mobilellm`; returns the number of stored blocks."""
     shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     blocks = range(source.config.num_blocks)
     return _write_files(source, folder, precision, "mobilellm", blocks)

@@ -85,11 +85,7 @@ class _Tensor(NamedTuple):
 
 
 def open_torch(file: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a file in which `torch.save` (1.6 or newer) saved a dict of tensors.
-
-    Raises:
-      UserError: if the file contains anything else.
-    """
+    """Returns the tensors of a dict that `torch.save` (1.6 or newer) saved."""
     with _refusals(file), file.open("rb") as opened:
         if opened.read(2) != b"PK":
             raise UserError(
