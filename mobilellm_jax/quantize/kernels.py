@@ -123,9 +123,8 @@ def to_trained_kernel(
 def _quantized_product(spec: str, x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
     """Returns einsum(spec, x, kernel) in float32.
 
-    With `integer_products`, x is quantized too, and int8 x int8 is summed in int32. The sums of
-    each group are then scaled and added in float32. Otherwise the weights are dequantized, and the
-    product has the type of x.
+    With `integer_products`, x is quantized too, and int8 x int8 is summed in int32. Otherwise the
+    weights are dequantized, and the product has the type of x.
 
     `spec` is the same as for `product`. The summed axes are the last axes of x, and the first axes
     of the kernel. A matrix of two axes may also have its summed axis last.
