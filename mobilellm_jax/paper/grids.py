@@ -164,9 +164,7 @@ def _compared_with(row: GridRow, rows: list[GridRow]) -> str:
     """Returns the label of the row's reference row.
 
     Each step of the roadmap is compared with the step before it; layer sharing and longer training
-    both follow grouped-query attention. In the other grids, one row is the reference: the usual
-    depth (12 blocks for 125M, 15 for 350M), 16 heads with 16 key-value heads, no sharing, or 30
-    untied blocks.
+    both follow grouped-query attention. In the other grids, one row is the reference.
     """
     group = [r for r in rows if r.group == row.group]
     if row.grid == "roadmap":
