@@ -196,11 +196,7 @@ def read_config(folder: epath.PathLike) -> Config:
 
 
 def read_data_state(run: epath.PathLike, step: int) -> DataState:
-    """Returns the position of the run in its data after `step`, which only resuming needs.
-
-    Raises:
-      CheckpointError: if the step has no data state, or a data state of another version.
-    """
+    """Returns the position of the run in its data after `step`, which only resuming needs."""
     folder = step_folder(run, step)
     data = read_content(folder).data
     if data is None or data.get("version") != DATA_STATE_VERSION:

@@ -64,8 +64,8 @@ class SaveError(RuntimeError):
 class CheckpointWriter:
     """Saves the states of a run in the background, and keeps the newest checkpoints.
 
-    All processes call every method in the same step. `check_owner` raises an error if the folder
-    belongs to another run by now.
+    All processes call every method in the same step. A method raises a `SaveError` if the last
+    attempt has failed. `check_owner` raises an error if the folder belongs to another run by now.
     """
 
     def __init__(
@@ -109,11 +109,7 @@ class CheckpointWriter:
                 self._pending[1].result()
 
     def save(self, step: int, state: TrainState, data: DataState) -> None:
-        """Starts saving `state` as `step`; a good checkpoint of this step stays as it is.
-
-        Raises:
-          SaveError: if the save before this one failed in its last attempt.
-        """
+        """Starts saving `state` as `step`; a good checkpoint of this step stays as it is."""
         self._settle()
         self._retry_at = math.inf
         self._last = (step, state, data)
@@ -143,11 +139,7 @@ class CheckpointWriter:
         return self._in_any_process(time.monotonic() >= self._retry_at)
 
     def wait(self) -> None:
-        """Waits until the last save is on disk, and repeats a failed save while its state exists.
-
-        Raises:
-          SaveError: if the last attempt failed.
-        """
+        """Waits until the last save is on disk; repeats a failed save while its state exists."""
         self._settle()
         while self._failures and self._last is not None and not _is_gone(self._last[1]):
             time.sleep(RETRY_SEC[self._failures - 1])
