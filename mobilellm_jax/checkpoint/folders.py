@@ -47,7 +47,8 @@ def latest_step(run: epath.PathLike, parts: Sequence[str] = ()) -> int | None:
     incomplete or damaged step that is skipped.
 
     Raises:
-      CheckpointError: if checkpoints exist and none can be used, or the newest has another format.
+      CheckpointError: if no existing checkpoint can be used, or the newest has another format
+        version. A new run in the same folder would destroy them.
     """
     folder, skipped, lost = checkpoints_folder(run), [], False
     for step in reversed(_numbered(folder)):

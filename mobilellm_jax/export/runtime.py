@@ -1,6 +1,6 @@
 """What every runtime does, and the description of a model file.
 
-Every runtime raises a `UserError` for a file that it cannot load or that holds another model.
+The runtime of a file raises a `UserError` if it cannot load the file or finds another model there.
 """
 
 import abc

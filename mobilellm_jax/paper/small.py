@@ -54,7 +54,7 @@ def small_model(
 ) -> ModelConfig | None:
     """Returns the model that stands for a row of the paper, or None if the scale leaves it out.
 
-    Rows with 1T tokens are left out: they cost four times as much and only compare the length.
+    Rows with 1T tokens are left out: they cost four times as much and only compare run lengths.
     """
     paper = row.model
     if "1T" in row.step or (grid, paper.num_blocks) in scale.left_out:

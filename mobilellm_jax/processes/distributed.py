@@ -169,7 +169,7 @@ def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
 
 
 def leave(how: Parting, why: str = "") -> None:
-    """Tells the other processes that this process ends now, as `Peers.leave`."""
+    """Tells the other processes that this process ends now, and how (see `Peers.leave`)."""
     if _membership.peers is not None:
         _membership.peers.leave(how, why)
 

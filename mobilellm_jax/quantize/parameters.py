@@ -38,7 +38,7 @@ def quantized(params: Params, scheme: Scheme) -> Params:
 
 
 def quantize_model(config: ModelConfig, params: Params, scheme: Scheme) -> Params:
-    """Checks scheme and parameters, and returns `quantized` of them, on a device."""
+    """Checks scheme and parameters, and returns the `quantized` parameters."""
     check_scheme(scheme, config)
     check_finite(params)
     integers: Params = jax.jit(functools.partial(quantized, scheme=scheme))(params)

@@ -32,7 +32,7 @@ _BITS = {"int8": 8, "int4": 4}
 # Number of weights that share a scale, by bits; the width of a matrix is padded to a multiple.
 _BLOCK = {8: 64, 4: 32}
 _INT8_PRODUCTS = 4  # MatMulNBits quantizes activations too, each block of a token separately
-# GroupQueryAttention rotates only multiples of so many channels. Zeros pad other heads.
+# GroupQueryAttention rotates only heads with a multiple of so many channels. Zeros pad other heads.
 _HEAD_MULTIPLE = 16
 _END = np.iinfo(np.int64).max
 
