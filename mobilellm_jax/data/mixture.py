@@ -133,8 +133,8 @@ def open_mixture(path: str) -> Mixture:
             raise ConfigError(
                 f"data.path={path!r}: {first.path} was made with the tokenizer {first.tokenizer} "
                 f"(SHA-256 {ours[:12]}) and {other.path} with {other.tokenizer} ({theirs[:12]}), "
-                "but ids mean the same only under one; prepare one of them again with "
-                "--tokenizer=FILE of the other."
+                "but all folders of a mixture must have the same tokenizer; prepare one of them "
+                "again with --tokenizer=FILE of the other."
             )
     return _mixture(path, opened)
 
@@ -171,8 +171,8 @@ def _weighted(path: str, item: str) -> tuple[Path, Fraction]:
     if not folder or weight is None or weight <= 0:
         raise ConfigError(
             f"data.path={path!r}: {item!r} must be a folder and its weight, a decimal number "
-            "greater than 0, for example data/web:0.7. (A folder whose name holds a comma cannot "
-            "be part of a mixture; name it through a link.)"
+            "greater than 0, for example data/web:0.7. (A folder with a comma in its name cannot "
+            "be part of a mixture; make a link with another name.)"
         )
     return Path(folder), weight
 
@@ -191,8 +191,8 @@ def _mixture(path: str, folders: Sequence[tuple[Dataset, Fraction]]) -> Mixture:
     if block > MAX_BLOCK:
         found = f"{block:,}" if block < 1 << 63 else "far too many"
         raise ConfigError(
-            f"data.path={path!r}: the weights are met exactly in every {found} samples, which "
-            f"must be at most {MAX_BLOCK:,}; write the weights with fewer digits."
+            f"data.path={path!r}: the smallest block with exactly these proportions has {found} "
+            f"samples, and it must have at most {MAX_BLOCK:,}; write the weights with fewer digits."
         )
     names = _unique_names(components)
     return Mixture(

@@ -256,8 +256,6 @@ class ShardWriter(contextlib.ExitStack):
 
 
 class _HashedFile(rundir.WholeFile):
-    """A whole file that also counts and hashes its bytes."""
-
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._hash = hashlib.sha256()
@@ -269,13 +267,11 @@ class _HashedFile(rundir.WholeFile):
         self._bytes += len(content)
 
     def record(self) -> FileRecord:
-        """Completes the file and returns its size and checksum."""
         self.complete()
         return FileRecord(bytes=self._bytes, sha256=self._hash.hexdigest())
 
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
-    """Yields statements of the manifest that cannot be true."""
     if manifest.tokenizer not in rundir.TOKENIZER_FILES:
         files = ", ".join(rundir.TOKENIZER_FILES)
         yield f"tokenizer={shown(manifest.tokenizer)} is not one of {files}"

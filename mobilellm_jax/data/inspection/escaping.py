@@ -20,10 +20,7 @@ def escaped(text: str, also: str = "") -> Iterator[str]:
 
 
 def wrapped(parts: Iterable[str], columns: int) -> Iterator[str]:
-    """Yields the parts in lines of at most `columns`; a line also ends after an escaped newline.
-
-    No part is divided.
-    """
+    """Yields whole parts in lines of at most `columns`; an escaped newline also ends a line."""
     line, width = "", 0
     for part in parts:
         added = sum(map(_columns, part))

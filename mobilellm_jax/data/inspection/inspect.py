@@ -27,8 +27,6 @@ def inspect(
 ) -> None:
     """Checks the data in `data.path`, counts its tokens, and shows some training windows.
 
-    `report` gets the lines for the user.
-
     Raises:
       MissingFileError: if a folder or file is missing.
       UserError: if a file is damaged, or there is no window to show.

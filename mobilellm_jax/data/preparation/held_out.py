@@ -9,10 +9,9 @@ from mobilellm_jax.data.preparation.parts import DIGESTS, digest
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION, BadLine, Source, TokenDocument
 from mobilellm_jax.errors import UserError
 
-# This amount of text is enough for the merges of any vocabulary, and SentencePiece trains on it in
-# minutes.
+# This is enough for the merges of any vocabulary, and SentencePiece trains on it in minutes.
 TOKENIZER_TRAINING_CHARACTERS = 50_000_000
-# A source that is too large to be read for its tokenizer is sampled at so many places.
+# Number of pieces that are read of a source with more pieces.
 _PLACES = 256
 
 

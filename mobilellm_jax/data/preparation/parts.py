@@ -64,10 +64,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One piece.
-
-    In a training piece, every document with a digest below `held_out` goes to the validation split.
-    """
+    """A piece; in a training piece, documents with a digest below `held_out` are for validation."""
 
     number: int
     source: int

@@ -110,8 +110,6 @@ def prepare(
 
 @dataclasses.dataclass
 class _Preparation:
-    """A preparation that this process starts or continues in the working folder."""
-
     work: Path
     sources: Sequence[Source]
     weights: Sequence[float] | None
@@ -245,8 +243,6 @@ def _encode(job: Job, tasks: Sequence[Task], workers: int | None) -> Generator[P
 
 
 class _SourceTotal:
-    """The totals of the parts of one source."""
-
     def __init__(self) -> None:
         self.splits = {TRAIN: Counts(), VALIDATION: Counts()}
         self.empty_documents = 0

@@ -143,8 +143,7 @@ def _start_process(job: Job, counts: Any) -> None:
     # Ctrl-C reaches all processes of the group; the parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The process holds this lock until it ends, and the next start waits for it
-    # (`wait_for_workers`).
+    # The process holds this lock until it ends; the next start waits (`wait_for_workers`).
     FileLock(job.work / WORKERS_LOCK, shared=True, wait=True)
     _encode = _counting(job, counts)
 
@@ -184,7 +183,6 @@ class _Progress:
         self._bar.close()
 
     def show(self, counts: Sequence[int]) -> None:
-        """Shows the documents and tokens that this start has encoded so far."""
         now = time.monotonic()
         if not self._on_terminal and now - self._logged < _LOG_EVERY_SEC:
             return
@@ -201,7 +199,6 @@ class _Progress:
         _log.info(f"Encoded {share:.1%} of the sources; {rates}; {left} minutes left.")
 
     def finished(self, task: Task, counts: Sequence[int]) -> None:
-        """Counts the bytes of a finished piece."""
         self._done += task.piece.size_bytes
         self._bar.update(task.piece.size_bytes)
         self.show(counts)

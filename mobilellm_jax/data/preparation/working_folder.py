@@ -80,7 +80,6 @@ def settings_difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> s
 
 
 def _has_parts(work: Path) -> bool:
-    """Returns whether an earlier start has encoded anything."""
     arrays = (file for name in ("parts", "shards", "output") for file in (work / name).iterdir())
     return any(file.suffix == f".{TOKENS}" for file in arrays)
 

@@ -52,15 +52,10 @@ class ChunkedFile(io.RawIOBase):
 
 
 def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yields the contents of all gzip members or zstd frames, one after another.
-
-    Args:
-      file: file with the compressed bytes.
-      path: name of the file; a name in .gz means gzip, and any other name means zstd.
+    """Yields the contents of all gzip members (`path` ends in .gz) or zstd frames.
 
     Raises:
-      DamageError: where the data are damaged or end too early, after the contents before that
-        place.
+      DamageError: if data are damaged or end too early, after the contents before that place.
     """
     gzip = path.endswith(".gz")
     if gzip:

@@ -158,8 +158,8 @@ def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
         now = file.seek(0, os.SEEK_END)
         if now != size_bytes:
             raise UserError(
-                f"{path} has {now} bytes and had {size_bytes} when it was listed; files must not "
-                "change while they are read. Start again when it is complete."
+                f"{path} has {now} bytes now, and had {size_bytes} when it was listed; files must "
+                "not change while they are read. Start again when the file is complete."
             )
         file.seek(0)
         yield file
@@ -169,8 +169,7 @@ def contents(path: str, size_bytes: int) -> bytes:
     """Returns the whole file, decompressed.
 
     Raises:
-      BadLineError: if a compressed file is truncated or damaged, or the file is too long for a
-        document.
+      BadLineError: if a compressed file is truncated or damaged, or the contents are too long.
     """
     with opened(path, size_bytes) as file:
         if not path.endswith(COMPRESSED):
@@ -264,17 +263,17 @@ def _decompressed_lines(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]
 def _lost(path: str, line: int, offset: int, damage: DamageError) -> BadLineError:
     bad = BadLine(path, line, offset, f"the file is {damage}")
     return BadLineError(
-        f"{bad}. All that follows is lost, which is more than --on_bad_line=skip may leave out; "
-        "fetch the file again, or take it out of the pattern."
+        f"{bad}. The rest of the file cannot be read, and --on_bad_line=skip leaves out only "
+        "single lines; download the file again, or exclude it from the pattern."
     )
 
 
 def _too_long(path: str, line: int, offset: int) -> BadLineError:
     bad = BadLine(
-        path, line, offset, f"a document begins here of more than {DOCUMENT_BYTES:,} bytes"
+        path, line, offset, f"the document that begins here has more than {DOCUMENT_BYTES:,} bytes"
     )
     return BadLineError(
-        f"{bad}. That is more than memory may have to hold; divide it, or take the file out of the "
+        f"{bad}. It could fill the memory; divide the document, or exclude the file from the "
         "pattern."
     )
 
@@ -285,14 +284,15 @@ def _filesystem(url: str, culprit: str) -> tuple[Any, str]:
     import fsspec
 
     if "::" in url:
-        raise UserError(f"{culprit}: chained URLs (a::b) are not supported; name the files.")
+        raise UserError(f"{culprit}: chained URLs (a::b) are not supported; give a single URL.")
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise UserError(f"{culprit}: {error}, e.g. with pip.") from error
     except ValueError as error:
         raise UserError(
-            f"{culprit}: {error}; fsspec has {', '.join(sorted(fsspec.available_protocols()))}."
+            f"{culprit}: {error}; fsspec knows the protocols "
+            f"{', '.join(sorted(fsspec.available_protocols()))}."
         ) from error
     return filesystem, path
 
@@ -300,7 +300,8 @@ def _filesystem(url: str, culprit: str) -> tuple[Any, str]:
 def _size(spec: str, name: str, info: dict[str, Any]) -> int:
     if info["size"] is None:
         raise UserError(
-            f"source={spec!r}: the server does not tell the size of {name}; download the file."
+            f"source={spec!r}: the server does not tell the size of {name}; download the file and "
+            "name the local copy."
         )
     return int(info["size"])
 

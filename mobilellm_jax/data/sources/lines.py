@@ -84,8 +84,7 @@ class _LineSource(files.FileSource):
                 try:
                     document = self._document(f"{path}, byte {offset}", line)
                 except _Fault as fault:
-                    # The line number is computed only here, because all earlier lines must be
-                    # counted.
+                    # Only a fault needs the line number, which is a count of all earlier lines.
                     number = index + 1 if not start else self._numbers.at(path, size, offset)
                     on_bad(BadLine(path, number, offset + fault.at, fault.reason))
                     continue
@@ -93,11 +92,7 @@ class _LineSource(files.FileSource):
 
     @abc.abstractmethod
     def _document(self, name: str, line: bytes) -> Document | TokenDocument:
-        """Returns the document of a line.
-
-        Raises:
-          _Fault: if the line is not a document.
-        """
+        """Returns the document of a line, or raises a `_Fault` if the line is not a document."""
 
     def _parts(self) -> Iterator[files.Part]:
         for file in self._files:
@@ -184,8 +179,7 @@ def _whole_numbers(
     values = record[field]
     if not isinstance(values, list):
         raise _Fault(f"field {field!r} is {_JSON_TYPES[type(values)]}, not an array")
-    # Checking only the set of types, the minimum and the maximum takes a tenth of the time of
-    # checking each number. A boolean is not accepted as a number here.
+    # A check of each number would take ten times as long. A boolean is not a number here.
     if values and not ({*map(type, values)} == {int} and in_range(min(values), max(values))):
         index, wrong = next(
             (i, v) for i, v in enumerate(values) if type(v) is not int or not in_range(v, v)
@@ -213,5 +207,5 @@ def _check_characters(text: str) -> None:
     except UnicodeEncodeError as error:
         raise _Fault(
             f"character {error.start + 1} of the text is a lone surrogate "
-            f"(U+{ord(text[error.start]):04X}), which is no character"
+            f"(U+{ord(text[error.start]):04X}), not a character"
         ) from error

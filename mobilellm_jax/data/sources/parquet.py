@@ -113,8 +113,8 @@ class ParquetSource(files.FileSource):
             problem = f"there is no column {self._field!r}"
         texts = [field.name for field in schema if _is_text(field.type)]
         return UserError(
-            f"source={self.spec!r}: {problem} in {path}. Name one with #FIELD; columns of text: "
-            f"{', '.join(texts) or 'none'}.{config.near_miss(self._field, texts)}"
+            f"source={self.spec!r}: {problem} in {path}. Name a text column with #FIELD; "
+            f"text columns: {', '.join(texts) or 'none'}.{config.near_miss(self._field, texts)}"
         )
 
 
@@ -153,7 +153,7 @@ def _refused(path: str) -> Iterator[None]:
 
     try:
         yield
-    # the last one belongs to a name
+    # A column name that is not UTF-8 raises UnicodeDecodeError.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # an error of the disk, not of the format
@@ -162,6 +162,6 @@ def _refused(path: str) -> Iterator[None]:
 
 def _damaged(path: str, why: str) -> UserError:
     return UserError(
-        f"{path} is no Parquet file, or a damaged one: {why}; fetch it again, or take it out of "
-        "the pattern."
+        f"{path} is not a Parquet file, or it is damaged: {why}; download it again, or exclude it "
+        "from the pattern."
     )

@@ -110,8 +110,8 @@ def documents(stdlib: Path) -> Iterator[tuple[str, str]]:
     topics = stdlib / "pydoc_data" / "topics.py"
     if not topics.is_file():
         raise MissingFileError(
-            f"{topics} is missing: this Python came without its documentation topics, which "
-            "python_docs is made of. Install the full standard library (Debian and Ubuntu: "
+            f"{topics} is missing: this Python was installed without its documentation topics, "
+            "which python_docs needs. Install the full standard library (Debian and Ubuntu: "
             "libpython3-stdlib) or name other text with --source=text:GLOB."
         )
     for name, text in sorted(_topics(topics).items()):
@@ -123,8 +123,8 @@ def documents(stdlib: Path) -> Iterator[tuple[str, str]]:
     )
     if not sources:
         raise MissingFileError(
-            f"{stdlib} holds no Python sources: this Python came with compiled files only. Use a "
-            "Python with its standard library's sources, or --source=text:GLOB."
+            f"{stdlib} contains no Python sources: this Python was installed with compiled files "
+            "only. Use a Python with the sources of its standard library, or --source=text:GLOB."
         )
     seen: set[str] = set()
     for name, path in sources:

@@ -95,8 +95,7 @@ def decoded_record(
 class Source(abc.ABC):
     """Documents in a fixed order, in pieces; `spec` is the text that named the source.
 
-    Use one object per process for all pieces that the process reads, because the object keeps
-    opened files and counts.
+    A process uses one object for all pieces, because the object keeps opened files and counts.
     """
 
     def __init__(self, spec: str) -> None:

@@ -74,11 +74,11 @@ class _RecordSource(Source):
             return builder.as_data_source(split)
         except NotImplementedError as error:
             raise UserError(
-                f"source={self.spec!r}: the dataset lies in {builder.data_path} in a format "
-                "without random access, which needs TensorFlow to read. Build it once more as "
-                f"array_record, e.g. tfds.builder({builder.name!r}, file_format='array_record', "
-                "data_dir=OTHER_FOLDER).download_and_prepare(), and set TFDS_DATA_DIR to that "
-                "folder."
+                f"source={self.spec!r}: the files of the dataset in {builder.data_path} have a "
+                "format without random access, which only TensorFlow can read. Build the dataset "
+                f"again as array_record, e.g. with tfds.builder({builder.name!r}, "
+                "file_format='array_record', data_dir=OTHER_FOLDER).download_and_prepare(), and "
+                "set TFDS_DATA_DIR to that folder."
             ) from error
 
 
@@ -135,7 +135,9 @@ class TfdsSource(_RecordSource):
                 builder.download_and_prepare()
         except tfds.core.DatasetNotFoundError as error:
             hint = config.near_miss(self._name, tfds.list_builders(with_community_datasets=False))
-            raise UserError(f"source={self.spec!r}: TFDS knows no such dataset.{hint}") from error
+            raise UserError(
+                f"source={self.spec!r}: TFDS does not know this dataset.{hint}"
+            ) from error
         except ModuleNotFoundError as error:
             raise UserError(
                 f"source={self.spec!r}: building this dataset needs the Python package "
@@ -152,7 +154,7 @@ class TfdsSource(_RecordSource):
                 else f"there is no feature {self._field!r}"
             )
             raise UserError(
-                f"source={self.spec!r}: {problem}. Name one with #FIELD; features of text: "
+                f"source={self.spec!r}: {problem}. Name a text feature with #FIELD; text features: "
                 f"{', '.join(texts) or 'none'}.{config.near_miss(self._field, texts)}"
             )
         wanted = re.split(r"[\[+]", self._split or TRAIN)[0]

@@ -66,8 +66,8 @@ class HuggingFaceTokenizer:
             parsed = strict_json.parse(content)
             if not isinstance(parsed, dict) or not {"model", "added_tokens"} <= parsed.keys():
                 raise strict_json.JsonError(
-                    "has no `model` and `added_tokens`, so it is no tokenizer.json of the "
-                    "`tokenizers` library; give that file (not tokenizer_config.json or "
+                    "has no `model` and `added_tokens`, so it is not a tokenizer.json of the "
+                    "`tokenizers` library; give a tokenizer.json (not tokenizer_config.json or "
                     "vocab.json)."
                 )
             described = _Description.of(parsed)
@@ -85,14 +85,15 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 1 <= self.vocab_size <= MAX_VOCABULARY:
             raise UserError(
-                f"{file} has ids below {self.vocab_size:,}; there must be 1 to {MAX_VOCABULARY:,}."
+                f"{file} has a vocabulary of {self.vocab_size:,} ids (largest id + 1); it must "
+                f"have 1 to {MAX_VOCABULARY:,}."
             )
         # A Unigram model names its unknown token by id, and other models by text.
         self.unknown_id = vocabulary.get(described.unknown or "", described.unknown_id)
         if self.unknown_id is not None and not 0 <= self.unknown_id < self.vocab_size:
             raise UserError(
-                f"{file}: model.unk_id={self.unknown_id} must be at least 0 and less than the "
-                f"{self.vocab_size} of its ids."
+                f"{file}: model.unk_id={self.unknown_id} must be at least 0 and less than "
+                f"the size of the vocabulary, {self.vocab_size}."
             )
         bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
         falls_back = described.byte_fallback and vocabulary.keys() >= {*bytes_of}
@@ -113,7 +114,7 @@ class HuggingFaceTokenizer:
             raise self._unknown(text)
         if SPACE_MARK in text and self.decode(ids) != text:
             raise UserError(
-                f"A text holds U+2581, which {self.file} turns into a space; replace it in the "
+                f"A text contains U+2581, which {self.file} turns into a space; replace it in the "
                 "text, or use a byte-level tokenizer or a SentencePiece *.model."
             )
         return ids

@@ -41,8 +41,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
     """Copies the tokenizer into `folder` under its usual name and returns the copy.
 
-    A `tokenizer_config.json` beside a `tokenizer.json` is copied too, because it may name BOS and
-    EOS.
+    A `tokenizer_config.json` beside a `tokenizer.json` is copied too; it may name BOS and EOS.
     """
     model = tokenizer.file.suffix == ".model"
     copy = folder / (rundir.SENTENCEPIECE_MODEL if model else rundir.TOKENIZER_JSON)

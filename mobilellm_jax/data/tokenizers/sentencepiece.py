@@ -40,8 +40,9 @@ class SentencePieceTokenizer:
         self.eos_id: int = self._model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(
-                f"{file} has bos_id={self.bos_id} and eos_id={self.eos_id}; both are needed, since "
-                "documents are stored as BOS text EOS. Train the model with bos_id and eos_id >= 0."
+                f"{file} has bos_id={self.bos_id} and eos_id={self.eos_id}; both must be 0 or "
+                "more, because every document is stored between BOS and EOS. Train the model with "
+                "bos_id and eos_id >= 0."
             )
         try:
             pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
@@ -51,7 +52,10 @@ class SentencePieceTokenizer:
         byte_ids = {piece: i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
         bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
         if byte_ids and byte_ids.keys() != {*bytes_of}:
-            raise UserError(f"{file} has tokens for {len(byte_ids)} of the 256 bytes; all or none.")
+            raise UserError(
+                f"{file} has tokens for {len(byte_ids)} bytes; it must have tokens for all 256 "
+                "bytes or for none."
+            )
         self.byte_ids = [byte_ids[piece] for piece in bytes_of] if byte_ids else []
         # This character stands for U+2581. No piece contains it, so it becomes its own three bytes.
         used = frozenset("".join(pieces))

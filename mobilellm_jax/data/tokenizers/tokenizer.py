@@ -64,11 +64,8 @@ class Tokenizer(Protocol):
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Returns BOS, `encode(text)`, EOS of all texts as one array, and the start of each text.
 
-        The method uses one thread, because `prepare` runs it in a process per core.
-
-        Args:
-          texts: the documents; an empty document gives BOS and EOS.
-          dtype: dtype of the ids; it must hold `vocab_size - 1`.
+        An empty text gives BOS and EOS. `dtype` must hold `vocab_size - 1`. The method uses one
+        thread, because `prepare` runs it in a process per core.
 
         Raises:
           UserError: if ids cannot express one of the texts.
@@ -92,17 +89,13 @@ def changes_text(tokenizer: Tokenizer) -> bool:
 
 
 def check_unicode(text: str) -> None:
-    """Checks that `text` contains no lone surrogate.
-
-    Raises:
-      UserError: naming the first one.
-    """
+    """Raises a UserError that names the first lone surrogate of `text`, if there is one."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
             f"Character {error.start} of the text is a lone surrogate "
-            f"(U+{ord(text[error.start]):04X}), which is no character; read the text as UTF-8, or "
+            f"(U+{ord(text[error.start]):04X}), not a character; read the text as UTF-8, or "
             "replace it with U+FFFD."
         ) from error
 

@@ -103,7 +103,7 @@ def test_the_column_is_named(tmp_path: Path) -> None:
     write(path, {"text": ["t"], "content": ["c"], "length": [1]})
     assert texts(open_source(f"parquet:{path}#content", tmp_path)) == ["c"]
     message = (
-        rf"'parquet:{path}#%s': %s in {path}\. Name one with #FIELD; columns of text: text, "
+        rf"'parquet:{path}#%s': %s in {path}\. Name a text column with #FIELD; text columns: text, "
         r"content\."
     )
     with pytest.raises(
@@ -118,7 +118,7 @@ def test_the_column_is_named(tmp_path: Path) -> None:
 def test_what_is_no_parquet_file(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"text\n" * 100)
-    message = r"a\.parquet is no Parquet file, or a damaged one: .*; fetch it again"
+    message = r"a\.parquet is not a Parquet file, or it is damaged: .*; download it again"
     with pytest.raises(ValueError, match=message):
         texts(open_source(f"parquet:{path}", tmp_path))
     write(path, ["a" * 1000, "b"], compression="gzip")
@@ -150,7 +150,7 @@ def test_footer_that_is_damaged(damaged: bytes, tmp_path: Path) -> None:
     content, whole = (tmp_path / "a.parquet").read_bytes(), b"%\x02\x18\x04text%"
     assert content.count(whole) == 1
     (tmp_path / "a.parquet").write_bytes(content.replace(whole, damaged))
-    with pytest.raises(ValueError, match=r"a\.parquet is no Parquet file.*; fetch it"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file.*; download it"):
         read(open_source(f"parquet:{tmp_path}/*", tmp_path))
 
 

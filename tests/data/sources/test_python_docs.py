@@ -113,7 +113,7 @@ def test_a_python_without_topics_or_sources(stdlib: Path) -> None:
     for file in stdlib.rglob("*.py"):
         if file.name != "topics.py":
             file.unlink()
-    with pytest.raises(FileNotFoundError, match="holds no Python sources"):
+    with pytest.raises(FileNotFoundError, match="contains no Python sources"):
         list(python_docs.documents(stdlib))
     (stdlib / "pydoc_data" / "topics.py").unlink()
     with pytest.raises(FileNotFoundError, match=r"topics\.py is missing.*libpython3-stdlib"):

@@ -148,7 +148,7 @@ def test_text_that_is_not_utf8_is_a_bad_record(data_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("tfds:river_note", r"TFDS knows no such dataset\. Did you mean river_notes\?"),
+        ("tfds:river_note", r"TFDS does not know this dataset\. Did you mean river_notes\?"),
         ("tfds:river_notes#texts", r"no feature 'texts'\. .*: text, sea\. Did you mean text\?"),
         ("tfds:river_notes#length_km", r"feature 'length_km' is .*, not text\. .*: text, sea\."),
         ("tfds:river_notes#banks", r"feature 'banks' is .*, not text\. .*: text, sea\."),

@@ -63,7 +63,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path, trained: Tokenizer) -> None
     refused("tokenizer.model", b"\x00garbage", "is not a SentencePiece model")
     refused("tokenizer.model", b"", "is not a SentencePiece model")
     refused("tokenizer.json", b"{", "is not JSON")
-    refused("tokenizer.json", b'{"bos_token": "<s>"}', "is no tokenizer.json")
+    refused("tokenizer.json", b'{"bos_token": "<s>"}', "is not a tokenizer.json")
     refused("vocab.txt", b"a", r"must be a SentencePiece \*\.model or")
     with pytest.raises(FileNotFoundError, match="no tokenizer file there"):
         load_tokenizer(tmp_path / "missing.model")
