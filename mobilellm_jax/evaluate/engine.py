@@ -40,7 +40,7 @@ class JaxEngine:
 
     @property
     def precision(self) -> str:
-        """Name of the number format that the model computes in, for the record."""
+        """Name of the number format that the model computes in."""
         return str(compute_dtype(self.config))
 
     @property

@@ -3,8 +3,7 @@
 The harness asks with strings, and our model reads the same token ids as the harness' `hf` model. A
 text begins with BOS if other programs put BOS there for this tokenizer. Trailing spaces of a
 context move to the continuation. Context and continuation are encoded together to find the border
-between them. A text that is too long loses its beginning. `scoring.py` computes scores with prefix
-trees. Texts are written with cached decoding. `journal.py` keeps the answers.
+between them. A text that is too long loses its beginning.
 """
 
 import collections

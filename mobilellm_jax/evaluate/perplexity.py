@@ -33,7 +33,7 @@ class PerplexityResult:
     """How well a model predicts a text."""
 
     loss: float  # nats per scored token
-    perplexity: float  # exp(loss)
+    perplexity: float
     bits_per_byte: float  # over the bytes of the scored tokens
     tokens: int  # scored tokens
     windows: int
@@ -58,16 +58,13 @@ class CutText:
 
     @classmethod
     def cut(cls, tokenizer: Tokenizer, text: str, length: int, stride: int | None) -> Self:
-        """Cuts a text into windows.
+        """Cuts a text into windows of `length` tokens, which is `model.max_seq_len`.
 
-        Args:
-          tokenizer: the tokenizer that the model was trained with.
-          text: at least one window; with a stride, at least one token.
-          length: `model.max_seq_len`.
-          stride: number of tokens that each window scores. None: the paper's windows.
+        Each window scores `stride` tokens. None gives the paper's windows.
 
         Raises:
-          UserError: if the text is too short, or the stride is longer than a window.
+          UserError: if the text is shorter than a window (with a stride: than a token), or the
+            stride is longer than a window.
         """
         ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
         windows = _apart(length, ids) if stride is None else _strided(length, ids, stride)

@@ -67,8 +67,7 @@ class Scorer:
           FloatingPointError: if a likelihood is not finite.
         """
         trees = grow_trees(queries, max(_SMALLEST_TREE, self.config.max_seq_len))
-        # The axis `sequence` must divide the length of a row, and also an eighth of it (the scored
-        # tokens).
+        # The axis `sequence` must divide a row's length, and an eighth of it (the scored tokens).
         rows = pack_rows(trees, 8 * self._mesh.shape["sequence"])
         batches = make_batches(rows, self._batch_tokens, batch_shards(self._mesh))
         running: tuple[Batch, tuple[jax.Array, jax.Array]] | None = None

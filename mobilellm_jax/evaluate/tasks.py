@@ -51,9 +51,8 @@ def load_tasks(
     """Loads tasks and their rows.
 
     Args:
-      names: names of tasks or groups; `TASK_DATA` and `GROUPS` list ours.
-      data_dir: folder of local rows; `task_data.py` describes the layout. None: the harness
-        downloads the rows that are not in its cache.
+      names: tasks or groups; `TASK_DATA` and `GROUPS` list ours.
+      data_dir: folder of local rows (`task_data.py`); None: the harness downloads missing rows.
       num_fewshot: number of examples before each question, unless the task's name fixes it. None:
         the harness' number, which is zero for most tasks.
 
@@ -200,8 +199,7 @@ def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
             for metric in ("exact_match", "f1")
         ]
     if data.folder == "race":
-        # Examples come from the scored split. The harness does not use the scored article as an
-        # example.
+        # Examples come from the scored split; the harness leaves out the scored article.
         fields |= {"dataset_name": name.removeprefix("race_"), "fewshot_split": "test"}
     if data_dir is not None:
         is_validation = data.scored == "validation"

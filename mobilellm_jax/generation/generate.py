@@ -104,8 +104,6 @@ def stream(
 
 @struct.dataclass
 class _State:
-    """The progress of every row of a batch."""
-
     cache: AlignedCache
     token_B: Int[Array, "B"]  # the last drawn tokens, which are not in the cache yet
     done_B: Bool[Array, "B"]
