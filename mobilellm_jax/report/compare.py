@@ -226,8 +226,7 @@ def _difference(model: Model, reference: Model) -> Mean:
     ours, theirs = ({r.config.train.seed: r.loss for r in m.runs} for m in (model, reference))
     if ours.keys() == theirs.keys():
         return mean([ours[seed] - theirs[seed] for seed in ours])
-    # If the seeds differ, the squared errors of both means are added. The smaller number of degrees
-    # of freedom is used.
+    # If the seeds differ, the squared errors add up, and the fewer degrees of freedom count.
     one, other = model.loss, reference.loss
     error = None
     if one.standard_error is not None and other.standard_error is not None:
