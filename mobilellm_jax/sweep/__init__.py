@@ -1,9 +1,4 @@
-"""Plans, launches and resumes a sweep: a folder of training runs that are compared.
-
-`runs` lists the runs, and `folder` reads and writes the files of the sweep. `estimate` predicts the
-time on this machine, and `chip_hours` predicts the cost on TPUs. `local` and `slurm` launch the
-runs, and `child` is the process of one run. `report` makes tables from the folder.
-"""
+"""Plans, launches and resumes a sweep: a folder of training runs that are compared."""
 
 import logging
 from collections.abc import Sequence
@@ -46,8 +41,7 @@ def run_here(
         its runs were saved. With `only_plan`, True.
 
     Raises:
-      ConfigError: if the runs cannot start on this machine or with this data. The checks come
-        before the first run starts.
+      ConfigError: before the first run starts, if this machine or the data do not fit the runs.
     """
     slots = find_slots(parallel)
     # A plan does not prepare data, so it takes the number of validation batches from the recipe.
@@ -97,13 +91,10 @@ def submit(runs: Sequence[Run], sweep: Path, arguments: str, at_once: int | None
 
 
 def check_data(runs: Sequence[Run]) -> dict[str, int]:
-    """Checks the data of all runs, and prepares missing data if the recipe names a source.
+    """Checks the data of all runs; returns the validation batches per evaluation by run name.
 
-    The check runs once, before the processes of the runs start. Otherwise every process would
-    report the same mistake, and several processes would prepare the data at the same time.
-
-    Returns:
-      The number of validation batches of one evaluation, by the name of the run.
+    Missing data are prepared if the recipe names a source. This happens before the processes of the
+    runs start, because otherwise each process would prepare the data or report the same mistake.
 
     Raises:
       ConfigError: if the vocabulary of a model differs from the vocabulary of its data, or if a run

@@ -71,8 +71,7 @@ def _run(sweep: Path, name: str) -> int:
         distributed.start(num_processes=1)
         finished = pretrain(config, folder)
     except BaseException as error:
-        # Every exception marks the run as failed. The other runs of the sweep continue, and the log
-        # of this run has the traceback.
+        # The other runs of the sweep continue, and the log of this run has the traceback.
         reason = f"{type(error).__name__}: {error}"
         files.write_outcome(folder, "failed", reason=reason[:2000])
         raise

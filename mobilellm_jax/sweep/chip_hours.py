@@ -31,8 +31,7 @@ from mobilellm_jax.train.state import mesh_of
 
 _log = logging.getLogger(__name__)
 _GIB = 2**30
-# The compiled step depends on the config, on this source code, and on the versions of these
-# libraries.
+# Besides the config, the compiled step depends on this source code and these libraries.
 _ROOMS = ("model", "quantize", "train", "plan", "sharding.py")
 _LIBRARIES = ("jax", "flax", "optax", "libtpu")
 
@@ -65,12 +64,9 @@ class Price:
 def price_all(runs: Sequence[Run], topology: Topology, kept: Path) -> list[Price]:
     """Compiles the step of every model once, with a message per model, and returns the prices.
 
-    Args:
-      runs: the runs of the sweep. Runs that differ only in seeds, length or learning rate share one
-        compiled step.
-      topology: the TPU slice to compile for.
-      kept: a file with the results of earlier compilations. A step is compiled again only if the
-        code or a library changed. The function saves this file after each compilation.
+    Runs that differ only in seeds, length or learning rate share one compiled step. The file `kept`
+    gets the result of each compilation. Another call compiles a step again only if the code or a
+    library changed.
 
     Raises:
       ConfigError: if libtpu is missing, or if a model cannot be divided over the slice.
@@ -158,11 +154,7 @@ def _compile(config: Config, topology: Topology, devices: Sequence[jax.Device]) 
 
 
 def _key(config: Config, topology: Topology) -> str:
-    """Returns a name for everything that determines the compiled step.
-
-    Seeds, the number of steps and learning rates do not change the compiled step, so the name
-    ignores them.
-    """
+    """Names what determines the compiled step; seeds, steps and learning rates do not."""
     neutral = {"train.steps": 480_000, "train.seed": 0, "data.seed": 0, "data.path": ""}
     neutral |= {"optimizer.peak_lr": 1e-3, "optimizer.warmup_steps": 1}
     text = f"{topology.name} {to_json(changed(config, neutral))} {_code()}"
@@ -171,7 +163,6 @@ def _key(config: Config, topology: Topology) -> str:
 
 @functools.cache
 def _code() -> str:
-    """Returns a digest of the source code and the versions of the libraries."""
     return " ".join([source_digest(_ROOMS), *map(_version, _LIBRARIES)])
 
 

@@ -88,13 +88,9 @@ def expected_seconds(
 ) -> dict[str, float]:
     """Returns the expected seconds of each run, by the name of the run.
 
-    If the trial of a model failed, its seconds are computed from its FLOPs, at the mean rate of the
-    other runs.
-
-    Args:
-      runs: the runs of the sweep.
-      speeds: the speeds by `key_of`.
-      batches: the number of validation batches of an evaluation, by the name of the run.
+    `speeds` are by `key_of`, and `batches` are the validation batches of an evaluation, by the name
+    of the run. If the trial of a model failed, its seconds are computed from its FLOPs, at the mean
+    rate of the other runs.
     """
     known = {
         run.name: speeds[key].seconds(run.config, batches[run.name])
@@ -123,10 +119,7 @@ def in_words(seconds: float) -> str:
 
 
 def plan_lines(runs: Sequence[Run]) -> list[str]:
-    """Returns a line per model with its runs, parameters, tokens and FLOPs.
-
-    The runs of a model differ in seeds and learning rates and share one line.
-    """
+    """Returns a line per model, for its runs with all seeds and learning rates."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         name = run.name.rpartition("-s")[0]

@@ -92,11 +92,7 @@ def read_runs(sweep: Path) -> list[Run]:
 
 
 def find_run(sweep: Path, name: str) -> Run:
-    """Returns the run with this name.
-
-    Raises:
-      ConfigError: if `sweep.json` does not contain the run.
-    """
+    """Returns the run with this name, or raises a ConfigError if `sweep.json` has no such run."""
     runs = {run.name: run for run in read_runs(sweep)}
     if name not in runs:
         raise ConfigError(f"{sweep / SWEEP} has no run {name}.{config_lib.near_miss(name, runs)}")
@@ -106,11 +102,10 @@ def find_run(sweep: Path, name: str) -> Run:
 def settled(sweep: Path, run: Run) -> Config:
     """Returns the run's config with its final learning rate.
 
-    The learning rate is chosen only once. A run that has already started keeps its learning rate.
+    A run that has already started keeps its learning rate.
 
     Raises:
-      ConfigError: if the rate must be chosen and no run in `tune_from` has finished with a finite
-        loss.
+      ConfigError: if no run in `tune_from` has finished with a finite loss.
     """
     if not run.tune_from:
         return run.config

@@ -71,17 +71,11 @@ def run_all(
     expected_sec: Mapping[str, float],
     lock: FileLock,
 ) -> bool:
-    """Runs the unfinished runs; returns False if a signal stopped the sweep.
+    """Runs the unfinished runs, the first ones first; returns False if a signal stopped the sweep.
 
-    A message tells of every start and end, and of the progress every 30 seconds.
-
-    Args:
-      sweep: the folder that contains `sweep.json`.
-      runs: all requested runs; earlier runs start first.
-      slots: shares of the machine. Each slot has one run at a time.
-      expected_sec: expected seconds by the name of a run. Only their ratios matter for the estimate
-        of the remaining time.
-      lock: the lock that `alone` yields.
+    A message tells of every start and end, and of the progress every 30 seconds. `expected_sec`, by
+    the name of a run, serves to estimate the remaining time, so only the ratios matter. `lock` is
+    the lock that `alone` yields.
     """
     waiting = files.unfinished(sweep, runs)
     free, children = list(slots), list[Child]()
@@ -142,10 +136,7 @@ def _start(sweep: Path, run: Run, slot: Slot, lock: FileLock) -> Child:
 
 
 def _ended(sweep: Path, child: Child, stopping: bool) -> str:
-    """Returns the message for a child that has ended, and records its failure.
-
-    A child records its own failure, unless it was killed.
-    """
+    """Returns the message for a child that has ended; a killed child is recorded as failed."""
     name, code = child.run.name, child.process.returncode
     if code == 0:
         loss = files.last_value(sweep, child.run, "validation/loss")

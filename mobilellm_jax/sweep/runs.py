@@ -57,8 +57,7 @@ def grid_variants(
     vocab_size = None if scale == "paper" else base.model.vocab_size
     for row in (row for grid in grids for row in grid_rows(grid, scale, group, vocab_size)):
         shape = {name: getattr(row.model, name) for name in SHAPE}
-        # The recipe may put every block into the loop's body, because the body of a small model is
-        # small.
+        # The recipe may unroll more blocks than the model of this row has.
         unroll = min(base.model.scan_unroll, row.model.num_blocks)
         model = dataclasses.replace(base.model, **shape, scan_unroll=unroll)
         train = dataclasses.replace(base.train, steps=base.train.steps * row.length)
@@ -76,10 +75,8 @@ def vary(
 ) -> Variants:
     """Returns every variant with every combination of values of the fields.
 
-    Args:
-      variants: the configs to change.
-      fields: values by dotted field name.
-      parameters: solve the width for this number of parameters. None: keep the widths.
+    `fields` holds values by dotted field name. If `parameters` is given, the width of each model is
+    chosen so that the model has this number of parameters.
 
     Raises:
       ConfigError: if a config does not accept a value, if `fields` contains a field that the solver

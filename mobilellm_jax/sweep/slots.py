@@ -29,8 +29,7 @@ class Slot:
     ) -> "subprocess.Popen[bytes]":
         """Starts `child.py` for a run; the options are those of `subprocess.Popen`."""
         child = [sys.executable, "-m", "mobilellm_jax.sweep.child", what, str(sweep), name]
-        # The child imports the same package. It trains as a single process, even if this process
-        # was started with settings for several processes.
+        # The child must import the same package.
         paths = [PACKAGE_PARENT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         path = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
         env = {**os.environ, **path, **self.environment}
@@ -40,10 +39,8 @@ class Slot:
 def find_slots(parallel: int | None, env: Mapping[str, str] = os.environ) -> list[Slot]:
     """Returns the slots; starts no backend, because a backend would reserve GPU memory.
 
-    Args:
-      parallel: number of slots. None: one slot per GPU, or one slot with all cores if there are no
-        GPUs.
-      env: environment variables of this process.
+    Without a number of slots (`parallel`), there is one slot per GPU, or one slot with all cores if
+    there are no GPUs.
 
     Raises:
       ConfigError: if the machine has fewer GPUs or cores than slots, or if the system cannot divide

@@ -55,13 +55,9 @@ exit $code
 def submit(sweep: Path, runs: Sequence[Run], arguments: str, at_once: int | None) -> None:
     """Writes the scripts and submits them.
 
-    Runs with `tune_from` are in a second array, which starts after the first array has ended.
-
-    Args:
-      sweep: the folder of the sweep, on a file system that all nodes share.
-      runs: the unfinished runs.
-      arguments: options of sbatch, such as "--partition=gpu --gres=gpu:1 --time=4:00:00".
-      at_once: the largest number of tasks that run at the same time. None: Slurm sets the limit.
+    Runs with `tune_from` are in a second array, which starts after the first array has ended. All
+    nodes must share the file system of the folder. `arguments` are options of sbatch, such as
+    "--partition=gpu --gres=gpu:1". At most `at_once` tasks run at the same time (None: no limit).
 
     Raises:
       ConfigError: if this machine has no Slurm, if a job of this sweep is still in the queue, or if
