@@ -1,7 +1,4 @@
-"""Distinguishes mistakes of the user from bugs.
-
-A mistake gets one message, and a bug gets a traceback.
-"""
+"""Distinguishes mistakes of the user, which get one message, from bugs, which get a traceback."""
 
 import errno
 
@@ -21,10 +18,7 @@ class UsageError(UserError):
 
 
 def is_bad_input(error: Exception) -> bool:
-    """Returns whether the user, not the program, has to change something.
-
-    The user has to correct every `UserError`, and every path that the operating system refuses.
-    """
+    """Returns whether the user has to correct something: a `UserError`, or a refused path."""
     if isinstance(error, UserError):
         return True
     if not isinstance(error, OSError) or error.filename is None:

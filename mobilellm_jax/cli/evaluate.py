@@ -146,8 +146,6 @@ def _evaluate_tasks(flags: Flags, output: Path | None, scheme: Scheme | None) ->
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """The model that is evaluated."""
-
     engine: "Engine"
     tokenizer: "Tokenizer"
     origin: str

@@ -33,11 +33,8 @@ _DEFINE: dict[Any, Callable[..., Any]] = {
 def flag(default: Any, help: str, **settings: Any) -> Any:
     """Returns a field of a dataclass of flags.
 
-    Args:
-      default: the value without the flag.
-      help: the text that --help shows.
-      settings: absl's settings: required, lower_bound, upper_bound, enum_values. With
-        `commas=True`, a list is written in one flag instead of a flag that may be repeated.
+    `settings` are absl's: required, lower_bound, upper_bound, enum_values. With `commas=True`, a
+    list is written in one flag instead of a flag that may be repeated.
     """
     return dataclasses.field(metadata={"default": default, "help": help, **settings})
 

@@ -30,8 +30,7 @@ class Flags:
 def main(flags: Flags, overrides: list[str]) -> int:
     """Prints the plan."""
     config = load_config(flags.config, overrides)
-    # jax loads slowly. The imports are inside the function, so that --help and errors in the config
-    # appear quickly.
+    # jax loads slowly, and --help and errors in the config must appear quickly.
     import jax
 
     from mobilellm_jax.plan import plan

@@ -104,8 +104,7 @@ def main(flags: Flags, overrides: list[str]) -> int:
             raise UsageError("--config is missing; --sweep without --grid varies this recipe.")
         file = f"configs/sweep_{scale}.py"
     base = load_config(file, overrides)
-    # jax loads slowly. The imports are inside the function, so that --help and errors in the config
-    # appear quickly.
+    # jax loads slowly, and --help and errors in the config must appear quickly.
     from mobilellm_jax import preflight
     from mobilellm_jax.sweep import plan, run_here, submit
     from mobilellm_jax.sweep.runs import grid_variants, vary, with_seeds

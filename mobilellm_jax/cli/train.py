@@ -63,8 +63,7 @@ def main(flags: Flags, overrides: list[str]) -> int:
 
 
 def _train(config: Config, flags: Flags) -> bool:
-    # jax loads slowly. The imports are inside the function, so that --help and errors in the config
-    # appear quickly.
+    # jax loads slowly, and --help and errors in the config must appear quickly.
     from mobilellm_jax import preflight
     from mobilellm_jax.pretrain import pretrain
     from mobilellm_jax.processes import distributed
