@@ -26,7 +26,6 @@ _TOKENS_PER_SEC = 10.0
 
 
 def _column(title: str, form: str) -> Any:
-    """Returns a field of `Row` with its title and format in the table."""
     return dataclasses.field(metadata={"title": title, "form": form})
 
 
