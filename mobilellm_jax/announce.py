@@ -1,7 +1,4 @@
-"""The messages of process 0 at the start and the end of a training run, and after bad steps.
-
-The messages explain the numbers in the log and name the next command.
-"""
+"""The messages of process 0 at the start and the end of a training run, and after bad steps."""
 
 import logging
 import shlex

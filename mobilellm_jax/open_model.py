@@ -41,9 +41,7 @@ class OpenedModel:
 def open_model(ckpt: str | Path, scheme: Scheme | None = None) -> OpenedModel:
     """Opens a checkpoint; in a run folder, the latest step that is complete and not damaged.
 
-    Args:
-      ckpt: a run folder, a step folder or a Hugging Face directory.
-      scheme: quantizes the parameters. None: they stay float32.
+    Without a `scheme` that quantizes the parameters, they are float32.
 
     Raises:
       MissingFileError: if the folder does not exist, or is a run without a complete step.
