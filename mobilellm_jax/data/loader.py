@@ -25,8 +25,7 @@ from mobilellm_jax.errors import UserError
 # One thread copies while the other waits for a page from the disk. Four threads compete for the GIL
 # and read half as much.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-# The windows of this many samples are computed together, which takes hardly longer than computing
-# the windows of one batch.
+# The windows of so many samples are computed together, hardly slower than those of one batch.
 _PLACED_TOGETHER = 4096
 # Grain needs a length. At a million batches per second, this length lasts 146,000 years.
 _ENDLESS = 1 << 62

@@ -158,11 +158,7 @@ def read_part(parts: Path, number: int) -> Part | None:
 
 
 def read_record(file: Path, kind: Any) -> Any:
-    """Returns a record that an earlier start wrote.
-
-    Raises:
-      UserError: if the record is damaged.
-    """
+    """Returns a record of an earlier start, or raises a UserError if the record is damaged."""
     try:
         return strict_json.as_type(strict_json.read(file), kind)
     except strict_json.JsonError as error:

@@ -24,8 +24,7 @@ DOCUMENT_BYTES = 1 << 28
 
 A few kilobytes can expand to terabytes. Tokenizing a tenth of this size already takes gigabytes.
 """
-# Fields of fsspec's file information that change when a file is written again. The store decides
-# which of them exist.
+# Fields of fsspec that change when a file is written again; each store has some of them.
 _STAMPS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
 
 
@@ -144,11 +143,7 @@ def cuts(total: int, count: int) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
-    """Opens the stored bytes of a file, buffered.
-
-    Raises:
-      UserError: if the file no longer has `size_bytes`.
-    """
+    """Opens a file as it is stored, or raises a UserError if it no longer has `size_bytes`."""
     if "://" in path:
         filesystem, inner = _filesystem(path, path)
         buffered: BinaryIO = io.BufferedReader(filesystem.open(inner, "rb"), _BUFFER_BYTES)

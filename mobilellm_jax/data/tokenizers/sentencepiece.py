@@ -78,7 +78,6 @@ class SentencePieceTokenizer:
         return text
 
     def _encode(self, texts: Sequence[str], *, outer: bool = False) -> list[NDArray[np.int32]]:
-        """Returns the ids of each text, with BOS and EOS if `outer`."""
         for text in texts:
             check_unicode(text)
         # Arrays need no Python object per token.
