@@ -181,11 +181,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return self._journal.answers
 
     def _room(self, how: dict[str, Any]) -> int:
-        """Returns the largest number of tokens for a prompt.
-
-        Raises:
-          UserError: if a prompt has no room, or the task has a setting that we do not support.
-        """
+        """Returns the largest number of tokens for a prompt; refuses unsupported settings."""
         unknown = how.keys() - _SETTINGS
         if unknown:
             raise UserError(

@@ -84,11 +84,7 @@ class CutText:
 
 
 def perplexity(engine: Engine, text: CutText, *, show: bool = True) -> PerplexityResult:
-    """Scores a text; with `show`, a terminal shows the progress.
-
-    Raises:
-      FloatingPointError: if a likelihood is not finite.
-    """
+    """Scores a text; with `show`, a terminal shows the progress."""
     windows = text.windows
     nats = 0.0
     with tqdm(total=len(windows), unit="window", disable=None if show else True) as bar:

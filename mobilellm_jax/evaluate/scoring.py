@@ -132,11 +132,7 @@ def _read(batch: Batch, arrays: tuple[jax.Array, jax.Array]) -> list[tuple[int, 
 
 
 def checked_score(log_probabilities: Sequence[float], is_greedy: bool) -> Score:
-    """Returns the score of a continuation from the log-probabilities of its tokens.
-
-    Raises:
-      FloatingPointError: if the sum is not finite.
-    """
+    """Returns the score of a continuation, or raises a FloatingPointError if it is not finite."""
     log_likelihood = math.fsum(log_probabilities)
     if not math.isfinite(log_likelihood):
         raise FloatingPointError(
