@@ -115,7 +115,6 @@ def _verified(flags: Flags) -> bool:
 
 
 def _sharing(config: ModelConfig, layers: int, bits: float) -> str:
-    """Describes how shared layers change the size of the export."""
     unshared = dataclasses.replace(config, num_blocks=config.applied_depth, num_repeats=1)
     size = int((parameter_count(unshared) - parameter_count(config)) * bits / 8)
     if layers == config.num_blocks:

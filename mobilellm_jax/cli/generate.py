@@ -59,8 +59,7 @@ class Flags:
         "into model.max_seq_len)",
         lower_bound=1,
     )
-    # The next three and the seed have the defaults of `Sampling`, and a test compares them. An
-    # import of `Sampling` would load jax even for --help.
+    # A test compares these defaults with `Sampling`, whose import would load jax for --help.
     temperature: float = flag(
         0.8, "0 takes the likeliest token; 1 draws from the distribution of the model"
     )

@@ -97,11 +97,7 @@ def main(args: list[str]) -> int:
 
 
 def import_command(name: str) -> ModuleType:
-    """Returns the module of a command; its `main` takes the values of its `Flags`.
-
-    Raises:
-      UsageError: if there is no such command.
-    """
+    """Returns the module of a command, or raises a UsageError if there is no such command."""
     if name not in COMMANDS:
         kind = "flag before the command" if name.startswith("-") else "command"
         raise UsageError(

@@ -76,8 +76,7 @@ def _train(config: Config, flags: Flags) -> bool:
     if flags.max_walltime is not None:
         walltime = Walltime(parse_duration("--max_walltime", flags.max_walltime))
     profile = None if flags.profile_steps is None else ProfiledSteps.parse(flags.profile_steps)
-    # These calls come before a backend starts, and in this order: the processes meet only after
-    # XLA's flags are set.
+    # No backend has started yet, and XLA's flags must be set before the processes meet.
     settings = before_jax(deterministic=config.train.deterministic)
     found = distributed.start(
         flags.coordinator_address, flags.num_processes, flags.process_id, flags.peer_timeout
