@@ -1,1 +1,1 @@
-"""ExecuTorch: the writer, and the runtime that reads its file back."""
+"""Writes models as ExecuTorch programs, and runs these programs."""

@@ -1,4 +1,4 @@
-"""Runs `model.pte` in ExecuTorch's runtime; XNNPACK uses all cores."""
+"""Runs `model.pte` in ExecuTorch's runtime; its XNNPACK backend uses all CPU cores."""
 
 from collections.abc import Sequence
 from importlib import metadata
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import executorch.extension.llm.custom_ops.custom_ops
-import executorch.kernels.quantized  # noqa: F401  # registers kernels, as the line above
+import executorch.kernels.quantized  # noqa: F401  # Registers kernels, as the import above does.
 import numpy as np
 import torch
 from executorch.runtime import Runtime as Library
@@ -19,7 +19,7 @@ _METHOD = "forward"
 
 
 class ExecutorchRuntime(Runtime):
-    """A program of `executorch/writer.py`, which keeps its own cache."""
+    """A program that `executorch/writer.py` wrote; the program keeps its own cache."""
 
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
         data = file.with_suffix(".ptd")

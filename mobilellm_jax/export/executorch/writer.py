@@ -1,11 +1,13 @@
-"""Writes `model.pte`, an ExecuTorch program with XNNPACK's products and a static cache.
+"""Writes `model.pte`, an ExecuTorch program for the XNNPACK backend with a cache of fixed size.
 
-The program has one method, `forward(tokens[1, T], start[1]) -> logits[1, T, V]`. It reads at most
-`CHUNK` tokens at the positions `start`, `start + 1`, ... The file contains only the size of the
-cache. A token reads the positions before it, so a read at position 0 starts a new sequence.
+The program has one method, `forward(tokens[1, T], start[1]) -> logits[1, T, V]`. A call takes at
+most `CHUNK` tokens, which have the positions `start`, `start + 1`, ... The file contains the size
+of the cache, but no cache contents. A token attends only to itself and to earlier positions, so a
+call with `start` = 0 starts a new sequence and needs no cleared cache.
 
-Tied embeddings are stored once, in the file `model.ptd`. The lookup and XNNPACK can share bytes
-only in a file of named data. In memory, XNNPACK has its own copy of every weight.
+Tied embeddings are stored once, in the file `model.ptd`, because the embedding lookup and XNNPACK
+can share weights only if these are in such a file of named data. In memory, XNNPACK keeps its own
+copy of every weight.
 """
 
 import warnings
@@ -21,7 +23,7 @@ from executorch.exir import (
 )
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
-from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  # registers llama::
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  # Registers llama::.
 from torch import Tensor, nn
 from torchao.quantization.granularity import PerAxis, PerGroup
 from torchao.quantization.quant_api import (
@@ -36,15 +38,15 @@ from mobilellm_jax.export.source import Source, check_groups
 from mobilellm_jax.export.torch_decoder import TorchDecoder
 
 CHUNK = 128
-"""Largest number of tokens per call; the logits of more tokens would fill a phone's memory."""
+"""The largest number of tokens per call; more tokens' logits would fill a phone's memory."""
 
 _SHORTEST = 4
-_GROUP = 32  # number of inputs that share a scale in 4 bits
-_INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # its stubs do not know it
+_GROUP = 32  # Number of weights of a row that share a scale in 4 bits.
+_INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # The stubs of torch lack int4.
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes the program, and the file of tied embeddings; returns the number of stored blocks."""
+    """Writes the program and, if needed, `model.ptd`; returns how many blocks they contain."""
     config = source.config
     if config.max_seq_len < _SHORTEST:
         raise UserError(
@@ -56,7 +58,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
     file = folder / "model.pte"
     program = _Program(config, TorchDecoder(config, source.params)).eval()
     _quantize(program.decoder, precision)
-    with warnings.catch_warnings(action="ignore"):  # torch and executorch warn about each other
+    with warnings.catch_warnings(action="ignore"):  # Both libraries warn about each other.
         lowered = _lowered(program, config, file.stem)
     with file.open("wb") as out:
         lowered.write_to_file(out)
@@ -65,14 +67,14 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
 
 def _lowered(program: "_Program", config: ModelConfig, data: str) -> Any:
-    """Returns the finished program; `data`.ptd contains its tied embeddings."""
+    """Returns the finished program, whose tied embeddings belong in the file `data`.ptd."""
     exported = _exported(program, config)
     if config.tie_embeddings:
         _store_beside(exported, data)
     edge: Any = to_edge_transform_and_lower(
         exported,
         partitioner=[XnnpackPartitioner()],
-        # The check does not know the operators of the cache.
+        # The validity check would refuse the llama:: operators that update and read the cache.
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     table = (config.vocab_size, config.embed_dim)
@@ -84,7 +86,8 @@ def _lowered(program: "_Program", config: ModelConfig, data: str) -> Any:
         ExecutorchBackendConfig(
             memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
             sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-            # Without it, XNNPACK takes a quantized table for a product that it has no kernel for.
+            # Without this pass, XNNPACK treats the lookup in a quantized table as a matrix
+            # multiplication, and it has no kernel for this multiplication.
             do_quant_fusion_and_const_prop=True,
             external_constants=beside if config.tie_embeddings else False,
         )
@@ -92,7 +95,7 @@ def _lowered(program: "_Program", config: ModelConfig, data: str) -> Any:
 
 
 class _Program(nn.Module):
-    """The decoder with its cache: a pair of buffers for every application of a block."""
+    """The decoder with its cache: key and value buffers for each application of a block."""
 
     def __init__(self, config: ModelConfig, decoder: TorchDecoder) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class _Program(nn.Module):
     def forward(self, tokens_1T: Tensor, start_1: Tensor) -> Tensor:
         start: Any = start_1[0].item()
         length = tokens_1T.shape[1]
-        check: Any = torch._check  # the exporter needs this fact
+        check: Any = torch._check  # The exporter cannot derive these bounds itself.
         check(start >= 0)
         check(start < self.capacity)
         check(start + length <= self.capacity)
@@ -127,22 +130,22 @@ class _Program(nn.Module):
 
 
 def _quantize(decoder: TorchDecoder, precision: str) -> None:
-    """Replaces the weights; activations are quantized per token at run time."""
+    """Quantizes the weights in place; the program quantizes activations, token by token."""
     if precision == "float32":
         return
     table = IntxWeightOnlyConfig(torch.int8, PerAxis(0))
     quantize_(decoder, table, lambda module, _: isinstance(module, nn.Embedding))
     rows = Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))
     groups = Int8DynamicActivationIntxWeightConfig(_INT4, PerGroup(_GROUP))
-    # The head is quantized like the table, because both may be one matrix.
+    # The head has the 8 bits of the embedding table, because tied models have one matrix for both.
     quantize_(decoder, rows, lambda module, _: module is decoder.head)
     quantize_(decoder.blocks, rows if precision == "8da8w" else groups)
 
 
 def _exported(program: _Program, config: ModelConfig) -> torch.export.ExportedProgram:
     longest = min(CHUNK, config.max_seq_len)
-    # The example's number of tokens must not be 1, because the export would make a size of 1 a
-    # constant, and must not be the limit.
+    # The example must not have 1 token, because the exporter turns a size of 1 into a constant. It
+    # must not have the largest number of tokens either.
     tokens_1T = torch.zeros(1, max(2, longest - 1), dtype=torch.long)
     length = torch.export.Dim("length", min=1, max=longest)
     with torch.no_grad():
@@ -154,10 +157,10 @@ def _exported(program: _Program, config: ModelConfig) -> torch.export.ExportedPr
 
 
 def _store_beside(exported: torch.export.ExportedProgram, tag: str) -> None:
-    """Places the head's weights in the file `tag`, which also contains the table."""
+    """Marks the head's weights for the file `tag`.ptd, which also holds the embedding table."""
     head = [node for node in exported.graph.nodes if node.target is torch.ops.aten.linear.default]
     pending = [head[-1].args[1]]
-    while pending:  # the weights, and the operations on the stored bytes
+    while pending:  # Visits the weights and all nodes that they are computed from.
         node = pending.pop()
         node.meta.setdefault("custom", {})["delegate_constant_tag"] = tag
         pending.extend(node.all_input_nodes)

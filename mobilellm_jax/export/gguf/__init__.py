@@ -1,1 +1,1 @@
-"""GGUF for llama.cpp: the writer, and the runtime that reads its file back."""
+"""Writes models as GGUF files, and runs these files in llama.cpp."""

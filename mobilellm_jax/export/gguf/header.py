@@ -1,9 +1,9 @@
-"""Writes the part of a GGUF file in front of the weights, and checks it in a file from elsewhere.
+"""Writes the header of a GGUF file (everything before the weights), and checks such headers.
 
-The header contains the shape of the model, its tokenizer, and a line per tensor. llama.cpp ends the
-process if numbers in it contradict each other. The runtime therefore writes the header again, from
-the manifest and the tokenizer's file, and accepts equal bytes only. The manifest protects the
-weights themselves.
+The header contains the shape of the model, its tokenizer, and an entry per tensor. llama.cpp aborts
+the process if numbers in the header contradict each other. Before loading a file, the runtime
+therefore writes the expected header from the manifest and the tokenizer's file, and refuses a file
+with another header. The checksums in the manifest protect the weights.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from mobilellm_jax.export.huggingface.layout import their_shapes
 from mobilellm_jax.export.runtime import ArtifactInfo, wrong_model
 from mobilellm_jax.export.source import check_groups
 
-ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # every tensor starts at a multiple of so many bytes
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # Every tensor starts at a multiple of this.
 _ARCHITECTURE = "llama"
 _Type, _FileType = gguf.GGMLQuantizationType, gguf.LlamaFileType
-# For each precision: the type of the matrices, and llama.cpp's name for the file type.
+# Maps each precision to the type of the matrices and llama.cpp's type of the whole file.
 _PRECISIONS: dict[str, tuple[Any, Any]] = {
     "float32": (_Type.F32, _FileType.ALL_F32),
     "float16": (_Type.F16, _FileType.MOSTLY_F16),
@@ -40,12 +40,12 @@ _PRECISIONS: dict[str, tuple[Any, Any]] = {
 
 
 def stored_type(axes: int, precision: str) -> Any:
-    """Returns the type of a tensor with so many axes; norms stay in float32."""
+    """Returns the type of a tensor with `axes` axes; norms have one axis and stay in float32."""
     return _Type.F32 if axes == 1 else _PRECISIONS[precision][0]
 
 
 def write_header(file: Path, config: ModelConfig, tokenizer: Tokenizer, precision: str) -> int:
-    """Writes a file without its weights; returns how many bytes the weights take."""
+    """Writes the header to `file`; returns the number of bytes that the weights will take."""
     if config.activation != "swiglu":
         raise UserError(
             f"model.activation={config.activation} has two matrices in the feed-forward, and "
@@ -71,7 +71,7 @@ def write_header(file: Path, config: ModelConfig, tokenizer: Tokenizer, precisio
 
 
 def check_header(file: Path, info: ArtifactInfo) -> None:
-    """Checks that a file has the header and the size that an export writes."""
+    """Checks that `file` has the header and the size that our writer gives it."""
     with tempfile.TemporaryDirectory() as folder:
         ours = Path(folder) / file.name
         tokenizer = load_tokenizer(file.parent)
@@ -95,7 +95,7 @@ def _describe_model(writer: Any, config: ModelConfig) -> None:
     writer.add_feed_forward_length(config.ffn_dim)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
-    # Without these keys, readers use embedding_length / head_count.
+    # Without the two lengths below, readers use embedding_length / head_count.
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
@@ -120,7 +120,7 @@ def _describe_tokenizer(writer: Any, tokenizer: Tokenizer, vocabulary: Vocabular
 
 
 def _list_tensors(writer: Any, config: ModelConfig, precision: str) -> int:
-    """Adds a line per tensor; returns how many bytes the tensors take."""
+    """Adds the entries of all tensors; returns the number of bytes that the tensors take."""
     layers = config.applied_depth
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     total = 0

@@ -1,8 +1,8 @@
 """Runs GGUF files in llama.cpp on the CPU, through the C functions of llama-cpp-python.
 
-The cache holds float32 keys and values, and attention is not fused. A difference from the
-checkpoint can then only come from the file or from the order of sums. With llama.cpp's default
-cache in float16, the difference is 300 times larger.
+The cache holds keys and values in float32, and flash attention is off. The logits can then differ
+from the checkpoint's only because of the file or the order of floating-point additions. With
+llama.cpp's default cache, in float16, the difference is 300 times larger.
 """
 
 import collections
@@ -24,15 +24,15 @@ from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
 from mobilellm_jax.startup.cpu import cpu_features
 
 _c: Any = llama_cpp.llama_cpp
-_CHUNK = 512  # number of tokens read at a time; their logits are in memory twice
-_ERROR = 4  # of ggml_log_level
+_CHUNK = 512  # Largest number of tokens per call; two copies of their logits are in memory.
+_ERROR = 4  # GGML_LOG_LEVEL_ERROR in llama.cpp.
 
 _messages: collections.deque[str] = collections.deque(maxlen=20)
 
 
 @_c.llama_log_callback  # type: ignore[untyped-decorator]  # ctypes
 def _log(level: int, text: bytes, user_data: Any) -> None:
-    """Collects llama.cpp's error messages, which it would otherwise print to stderr."""
+    """Collects llama.cpp's error messages; by default, llama.cpp prints them to stderr."""
     del user_data
     if level == _ERROR:
         _messages.append(text.decode(errors="replace").strip())
@@ -72,7 +72,7 @@ class LlamaCppRuntime(Runtime):
             raise RuntimeError(f"{self.name} failed with code {code}: {_said()}.")
         logits_TV: NDArray[np.float32] = np.ctypeslib.as_array(
             _c.llama_get_logits(self._context), (len(tokens), self._vocab_size)
-        ).copy()  # the next call overwrites the array
+        ).copy()  # The next call overwrites the array.
         return logits_TV
 
     def _settings(self) -> Any:
@@ -87,7 +87,7 @@ class LlamaCppRuntime(Runtime):
 
 
 class LlamaCppVocabulary:
-    """The tokenizer in a GGUF file that this program wrote, run by llama.cpp."""
+    """The tokenizer in a GGUF file of this program; llama.cpp runs it."""
 
     def __init__(self, file: Path) -> None:
         model = load_model(file, vocab_only=True)
@@ -95,9 +95,9 @@ class LlamaCppVocabulary:
         self.pointer = _c.llama_model_get_vocab(model)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text with BOS first; a literal "<s>" in it is plain text."""
+        """Returns BOS and the ids of `text`; a literal "<s>" in `text` is not a special token."""
         content = text.encode()
-        room = len(content) + 2  # at most a token per byte, plus BOS and the first space
+        room = len(content) + 2  # One token per byte at most, plus BOS and a leading space.
         found = (_c.llama_token * room)()
         count = _c.llama_tokenize(self.pointer, content, len(content), found, room, True, False)
         assert 0 <= count <= room, f"{count} tokens of {len(content)} bytes"
@@ -105,14 +105,14 @@ class LlamaCppVocabulary:
 
 
 def load_model(file: Path, *, vocab_only: bool) -> Any:
-    """Returns llama.cpp's model; the caller frees it with llama_model_free."""
-    _c.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python prints too
+    """Returns llama.cpp's model, which the caller must free with llama_model_free."""
+    _c.llama_log_set(_log, ctypes.c_void_p(0))  # llama-cpp-python also prints.
     _messages.clear()
     settings = _c.llama_model_default_params()
     settings.vocab_only = vocab_only
     settings.n_gpu_layers = 0
-    # llama.cpp's AMX products crash the process on virtual machines (0.3.36, Q8_0). Turning off the
-    # extra buffer types avoids them.
+    # llama.cpp's matrix multiplications with AMX instructions crash the process on virtual machines
+    # (0.3.36, Q8_0). llama.cpp does not use AMX without the extra buffer types.
     settings.use_extra_bufts = "amx_tile" not in cpu_features()
     model = _c.llama_model_load_from_file(os.fsencode(file), settings)
     if not model:

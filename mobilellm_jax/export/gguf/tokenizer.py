@@ -1,10 +1,11 @@
-"""Writes the run's tokenizer into a GGUF file, so that llama.cpp gives the same ids.
+"""Describes the run's tokenizer for a GGUF file, so that llama.cpp computes the same ids.
 
-llama.cpp has its own tokenizers, and two of them can be exact. `llama` merges the neighbours with
-the best score, as SentencePiece does. `gpt2` is byte-level BPE that splits words by one of a fixed
-list of rules. Tokenizers that neither can express are refused.
+llama.cpp has its own tokenizers. Two of them can give exactly the ids of our tokenizers: `llama`
+merges the adjacent pieces with the best score, as SentencePiece does. `gpt2` is byte-level BPE, and
+splits text into words by one of a fixed list of rules. The writer refuses a tokenizer that neither
+of the two can reproduce.
 
-One difference remains: llama.cpp reads a literal U+2581 in a text as a space.
+One difference remains: llama.cpp treats the character U+2581 in a text as a space.
 """
 
 import collections
@@ -20,13 +21,13 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.huggingface.tokenizer_files import inexpressible
 from mobilellm_jax.storage import strict_json
 
-_proto: Any = sentencepiece_model_pb2  # the library creates its classes at run time
+_proto: Any = sentencepiece_model_pb2  # The library creates its classes at run time.
 _REMEDY = (
     "Train the model with a tokenizer from `prepare --vocab_size=N`, or use another format for "
     "devices, which carries the tokenizer's own file."
 )
 
-# How a tokenizer.json splits a text into words, by llama.cpp's names for these rules.
+# Maps llama.cpp's name of a rule for splitting text to the same rule in a tokenizer.json.
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
 _REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 _WORDS: dict[str, list[dict[str, Any]]] = {
@@ -44,23 +45,23 @@ _WORDS: dict[str, list[dict[str, Any]]] = {
         {"type": "ByteLevel", "use_regex": False},
     ],
 }
-_WHOLE_WORDS = ("llama-bpe",)  # these keep a word that is a token, whatever the merges say
+_WHOLE_WORDS = ("llama-bpe",)  # Rules that do not apply merges to a word that is a token.
 
 
 class Vocabulary(NamedTuple):
-    """The description of the tokens in a GGUF file."""
+    """The description of a tokenizer in a GGUF file."""
 
-    model: str  # llama.cpp's implementation
-    pre: str  # name of the rule that splits words
+    model: str  # llama.cpp's name of the algorithm: llama or gpt2.
+    pre: str  # llama.cpp's name of the rule that splits text into words.
     tokens: list[str]
     types: list[TokenType]
-    scores: list[float]  # empty for gpt2
-    merges: list[str]  # empty for llama
+    scores: list[float]  # Empty for gpt2.
+    merges: list[str]  # Empty for llama.
     space_prefix: bool
 
 
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
-    """Returns the tokenizer for a model of `vocab_size` tokens; padding fills missing tokens."""
+    """Returns the description of a tokenizer, with unused tokens up to `vocab_size` tokens."""
     expressed = _sentencepiece if tokenizer.file.suffix == ".model" else _byte_level
     vocabulary = expressed(tokenizer)
     tokens, types = vocabulary.tokens, vocabulary.types
@@ -98,7 +99,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
     tokens = []
     for piece, kind in zip(model.pieces, types, strict=True):
         text = piece.piece
-        # llama.cpp merges into any token, and SentencePiece merges into normal tokens only.
+        # The result of a merge is a normal token in SentencePiece, but any token in llama.cpp.
         if kind is TokenType.BYTE and _reached(text, pieces):
             raise refused(tokenizer, [f"Its pieces would merge to {text}, the name of a byte."])
         while kind is not TokenType.NORMAL and _reached(text, pieces):
@@ -116,7 +117,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def _reached(text: str, pieces: set[str]) -> bool:
-    """Returns whether `text` is a character, or joins two pieces or characters."""
+    """Returns whether `text` is one character, or two parts that are pieces or characters."""
 
     def whole(part: str) -> bool:
         return len(part) == 1 or part in pieces
@@ -127,7 +128,7 @@ def _reached(text: str, pieces: set[str]) -> bool:
 
 def _byte_level(tokenizer: Tokenizer) -> Vocabulary:
     content = strict_json.read(tokenizer.file)
-    library = tokenizers.Tokenizer.from_file(str(tokenizer.file))  # also checks the types
+    library = tokenizers.Tokenizer.from_file(str(tokenizer.file))  # Also checks the file's types.
     added = library.get_added_tokens_decoder()
     outer = content.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
@@ -159,10 +160,10 @@ def _byte_level(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def _splitting_rule(steps: Sequence[Mapping[str, Any]]) -> str | None:
-    """Returns llama.cpp's name for the way these steps split a text, or None."""
+    """Returns llama.cpp's name of the rule that splits text as `steps` do, or None."""
     for name, wanted in _WORDS.items():
         if len(steps) == len(wanted) and all(
-            given.get(key, True) == value  # use_regex is true if the file does not say
+            given.get(key, True) == value  # The default of use_regex is true.
             for given, step in zip(steps, wanted, strict=True)
             for key, value in step.items()
         ):
@@ -175,7 +176,7 @@ def _splitting_rule(steps: Sequence[Mapping[str, Any]]) -> str | None:
 def _differences(
     content: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], rule: str | None
 ) -> Iterator[str]:
-    """Yields a sentence for every difference to llama.cpp's `gpt2` tokenizer."""
+    """Yields a sentence for each setting that llama.cpp's `gpt2` tokenizer lacks."""
     model = content["model"]
     if model.get("type") != "BPE":
         yield f"Its model.type={strict_json.shown(model.get('type'))} must be BPE."
@@ -204,7 +205,7 @@ def _odd_tokens(added: Mapping[int, tokenizers.AddedToken]) -> Iterator[str]:
 
 
 def refused(tokenizer: Tokenizer, problems: Sequence[str]) -> UserError:
-    """Returns the error about a tokenizer that llama.cpp cannot express; problems are sentences."""
+    """Returns the error for a tokenizer that llama.cpp cannot reproduce, with its problems."""
     return UserError(
         f"{tokenizer.file} cannot be written into a GGUF file: {' '.join(problems)} {_REMEDY}"
     )

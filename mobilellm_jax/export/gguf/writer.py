@@ -1,8 +1,10 @@
 """Writes a model and its tokenizer as one GGUF file for llama.cpp, tensor by tensor.
 
-The file contains every applied layer, because tensors must follow each other without gaps and two
-names cannot share bytes. Norms stay in float32. llama.cpp rotates neighbouring channels, and our
-model rotates halves, so the rows of the query and key projections are reordered.
+The file contains a shared block once per application, because llama.cpp has no shared layers and
+two tensors of a GGUF file cannot share bytes. Norms stay in float32. RoPE rotates pairs of
+channels: llama.cpp pairs adjacent channels, and our model pairs channel i of the first half with
+channel i of the second half. The writer therefore reorders the rows of the query and key
+projections.
 """
 
 import importlib.util
@@ -23,11 +25,11 @@ FILE = "model.gguf"
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes `model.gguf` into `folder`; returns the number of stored layers."""
+    """Writes `model.gguf` into `folder`; returns how many layers it contains."""
     config = source.config
     order = application_order(config.num_blocks, config.num_repeats, config.sharing)
     write_header(folder / FILE, config, source.tokenizer, precision)
-    matrix_dtype = DTYPES.get(precision, DTYPES["float16"])  # quantized: the scales are float16
+    matrix_dtype = DTYPES.get(precision, DTYPES["float16"])  # If quantized, scales are float16.
     with (folder / FILE).open("ab") as file:
         for name, array in their_tensors(config, source.params, order):
             kind = stored_type(array.ndim, precision)
@@ -41,20 +43,20 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
 
 def _neighbours(array_OD: np.ndarray, head_dim: int) -> np.ndarray:
-    """Places the two channels of each head that rotate together side by side."""
+    """Moves the two channels of each pair that RoPE rotates next to each other."""
     inputs = array_OD.shape[1]
     halves = array_OD.reshape(-1, 2, head_dim // 2, inputs)
     return halves.swapaxes(1, 2).reshape(-1, inputs)
 
 
 def _check_in_llama_cpp(file: Path, tokenizer: Tokenizer) -> None:
-    """Compares llama.cpp's ids of texts with the tokenizer's ids, if llama.cpp is installed."""
+    """Checks on many texts that llama.cpp gives the tokenizer's ids, if llama.cpp is installed."""
     if importlib.util.find_spec("llama_cpp") is None:
         return
     from mobilellm_jax.export.gguf.runtime import LlamaCppVocabulary
 
     vocabulary = LlamaCppVocabulary(file)
-    # A byte that is not a character decodes to U+FFFD, which can be probed like any text.
+    # A token that is part of a character decodes to U+FFFD, which is a valid text to compare.
     pieces = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
     for text in (*PROBES, *pieces):
         if SPACE_MARK in text:

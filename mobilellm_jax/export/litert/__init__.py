@@ -1,1 +1,1 @@
-"""LiteRT: the writer, and the runtime that reads its file back."""
+"""Writes models as LiteRT files, and runs these files."""

@@ -1,4 +1,4 @@
-"""Runs `model.tflite` in LiteRT's compiled model, on all cores of the CPU."""
+"""Runs `model.tflite` with LiteRT's `CompiledModel`, on all CPU cores."""
 
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -17,13 +17,13 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.litert.signatures import cache_shapes, signatures
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, wrong_model
 
-_CACHE = "cache_"  # The converter gives this prefix to the names of the argument `cache`.
+_CACHE = "cache_"  # The converter adds this prefix to the names in the argument `cache`.
 _Arrays = dict[str, tuple[str, tuple[int, ...]]]
-"""The dtypes and shapes of a signature's arguments and results, by name."""
+"""Maps the name of an argument or result of a signature to its dtype and shape."""
 
 
 class LitertRuntime(Runtime):
-    """A model of `litert/writer.py`; its cache is both argument and result of every call."""
+    """A model that `litert/writer.py` wrote; each call takes and returns the cache."""
 
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
         model, found = _opened(file)
@@ -39,14 +39,14 @@ class LitertRuntime(Runtime):
         cache = {}
         for name, shape in cache_shapes(info.model).items():
             cache[name] = model.create_input_buffer_by_name("decode", _CACHE + name)
-            # New memory may contain NaN, and a weight of 0 times NaN is NaN.
+            # New memory may contain NaN. Unused rows have weight 0, but 0 * NaN is NaN.
             cache[name].write(np.zeros(shape, np.float32))
         self._model = model
         self._calls = [_call(model, name, *lengths[name], cache) for name in lengths]
         self._calls.sort(key=lambda call: (call.length, call.span))
 
     def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        # The last call of each length reads the whole cache, so there always is a call.
+        # For each length, the last call in the list covers the whole cache, so one call fits.
         call = next(
             call
             for call in self._calls
@@ -64,8 +64,8 @@ class LitertRuntime(Runtime):
 
 class _Call(NamedTuple):
     signature: str
-    length: int  # number of tokens
-    span: int  # number of rows of the cache
+    length: int  # Number of tokens that a call reads.
+    span: int  # Number of cache rows that attention reads.
     arguments: dict[str, Any]
     results: dict[str, Any]
 
@@ -79,8 +79,8 @@ def _call(model: Any, signature: str, length: int, span: int, cache: Mapping[str
 
 
 def _opened(file: Path) -> tuple[Any, dict[str, _Arrays]]:
-    # XNNPACK packs the weights once for both signatures, and the file's pages can be dropped: a
-    # file of 159 MB takes 296 MB instead of 527 MB.
+    # This in-memory cache lets XNNPACK pack the weights once for all signatures, and the system can
+    # drop the file's pages. A file of 159 MB then takes 296 MB of memory instead of 527 MB.
     cpu = CpuOptions(num_threads=available_cores(), xnnpack_weight_cache_path=":memory")
     try:
         model = CompiledModel.from_file(str(file), options=Options(cpu_options=cpu))

@@ -1,8 +1,8 @@
-"""The signatures of `model.tflite`, which the writer makes and the runtime calls.
+"""Defines the signatures (functions) of `model.tflite` for the writer and the runtime.
 
-`decode` reads one token, and `prefill` reads a chunk. All shapes are fixed, so attention reads all
-rows of the cache. `decode_256` and `prefill_256` read only the first 256 rows, for shorter
-sequences.
+`decode` reads one token, and `prefill` reads a chunk of tokens. All shapes are fixed, so attention
+reads all rows of the cache, even for a short sequence. For sequences of up to 256 tokens,
+`decode_256` and `prefill_256` read only the first 256 rows.
 """
 
 import math
@@ -14,16 +14,17 @@ _SPAN = 256
 
 
 def capacity(config: ModelConfig) -> int:
-    """Returns the number of rows of the cache, which is a whole number of chunks.
+    """Returns the number of rows of the cache: max_seq_len, rounded up to whole chunks.
 
-    LiteRT would move the last chunk to a position where it fits.
+    Without the rounding, a padded last chunk could pass the end of the cache. LiteRT would then
+    write the chunk to earlier rows.
     """
     chunk = min(CHUNK, config.max_seq_len)
     return math.ceil(config.max_seq_len / chunk) * chunk
 
 
 def signatures(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Returns the number of tokens and of rows that each signature reads, by name."""
+    """Maps the name of each signature to its number of tokens and number of cache rows."""
     rows, found = capacity(config), {}
     for suffix, span in {"": rows, f"_{_SPAN}": _SPAN}.items():
         if not suffix or span < rows:
@@ -33,7 +34,7 @@ def signatures(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def cache_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the cache; every applied layer has keys and values."""
+    """Returns the cache shapes by name: keys and values for each application of a block."""
     shape = (1, config.num_kv_heads, capacity(config), config.head_dim)
     return {
         f"{kind}_{i}": shape for i in range(config.applied_depth) for kind in ("keys", "values")

@@ -1,10 +1,11 @@
 """Writes `model.tflite` for LiteRT.
 
-Every signature (`litert/signatures.py`) takes `tokens[1, T]`, the position of the first token, and
-the cache. It returns `logits[1, T, V]` and the cache with new rows. DYNAMIC_UPDATE_SLICE writes the
-rows, and it copies nothing if input and output are the same buffer. A caller pads chunks that are
-shorter than `CHUNK`. Later tokens overwrite the rows of the padding before any token reads them. A
-signature adds 10 kB per layer, and all signatures share the weights.
+Every signature (`litert/signatures.py`) takes `tokens[1, T]`, `start[1]` (the position of the first
+token), and the cache. It returns `logits[1, T, V]` and the cache with the rows of the new tokens.
+The operator DYNAMIC_UPDATE_SLICE writes these rows; it does not copy the cache if the caller uses
+one buffer for argument and result. The caller pads a chunk of fewer than `CHUNK` tokens. Later
+tokens overwrite the cache rows of the padding before any token reads these rows. All signatures
+share the weights, so an additional signature adds only 10 kB per layer to the file.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from mobilellm_jax.export.torch_decoder import TorchDecoder
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes the model; returns the number of stored blocks."""
+    """Writes `model.tflite`; returns how many blocks it contains."""
     config = source.config
     decoder = TorchDecoder(config, source.params, capacity(config))
     converter_config.show_progress = False
@@ -37,7 +38,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
         sample = _sample(config, length)
         step = _Step(config, decoder, span).eval()
         converter.add_signature(name, step, sample_kwargs=sample)
-    # The converter lowers with jax, which broadcasts ranks; torch warns about future changes.
+    # The converter's jax code needs rank promotion. torch warns about its own future changes.
     with jax.numpy_rank_promotion("allow"), warnings.catch_warnings(action="ignore"):
         model = converter.convert()
     file = folder / "model.tflite"
@@ -45,14 +46,14 @@ def write(source: Source, folder: Path, precision: str) -> int:
         model.export(str(file))
         return config.num_blocks
     maker: Any = quantizer.Quantizer(model.model_content(), recipe.dynamic_wi8_afp32())
-    with contextlib.redirect_stdout(sys.stderr):  # the converter prints sizes
+    with contextlib.redirect_stdout(sys.stderr):  # The quantizer prints sizes.
         quantized = maker.quantize()
     file.write_bytes(quantized.quantized_model)
     return config.num_blocks
 
 
 class _Step(nn.Module):
-    """The decoder whose cache is arguments and results; attention reads the first rows."""
+    """The decoder of a signature; attention reads the first `span` rows of the cache."""
 
     def __init__(self, config: ModelConfig, decoder: TorchDecoder, span: int) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class _Step(nn.Module):
         length = tokens.shape[1]
         positions_T = start + torch.arange(length, dtype=torch.int32)
         keys_S = torch.arange(self.span, dtype=torch.int32)
-        # This number makes the weight of a masked score exactly 0, and no score infinite.
+        # softmax gives a score of -1e30 the weight 0. Minus infinity could give NaN.
         mask_TS = torch.where(keys_S[None, :] <= positions_T[:, None], 0.0, -1e30)
         mask_11MS = mask_TS[None, None].repeat(1, 1, self.group, 1)  # M = G * T
         zero, at = torch.zeros((), dtype=torch.int32), start.reshape(())
@@ -90,7 +91,7 @@ class _Step(nn.Module):
 
 
 def _sample(config: ModelConfig, length: int) -> dict[str, Any]:
-    """Returns one tensor per argument, because the converter merges equal ones."""
+    """Returns example arguments, each its own tensor: the converter merges shared tensors."""
     return {
         "tokens": torch.zeros(1, length, dtype=torch.int32),
         "start": torch.zeros(1, dtype=torch.int32),

@@ -1,1 +1,1 @@
-"""ONNX for ONNX Runtime: the writer, and the runtime that reads its file back."""
+"""Writes models as ONNX files, and runs these files in ONNX Runtime."""

@@ -1,4 +1,4 @@
-"""Builds an ONNX graph node by node, and the file of its weights."""
+"""Builds an ONNX graph node by node, and writes its weights into a second file."""
 
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -8,18 +8,19 @@ import onnx
 from onnx import helper
 
 WEIGHTS = "model.onnx.data"
-MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+MICROSOFT = "com.microsoft"  # The domain of ONNX Runtime's own operators.
 
-_OPSET, _IR_VERSION = 23, 11  # the first opset with RMSNormalization, and its file format
-# A reader can map weights into memory only if they start at a multiple of this number.
+_OPSET, _IR_VERSION = 23, 11  # The first opset with RMSNormalization, and its file format.
+# A weight of at least `_LARGE` bytes starts at a multiple of `_PAGE`, so that it can be mapped.
 _PAGE, _LARGE = 1 << 16, 1 << 20
 _ALIGNED = 64
 
 
 class Graph:
-    """Nodes and initializers in the order in which they are added.
+    """An ONNX graph; nodes and initializers stay in the order in which they were added.
 
-    The file `weights` takes the values of all initializers except the smallest ones.
+    Initializers of at least `_ALIGNED` bytes are written to the file `weights`; smaller ones stay
+    in the graph.
     """
 
     def __init__(self, weights: BinaryIO) -> None:
@@ -62,17 +63,17 @@ class Graph:
         return names[0]
 
     def input(self, name: str, dtype: type, shape: Sequence[int | str]) -> str:
-        """Adds an input and returns its name; a size that is a string is dynamic."""
+        """Adds an input and returns its name; a string in `shape` names a dynamic size."""
         self.inputs.append(_value_info(name, dtype, shape))
         return name
 
     def output(self, name: str, shape: Sequence[int | str]) -> str:
-        """Declares the float32 value `name` as an output and returns the name."""
+        """Declares the float32 value `name` as an output of the graph and returns `name`."""
         self.outputs.append(_value_info(name, np.float32, shape))
         return name
 
     def serialized(self) -> bytes:
-        """Returns the content of the model file; equal graphs give equal bytes."""
+        """Returns the bytes of the model file; equal graphs have equal bytes."""
         graph = helper.make_graph(
             self.nodes, "MobileLLM", self.inputs, self.outputs, self.initializers
         )

@@ -13,7 +13,7 @@ from mobilellm_jax.data.preparation.workers import available_cores
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, wrong_model
 
-# These errors derive from Exception only, and a name that is not UTF-8 raises UnicodeDecodeError.
+# These errors share only the base class Exception. A damaged name raises UnicodeDecodeError.
 _REFUSALS = (
     UnicodeDecodeError,
     *(errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf),
@@ -23,7 +23,7 @@ _ONLY_ERRORS = 3
 
 
 class OnnxRuntime(Runtime):
-    """A session that updates its cache in place: input and output are bound to the same memory."""
+    """An ONNX Runtime session; its cache arrays are inputs and outputs in the same memory."""
 
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
         super().__init__(f"ONNX Runtime {onnxruntime.__version__}", info.model)
@@ -41,10 +41,10 @@ class OnnxRuntime(Runtime):
             **{f"{when}_{slot}": cache for when in ("past", "present") for slot in slots},
         }:
             raise wrong_model(file, info)
-        # The session reads the memory of these arrays, so writing to an array changes the input.
+        # The session uses the memory of the arrays below, so a write to an array changes the input.
         self._cache = {f"past_{slot}": _value(np.zeros(cache, np.float32)) for slot in slots}
         self._length_1 = np.zeros(1, np.int32)
-        # The arrays of one token are bound once, so a token needs no call per cache array.
+        # The arrays for one token are bound only once: binding takes a call per cache array.
         self._token_11 = np.zeros((1, 1), np.int64)
         self._logits_11V: NDArray[np.float32] = np.zeros((1, 1, self._vocab_size), np.float32)
         self._one = self._binding(self._token_11, self._logits_11V)
@@ -65,7 +65,7 @@ class OnnxRuntime(Runtime):
         binding = self._session.io_binding()
         binding.bind_ortvalue_input("tokens", _value(tokens_1T))
         binding.bind_ortvalue_input("length", _value(self._length_1))
-        binding.bind_ortvalue_input("logits_from", _value(np.zeros(1, np.int64)))  # all
+        binding.bind_ortvalue_input("logits_from", _value(np.zeros(1, np.int64)))  # All tokens.
         binding.bind_ortvalue_output("logits", _value(logits_1TV))
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)
@@ -82,7 +82,7 @@ def _opened(file: Path) -> tuple[Any, dict[str, Any]]:
             str(file),
             options,
             providers=["CPUExecutionProvider"],
-            enable_fallback=0,  # ONNX Runtime would otherwise try again and print a warning
+            enable_fallback=0,  # Without this, ONNX Runtime retries after an error and warns.
         )
         arrays = (*session.get_inputs(), *session.get_outputs())
         return session, {array.name: array.shape for array in arrays}

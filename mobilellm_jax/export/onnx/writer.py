@@ -1,14 +1,15 @@
-"""Writes an ONNX graph node by node, and its weights in a file beside it.
+"""Writes a model as an ONNX graph, with its weights in a second file in the same folder.
 
-The inputs are `tokens`, `length` (tokens already in the cache), `logits_from` (the first token that
-needs logits; -1 means the last token only), and a key and a value array per application of a block.
-The outputs are `logits` and the cache. If the same memory is bound to input and output, the cache
-is updated in place. All applications of a shared block read the same initializers. Embedding and
-head read the same initializer if they are tied.
+The inputs are `tokens`, `length` (the number of tokens in the cache), `logits_from` (the index of
+the first token that needs logits; -1 means only the last token), and the cache: a key array and a
+value array for each application of a block. The outputs are `logits` and the new cache. A caller
+that binds the same memory to a cache input and its output updates the cache in place. All
+applications of a shared block use the same initializers. Tied embeddings and head use one
+initializer.
 
-Attention with a cache is com.microsoft.GroupQueryAttention, and quantized matrices are
-com.microsoft.MatMulNBits. Every complete build of ONNX Runtime contains both. All other operators
-are standard.
+Attention uses the operator com.microsoft.GroupQueryAttention. Quantized matrices use
+com.microsoft.MatMulNBits and com.microsoft.GatherBlockQuantized. Every full build of ONNX Runtime
+contains these three operators. All other operators are standard.
 """
 
 import math
@@ -29,19 +30,19 @@ from mobilellm_jax.model.rope import rotation
 FILE = "model.onnx"
 
 _BITS = {"int8": 8, "int4": 4}
-# Number of weights that share a scale, by bits; the width of a matrix is padded to a multiple.
+# Maps bits per weight to weights per scale. Rows are padded to a multiple of this number.
 _BLOCK = {8: 64, 4: 32}
-_INT8_PRODUCTS = 4  # MatMulNBits quantizes activations too, each block of a token separately
-# GroupQueryAttention rotates only heads with a multiple of so many channels. Zeros pad other heads.
+_INT8_PRODUCTS = 4  # With this level, MatMulNBits also quantizes activations, block by block.
+# GroupQueryAttention applies RoPE only if head_dim is a multiple of 16. Zeros pad other heads.
 _HEAD_MULTIPLE = 16
 _END = np.iinfo(np.int64).max
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes `model.onnx` and its weights; returns the number of stored blocks.
+    """Writes `model.onnx` and its weights; returns how many blocks they contain.
 
-    ONNX Runtime widens float16 and bfloat16 when it loads the file. In int8 and int4, 64 or 32
-    weights share a scale, and int4 keeps the embeddings and the head in int8.
+    ONNX Runtime converts float16 and bfloat16 weights to float32 when it loads the file. 64 weights
+    share a scale in int8, and 32 in int4. In int4, the embeddings and the head are stored in int8.
     """
     config = source.config
     with (folder / WEIGHTS).open("wb") as weights:
@@ -52,23 +53,23 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
 
 class _Matrix(NamedTuple):
-    """Names of a matrix's initializers."""
+    """The names of a matrix's initializers, and its shape."""
 
     name: str
     inputs: int
     outputs: int
-    bits: int = 0  # bits per weight; 0: not quantized
+    bits: int = 0  # Bits per weight; 0 if the matrix is not quantized.
     scales: str = ""
 
 
 class _Block(NamedTuple):
-    """Names of a block's initializers."""
+    """The initializers of a block: norms by their names, and matrices."""
 
     attention_norm: str
-    input: _Matrix  # queries, keys and values side by side
+    input: _Matrix  # The matrices of queries, keys and values, side by side.
     output: _Matrix
     feed_forward_norm: str
-    wide: _Matrix  # gate and up side by side, or up alone
+    wide: _Matrix  # The matrices gate and up side by side, or only up.
     down: _Matrix
 
 
@@ -82,7 +83,7 @@ def _write_model(graph: Graph, source: Source, precision: str) -> None:
     graph.output("logits", [1, "scored", config.vocab_size])
 
     table_VD = np.asarray(params["embedding"]["table"])
-    # In int4, embeddings and head would raise the loss from 0.010 to 0.019 nats.
+    # Always 8 bits. With 4 bits here, int4 would increase the loss by 0.019 nats, not by 0.010.
     table_bits = 8 if bits else 0
     table = _add_matrix(graph, "embedding", table_VD, store, table_bits, as_rows=True)
     head = table
@@ -135,7 +136,7 @@ def _add_block(graph: Graph, source: Source, u: int, store: np.dtype[Any], bits:
 
 
 def _widened(heads: np.ndarray, axis: int) -> np.ndarray:
-    """Pads each half of the head dim, because rotation pairs channel i of the two halves."""
+    """Pads each half of the head dim, because RoPE rotates channel i of both halves together."""
     *before, head_dim, after = *heads.shape[:axis], heads.shape[axis], heads.shape[axis + 1 :]
     halves = heads.reshape(*before, 2, head_dim // 2, *after)
     widths = [(0, 0)] * halves.ndim
@@ -156,7 +157,7 @@ def _add_matrix(
     *,
     as_rows: bool = False,
 ) -> _Matrix:
-    """Adds a matrix; `as_rows` stores a row per output, for the embedding and the head."""
+    """Adds a matrix. `as_rows` stores it as [outputs, inputs], as embedding and head need it."""
     outputs, inputs = weight_OI.shape
     if bits:
         codes, scales = _quantized(weight_OI, bits)
@@ -171,8 +172,8 @@ def _add_matrix(
 def _quantized(weight_OI: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns codes [O, blocks, bytes] and scales [O, blocks]: weight = (code - 2^(bits-1)) scale.
 
-    In each block, the weight furthest from zero gets the code 0, which is furthest from the middle,
-    so the scale may be negative.
+    In each block, the weight furthest from zero gets the code 0, because no other code is as far
+    from the middle code. The scale is negative if this weight is positive.
     """
     (outputs, inputs), block = weight_OI.shape, _BLOCK[bits]
     padded = np.pad(weight_OI, ((0, 0), (0, -inputs % block)))
@@ -182,13 +183,13 @@ def _quantized(weight_OI: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
     scales = furthest / -middle
     steps = blocks / np.where(scales == 0, 1, scales)
     codes = np.clip(np.rint(steps) + middle, 0, 2 * middle - 1).astype(np.uint8)
-    if bits == 4:  # two codes per byte, the first code in the low bits
+    if bits == 4:  # A byte holds two codes, the first code in the low bits.
         codes = codes[..., 0::2] | codes[..., 1::2] << 4
     return codes, scales[..., 0].astype(np.float32)
 
 
 def _add_context(graph: Graph, config: ModelConfig, tokens: str, length: str) -> tuple[str, ...]:
-    """Adds what every attention reads: last position, number of tokens, cosines and sines."""
+    """Adds the shared inputs of all attention nodes: last position, length, cosines and sines."""
     new = graph.node("Shape", tokens, start=1, end=2)
     total = graph.node("Add", length, graph.node("Cast", new, to=onnx.TensorProto.INT32))
     one = graph.constant("one", np.ones(1, np.int32))
@@ -210,7 +211,7 @@ def _add_context(graph: Graph, config: ModelConfig, tokens: str, length: str) ->
 def _attention(
     graph: Graph, heads: str, context: Sequence[str], config: ModelConfig, slot: int
 ) -> str:
-    """Adds the attention of one application, which has its own cache."""
+    """Adds the attention of one application of a block, with its own cache arrays."""
     width = _head_width(config.head_dim)
     shape = [1, config.num_kv_heads, config.max_seq_len, width]
     past = [graph.input(f"past_{kind}_{slot}", np.float32, shape) for kind in ("key", "value")]
@@ -221,7 +222,7 @@ def _attention(
         domain=MICROSOFT,
         num_heads=config.num_heads,
         kv_num_heads=config.num_kv_heads,
-        scale=config.head_dim**-0.5,  # the padding makes heads wider than this
+        scale=config.head_dim**-0.5,  # The stored heads may be wider, because of padding.
         do_rotary=1,
     )
 
@@ -231,7 +232,7 @@ def _normed(graph: Graph, x: str, scale: str, config: ModelConfig) -> str:
 
 
 def _product(graph: Graph, x: str, matrix: _Matrix, codes: str = "") -> str:
-    """Adds the product of x and a matrix; the quantized matrix is also called `codes`."""
+    """Adds x times a matrix; `codes` names a reshaped copy of the quantized matrix, if given."""
     if not matrix.bits:
         return graph.node("MatMul", x, matrix.name)
     return graph.node(
@@ -249,7 +250,7 @@ def _activated(graph: Graph, wide: str, config: ModelConfig) -> str:
     if config.activation == "relu":
         return graph.node("Relu", wide)
     if config.activation == "gelu":
-        return graph.node("Gelu", wide)  # GELU by the error function
+        return graph.node("Gelu", wide)  # GELU with the error function, not its tanh form.
     place = len(graph.nodes)
     gate, up = halves = [f"gate_{place}", f"up_{place}"]
     graph.node("Split", wide, outputs=halves, axis=-1, num_outputs=2)
@@ -274,20 +275,20 @@ def _looked_up(graph: Graph, table: _Matrix, tokens: str) -> str:
 
 
 def _sliced(graph: Graph, x: str, start: str, *, axis: int, end: int = _END) -> str:
-    """Adds x[start:end] along an axis; `start` is the name of a value."""
+    """Adds x[start:end] along `axis`; `start` is the name of a value in the graph."""
     numbers = {f"end_{axis}": end, f"axis_{axis}": axis}
     names = [graph.constant(name, np.array([n], np.int64)) for name, n in numbers.items()]
     return graph.node("Slice", x, start, *names)
 
 
 def _score(graph: Graph, x_1TD: str, head: _Matrix) -> None:
-    """Adds the logits, from a matrix with a row per token."""
+    """Adds the logits; the matrix `head` has one row per token of the vocabulary."""
     if head.bits:
         shape = np.array([head.outputs, -1, _BLOCK[head.bits] * head.bits // 8], np.int64)
         codes = graph.node("Reshape", head.name, graph.constant("head_shape", shape))
         logits_1TV = _product(graph, x_1TD, head, codes)
     else:
-        # Gemm reads a matrix transposed, so the graph needs no transposed copy of the table.
+        # Gemm can transpose `head`, so the file needs no transposed copy of the embedding table.
         first = graph.constant("first_axis", np.zeros(1, np.int64))
         x_TD = graph.node("Squeeze", x_1TD, first)
         logits_1TV = graph.node("Unsqueeze", graph.node("Gemm", x_TD, head.name, transB=1), first)

@@ -1,1 +1,1 @@
-"""StableHLO for XLA: the writer, and the runtime that reads its file back."""
+"""Writes models as StableHLO functions for XLA, and runs these functions."""

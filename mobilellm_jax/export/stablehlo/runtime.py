@@ -1,4 +1,4 @@
-"""Runs StableHLO functions in jax on its default device, without code of the model."""
+"""Runs StableHLO functions with jax on its default device; needs no model code."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, wrong_model
 
 PREFILL, DECODE, WEIGHTS = "model.prefill.stablehlo", "model.stablehlo", "model.safetensors"
 HASHES = "sha256 of prefill and decode"
-"""The key of the functions' hashes in the metadata of the weights."""
-_SMALLEST_BUCKET = 16  # number of tokens; jax would compile another program for every length
+"""The key under which the metadata of the weights file contains the hashes of both functions."""
+_SMALLEST_BUCKET = 16  # Lengths are padded to 16, 32, 64, ...: jax compiles once per length.
 
 
 class StableHloRuntime(Runtime):
-    """The functions of `stablehlo/writer.py`, compiled at their first use.
+    """The functions that `stablehlo/writer.py` wrote; jax compiles each at its first call.
 
-    The cache is updated in place. Files from different exports are refused.
+    Decoding updates the cache in place. The files must come from one export.
     """
 
     def __init__(self, file: Path, info: ArtifactInfo) -> None:
@@ -50,7 +50,7 @@ class StableHloRuntime(Runtime):
         bucket = max(_SMALLEST_BUCKET, 1 << (count - 1).bit_length())
         padded_1T = np.zeros((1, min(bucket, self.max_seq_len)), np.int32)
         padded_1T[0, :count] = tokens
-        self._cache = None  # reuses the memory of the old cache
+        self._cache = None  # Frees the memory of the old cache.
         logits_1TV, self._cache = self._prefill(self._weights, padded_1T, np.int32(count))
         return np.asarray(logits_1TV[0, :count])
 
@@ -66,7 +66,7 @@ def _opened(file: Path) -> tuple[export.Exported, export.Exported, dict[str, np.
     functions = []
     for i, part in enumerate((file.with_name(PREFILL), file)):
         content = part.read_bytes() if part.is_file() else b""
-        # jax trusts what it deserializes. Other bytes could end in any error, or in a crash.
+        # jax does not check the bytes that it deserializes; damaged bytes may crash the process.
         if [hashlib.sha256(content).hexdigest()] != hashes[i : i + 1]:
             raise UserError(
                 f"{part} is not the function that {weights_file.name} was exported with; export "

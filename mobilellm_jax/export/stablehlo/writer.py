@@ -1,10 +1,10 @@
-"""StableHLO: the model as two functions by `jax.export`, with its weights as their arguments.
+"""Writes a model as two StableHLO functions, which take the weights as an argument.
 
-`model.prefill.stablehlo` reads a sequence of any length up to the longest. `model.stablehlo` reads
-one more token with the cache. Both run on CPUs, NVIDIA GPUs and TPUs. `model.safetensors` holds the
-weights by name, as decoding uses them (`model/decoding.py`). Shared blocks and tied embeddings are
-stored once. A program that runs the functions needs jax, flatbuffers and safetensors, and no code
-of this package.
+`jax.export` makes the functions. `model.prefill.stablehlo` reads a sequence of 1 to max_seq_len
+tokens and fills a cache. `model.stablehlo` reads one more token with this cache. Both run on CPUs,
+NVIDIA GPUs and TPUs. `model.safetensors` holds the weights by name, in the shapes that decoding
+needs (`model/decoding.py`). Shared blocks and tied embeddings are stored once. A program that runs
+the functions needs jax, flatbuffers and safetensors, but not this package.
 """
 
 import dataclasses
@@ -40,11 +40,11 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 Named = dict[str, jax.Array]
 Cache = dict[str, Any]
-"""`length`, and `keys` and `values`: lists with one array per application of a block."""
+"""The number `length`, and the lists `keys` and `values` with an array per block application."""
 
 
 def write(source: Source, folder: Path, precision: str) -> int:
-    """Writes functions and weights, all in `precision`; returns the number of stored blocks."""
+    """Writes functions and weights in `precision`; returns how many blocks they contain."""
     dtype: Any = precision
     config = dataclasses.replace(source.config, compute_dtype=dtype, attention="xla")
     params = jax.device_put(dict(source.params))
@@ -55,8 +55,9 @@ def write(source: Source, folder: Path, precision: str) -> int:
         content = bytes(function.serialize())
         write_whole(folder / file, content)
         hashes.append(hashlib.sha256(content).hexdigest())
-    # The hashes tell a reader that the three files belong to one export, before jax parses a file.
-    # They are one entry, because safetensors writes several entries in any order.
+    # With the hashes, a reader can check that the three files come from one export before jax
+    # parses them. One metadata entry holds both hashes, because safetensors does not keep the order
+    # of entries.
     tensors = {name: np.asarray(array) for name, array in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={HASHES: " ".join(hashes)})
     return config.num_blocks
@@ -116,7 +117,7 @@ def _prefill(config: ModelConfig, weights: Named) -> export.Exported:
     def read(
         named: Named, tokens_BT: Int[Array, "B T"], count: Int[Array, ""]
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Reads one row from its start; returns the logits of all tokens and the cache.
+        """Reads a sequence from its first token; returns the logits of all tokens and the cache.
 
         The tokens after the first `count` are padding. Decoding overwrites their keys and values.
         """
