@@ -1,1 +1,1 @@
-"""The paper's models, scores and ablation tables as data, and smaller versions of its grids."""
+"""The paper's models, scores and ablation tables, and smaller models for the same comparisons."""

@@ -1,11 +1,13 @@
 """The paper's published models and the rows of its ablation tables.
 
 Source: Liu et al. 2024, arXiv:2402.14905v2, Tables 1, 2 and 9 to 14. All models have a vocabulary
-of 32,000 and a context of 2048 tokens. Table 16 (distillation) gives no shapes, so it is left out.
+of 32,000 tokens and a context of 2048 tokens. This module does not contain Table 16 (distillation),
+because that table does not print the shapes of its models.
 
-The paper does not print two widths. `ffn_width(embed_dim)` gives the width of the feed-forward
-layer, and embed_dim / heads the width of a head. With these rules the parameter counts equal the
-printed counts to 0.11M, or to 0.5M where the paper prints whole millions.
+The paper prints neither the width of the feed-forward layer nor the width of a head. This module
+computes the first with `ffn_width`, and the second as embed_dim / num_heads. The parameter counts
+then differ from the printed counts by at most 0.11M, or by at most 0.5M where the paper prints
+whole millions.
 """
 
 import dataclasses
@@ -14,8 +16,8 @@ from collections.abc import Callable
 
 from mobilellm_jax.config import Activation, ModelConfig, Sharing
 
-# Columns of the scores: zero-shot accuracy on eight tasks in percent, and the mean of the eight.
-# Table 12 adds the F1 on TriviaQA by number of shots, and the accuracy on RACE.
+# Names of the scores. TASKS are zero-shot accuracies on eight tasks in percent, and their mean.
+# QA_TASKS are the scores of Table 12: F1 on TriviaQA with 1, 5 and 64 shots, and accuracy on RACE.
 TASKS = (
     *("arc_easy", "arc_challenge", "boolq", "piqa", "siqa", "hellaswag", "openbookqa"),
     *("winogrande", "average"),
@@ -30,17 +32,17 @@ QA_TASKS = (
 class Row:
     """One row of a table: a trained model and its scores."""
 
-    tables: tuple[str, ...]  # tables that print the row
-    group: str  # 125M or 350M
-    step: str = ""  # step of the design roadmap
+    tables: tuple[str, ...]  # Numbers of the tables that print the row.
+    group: str  # Size of the models: 125M or 350M.
+    step: str = ""  # Step of the design roadmap in Table 10; "" in other tables.
     model: ModelConfig
-    params_millions: float  # printed number of parameters
-    tokens: int  # tokens of training
-    scores: dict[str, float]  # by names in TASKS and QA_TASKS
+    params_millions: float  # Number of parameters that the paper prints.
+    tokens: int  # Number of training tokens.
+    scores: dict[str, float]  # Scores by their names in TASKS and QA_TASKS.
 
 
 def ffn_width(embed_dim: int, activation: Activation = "swiglu") -> int:
-    """Returns the hidden width of the paper's feed-forward layers; with SwiGLU as in LLaMA."""
+    """Returns the hidden width of a feed-forward layer; for SwiGLU, the rule is LLaMA's."""
     if activation != "swiglu":
         return 4 * embed_dim
     return -(-(8 * embed_dim // 3) // 256) * 256
@@ -77,7 +79,7 @@ _relu = functools.partial(_model, activation="relu")
 _tied = functools.partial(_model, tied=True)
 _shared = functools.partial(_model, tied=True, num_repeats=2)
 
-# Table 9. The LS models have the shapes of the plain models and apply each block twice.
+# Table 9. The LS models (layer sharing) have the same shapes, and they apply each block twice.
 MOBILELLM = {
     "125m": _tied(30, 9, 3, 576),
     "350m": _tied(32, 15, 5, 960),
@@ -90,12 +92,12 @@ MOBILELLM = {
 
 
 def _scores(text: str) -> dict[str, float]:
-    """Returns scores in the order of TASKS and QA_TASKS; a "-" marks a figure that is not known."""
+    """Returns the scores in `text`, in the order of TASKS and QA_TASKS; "-" is an unknown score."""
     names = (*TASKS, *QA_TASKS)
     return {n: float(score) for n, score in zip(names, text.split(), strict=False) if score != "-"}
 
 
-# Scores of the published models, Tables 3, 4 and 8.
+# Scores of the published models from Tables 3, 4 and 8.
 MOBILELLM_SCORES = {
     "125m": _scores("43.9 27.1 60.2 65.3 42.4 38.9 39.5 53.1 46.3 13.9 14.3 12.5 39.7 28.9"),
     "350m": _scores("53.8 33.5 62.4 68.6 44.7 49.6 40.0 57.6 51.3 22.0 23.9 24.2 45.6 33.8"),
@@ -107,13 +109,13 @@ MOBILELLM_SCORES = {
 }
 
 ABLATION_TOKENS = 250_000_000_000
-"""Tokens of training in the ablations; they are 120,000 of the paper's steps."""
-_TRILLION = 1_000_000_000_000  # tokens of training of the published models
-_BLOCKS_AND_WIDTH = {"125M": (8, 896), "350M": (15, 1280)}  # in Tables 2, 13 and 14
+"""Number of training tokens of each ablation: the paper trains for 120,000 steps."""
+_TRILLION = 1_000_000_000_000  # Number of training tokens of the published models.
+_BLOCKS_AND_WIDTH = {"125M": (8, 896), "350M": (15, 1280)}  # Shapes in Tables 2, 13 and 14.
 
-# In the tables below, the last string holds the scores in the order of TASKS and QA_TASKS.
+# The string at the end of each row below holds the scores, in the order of TASKS and QA_TASKS.
 
-_DEPTH_VERSUS_WIDTH = {  # blocks, width, parameters; each head has 64 channels
+_DEPTH_VERSUS_WIDTH = {  # Columns: blocks, width, millions of parameters. Heads have 64 channels.
     "125M": (
         (4, 1280, 163.2, "42.0 26.1 61.0 61.5 41.3 32.9 31.4 49.8 43.3 2.0 3.9 3.9 33.2 26.0"),
         (6, 1024, 142.6, "42.2 25.5 51.0 62.6 41.6 33.5 32.1 50.0 42.3 3.5 4.9 4.6 29.2 25.5"),
@@ -139,7 +141,7 @@ _DEPTH_VERSUS_WIDTH = {  # blocks, width, parameters; each head has 64 channels
     ),
 }
 
-_HEADS = (  # group, heads, kv heads, parameters
+_HEADS = (  # Columns: group, heads, key-value heads, millions of parameters.
     ("125M", 32, 32, 138.1, "42.1 26.9 58.4 62.2 42.1 33.8 36.7 52.4 44.3"),
     ("125M", 32, 16, 131.7, "41.2 26.4 57.7 62.5 42.3 33.3 34.2 52.9 43.8"),
     ("125M", 32, 8, 128.5, "42.6 27.3 61.1 61.9 41.9 32.2 35.0 52.0 44.2"),
@@ -182,7 +184,7 @@ _ROADMAP_STEPS: tuple[tuple[str, Callable[..., ModelConfig], int], ...] = (
     ("+ layer sharing", _shared, ABLATION_TOKENS),
     ("+ layer sharing, 1T tokens", _shared, _TRILLION),
 )
-_ROADMAP = {  # a line per step: blocks, heads, kv heads, width, parameters
+_ROADMAP = {  # Columns: blocks, heads, key-value heads, width, millions of parameters.
     "125M": (
         (12, 12, 12, 768, 134.1, "41.3 25.2 57.5 62.0 41.9 31.1 31.2 50.8 42.6"),
         (12, 12, 12, 768, 134.1, "43.1 28.9 58.1 62.3 42.3 34.6 31.5 50.1 43.9"),
@@ -206,7 +208,7 @@ _ROADMAP = {  # a line per step: blocks, heads, kv heads, width, parameters
 }
 
 _SHARING: tuple[tuple[str, str, Sharing, int, float, str], ...] = (
-    # tables, group, order, repeats, parameters; all with 16 heads
+    # Columns: tables, group, order, repeats, millions of parameters. Each model has 16 heads.
     ("2 14", "125M", "immediate", 1, 138.1, "41.6 25.7 61.1 62.4 43.1 34.4 36.9 51.6 44.6"),
     ("2 14", "125M", "immediate", 2, 138.1, "43.9 27.9 61.5 64.3 41.5 35.5 35.1 50.2 45.0"),
     ("2", "125M", "repeat_all", 2, 138.1, "43.6 27.1 60.7 63.4 42.6 35.5 36.9 51.7 45.2"),
@@ -221,7 +223,7 @@ _SHARING: tuple[tuple[str, str, Sharing, int, float, str], ...] = (
     ("14", "350M", "immediate", 4, 386.7, "52.2 32.6 60.0 69.0 44.5 47.6 41.8 55.2 50.4"),
 )
 
-# Columns: blocks, tied, parameters. Every row is a 125M model with 8 heads and width 512.
+# Columns: blocks, tied, millions of parameters. The 125M models have 8 heads and a width of 512.
 _EMBEDDING_SHARING = (
     (30, False, 135, "43.6 26.1 58.0 62.5 42.6 36.5 37.5 51.5 44.8"),
     (30, True, 119, "44.4 26.0 56.2 62.8 43.1 35.9 36.0 52.6 44.6"),
@@ -286,7 +288,7 @@ TABLE_ROWS: tuple[Row, ...] = (
 
 
 def rows(table: str = "", group: str = "") -> tuple[Row, ...]:
-    """Returns the rows of a table ("11") and a group ("125M"); "" means all."""
+    """Returns the rows of one table ("11") and one group ("125M"); "" selects all."""
     return tuple(
         row
         for row in TABLE_ROWS

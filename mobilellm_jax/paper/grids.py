@@ -1,10 +1,11 @@
 """The paper's ablations as grids of models, at the paper's sizes and at smaller sizes.
 
-At the scale `paper`, the rows are the rows of the paper's tables (`architectures.py`). The scales
-`small` and `tiny` make the same comparisons with smaller models: blocks and heads of the 125M rows
-are divided by one number. Widths are solved for, so that depth and width are compared at an equal
-number of parameters; in the paper's Table 11 that number varies by a fifth. Every row refers to the
-row of the paper that it stands for.
+A grid contains the models that one table of the paper compares. At the scale `paper`, the models
+have the paper's sizes (`architectures.py`). The scales `small` and `tiny` repeat the comparisons of
+the 125M rows with smaller models. These scales divide the paper's numbers of blocks by
+`SmallScale.divisor`. They choose the widths so that models of different depth have equally many
+parameters; in the paper's Table 11, the number of parameters varies by a fifth. Every `GridRow`
+contains the paper's row.
 """
 
 import dataclasses
@@ -25,9 +26,9 @@ SHAPE = (
     *("vocab_size", "embed_dim", "num_blocks", "num_repeats", "sharing", "num_heads"),
     *("num_kv_heads", "head_dim", "ffn_dim", "activation", "tie_embeddings"),
 )
-"""The model fields that decide shapes of weights and the order in which they are applied.
+"""The model fields that determine the shapes of the weights and the order of the blocks.
 
-Models with equal fields may still be computed and initialized differently.
+Models with equal values may still differ in other fields, such as precision or initialization.
 """
 
 
@@ -36,9 +37,9 @@ class Grid:
     """A comparison in the paper."""
 
     title: str
-    table: str  # number of the paper's table
+    table: str  # Number of the paper's table.
     question: str
-    equal_parameters: bool  # whether rows have equally many parameters at the small scales
+    equal_parameters: bool  # Whether the rows of a small scale have equally many parameters.
 
 
 ABOUT: dict[GridName, Grid] = {
@@ -88,11 +89,11 @@ class GridRow:
 
     grid: GridName
     scale: ScaleName
-    group: str  # 125M or 350M, the group of the paper's row
-    label: str  # unique within grid and group
-    compared_with: str  # label of the reference row; "" for the reference row itself
+    group: str  # Group of the paper's row: 125M or 350M.
+    label: str  # Name of the row, which is unique within its grid and group.
+    compared_with: str  # Label of the reference row; "" in the reference row itself.
     model: ModelConfig
-    length: int  # multiple of the recipe's steps: 4 for the rows with 1T tokens
+    length: int  # Factor for the recipe's number of steps: 4 for rows with 1T tokens, else 1.
     paper: Row
 
 
@@ -101,9 +102,9 @@ def grid_rows(
 ) -> tuple[GridRow, ...]:
     """Returns the rows of a grid.
 
-    At the scale `paper`, `group` is 125M, 350M or "" for both, and the vocabulary has 32,000
-    tokens. The small scales have one group. Their vocabulary is `vocab_size`, or the default of the
-    scale.
+    At the scale `paper`, `group` is 125M, 350M or "" for both groups, and the vocabulary has 32,000
+    tokens. A small scale has only the group 125M. Its vocabulary has `vocab_size` tokens; None
+    means `SmallScale.vocab_size`.
     """
     rows = []
     for row in architectures.rows(ABOUT[grid].table, group if scale == "paper" else "125M"):
@@ -111,7 +112,7 @@ def grid_rows(
         if scale != "paper":
             model = small_model(grid, row, SMALL_SCALES[scale], vocab_size)
         if model is None:
-            continue  # this scale leaves the row out
+            continue  # This scale does not contain the row.
         rows.append(
             GridRow(
                 grid=grid,
@@ -142,7 +143,7 @@ def label(grid: GridName, step: str, model: ModelConfig) -> str:
 
 
 def shape_name(model: ModelConfig) -> str:
-    """Returns a name for folders and curves with all values that a grid varies."""
+    """Returns a name for folders and curves that contains every value that a grid varies."""
     parts = [
         f"{model.num_blocks}x{model.embed_dim}",
         f"h{model.num_heads}kv{model.num_kv_heads}",
@@ -155,7 +156,7 @@ def shape_name(model: ModelConfig) -> str:
 
 
 def architecture(model: ModelConfig) -> tuple[object, ...]:
-    """Returns the values of `SHAPE`, without an order of sharing if nothing is shared."""
+    """Returns the values of the fields in `SHAPE`; `sharing` counts only if blocks are repeated."""
     shape = model if model.num_repeats > 1 else dataclasses.replace(model, sharing="immediate")
     return operator.attrgetter(*SHAPE)(shape)
 
@@ -163,8 +164,9 @@ def architecture(model: ModelConfig) -> tuple[object, ...]:
 def _compared_with(row: GridRow, rows: list[GridRow]) -> str:
     """Returns the label of the row's reference row.
 
-    Each step of the roadmap is compared with the step before it; layer sharing and longer training
-    both follow grouped-query attention. In the other grids, one row is the reference.
+    Each step of the roadmap is compared with the step before it, with two exceptions: layer sharing
+    is compared with grouped-query attention, and layer sharing with 1T tokens is compared with 1T
+    tokens alone. In each other grid, all rows have the same reference row.
     """
     group = [r for r in rows if r.group == row.group]
     if row.grid == "roadmap":

@@ -1,4 +1,4 @@
-"""Models of 1 to 30M parameters for the comparisons of the paper's 125M rows."""
+"""Models of 1 to 30M parameters that repeat the comparisons of the paper's 125M rows."""
 
 import dataclasses
 
@@ -10,15 +10,15 @@ from mobilellm_jax.paper.width import solve_ffn, solve_width
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SmallScale:
-    """The proportions of a small scale to the paper's 125M models."""
+    """The sizes of the models of a small scale."""
 
-    parameters: int  # parameters of the rows that compare depth with width
-    divisor: int  # divisor of the paper's blocks and heads; repeats stay the same
-    head_dim: int  # the paper has 64
-    width: int  # width in the grids of heads and sharing; the paper has 896
+    parameters: int  # Parameters of an untied model without grouped-query attention.
+    divisor: int  # Divisor of the paper's blocks, and of heads if the width is fixed.
+    head_dim: int  # Channels of a head if the width is not fixed; the paper has 64.
+    width: int  # Fixed width in the grids heads, sharing and repeats; the paper has 896.
     vocab_size: int
     max_seq_len: int
-    left_out: frozenset[tuple[str, int]]  # (grid, blocks of the paper's row)
+    left_out: frozenset[tuple[str, int]]  # Omitted rows: (grid, blocks of the paper's row).
 
 
 SMALL_SCALES = {
@@ -29,8 +29,9 @@ SMALL_SCALES = {
         width=128,
         vocab_size=2048,
         max_seq_len=256,
-        # The halves of 6 and 24 blocks add little between their neighbours, and 62 blocks cost four
-        # times the usual time. The remaining 20 models train in some hours on two CPU cores.
+        # The rows with 6 and 24 blocks add little, because other rows have similar depths. The row
+        # with 62 blocks would train four times as long as a usual row. The remaining 20 models
+        # train in a few hours on two CPU cores.
         left_out=frozenset({("depth_width", 6), ("depth_width", 24), ("depth_width", 62)}),
     ),
     "small": SmallScale(
@@ -44,17 +45,19 @@ SMALL_SCALES = {
     ),
 }
 
-_GQA_GROWTH = 124.6 / 118.6  # growth of the parameters by grouped-query attention, Table 10
-# These rows of Table 13 answer most of its question: (heads, kv heads).
+_GQA_GROWTH = 124.6 / 118.6  # The grouped-query step of Table 10 enlarges the model by this.
+# Rows of Table 13 that the small scales train: (heads, key-value heads). These rows are enough to
+# answer most of the question of that table.
 _HEADS_KEPT = frozenset({(32, 32), (16, 16), (16, 4), (16, 2), (8, 8)})
 
 
 def small_model(
     grid: str, row: Row, scale: SmallScale, vocab_size: int | None
 ) -> ModelConfig | None:
-    """Returns the model that stands for a row of the paper, or None if the scale leaves it out.
+    """Returns the small model for a row of the paper, or None if the scale omits the row.
 
-    Rows with 1T tokens are left out: they cost four times as much and only compare run lengths.
+    The small scales omit the rows with 1T tokens, because these rows cost four times as much as
+    other rows and compare only lengths of training.
     """
     paper = row.model
     if "1T" in row.step or (grid, paper.num_blocks) in scale.left_out:
@@ -73,7 +76,7 @@ def small_model(
 
 
 def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
-    """Returns a model of the scale's width, which its heads divide as in Tables 2, 13 and 14."""
+    """Returns a model of the scale's width; as in Tables 2, 13 and 14, more heads are narrower."""
     heads = base.num_heads // scale.divisor
     model = dataclasses.replace(
         base,
@@ -82,17 +85,18 @@ def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
         num_kv_heads=max(1, base.num_kv_heads // scale.divisor),
         head_dim=scale.width // heads,
     )
-    # The reference row, which has one key for each query, has the scale's number of parameters.
+    # All rows have the same feed-forward width. With as many key-value heads as heads, a model has
+    # the scale's number of parameters.
     full = dataclasses.replace(model, num_kv_heads=heads, tie_embeddings=False)
     return dataclasses.replace(model, ffn_dim=solve_ffn(full, scale.parameters).ffn_dim)
 
 
 def _of_solved_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
-    """Returns a model with about the scale's number of parameters, and its head width."""
+    """Returns a model with about `scale.parameters` parameters and heads of `scale.head_dim`."""
     width = base.num_heads * scale.head_dim
     untied = dataclasses.replace(
         base,
-        # In Table 1, the model with more blocks has the width of the untied model with 30 blocks.
+        # In Table 1, every tied model has the width of the untied model with 30 blocks.
         num_blocks=30 // scale.divisor if base.tie_embeddings else base.num_blocks,
         num_repeats=1,
         num_kv_heads=base.num_heads,

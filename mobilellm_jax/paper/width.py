@@ -1,4 +1,4 @@
-"""Finds the width that gives a model a wanted number of parameters."""
+"""Finds the width at which a model has a given number of parameters."""
 
 import dataclasses
 import math
@@ -6,15 +6,15 @@ import math
 from mobilellm_jax.config import ConfigError, ModelConfig
 from mobilellm_jax.model.size import parameter_count
 
-TOLERANCE = 0.03  # largest relative difference between equal numbers of parameters
+TOLERANCE = 0.03  # Largest relative error of a number of parameters.
 SOLVED = ("model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.ffn_dim")
 """The fields that `solve_width` sets."""
 
-_FFN_STEP = 8  # feed-forward widths are multiples of this, for the sake of vector units
+_FFN_STEP = 8  # Feed-forward widths are multiples of this number, which suits vector units.
 
 
 def solve_ffn(model: ModelConfig, parameters: int) -> ModelConfig:
-    """Returns the model with the feed-forward width that comes closest to `parameters`."""
+    """Returns the model with the `ffn_dim` whose parameter count is closest to `parameters`."""
     narrow, wide = (dataclasses.replace(model, ffn_dim=f) for f in (_FFN_STEP, 2 * _FFN_STEP))
     step = parameter_count(wide) - parameter_count(narrow)
     steps = round((parameters - parameter_count(narrow)) / step)
@@ -22,13 +22,16 @@ def solve_ffn(model: ModelConfig, parameters: int) -> ModelConfig:
 
 
 def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
-    """Returns the model with the width that gives it `parameters`; its depth stays the same.
+    """Returns the model at the width that gives `parameters` parameters; the depth stays the same.
 
-    As in the paper's Table 11, the channels of a head stay the same, so the width grows in steps of
-    one group of query heads. The feed-forward layer takes the remaining parameters. All widths
-    within 3% of `parameters` are candidates. The result has the ratio of feed-forward to embedding
-    that is closest to the ratio in `model`. Without a candidate, the function raises a
-    `ConfigError`.
+    As in the paper's Table 11, all heads keep their number of channels. The width is therefore a
+    multiple of the width of one group of query heads. For each width, the function chooses the
+    feed-forward width that brings the parameter count closest to `parameters`. A width is a
+    candidate if this count is within 3% of `parameters`. Among the candidates, the result has the
+    ratio of feed-forward width to embedding width that is closest to the ratio in `model`.
+
+    Raises:
+      ConfigError: if no width is a candidate.
     """
     group = model.num_heads // model.num_kv_heads
     proportion = model.ffn_dim / model.embed_dim

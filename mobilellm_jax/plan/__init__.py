@@ -1,4 +1,4 @@
-"""Predicts the needs of a run before it starts, by formulas or from the compiled training step."""
+"""Predicts memory and time of a run, from formulas or from the compiled training step."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,10 +20,11 @@ _log = logging.getLogger(__name__)
 
 
 def plan(config: Config, topology_name: str | None, show: Callable[[list[str]], None]) -> bool:
-    """Shows the plan, each section as soon as it is known; returns False if nothing fits.
+    """Shows each section of the plan when it is ready; returns False if the run does not fit.
 
-    `topology_name` names the TPU slices to compile the step for (`parse_topology`). None means the
-    devices of this machine, without compiling.
+    `topology_name` names the TPU slices for which the function compiles the step (see
+    `parse_topology`). With None, the function counts bytes for the devices of this machine, and it
+    compiles nothing.
 
     Raises:
       ConfigError: if there is no such topology, or if its devices cannot run the config.

@@ -1,4 +1,4 @@
-"""Counts the parameters, FLOPs and bytes of a config without compiling anything."""
+"""Computes the parameters, FLOPs and bytes of a run from its config, without compiling."""
 
 import dataclasses
 import functools
@@ -20,33 +20,33 @@ from mobilellm_jax.train.step import chunk_positions
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """Counts of a run; all bytes are bytes per device."""
+    """The computed sizes of a run; all bytes are bytes per device."""
 
     parameters: int
-    flops_per_token: int  # forward and backward, by the convention of `model/size.py`
-    tokens_per_step: int  # tokens of the global batch
+    flops_per_token: int  # Forward and backward pass, by the convention in `model/size.py`.
+    tokens_per_step: int  # Number of tokens in a global batch.
     num_devices: int
-    rows: int  # sequences on a device at the same time
+    rows: int  # Number of sequences that a device processes at the same time.
     weight_bytes: int
     optimizer_bytes: int
-    gradient_bytes: int  # float32, as large as the weights; twice that if gradients accumulate
-    activation_bytes: int  # values kept for the backward pass, which depend on `model.remat`
-    loss_bytes: int  # logits of one chunk, and the gradient of the head
+    gradient_bytes: int  # Equal to the weights in float32; with accumulation, twice that.
+    activation_bytes: int  # Values kept for the backward pass; `model.remat` selects them.
+    loss_bytes: int  # Logits of one chunk, and the gradient of the output head.
 
     @property
     def total_bytes(self) -> int:
-        """Sum of all bytes; the compiler may need less, or more for its own buffers."""
+        """Sum of the byte counts; the compiled step can need less memory or more memory."""
         state = self.weight_bytes + self.optimizer_bytes
         return state + self.gradient_bytes + self.activation_bytes + self.loss_bytes
 
     @property
     def flops_per_step(self) -> int:
-        """Model FLOPs of one device."""
+        """Model FLOPs of one step on one device."""
         return self.flops_per_token * self.tokens_per_step // self.num_devices
 
 
 def account_of(config: Config, mesh: Mesh, rules: Rules) -> Account:
-    """Returns the counts; `model.compute_dtype` and `model.attention` must not be "auto"."""
+    """Returns the sizes of a run; `settle` must have replaced every "auto" in `config`."""
     train, model, seq_len = config.train, config.model, config.data.seq_len
     optimizer = make_optimizer(config.optimizer, train.steps)
     state = abstract_state(config, optimizer, mesh, rules)
@@ -64,7 +64,8 @@ def account_of(config: Config, mesh: Mesh, rules: Rules) -> Account:
         weight_bytes=weights,
         optimizer_bytes=bytes_per_device(state.optimizer),
         gradient_bytes=weights * (1 if train.accumulation_steps == 1 else 2),
-        # An upper bound: the axis `tensor` splits some activations, but none are divided here.
+        # This number is an upper bound: the mesh axis `tensor` splits some activations, but this
+        # formula divides no activations by the size of that axis.
         activation_bytes=rows * activation_bytes_per_row(model, config.data) // sequence,
         loss_bytes=4 * model.vocab_size * (chunk // sequence + model.embed_dim) // tensor,
     )
@@ -72,7 +73,7 @@ def account_of(config: Config, mesh: Mesh, rules: Rules) -> Account:
 
 @functools.lru_cache
 def activation_bytes_per_row(model: ModelConfig, data: DataConfig) -> int:
-    """Returns the bytes that one more sequence adds to the values for the backward pass."""
+    """Returns the bytes of the values that the forward pass keeps for one sequence."""
     transformer = Transformer(model)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
@@ -87,9 +88,9 @@ def activation_bytes_per_row(model: ModelConfig, data: DataConfig) -> int:
                     {"params": params}, tokens_BT, segments_BT=segments_BT, method="hidden"
                 )
 
-            return jax.vjp(forward, params)[1]  # a tree; its leaves are the kept values
+            return jax.vjp(forward, params)[1]  # The leaves of this tree are the kept values.
 
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params, tokens_BT))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
-    return kept(2) - kept(1)  # the difference removes the weights, which are kept too
+    return kept(2) - kept(1)  # Both sizes include the weights, which cancel.

@@ -1,4 +1,4 @@
-"""Compiles the real training step, also for devices that are absent."""
+"""Compiles the step that `train` runs, also for devices that this machine does not have."""
 
 import dataclasses
 import re
@@ -18,25 +18,26 @@ from mobilellm_jax.train.step import make_train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
-# libtpu has two messages: one for temporaries alone, and one for all buffers together.
+# libtpu has two messages for a step that is too large. One message gives the size of the temporary
+# buffers, and the other message gives the size of all buffers.
 _EXCEEDS = re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 _USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A step that fits; all bytes are bytes per device."""
+    """A compiled step that fits the memory; all bytes are bytes per device."""
 
-    state_bytes: int  # parameters, optimizer state and batch, updated in place
-    temporary_bytes: int  # temporaries with the gaps between them
-    peak_bytes: int  # largest use at any moment, with the state; this number must fit
+    state_bytes: int  # Inputs of the step: parameters, optimizer state and batch.
+    temporary_bytes: int  # Temporary buffers, with the unused gaps between them.
+    peak_bytes: int  # Largest use of memory during the step, including the state.
     program: Program
     compile_sec: float
 
 
 @dataclasses.dataclass(frozen=True)
 class TooLarge:
-    """A step that does not fit."""
+    """A step that does not fit the memory; all bytes are bytes per device."""
 
     needed_bytes: int
     available_bytes: int
@@ -52,7 +53,7 @@ def lower_step(config: Config, mesh: Mesh, rules: Rules) -> jax.stages.Lowered:
 
 
 def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the arrays of a global batch that the step of `train` takes, without values."""
+    """Returns name, shape and type of each array in a global batch."""
     names = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     if config.data.boundaries == "document_mask":
         names |= {"segments": jnp.int32, "positions": jnp.int32}
@@ -62,7 +63,7 @@ def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def compile_step(config: Config, mesh: Mesh, rules: Rules) -> CompiledStep | TooLarge:
-    """Compiles the step of a config that `settle` returned."""
+    """Compiles the training step; `settle` must have replaced every "auto" in `config`."""
     lowered = lower_step(config, mesh, rules)
     began = time.perf_counter()
     try:
@@ -85,7 +86,7 @@ def compile_step(config: Config, mesh: Mesh, rules: Rules) -> CompiledStep | Too
 
 
 def needed_and_available(message: str) -> tuple[int, int] | None:
-    """Returns the needed and the available bytes from the compiler's message, or None."""
+    """Returns the needed and the available bytes in an error message, or None for other errors."""
     found = _EXCEEDS.search(message) or _USED.search(message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None

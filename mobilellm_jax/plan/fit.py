@@ -1,8 +1,9 @@
 """Searches for the smallest change of a config that makes its step fit a device's memory.
 
-The search tries `model.remat` first, which costs arithmetic, then `train.accumulation_steps`, which
-makes batches smaller, then both, and then `mesh.fsdp`, which costs communication. The count of
-bytes only excludes hopeless changes; the search compiles every change that it returns.
+The search tries four kinds of changes in this order: `model.remat`, which costs arithmetic;
+`train.accumulation_steps`, which makes batches smaller; both together; and `mesh.fsdp`, which costs
+communication. The search skips a change whose computed bytes are far too many. It compiles the
+step with each of the other changes until a step fits.
 """
 
 import dataclasses
@@ -19,16 +20,18 @@ from mobilellm_jax.plan.compiled import CompiledStep, TooLarge, compile_step
 from mobilellm_jax.train.state import mesh_of
 
 _log = logging.getLogger(__name__)
-_HOPELESS = 1.1  # share of the memory; the count is wrong by less than a tenth
+# The search skips a change if the computed bytes exceed this multiple of the memory. The computed
+# bytes have an error of less than a tenth.
+_HOPELESS = 1.1
 _MOST_ACCUMULATION = 1024
 
 Change = dict[str, Any]
-"""Maps a dotted field to its new value."""
+"""New values of config fields, by dotted name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A change that fits."""
+    """A change of a config, the changed config, and its step, which fits the memory."""
 
     change: Change
     config: Config
@@ -36,12 +39,13 @@ class Fit:
 
 
 def smallest_fit(config: Config, devices: Sequence[jax.Device], failed: TooLarge) -> Fit | None:
-    """Compiles the changes of `candidates` in order until a change fits; None: no change fits.
+    """Returns the first change of `candidates` that fits, or None if no change fits.
 
-    `failed` is the result of `compile_step` for `config`, which `settle` returned.
+    `failed` is the result of `compile_step` for the unchanged `config`. `settle` must have replaced
+    every "auto" in `config`.
     """
     mesh, rules = mesh_of(config, devices)
-    # The compiler needs more bytes than the count, mostly for its own buffers.
+    # The compiled step needs more bytes than computed, mostly for the compiler's own buffers.
     missing = failed.needed_bytes - account_of(config, mesh, rules).total_bytes
     for change in candidates(config, len(devices)):
         try:
@@ -52,7 +56,7 @@ def smallest_fit(config: Config, devices: Sequence[jax.Device], failed: TooLarge
         expected = account_of(candidate, mesh, rules).total_bytes + max(0, missing)
         if expected > _HOPELESS * failed.available_bytes:
             continue
-        _log.info(f"compiling with {written(change)} ...")  # this takes up to minutes
+        _log.info(f"compiling with {written(change)} ...")  # Compiling can take minutes.
         step = compile_step(candidate, mesh, rules)
         if isinstance(step, CompiledStep):
             return Fit(change, candidate, step)
@@ -60,7 +64,7 @@ def smallest_fit(config: Config, devices: Sequence[jax.Device], failed: TooLarge
 
 
 def candidates(config: Config, num_devices: int) -> Iterator[Change]:
-    """Yields changes, smallest first; the rules of a config may forbid some of them."""
+    """Yields changes, smallest first; a change may violate the rules of a config."""
     order = [name for name in get_args(Remat) if name != "offload"]
     remats = order[order.index(config.model.remat) + 1 :] if config.model.remat in order else []
     remat_only: list[Change] = [{"model.remat": remat} for remat in remats]

@@ -1,7 +1,7 @@
 """Reads collectives, cycles and kernels from the text of a compiled program.
 
-XLA's own cost analysis counts the body of a loop once and does not report collectives. Here every
-instruction counts as often as the loops around it run.
+XLA's cost analysis counts the body of a loop only once, and it does not report collectives. This
+module counts an instruction in a loop once for each iteration.
 """
 
 import collections
@@ -32,7 +32,7 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-# Several fusions may share one transfer. Each of them repeats it with the same chain_id or name.
+# Several fusions may share one transfer. All of these fusions have the same chain_id or name.
 _SAME_TRANSFER = re.compile(r'(?:chain_id|async_collective_name)="([^"]*)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _GROUPS_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
@@ -48,7 +48,7 @@ class Instruction:
     name: str
     shape: str
     opcode: str
-    text: str  # the line after " = "
+    text: str  # Part of the line after " = ".
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Collective:
     """A transfer between devices."""
 
     kind: str
-    shape: str  # without layouts
-    payload_bytes: int  # size on one device of the array before it is split, or after it is joined
-    group: int  # devices that exchange data with each other
-    times: int  # number of transfers per execution of the program
-    origin: str  # name of the operation in the source program
+    shape: str  # Types and sizes of the arrays, without memory layouts.
+    payload_bytes: int  # Size on one device of the array before a split or after a join.
+    group: int  # Number of devices that exchange data with each other.
+    times: int  # Number of transfers per execution of the program.
+    origin: str  # Name of the operation in the source program.
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes that a device sends per execution with ring algorithms, which send the fewest."""
+        """Least bytes that a device sends per execution of the program, with ring algorithms."""
         rounds = 2 if self.kind == "all-reduce" else 1
         share = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
         return round(rounds * share * self.payload_bytes) * self.times
@@ -72,12 +72,12 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The work of a compiled program per execution."""
+    """The counted operations of a compiled program in one execution."""
 
     collectives: tuple[Collective, ...]
-    estimated_cycles: int | None  # by the TPU compiler, without Pallas kernels; else None
-    kernels: dict[str, int]  # calls per execution of each Pallas kernel
-    unknown_loops: int  # loops of unknown length; their bodies count once
+    estimated_cycles: int | None  # Estimate of the TPU compiler without Pallas kernels, or None.
+    kernels: dict[str, int]  # Number of calls of each Pallas kernel per execution.
+    unknown_loops: int  # Number of loops of unknown length, whose bodies count once.
 
 
 def read_program(text: str) -> Program:
@@ -143,7 +143,7 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _called(instruction: Instruction) -> Iterator[str]:
-    """Yields the computations that the instruction runs, without the functions of reductions."""
+    """Yields the computations that the instruction runs, except the functions of reductions."""
     if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start"):
         return
     for one, several in _CALLED.findall(instruction.text):
@@ -157,7 +157,7 @@ def _trips(instruction: Instruction, computations: dict[str, list[Instruction]])
     condition = _CONDITION.search(instruction.text)
     if condition is None:
         return None
-    # The condition of a scan has one constant, the number of trips.
+    # The loop condition of a scan has one constant, which is the number of iterations.
     body = computations[condition.group(1)]
     constants = [m.group(1) for i in body if (m := _CONSTANT.match(i.text))]
     return int(constants[0]) if len(constants) == 1 else None
@@ -171,7 +171,7 @@ def _collective_kind(opcode: str) -> str | None:
 def _collective(kind: str, instruction: Instruction, times: int) -> Collective:
     arrays = _ARRAY.findall(instruction.shape)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # The operands come first, then the results. Counters of the transfer (u32) come last.
+        # The shape lists the operands, then the results, and then counters of the transfer (u32).
         arrays = [a for a in arrays if a != ("u32", "")]
         arrays = arrays[len(arrays) // 2 :]
     group = _group_size(instruction.text)

@@ -1,8 +1,9 @@
-"""Predicts the time of a compiled step on a TPU without a TPU: bounds, and an estimate.
+"""Predicts the time of a compiled step on a TPU by bounds and an estimate; needs no TPU.
 
-The bounds follow from the peak numbers of the chip. The estimate is the sum of libtpu's estimates
-for all instructions (`estimated_cycles`), plus the time of the attention kernels, which is computed
-from their FLOPs because libtpu has no estimate for kernels. Nothing here was measured.
+The bounds follow from the chip's peak rates of arithmetic, memory and network. The estimate has two
+parts: libtpu's estimates for all instructions (`estimated_cycles`), and the time of the attention
+kernels. libtpu has no estimate for kernels, so this module computes their time from their FLOPs. It
+uses no measurement.
 """
 
 import dataclasses
@@ -12,23 +13,23 @@ from mobilellm_jax.plan.accounting import Account
 from mobilellm_jax.plan.compiled import CompiledStep
 from mobilellm_jax.plan.topology import Chip
 
-# Number of matrix products over the keys in each kernel. fwd: scores, output. dkv: scores, gradient
-# of the attention weights, gradients of keys and values. dq: scores, gradient of the attention
-# weights, gradient of queries.
+# Number of matrix multiplications in each attention kernel. `fwd` computes scores and output. `dkv`
+# computes scores and the gradients of attention weights, keys and values. `dq` computes scores and
+# the gradients of attention weights and queries.
 _PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
-_BLOCK = 512  # side of a block; blocks on the diagonal are computed whole
+_BLOCK = 512  # Queries, and keys, per block. Kernels compute blocks on the diagonal in full.
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Seconds per step; all chips of the slice work alike."""
+    """Predicted seconds per step, which are the same for all chips."""
 
     peak_flops: float
-    flops_sec: float  # time of the model FLOPs at the peak
-    memory_sec: float  # time to read and write once all memory that the step holds
-    network_sec: float  # time to send all bytes over all links together
-    estimated_sec: float | None  # libtpu's estimate without kernels
-    kernels_sec: float  # attention kernels, at the share of the peak that head_dim allows
+    flops_sec: float  # Time of the model FLOPs at the peak rate.
+    memory_sec: float  # Time to read and write all memory of the step once.
+    network_sec: float  # Time to send all bytes if all links are busy.
+    estimated_sec: float | None  # Estimate of libtpu without attention kernels, or None.
+    kernels_sec: float  # Time of the attention kernels at the rate that head_dim allows.
 
     @property
     def roofline_sec(self) -> float:
@@ -36,21 +37,21 @@ class Prediction:
 
     @property
     def fastest_sec(self) -> float:
-        """The estimate with all communication hidden; without an estimate, the roofline."""
+        """Time if all communication overlaps with arithmetic; without an estimate, the roofline."""
         if self.estimated_sec is None:
             return self.roofline_sec
         return max(self.estimated_sec + self.kernels_sec, self.roofline_sec)
 
     @property
     def slowest_sec(self) -> float:
-        """The estimate with no communication hidden."""
+        """Time if no communication overlaps with arithmetic; without an estimate, the roofline."""
         return self.fastest_sec + (0.0 if self.estimated_sec is None else self.network_sec)
 
 
 def predict(
     config: Config, account: Account, step: CompiledStep, chip: Chip, peak_flops: float
 ) -> Prediction:
-    """Returns the prediction; `peak_flops` is the dense bfloat16 peak of a chip in FLOP/s."""
+    """Predicts the time of a step; `peak_flops` is a chip's dense bfloat16 peak in FLOP/s."""
     cycles = step.program.estimated_cycles
     cycles_per_sec = peak_flops / chip.flops_per_cycle
     sent = sum(collective.wire_bytes for collective in step.program.collectives)
@@ -67,7 +68,7 @@ def predict(
 def _kernel_flops(config: Config, account: Account, step: CompiledStep) -> float:
     model, length = config.model, config.data.seq_len
     blocks = max(1, length // _BLOCK)
-    computed = (blocks + 1) / (2 * blocks)  # share of all pairs of query and key
+    computed = (blocks + 1) / (2 * blocks)  # Computed share of all pairs of a query and a key.
     product = 2 * account.rows * model.num_heads * model.head_dim * length**2 * computed
     return sum(
         calls * products * product
@@ -78,5 +79,5 @@ def _kernel_flops(config: Config, account: Account, step: CompiledStep) -> float
 
 
 def _fill(config: Config, chip: Chip) -> float:
-    """Returns the share of a matrix unit that is used: head_dim is one side of each product."""
+    """Returns the share of a matrix unit that a head uses; `head_dim` may be less than its size."""
     return min(1.0, config.model.head_dim / chip.matrix_unit)

@@ -11,11 +11,11 @@ from mobilellm_jax.plan.prediction import Prediction
 
 _GIB = 2**30
 _WIDTH = 20
-_LARGEST = 6  # number of collectives that get a line each
+_LARGEST = 6  # Number of collectives that are listed one by one.
 
 
 def account_lines(config: Config, account: Account, mesh: dict[str, int]) -> list[str]:
-    """Returns lines about the run and its counts."""
+    """Returns lines about the run and its computed sizes."""
     model, train = config.model, config.train
     sharing = f" x {model.num_repeats} ({model.sharing})" if model.num_repeats > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
@@ -37,7 +37,7 @@ def account_lines(config: Config, account: Account, mesh: dict[str, int]) -> lis
 
 
 def too_large_lines(failed: TooLarge) -> list[str]:
-    """Names the needed and the available memory of a step that does not fit."""
+    """Returns a line about the needed and the available memory of a step that does not fit."""
     text = (
         f"needs {_gib(failed.needed_bytes)} of the {_gib(failed.available_bytes)} that a device "
         f"has (compiled in {failed.compile_sec:.0f} s)"
@@ -46,7 +46,7 @@ def too_large_lines(failed: TooLarge) -> list[str]:
 
 
 def step_lines(step: CompiledStep, available_bytes: int) -> list[str]:
-    """Describes the compiled step's memory and communication."""
+    """Returns lines about the compiled step's memory and communication."""
     memory = (
         f"{_gib(step.peak_bytes)} of {_gib(available_bytes)} at the peak; state "
         f"{_gib(step.state_bytes)}, temporaries {_gib(step.temporary_bytes)} with gaps "
@@ -79,7 +79,7 @@ def _collective_lines(program: Program) -> list[str]:
 def prediction_lines(
     account: Account, prediction: Prediction, chip_name: str, cycles: int | None
 ) -> list[str]:
-    """Describes the predicted time of a step; nothing was measured."""
+    """Returns lines about the predicted time of a step."""
     tokens = account.tokens_per_step
     roofline = prediction.roofline_sec
     rows = {
@@ -125,5 +125,5 @@ def _short(shape: str) -> str:
 
 
 def _place(origin: str) -> str:
-    """Returns the end of an operation's name, which contains the module."""
+    """Returns the last three parts of an operation's name, which name the module."""
     return "/".join(origin.split("/")[-3:]) or "unnamed"

@@ -1,7 +1,7 @@
-"""Names of TPU slices, and their devices as targets of compilation; no TPU is needed.
+"""Reads names of TPU slices, and gives the compiler the devices of these slices; needs no TPU.
 
-`v5e:16x16` is a slice of 16 x 16 chips. `2xv5e:16x16` is two such slices joined by the data center
-network (DCN).
+`v5e:16x16` is a slice of 16 x 16 chips. `2xv5e:16x16` means two such slices, which the data center
+network (DCN) connects.
 """
 
 import dataclasses
@@ -18,28 +18,28 @@ from mobilellm_jax.config import ConfigError
 INSTALL_LIBTPU = 'pip install "mobilellm-jax[tpu]"'
 
 _GIB = 2**30
-# With these variables, libtpu asks no metadata server and takes no lock on a TPU.
+# These variables keep libtpu from contacting a metadata server and from locking a TPU.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any valid type; with a type, libtpu looks for no host
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # Any valid type keeps libtpu from searching for a host.
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU chip, after the Cloud TPU documentation of July 2026; memory after libtpu."""
+    """A kind of TPU chip (Cloud TPU documentation of July 2026; the memory is libtpu's number)."""
 
     name: str
     memory_bytes: int
     memory_bytes_per_sec: float
-    ici_bytes_per_sec: float  # a chip sends this over all links: half of the "bidirectional" number
-    flops_per_cycle: int  # all matrix units together, bfloat16
-    matrix_unit: int  # side of a matrix unit
-    dimensions: int  # dimensions of a slice
-    most_chips: int  # chips of the largest slice
-    variant: str | None = None  # libtpu's name of the mode with one device per chip
+    ici_bytes_per_sec: float  # Rate of all links together: half of the "bidirectional" rate.
+    flops_per_cycle: int  # FLOPs in bfloat16 of all matrix units together.
+    matrix_unit: int  # Number of rows, and of columns, of a matrix unit.
+    dimensions: int  # Number of dimensions of a slice.
+    most_chips: int  # Number of chips in the largest slice.
+    variant: str | None = None  # Name in libtpu of the mode with one device per chip.
 
 
 _CHIPS = {
@@ -55,7 +55,7 @@ _CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of the same shape and the same kind of chip."""
+    """One or more slices with the same shape and the same kind of chip."""
 
     name: str
     chip: Chip
@@ -64,12 +64,12 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """One device per chip."""
+        """The number of devices in all slices; each chip is one device."""
         return math.prod(self.sides) * self.slices
 
 
 def parse_topology(name: str) -> Topology:
-    """Reads a name such as `v5p:4x4x4` or `2xv5e:16x16`; raises a `ConfigError` for others."""
+    """Reads a name such as `v5p:4x4x4` or `2xv5e:16x16`; raises a `ConfigError` otherwise."""
     field = f"--topology={name}"
     found = re.fullmatch(r"(?:([1-9]\d*)x)?(v\w+):([1-9]\d*(?:x[1-9]\d*)*)", name)
     if found is None:
@@ -96,7 +96,7 @@ def parse_topology(name: str) -> Topology:
 
 
 def topology_devices(topology: Topology) -> list[jax.Device]:
-    """Returns devices that can only serve to compile programs.
+    """Returns devices for which programs can be compiled but not run.
 
     Raises:
       ConfigError: if libtpu is not installed, or does not know the slice.
