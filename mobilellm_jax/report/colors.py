@@ -1,4 +1,4 @@
-"""Colours of the report in a light and a dark theme; a test checks their contrast by WCAG 2.1."""
+"""Colours of the report in a light and a dark theme; a test checks the contrast (WCAG 2.1)."""
 
 import dataclasses
 
@@ -8,14 +8,14 @@ class Theme:
     """Colours of the page and of its pictures."""
 
     background: str
-    surface: str  # background of table heads
+    surface: str  # Background of the header row and first column of a table.
     text: str
-    muted: str  # captions
+    muted: str  # Colour of captions.
     link: str
-    line: str  # borders, never text
-    good: str  # text: same direction as the paper
-    bad: str  # text: opposite direction
-    series: tuple[str, ...]  # curves and points on `background`
+    line: str  # Colour of borders, but not of text.
+    good: str  # Text of a difference in the paper's direction.
+    bad: str  # Text of a difference in the opposite direction.
+    series: tuple[str, ...]  # Colours of curves and points on `background`.
 
 
 LIGHT = Theme(

@@ -1,9 +1,9 @@
-"""Compares runs: means over seeds, rows of the paper's grids, and directions of differences.
+"""Compares runs: computes means over seeds, and differences between rows of the paper's grids.
 
-If two models were trained with the same seeds, their losses are subtracted seed by seed, because
-runs with one seed start from the same random numbers and read the same batches. The standard error
-is then the error of the mean of these differences. A difference has a direction if its 95%
-confidence interval (Student's t) does not contain zero.
+If two models were trained with the same seeds, this module subtracts their losses seed by seed,
+because two runs with the same seed start from the same random numbers and read the same batches.
+The difference of the models is the mean of these differences, with the standard error of this mean.
+A difference has a direction if its 95% confidence interval (Student's t) does not contain zero.
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ from mobilellm_jax.report.runs import Measured
 _SEEDS = {"train.seed", "data.seed"}
 _SHAPE = {f"model.{name}" for name in (*SHAPE, "scan_unroll")}
 _RATE = "optimizer.peak_lr"
-# Fields that change no result: the fields that may change on resume, except for these three.
+# Fields in which the runs of one model may differ: the seeds, and all fields that a resumed run may
+# change, except for these three fields.
 _NO_RESULT = (MAY_CHANGE - {"train.steps", "data.path", "train.spike_factor"}) | _SEEDS
 
 Verdict = Literal[
@@ -47,7 +48,7 @@ class Mean:
     """A mean over seeds."""
 
     value: float
-    standard_error: float | None  # None if there is only one value
+    standard_error: float | None  # None if there is only one value.
     count: int
 
     @property
@@ -62,10 +63,10 @@ class Mean:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """A model with its finished runs, which differ only in seeds."""
+    """The finished runs of one model, which differ only in their seeds."""
 
     name: str
-    config: Config  # config of one run
+    config: Config  # Config of one of the runs.
     runs: tuple[Measured, ...]
 
     @property
@@ -96,13 +97,13 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compared:
-    """Our model for a row of a grid, beside the paper's row."""
+    """Our results for a row of a grid, and the paper's results for the same row."""
 
     row: GridRow
     model: Model
-    difference: Mean | None  # loss minus the loss of the reference row; negative is better
+    difference: Mean | None  # Loss minus the loss of the reference row; negative is better.
     paper_score: float
-    paper_difference: float | None  # in points; positive is better
+    paper_difference: float | None  # Difference in percentage points; positive is better.
     verdict: Verdict
 
 
@@ -112,10 +113,10 @@ class Table:
 
     grid: GridName
     scale: ScaleName
-    group: str  # 125M or 350M
+    group: str  # Group of the paper's rows: 125M or 350M.
     rows: tuple[Compared, ...]
-    missing: tuple[str, ...]  # labels of rows without finished runs
-    setting: str  # difference from another table of the same grid; "" if there is one table
+    missing: tuple[str, ...]  # Labels of the rows without finished runs.
+    setting: str  # Values that distinguish this table from others of its grid, or "".
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -125,7 +126,7 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def group_seeds(runs: Sequence[Measured]) -> list[Model]:
-    """Groups finished runs into models; a model's name lists the fields in which models differ."""
+    """Groups finished runs into models; a model's name shows the fields that differ."""
     names = sorted(config_lib.field_types().keys() - _NO_RESULT)
     groups: dict[str, list[Measured]] = {}
     for run in runs:
@@ -147,10 +148,11 @@ def group_seeds(runs: Sequence[Measured]) -> list[Model]:
 def grid_tables(models: Sequence[Model]) -> list[Table]:
     """Returns a table for each grid that has at least two rows with finished runs.
 
-    If models differ in a field that no grid varies (the optimizer, for example), each value of the
-    field gets its own tables. If a model was trained at several learning rates, the row shows the
-    rate with the most seeds, and among equals the rate with the lowest loss; `sweep --tune_lr`
-    trains the best rate with more seeds.
+    If models differ in a field that no grid varies (the optimizer, for example), the result has
+    separate tables for each value of the field. If a model was trained at several learning rates,
+    its row shows the rate with the most seeds, because `sweep --tune_lr` trains more seeds at the
+    best rate. If several rates have equally many seeds, the row shows the rate with the lowest
+    loss.
     """
     extra = _varying([m.config for m in models]) - _SHAPE - {_RATE, "train.steps"}
     settings: dict[str, list[Model]] = {}
@@ -160,7 +162,7 @@ def grid_tables(models: Sequence[Model]) -> list[Table]:
 
 
 def count_verdicts(tables: Sequence[Table]) -> Counter[Verdict]:
-    """Counts the verdicts; a comparison that appears in two grids counts once."""
+    """Counts the verdicts; a pair of models that two grids compare counts only once."""
     verdicts: dict[tuple[str, str], Verdict] = {}
     for table in tables:
         names = {compared.row.label: compared.model.name for compared in table.rows}
@@ -226,7 +228,8 @@ def _difference(model: Model, reference: Model) -> Mean:
     ours, theirs = ({r.config.train.seed: r.loss for r in m.runs} for m in (model, reference))
     if ours.keys() == theirs.keys():
         return mean([ours[seed] - theirs[seed] for seed in ours])
-    # If the seeds differ, the squared errors add up, and the fewer degrees of freedom count.
+    # If the seeds differ, the squared standard errors are added. The smaller number of runs then
+    # determines the degrees of freedom.
     one, other = model.loss, reference.loss
     error = None
     if one.standard_error is not None and other.standard_error is not None:

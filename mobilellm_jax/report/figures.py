@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARKERS = "osD^vP*Xhp"
-_WIDTH_IN, _DPI = 4.8, 200  # narrow, so that text stays legible on a phone
+_WIDTH_IN, _DPI = 4.8, 200  # A narrow picture keeps its text legible on a phone.
 _LOSS = "validation loss (nats per token)"
 
 Draw = Callable[["Axes", Theme], None]
@@ -21,24 +21,24 @@ Draw = Callable[["Axes", Theme], None]
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A drawing for both kinds of page."""
+    """A picture in a light and a dark version."""
 
-    name: str  # name of the file
+    name: str  # Name of the PNG file without its ending.
     title: str
     caption: str
-    light: bytes  # PNG
-    dark: bytes
+    light: bytes  # PNG for a light page.
+    dark: bytes  # PNG for a dark page.
 
 
 def curves(name: str, labelled: Sequence[tuple[str, Model]]) -> Picture:
-    """Draws validation loss against tokens: the mean over seeds, and a band from least to most."""
+    """Draws mean validation loss against tokens, and a band from the lowest to the highest loss."""
 
     def draw(axes: "Axes", theme: Theme) -> None:
         for number, (label, model) in enumerate(labelled):
             color = theme.series[number % len(theme.series)]
             tokens = model.config.tokens_per_step / 1e6
             series = [run.validation for run in model.runs]
-            # Step 0 is left out: the loss of an untrained model is about the same for all.
+            # The curves omit step 0, because all untrained models have about the same loss.
             steps = [s for s in sorted(series[0]) if s and all(s in run for run in series)]
             values = [[run[s] for run in series] for s in steps]
             x = [s * tokens for s in steps]
@@ -58,7 +58,7 @@ def curves(name: str, labelled: Sequence[tuple[str, Model]]) -> Picture:
 
 
 def depth(name: str, table: Table) -> Picture:
-    """Draws loss against depth at a fixed number of parameters."""
+    """Draws loss against depth for models with equally many parameters."""
 
     def draw(axes: "Axes", theme: Theme) -> None:
         blocks = [row.model.config.model.num_blocks for row in table.rows]
@@ -144,7 +144,7 @@ def _png(draw: Draw, theme: Theme) -> bytes:
     from matplotlib.figure import Figure
 
     texts = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-    look: dict[Any, Any] = {  # matplotlib types every key by a literal
+    look: dict[Any, Any] = {  # matplotlib's types list every valid key.
         **dict.fromkeys(texts, theme.text),
         **dict.fromkeys(("figure.facecolor", "axes.facecolor"), theme.background),
         **dict.fromkeys(("axes.edgecolor", "grid.color"), theme.line),

@@ -1,4 +1,4 @@
-"""The report as one HTML page without scripts, fonts or anything from the network."""
+"""Renders the report as one HTML page, which loads no scripts, fonts or other files."""
 
 import base64
 import dataclasses
@@ -46,8 +46,8 @@ def _data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
-# The empty icon keeps a browser from asking for /favicon.ico. A row's name stays in sight while a
-# phone scrolls the numbers. The tabindex lets a keyboard scroll a wide table.
+# The empty icon keeps a browser from requesting /favicon.ico. The first column of a table stays
+# visible when the user scrolls to the right. With `tabindex`, the user can scroll by keyboard.
 _TEMPLATE = """\
 {% macro variables(theme) %}
 {% for name in theme if name != "series" %}--{{ name }}:{{ theme[name] }};{% endfor %}

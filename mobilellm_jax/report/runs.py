@@ -13,7 +13,7 @@ from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.train.metrics import read_metrics
 
-_RUNS = "runs"  # subfolder of a sweep that holds its runs
+_RUNS = "runs"  # Subfolder of a sweep that contains the runs.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,13 @@ class Measured:
 
     folder: Path
     config: Config
-    validation: dict[int, float]  # loss in nats per token, by step
-    last_step: int  # last step in the record of losses
-    bpb: float | None  # last value of the run
-    tokens_per_sec: float | None  # median over the run
-    peak_bytes: int | None  # peak memory during training
-    peak_of: str  # "device", "host process" or ""
-    failed: str  # reason of the failure; "" if the run did not fail
+    validation: dict[int, float]  # Validation loss in nats per token, by step.
+    last_step: int  # Last step with a recorded loss.
+    bpb: float | None  # Last recorded validation loss in bits per byte.
+    tokens_per_sec: float | None  # Median speed of training.
+    peak_bytes: int | None  # Peak memory during training.
+    peak_of: str  # Owner of this memory: "device", "host process" or "" (unknown).
+    failed: str  # Reason of the failure; "" if the run did not fail.
 
     @property
     def is_finished(self) -> bool:
@@ -37,7 +37,7 @@ class Measured:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether the validation loss at the last step is infinite or not a number."""
+        """Whether the run has an infinite or NaN validation loss at its last step."""
         return self.config.train.steps in self.validation and not self.is_finished
 
     @property
@@ -47,7 +47,7 @@ class Measured:
 
 
 def read_runs(pattern: str) -> list[Measured]:
-    """Returns the runs in all folders that match; a sweep's folder stands for its runs.
+    """Reads the runs in all matching folders; for the folder of a sweep, reads all its runs.
 
     Raises:
       ConfigError: if no run folder matches.

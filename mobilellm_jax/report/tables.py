@@ -1,4 +1,4 @@
-"""The report's tables as rows of text, as CSV and as Markdown."""
+"""Formats the report's tables as rows of text, as CSV and as Markdown."""
 
 import csv
 import dataclasses
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from mobilellm_jax.paper.grids import ABOUT
 from mobilellm_jax.report.compare import Compared, Mean, Model, Table
 
-NONE = "–"  # noqa: RUF001  # an en dash marks a cell without a value
+NONE = "–"  # noqa: RUF001  # An en dash marks a cell without a value.
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
     """A table of texts; the first column names the row."""
 
-    name: str  # name of its files
+    name: str  # Name of the CSV and Markdown files without their ending.
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -41,7 +41,7 @@ def grid_table(table: Table, name: str) -> TextTable:
 
 
 def model_table(models: Sequence[Model]) -> TextTable:
-    """Returns the table of all models that have finished."""
+    """Returns the table of all models that have finished runs."""
     rows = tuple(_model_row(number, model) for number, model in enumerate(models, start=1))
     return TextTable("models", "All models", _MODEL_COLUMNS, rows)
 

@@ -1,4 +1,4 @@
-"""Writes the report of some runs: one page, with its tables and pictures as files beside it."""
+"""Writes the report of runs as a page, and writes its tables and pictures as separate files."""
 
 import shlex
 import sys
@@ -58,7 +58,7 @@ _NAMES = (
 
 
 def write_report(pattern: str, output: Path) -> list[str]:
-    """Writes the page, its pictures and its tables into `output`; returns lines for the user.
+    """Writes the page, its pictures and its tables into `output`; returns messages for the user.
 
     Raises:
       UserError: if the `report` extra is not installed.

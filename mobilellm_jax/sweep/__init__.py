@@ -1,4 +1,4 @@
-"""Plans, launches and resumes a sweep: a folder of training runs that are compared."""
+"""Plans, starts and resumes a sweep, which is a folder of training runs to compare."""
 
 import logging
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def run_here(
       ConfigError: before the first run starts, if this machine or the data do not fit the runs.
     """
     slots = find_slots(parallel)
-    # A plan does not prepare data, so it takes the number of validation batches from the recipe.
+    # A plan prepares no data, so it takes the number of batches per evaluation from the config.
     stated = {run.name: run.config.train.eval_batches for run in runs}
     batches = stated if only_plan else check_data(runs)
     with local.alone(sweep) as lock:
@@ -91,10 +91,10 @@ def submit(runs: Sequence[Run], sweep: Path, arguments: str, at_once: int | None
 
 
 def check_data(runs: Sequence[Run]) -> dict[str, int]:
-    """Checks the data of all runs; returns the validation batches per evaluation by run name.
+    """Checks the data of all runs; returns each run's number of batches per evaluation.
 
-    Missing data are prepared if the recipe names a source. This happens before the processes of the
-    runs start, because otherwise each process would prepare the data or report the same mistake.
+    The function prepares missing data if the recipe names a source. It runs before the processes of
+    the runs start, because otherwise each process would prepare the data or report the same error.
 
     Raises:
       ConfigError: if the vocabulary of a model differs from the vocabulary of its data, or if a run

@@ -3,10 +3,10 @@
     python -m mobilellm_jax.sweep.child run FOLDER NAME
     python -m mobilellm_jax.sweep.child trial FOLDER NAME
 
-`--cores=0,1` restricts the process to these cores. A backend starts one thread per allowed core, so
-the process applies `--cores` before jax starts a backend. With `--with_parent`, the process saves
-and ends when its standard input is closed. The operating system closes this pipe when the parent
-ends, even if the parent was killed.
+`--cores=0,1` restricts the process to these cores. The process applies `--cores` before jax starts
+a backend, because a backend starts one thread per allowed core. With `--with_parent`, standard
+input is a pipe from the parent process. When the pipe closes, this process saves its run and ends.
+The operating system closes the pipe when the parent ends, even if the parent was killed.
 """
 
 import json
@@ -71,7 +71,7 @@ def _run(sweep: Path, name: str) -> int:
         distributed.start(num_processes=1)
         finished = pretrain(config, folder)
     except BaseException as error:
-        # The other runs of the sweep continue, and the log of this run has the traceback.
+        # The sweep continues with its other runs. The log of this run contains the traceback.
         reason = f"{type(error).__name__}: {error}"
         files.write_outcome(folder, "failed", reason=reason[:2000])
         raise
@@ -84,7 +84,7 @@ def _run(sweep: Path, name: str) -> int:
 
 
 def _trial(sweep: Path, name: str) -> int:
-    """Prints the median seconds per step on random tokens, and the seconds of the start."""
+    """Prints the median seconds per step on random tokens, and the seconds until the first ends."""
     config = files.find_run(sweep, name).config
     began = time.perf_counter()
     before_jax(deterministic=config.train.deterministic)
@@ -115,7 +115,7 @@ def _trial(sweep: Path, name: str) -> int:
 
 
 def _peaks() -> dict[str, int]:
-    # Linux counts in KiB, and macOS counts in bytes.
+    # `ru_maxrss` is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peaks = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -1,8 +1,8 @@
-"""Computes the cost of a sweep on TPUs by compiling each model's step for an absent TPU slice.
+"""Computes the cost of a sweep on TPUs from the compiled step of each model; needs no TPU.
 
-The table has two prices. The first price assumes a model FLOPs utilization (MFU). The second price
-uses libtpu's estimate for the compiled step (`plan/prediction.py`). Both prices are predictions,
-not measurements.
+The table has two prices in chip-hours. The first price assumes a model FLOPs utilization (MFU). The
+second price uses libtpu's estimate for the compiled step (`plan/prediction.py`). Both prices are
+predictions, not measurements.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from mobilellm_jax.train.state import mesh_of
 
 _log = logging.getLogger(__name__)
 _GIB = 2**30
-# Besides the config, the compiled step depends on this source code and these libraries.
+# The compiled step depends on the config, on this source code and on these libraries.
 _ROOMS = ("model", "quantize", "train", "plan", "sharding.py")
 _LIBRARIES = ("jax", "flax", "optax", "libtpu")
 
@@ -40,33 +40,33 @@ _LIBRARIES = ("jax", "flax", "optax", "libtpu")
 class Compiled:
     """The compiler's results for one step."""
 
-    change: str  # change of the config that made the step fit; "": it fits unchanged
-    peak_bytes: int  # per chip; 0: no change made the step fit
-    step_sec: float  # prediction with no communication hidden
-    flops_sec: float  # time of a step's model FLOPs at the peak of the chips
+    change: str  # Change of the config that makes the step fit; "" if it fits unchanged.
+    peak_bytes: int  # Peak memory per chip; 0 if no change makes the step fit.
+    step_sec: float  # Predicted time if no communication overlaps with arithmetic.
+    flops_sec: float  # Time of the step's model FLOPs at the peak rate of the chips.
     compile_sec: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """The price of one model, for all its runs."""
+    """The cost of all runs of one model."""
 
     runs: Sequence[Run]
     compiled: Compiled
     num_chips: int
 
     def chip_hours(self, step_sec: float) -> float:
-        """Returns the chip-hours of all runs if a step takes this time."""
+        """Returns the chip-hours of all runs if a step takes `step_sec` seconds."""
         steps = self.runs[0].config.train.steps
         return step_sec * steps * self.num_chips * len(self.runs) / 3600
 
 
 def price_all(runs: Sequence[Run], topology: Topology, kept: Path) -> list[Price]:
-    """Compiles the step of every model once, with a message per model, and returns the prices.
+    """Compiles the step of each model once, shows a message per model, and returns the prices.
 
-    Runs that differ only in seeds, length or learning rate share one compiled step. The file `kept`
-    gets the result of each compilation. Another call compiles a step again only if the code or a
-    library changed.
+    Runs that differ only in seeds, length or learning rate share one compiled step. The function
+    saves the result of each compilation in the file `kept`. A later call compiles a step again only
+    if the code or a library has changed.
 
     Raises:
       ConfigError: if libtpu is missing, or if a model cannot be divided over the slice.
@@ -91,7 +91,7 @@ def price_all(runs: Sequence[Run], topology: Topology, kept: Path) -> list[Price
 
 
 def price_table(prices: Sequence[Price], topology: Topology, utilization: float) -> str:
-    """Returns the prices as a Markdown table, followed by the assumptions."""
+    """Returns a Markdown table of the prices, and a paragraph about the assumptions."""
     lines = [
         "| model | runs | parameters | steps | change to fit | peak GiB | predicted MFU "
         f"| chip-hours at MFU {utilization:.0%} | chip-hours, predicted |",
@@ -154,7 +154,7 @@ def _compile(config: Config, topology: Topology, devices: Sequence[jax.Device]) 
 
 
 def _key(config: Config, topology: Topology) -> str:
-    """Names what determines the compiled step; seeds, steps and learning rates do not."""
+    """Returns a key of the config and the code, without seeds, steps and learning rates."""
     neutral = {"train.steps": 480_000, "train.seed": 0, "data.seed": 0, "data.path": ""}
     neutral |= {"optimizer.peak_lr": 1e-3, "optimizer.warmup_steps": 1}
     text = f"{topology.name} {to_json(changed(config, neutral))} {_code()}"
@@ -169,5 +169,5 @@ def _code() -> str:
 def _version(library: str) -> str:
     try:
         return metadata.version(library)
-    except metadata.PackageNotFoundError:  # a TPU machine can have libtpu without package metadata
+    except metadata.PackageNotFoundError:  # A TPU machine can have libtpu without metadata.
         return "unknown"

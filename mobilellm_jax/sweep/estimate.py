@@ -16,8 +16,8 @@ from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.sweep.slots import Slot
 
 _log = logging.getLogger(__name__)
-_FORWARD = 1 / 3  # an evaluation takes this share of the time of a training step per token
-_START_SEC = 10.0  # start of a process, if no trial has measured it
+_FORWARD = 1 / 3  # Time per token in evaluation, divided by the time per token in training.
+_START_SEC = 10.0  # Assumed `start_sec` of a model without a trial.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Speed:
     """The speed of one model on this machine."""
 
     step_sec: float
-    start_sec: float  # from the start of the process to the end of its first step
+    start_sec: float  # Time from the start of the process to the end of its first step.
 
     def seconds(self, config: Config, validation_batches: int) -> float:
-        """Returns the seconds of a run; each evaluation has `validation_batches` batches."""
+        """Returns the seconds of a run that evaluates on `validation_batches` batches at a time."""
         train = config.train
         evaluations = 1 + -(-train.steps // train.eval_every) if train.eval_every else 0
         looks = evaluations * validation_batches * _FORWARD
@@ -36,17 +36,18 @@ class Speed:
 
 
 def speed_of(config: Config, flops_per_sec: float) -> Speed:
-    """Returns the speed at a stated throughput in model FLOPs per second."""
+    """Returns the speed of a model at a throughput of `flops_per_sec` model FLOPs per second."""
     flops = flops_per_token(config.model, config.data.seq_len) * config.tokens_per_step
     return Speed(flops / flops_per_sec, _START_SEC)
 
 
 def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot]) -> dict[str, Speed]:
-    """Returns measured speeds by `key_of`, with as many trials at once as the sweep has slots.
+    """Measures the speed of each model in a trial; returns the speeds by `key_of`.
 
-    Earlier measurements are read from `trials.json` and are not repeated. A trial fills the compile
-    cache, so the runs of its model start faster. The result has no entry for a trial that failed;
-    the log of the run will show the error.
+    Each slot runs one trial at a time. The function reads earlier measurements from `trials.json`
+    and does not repeat them. A trial also fills the compile cache, so the runs of its model start
+    faster. The result has no entry for a model whose trial failed; the log of its run will later
+    show the error.
     """
     known = files.read_results(sweep / files.TRIALS, Speed)
     missing = {key_of(run): run for run in runs if key_of(run) not in known}
@@ -56,7 +57,7 @@ def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot]) -> dict[str
     free = list(slots)
 
     def measure(run: Run) -> Speed | None:
-        slot = free.pop()  # there are as many threads as slots
+        slot = free.pop()  # A slot is free, because there are as many slots as threads.
         try:
             return _try(sweep, run, slot)
         finally:
@@ -75,7 +76,7 @@ def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot]) -> dict[str
 
 
 def key_of(run: Run) -> str:
-    """Returns a key of all settings that the time of a trial depends on."""
+    """Returns a key that contains all settings that affect the speed of a model."""
     config = run.config
     model = dataclasses.astuple(config.model)
     shape = (config.train.global_batch, config.train.accumulation_steps, config.data.seq_len)
@@ -88,9 +89,9 @@ def expected_seconds(
 ) -> dict[str, float]:
     """Returns the expected seconds of each run, by the name of the run.
 
-    `speeds` are by `key_of`, and `batches` are the validation batches of an evaluation, by the name
-    of the run. If the trial of a model failed, its seconds are computed from its FLOPs, at the mean
-    rate of the other runs.
+    `speeds` maps `key_of` a run to its speed. `batches` maps the name of a run to its number of
+    batches per evaluation. If the trial of a model failed, the function divides the FLOPs of its
+    runs by the mean throughput of the other runs.
     """
     known = {
         run.name: speeds[key].seconds(run.config, batches[run.name])
@@ -103,7 +104,7 @@ def expected_seconds(
 
 
 def seconds_ahead(sweep: Path, runs: Sequence[Run], expected_sec: Mapping[str, float]) -> float:
-    """Returns the expected seconds of all steps that these runs have not taken yet."""
+    """Returns the expected seconds of all steps that the runs still have to take."""
     return sum(
         expected_sec[run.name]
         * (1 - (files.last_value(sweep, run, "step") or 0) / run.config.train.steps)
@@ -112,14 +113,14 @@ def seconds_ahead(sweep: Path, runs: Sequence[Run], expected_sec: Mapping[str, f
 
 
 def in_words(seconds: float) -> str:
-    """Returns a duration in words: "50 s", "12 min", "3.4 h"."""
+    """Returns a duration as text, such as "50 s", "12 min" or "3.4 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def plan_lines(runs: Sequence[Run]) -> list[str]:
-    """Returns a line per model, for its runs with all seeds and learning rates."""
+    """Returns a table with one line per model, which counts all seeds and learning rates."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         name = run.name.rpartition("-s")[0]

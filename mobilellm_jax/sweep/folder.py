@@ -1,13 +1,13 @@
 """Reads and writes the folder of a sweep: the requested runs and their results.
 
-    sweep.json               name and config of every run that was ever requested
-    runs/NAME/               run folders, as `train` makes them
-    runs/NAME/outcome.json   written when a run finishes or fails
-    logs/NAME.log            output of the run's process
-    trials.json              measured seconds per step
-    slurm/                   scripts as they were submitted
+    sweep.json               Name and config of every run that was ever requested.
+    runs/NAME/               Folder of a run, as `train` writes it.
+    runs/NAME/outcome.json   Result of a run that finished or failed.
+    logs/NAME.log            Output of the run's process.
+    trials.json              Measured seconds per step.
+    slurm/                   Submitted scripts.
 
-A killed sweep resumes from these files alone.
+A killed sweep can resume from these files alone.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def run_folder(sweep: Path, name: str) -> Path:
 
 
 def log_file(sweep: Path, name: str) -> Path:
-    """Returns the file that a run's process writes its output to."""
+    """Returns the file to which the process of a run writes its output."""
     return sweep / LOGS / f"{name}.log"
 
 
@@ -119,7 +119,7 @@ def settled(sweep: Path, run: Run) -> Config:
             for tuned in tuning
             if state_of(sweep, tuned) == "finished"
             and (loss := last_value(sweep, tuned, "validation/loss")) is not None
-            and math.isfinite(loss)  # leaves out runs that diverged
+            and math.isfinite(loss)  # Runs that diverged do not count.
         }
         if not losses:
             raise ConfigError(
@@ -131,7 +131,7 @@ def settled(sweep: Path, run: Run) -> Config:
 
 
 def state_of(sweep: Path, run: Run) -> State:
-    """Returns the state of a run; a finish before its last step counts as started."""
+    """Returns the state of a run; a run that finished with fewer steps counts as started."""
     folder = run_folder(sweep, run.name)
     outcome = rundir.read_outcome(folder)
     if outcome.get("state") == "failed":
@@ -151,7 +151,7 @@ def write_outcome(
 ) -> None:
     """Records that a run finished, failed, or was started again.
 
-    The recorded memory peaks are the maxima over all processes of the run so far.
+    The recorded memory peaks are the maxima over all processes that have trained the run.
     """
     old = rundir.read_outcome(folder)
     for name in ("peak_host_bytes", "peak_device_bytes"):
@@ -162,19 +162,19 @@ def write_outcome(
 
 
 def last_value(sweep: Path, run: Run, name: str) -> float | None:
-    """Returns the last value of this name in the metrics of a run."""
+    """Returns the last recorded value of the metric `name` of a run, or None."""
     records = read_metrics(run_folder(sweep, run.name) / rundir.METRICS)
     return next((record[name] for record in reversed(records) if name in record), None)
 
 
 def read_results(file: Path, kind: type[T]) -> dict[str, T]:
-    """Returns what `write_results` wrote, or {} if the file does not exist."""
+    """Reads the results that `write_results` wrote; returns {} if the file does not exist."""
     found = strict_json.read(file) if file.exists() else {}
     return {key: strict_json.as_type(value, kind, key) for key, value in found.items()}
 
 
 def write_results(file: Path, results: Mapping[str, Any]) -> None:
-    """Writes measurements, which are dataclasses, so that a later sweep need not repeat them."""
+    """Writes results (dataclasses) by name to a file that `read_results` reads."""
     _write_json(file, {key: dataclasses.asdict(result) for key, result in results.items()})
 
 

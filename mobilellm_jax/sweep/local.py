@@ -1,9 +1,9 @@
-"""Runs the runs of a sweep on this machine, several at the same time, each in its own process.
+"""Trains the runs of a sweep on this machine, each in its own process and several at once.
 
-A failed run is recorded, and the other runs continue. On SIGTERM or Ctrl-C, all runs are saved and
-the sweep ends. If this process dies, its children notice the closed pipe, save and end
-(`child.py`). The children also hold a lock. A sweep that is started in the meantime waits for this
-lock.
+If a run fails, the sweep records the failure and continues with the other runs. On SIGTERM or
+Ctrl-C, all child processes save their runs, and the sweep ends. If this process dies, its children
+notice the closed pipe, save their runs and end (`child.py`). The children hold a lock until they
+end. A new process for the same sweep waits for this lock.
 """
 
 import contextlib
@@ -40,14 +40,14 @@ class Child:
     process: "subprocess.Popen[bytes]"
 
     def stop(self) -> None:
-        """Closes the pipe, which tells the child to save and end; the second call does nothing."""
+        """Closes the pipe, so that the child saves and ends; a second call does nothing."""
         assert self.process.stdin is not None, "`_start` opens the pipe"
         self.process.stdin.close()
 
 
 @contextlib.contextmanager
 def alone(sweep: Path) -> Iterator[FileLock]:
-    """Makes this process the only one that runs the sweep; yields the lock for its children.
+    """Makes this process the only process that runs the sweep; yields a lock for its children.
 
     Raises:
       ConfigError: if another process runs the sweep.
@@ -71,11 +71,11 @@ def run_all(
     expected_sec: Mapping[str, float],
     lock: FileLock,
 ) -> bool:
-    """Runs the unfinished runs, the first ones first; returns False if a signal stopped the sweep.
+    """Trains the unfinished runs in their order; returns False if a signal stopped the sweep.
 
-    A message tells of every start and end, and of the progress every 30 seconds. `expected_sec`, by
-    the name of a run, serves to estimate the remaining time, so only the ratios matter. `lock` is
-    the lock that `alone` yields.
+    The function shows a message when a run starts or ends, and the progress every 30 seconds.
+    `expected_sec` contains the expected seconds of each run by name. The estimate of the remaining
+    time depends only on the ratios of these numbers. `lock` is the lock that `alone` yields.
     """
     waiting = files.unfinished(sweep, runs)
     free, children = list(slots), list[Child]()
@@ -109,34 +109,34 @@ def run_all(
                 time.sleep(_POLL_SEC)
             return stop.signal is None
     finally:
-        for child in children:  # an exception ended the loop
+        for child in children:  # Children remain only after an exception.
             child.stop()
 
 
 def _ready(waiting: Sequence[Run], children: Sequence[Child]) -> Run | None:
-    """Returns the next run that needs no result of an unfinished run."""
+    """Returns the first waiting run that does not depend on an unfinished run."""
     under_way = {run.name for run in [*waiting, *(child.run for child in children)]}
     return next((run for run in waiting if under_way.isdisjoint(run.tune_from)), None)
 
 
 def _start(sweep: Path, run: Run, slot: Slot, lock: FileLock) -> Child:
     folder = files.run_folder(sweep, run.name)
-    if (folder / rundir.OUTCOME).exists():  # the run failed before, or continues to more steps
+    if (folder / rundir.OUTCOME).exists():  # The run failed, or it has more steps now.
         files.write_outcome(folder, "again")
     with files.log_file(sweep, run.name).open("ab") as output:
         process = slot.start(
             *("run", sweep, run.name, "--with_parent"),
-            stdin=subprocess.PIPE,  # the pipe stays open while this process lives
+            stdin=subprocess.PIPE,  # The pipe stays open while this process lives.
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C in a terminal reaches only this process
+            start_new_session=True,  # Ctrl-C in a terminal reaches only this process.
             pass_fds=(lock.descriptor,),
         )
     return Child(run, slot, process)
 
 
 def _ended(sweep: Path, child: Child, stopping: bool) -> str:
-    """Returns the message for a child that has ended; a killed child is recorded as failed."""
+    """Returns the message for a child that has ended, and records a killed child as failed."""
     name, code = child.run.name, child.process.returncode
     if code == 0:
         loss = files.last_value(sweep, child.run, "validation/loss")

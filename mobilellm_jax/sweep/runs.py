@@ -1,4 +1,4 @@
-"""Lists the runs of a sweep: rows of grids x values of fields x learning rates x seeds."""
+"""Lists the runs of a sweep: all combinations of rows, values of fields, rates and seeds."""
 
 import dataclasses
 import itertools
@@ -12,20 +12,20 @@ from mobilellm_jax.paper.grids import SHAPE, GridName, ScaleName, grid_rows, sha
 from mobilellm_jax.paper.width import SOLVED, solve_width
 
 TUNED = "optimizer.peak_lr"
-"""The field that a run with `tune_from` takes from another run."""
+"""The field whose value a run with `tune_from` takes from another run."""
 
 Variants = dict[str, Config]
-"""Configs of a sweep by name, before seeds are set."""
+"""Configs of a sweep by name, before `with_seeds` sets their seeds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """One training run of a sweep."""
 
-    name: str  # also the name of its folder
+    name: str  # Name of the run and of its folder.
     config: Config
-    # Names of runs of the same model at other learning rates. This run takes the rate of the best
-    # of these runs, and ignores `optimizer.peak_lr` in `config`.
+    # Names of runs that train the same model at different learning rates. This run uses the rate of
+    # the best of these runs, and ignores `optimizer.peak_lr` in `config`.
     tune_from: tuple[str, ...] = ()
 
     @property
@@ -42,11 +42,11 @@ class Run:
 def grid_variants(
     base: Config, grids: Iterable[GridName], scale: ScaleName, group: str = ""
 ) -> Variants:
-    """Returns the rows of the grids with the recipe of `base`; a row of several grids comes once.
+    """Returns a config for each row of the grids, and only one for a row in several grids.
 
-    The row sets the shape of the model. `base` sets the other model fields, such as initialization,
+    The row sets the shape of the model. `base` sets the other fields, such as initialization,
     precision and `remat`. At the small scales, `base` also sets the vocabulary and the sequence
-    length, because they depend on the data.
+    length, because these two depend on the data.
 
     Raises:
       ConfigError: if the grids do not have this group.
@@ -57,7 +57,7 @@ def grid_variants(
     vocab_size = None if scale == "paper" else base.model.vocab_size
     for row in (row for grid in grids for row in grid_rows(grid, scale, group, vocab_size)):
         shape = {name: getattr(row.model, name) for name in SHAPE}
-        # The recipe may unroll more blocks than the model of this row has.
+        # The value in `base` may exceed the number of blocks of this row.
         unroll = min(base.model.scan_unroll, row.model.num_blocks)
         model = dataclasses.replace(base.model, **shape, scan_unroll=unroll)
         train = dataclasses.replace(base.train, steps=base.train.steps * row.length)
@@ -73,10 +73,10 @@ def grid_variants(
 def vary(
     variants: Variants, fields: Mapping[str, Sequence[Any]], parameters: int | None = None
 ) -> Variants:
-    """Returns every variant with every combination of values of the fields.
+    """Returns each variant with each combination of the values in `fields`.
 
-    `fields` holds values by dotted field name. If `parameters` is given, the width of each model is
-    chosen so that the model has this number of parameters.
+    `fields` maps a dotted field name to its values. If `parameters` is given, the function chooses
+    the width of each model so that the model has this number of parameters.
 
     Raises:
       ConfigError: if a config does not accept a value, if `fields` contains a field that the solver
@@ -102,7 +102,7 @@ def vary(
             where = ", ".join(f"--sweep={name}={value}" for name, value in change.items())
             raise ConfigError(f"{where}: {error}") from error
         parts = [base, *(f"{name.split('.')[1]}={value}" for name, value in change.items())]
-        name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, parts)))  # it names a folder
+        name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, parts)))  # A folder has this name.
         if name in found:
             raise ConfigError(f"{name} occurs twice; give each --sweep value once.")
         found[name] = config
@@ -110,11 +110,11 @@ def vary(
 
 
 def with_seeds(variants: Variants, seeds: int, rates: Sequence[float] = ()) -> list[Run]:
-    """Returns the runs: every variant with `seeds` seeds for initialization and data order.
+    """Returns the runs of each variant with `seeds` seeds for initialization and data order.
 
-    With `rates`, the first seed of a variant trains at each rate. The other seeds train at the rate
-    with the lowest final validation loss. The first seeds of all variants come first, so a sweep
-    that stops early has results for every variant.
+    With `rates`, the runs with the first seed of a variant train at each learning rate. The runs
+    with other seeds train at the rate with the lowest final validation loss. The list starts with
+    the first seed of every variant, so a sweep that stops early has results for every variant.
     """
     runs = []
     for seed, (name, base) in itertools.product(range(seeds), variants.items()):

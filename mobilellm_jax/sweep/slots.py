@@ -18,16 +18,16 @@ PACKAGE_PARENT = str(Path(mobilellm_jax.__file__).parent.parent)
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A share of the machine, for one run at a time."""
+    """A share of the machine that trains one run at a time."""
 
     name: str
     environment: dict[str, str]
-    arguments: tuple[str, ...] = ()  # arguments of the child process
+    arguments: tuple[str, ...] = ()  # Additional arguments of the child process.
 
     def start(
         self, what: Literal["run", "trial"], sweep: Path, name: str, *flags: str, **options: Any
     ) -> "subprocess.Popen[bytes]":
-        """Starts `child.py` for a run; the options are those of `subprocess.Popen`."""
+        """Starts `child.py` for a run; `options` are arguments of `subprocess.Popen`."""
         child = [sys.executable, "-m", "mobilellm_jax.sweep.child", what, str(sweep), name]
         # The child must import the same package.
         paths = [PACKAGE_PARENT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -39,8 +39,8 @@ class Slot:
 def find_slots(parallel: int | None, env: Mapping[str, str] = os.environ) -> list[Slot]:
     """Returns the slots; starts no backend, because a backend would reserve GPU memory.
 
-    Without a number of slots (`parallel`), there is one slot per GPU, or one slot with all cores if
-    there are no GPUs.
+    `parallel` is the number of slots. None means one slot per GPU, or one slot with all cores if
+    the machine has no GPU.
 
     Raises:
       ConfigError: if the machine has fewer GPUs or cores than slots, or if the system cannot divide

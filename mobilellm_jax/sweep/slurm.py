@@ -1,8 +1,9 @@
 """Submits the runs of a sweep to Slurm as job arrays, and keeps the scripts.
 
-Each task trains the run in its line of a list beside the script. Slurm sends SIGTERM two minutes
-before it ends a task early (--time, preemption). The task then saves and puts itself back into the
-queue. A sweep with a job in the queue is not submitted again.
+A file beside each script lists the names of its runs. Task i of the job array trains the run in
+line i. Slurm sends SIGTERM two minutes before it ends a task early (--time, preemption). The task
+then saves its run and puts itself back into the queue. `submit` refuses a sweep that still has a
+job in the queue.
 """
 
 import json
@@ -23,7 +24,7 @@ from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.sweep.slots import PACKAGE_PARENT
 
 _log = logging.getLogger(__name__)
-_JOBS = "jobs.json"  # job ids of the last submission
+_JOBS = "jobs.json"  # File with the job ids of the last submission.
 
 _SCRIPT = """\
 #!/bin/bash
@@ -53,11 +54,12 @@ exit $code
 
 
 def submit(sweep: Path, runs: Sequence[Run], arguments: str, at_once: int | None) -> None:
-    """Writes the scripts and submits them.
+    """Writes the scripts of the job arrays and submits the scripts.
 
-    Runs with `tune_from` are in a second array, which starts after the first array has ended. All
-    nodes must share the file system of the folder. `arguments` are options of sbatch, such as
-    "--partition=gpu --gres=gpu:1". At most `at_once` tasks run at the same time (None: no limit).
+    A second array contains the runs with `tune_from`, and starts after the first array has ended.
+    The folder must be on a file system that all nodes share. `arguments` are options of sbatch,
+    such as "--partition=gpu --gres=gpu:1". At most `at_once` tasks of an array run at the same time
+    (None: no limit).
 
     Raises:
       ConfigError: if this machine has no Slurm, if a job of this sweep is still in the queue, or if
