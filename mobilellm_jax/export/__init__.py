@@ -1,1 +1,1 @@
-"""Exports: model files for other programs, and Hugging Face directories read back."""
+"""Exports models for other programs, and reads Hugging Face directories."""

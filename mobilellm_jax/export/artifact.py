@@ -1,7 +1,7 @@
-"""Exported folders: their contents, their checksums, and the runtime that loads their model.
+"""Seals and opens exported folders, and loads their models in the runtimes of their formats.
 
-An exported folder is sealed (`sealing.py`). The checksums are compared first, so a runtime in C++
-never reads damaged bytes.
+An exported folder has a manifest with checksums (`sealing.py`). Opening a folder compares all
+checksums, so a runtime in C++ never reads damaged bytes.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Artifact:
 
     folder: Path
     info: ArtifactInfo
-    sha256: str  # SHA-256 of the manifest
+    sha256: str  # SHA-256 of the manifest.
 
     @property
     def file(self) -> Path:
@@ -42,7 +42,7 @@ class Artifact:
         return load_tokenizer(self.folder)
 
     def load(self) -> Runtime:
-        """Loads the model in its runtime; raises a `UserError` if that is impossible."""
+        """Loads the model in its runtime; raises a `UserError` if this fails."""
         self.check_runtime()
         return FORMATS[self.info.format].load(self.folder, self.info)
 
@@ -55,12 +55,12 @@ class Artifact:
 
 
 def model_bytes(folder: Path) -> int:
-    """Returns the bytes that a device stores: weights and programs, without tokenizer and card."""
+    """Returns the size in bytes of the weights and programs, without tokenizer and model card."""
     return sum(file.stat().st_size for file in folder.glob("model[.-]*"))
 
 
 def seal_artifact(folder: Path, info: ArtifactInfo) -> None:
-    """Writes the manifest over all files of `folder`, which makes the folder an export."""
+    """Writes the manifest, with a checksum of every file in `folder`; this completes the export."""
     sealing.seal(epath.Path(folder), {"artifact": VERSION, **dataclasses.asdict(info)})
 
 
@@ -105,7 +105,7 @@ def _info(content: dict[str, Any], folder: Path) -> ArtifactInfo:
         )
     files = content.pop("files")
     info: ArtifactInfo = strict_json.as_type(content, ArtifactInfo, where)
-    Config(model=info.model, data=DataConfig(seq_len=1))  # its rules
+    Config(model=info.model, data=DataConfig(seq_len=1))  # Checks the values of the model.
     form = FORMATS.get(info.format)
     if form is None or info.file != form.file or info.file not in files:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Writes an export, runs it, compares it with its checkpoint, and then gives it its name."""
+"""Writes an export to a temporary folder, verifies the export, and then renames the folder."""
 
 import dataclasses
 from pathlib import Path
@@ -17,8 +17,8 @@ from mobilellm_jax.storage.rundir import whole_directory
 class Exported(NamedTuple):
     """The result of an export."""
 
-    layers: int  # number of stored layers; a shared block that is stored once counts once
-    model_bytes: int  # bytes of the weights and programs, without tokenizer, card and manifest
+    layers: int  # Number of stored layers. A shared block counts once if it is stored once.
+    model_bytes: int  # Bytes of the weights and programs, without tokenizer, card and manifest.
     verification: Verification | None
 
 
@@ -31,9 +31,10 @@ def export(
     training: Training | None = None,
     verified: bool = True,
 ) -> Exported:
-    """Writes an export in one of `FORMATS`, which appears complete and verified or not at all.
+    """Writes an export; `directory` appears only after all steps have succeeded.
 
-    The folder must be new or empty. `training` is the run, for the model card, if it is known.
+    `directory` must be new or empty. `training` describes the run for the model card; it is None if
+    the run is unknown.
 
     Raises:
       UserError: if `directory` is not empty, or the format cannot express the model or tokenizer.

@@ -1,4 +1,4 @@
-"""The formats: what each format can hold, how exactly, and what writes and runs it."""
+"""The table of formats, with the writer, the runtime and the precisions of each format."""
 
 import dataclasses
 import importlib.util
@@ -16,41 +16,41 @@ EXTRA = "pip install 'mobilellm-jax[export]'"
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """A way to store weights, and the differences that verification allows."""
+    """A way to store weights, and the largest differences that the verification allows."""
 
-    bits: float  # bits per weight of a matrix, scales included
-    logits: float | None  # as a share of max(1, largest logit); None: logits are not compared
-    loss: float  # largest rise of the loss on the verification's text, in nats per token
-    tokens: bool = False  # whether greedy tokens must be equal
+    bits: float  # Bits per weight of a matrix, including the scales.
+    logits: float | None  # Largest error / max(1, largest logit); None: not compared.
+    loss: float  # Largest increase of the loss on the verification text, in nats per token.
+    tokens: bool = False  # Whether all greedy tokens must be equal.
 
 
-# In float32, only the order of sums differs. The bound is twice the bound of the tests against
-# Hugging Face.
+# In float32, only the order of floating-point additions differs. The bound for logits is twice the
+# bound in the tests that compare our model with Hugging Face's.
 EXACT = Precision(32, logits=2e-4, loss=1e-4, tokens=True)
-# Rounding changes a weight by at most 2^-11 (float16) or 2^-8 (bfloat16) of its value.
+# The relative rounding error of a weight is at most 2^-11 in float16 and 2^-8 in bfloat16.
 HALF = Precision(16, logits=2e-2, loss=1e-2)
 BRAIN = Precision(16, logits=1e-1, loss=3e-2)
 _OF_DTYPES = {"float32": EXACT, "bfloat16": BRAIN, "float16": HALF}
-# Weights have 8 bits per row, and activations have 8 bits per token at run time. A trained model of
-# 0.9M parameters loses 0.002 nats. Single logits change by some percent of the largest logit, so
-# logits are not compared.
+# Weights are int8 with a scale per row, and activations are int8 with a scale per token. The loss
+# of a trained model of 0.9M parameters increases by 0.002 nats. Single logits change by several
+# percent of the largest logit, so only the loss is compared.
 _DYNAMIC_INT8 = Precision(8, logits=None, loss=2e-2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """A format. Its writer and runtime are imported late, because few users install their packages.
+    """A format; its writer and runtime are imported when used, because their packages are optional.
 
-    `writer` and `runtime` are names relative to this room. The writer returns how many layers it
-    stored.
+    `writer` and `runtime` are names relative to `mobilellm_jax.export`, as `gguf.writer:write` is.
+    The writer returns the number of layers in the files.
     """
 
-    file: str  # the model's; "" for Hugging Face directories, which have no manifest
+    file: str  # Name of the model file; "" for Hugging Face directories, which have no manifest.
     writer: str
     runtime: str
-    write_packages: tuple[str, ...] = ()  # packages that the writer imports
-    run_packages: tuple[str, ...]  # packages that the runtime imports
-    precisions: Mapping[str, Precision]  # keys are values of --dtype or --quantize
+    write_packages: tuple[str, ...] = ()  # Packages that the writer imports.
+    run_packages: tuple[str, ...]  # Packages that the runtime imports.
+    precisions: Mapping[str, Precision]  # The keys are values of --dtype or --quantize.
 
     def write(self, source: Source, folder: Path, precision: str) -> int:
         write: Callable[[Source, Path, str], int]
@@ -90,8 +90,8 @@ FORMATS: dict[str, Format] = {
         run_packages=("llama_cpp", "gguf"),
         precisions={
             **_OF_DTYPES,
-            # The bounds are ten times the rise for a trained model of 0.9M parameters. Quantization
-            # hurts small models most.
+            # Each bound is about ten times the increase of the loss for a trained model of 0.9M
+            # parameters. Quantization increases the loss of small models most.
             "q8_0": Precision(8.5, logits=None, loss=0.02),
             "q5_1": Precision(6.0, logits=None, loss=0.2),
             "q5_0": Precision(5.5, logits=None, loss=0.2),
@@ -107,9 +107,9 @@ FORMATS: dict[str, Format] = {
         run_packages=("onnxruntime",),
         precisions={
             **_OF_DTYPES,
-            # A weight is stored as a code and a float32 scale, and activations are quantized too.
-            # The bounds are ten times the rise for a trained model of 0.9M parameters: 0.0014 and
-            # 0.0144 nats on the text.
+            # Blocks of weights share a float32 scale, and activations are quantized too. Each bound
+            # is at least ten times the increase of the loss for a trained model of 0.9M parameters,
+            # which is 0.0014 nats for int8 and 0.0144 nats for int4.
             "int8": Precision(8.5, logits=None, loss=0.02),
             "int4": Precision(5, logits=None, loss=0.2),
         },
@@ -123,8 +123,8 @@ FORMATS: dict[str, Format] = {
         precisions={
             "float32": EXACT,
             "8da8w": _DYNAMIC_INT8,
-            # Groups of 32 weights share a scale of 16 bits. The bound is ten times the rise for a
-            # trained model of 0.9M parameters.
+            # Groups of 32 weights share a scale of 16 bits. The bound is about ten times the
+            # increase of the loss for a trained model of 0.9M parameters.
             "8da4w": Precision(4.5, logits=None, loss=0.2),
         },
     ),
@@ -140,7 +140,7 @@ FORMATS: dict[str, Format] = {
         file="model.stablehlo",
         writer="stablehlo.writer:write",
         runtime="stablehlo.runtime:StableHloRuntime",
-        write_packages=("flatbuffers",),  # jax.export serializes with flatbuffers
+        write_packages=("flatbuffers",),  # `jax.export` serializes with flatbuffers.
         run_packages=("flatbuffers",),
         precisions={"float32": EXACT, "bfloat16": BRAIN},
     ),
@@ -148,12 +148,12 @@ FORMATS: dict[str, Format] = {
 
 
 def offered(name: str, *, quantized: bool) -> list[str]:
-    """Returns the precisions of a format that --quantize or --dtype can name."""
+    """Returns the values that --quantize (if `quantized`) or --dtype accepts for a format."""
     return [p for p in FORMATS[name].precisions if (p not in DTYPES) == quantized]
 
 
 def check_precision(name: str, dtype: str | None, quantize: str | None) -> str:
-    """Returns the precision that --dtype or --quantize names; the default is float32.
+    """Returns the precision that --dtype or --quantize names, by default float32.
 
     Raises:
       UserError: if both flags are given, or the precision or a package of the writer is missing.

@@ -1,7 +1,7 @@
-"""Writes `model_card.md`: the exported model, its training, and its measurements.
+"""Writes `model_card.md`, which describes the exported model, its training and its verification.
 
-The card contains only known facts. The facts about the data come from the manifests of the token
-folders that the run names, if these folders still exist.
+The card contains only known facts. The run's config names the token folders. The facts about the
+data come from the manifests of these folders, if the folders still exist.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ FILE = "model_card.md"
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """The run that a checkpoint comes from."""
+    """The config of the run that wrote the checkpoint, and the step of the checkpoint."""
 
     config: Config
     step: int
@@ -36,8 +36,8 @@ def write_model_card(
 ) -> None:
     """Writes the card into an exported folder.
 
-    `stored` is a sentence about format, precision and bytes. `measured` has the lines of the
-    verification, or nothing if it did not run.
+    `stored` is a sentence that states the format, the precision and the size in bytes. `measured`
+    contains the lines of the verification; it is empty if no verification ran.
     """
     config = source.config
     repeats = f", each applied {config.num_repeats} times ({config.sharing})"

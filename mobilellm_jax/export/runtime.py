@@ -1,6 +1,7 @@
-"""What every runtime does, and the description of a model file.
+"""Defines the interface of all runtimes, and the description of a model file.
 
-The runtime of a file raises a `UserError` if it cannot load the file or finds another model there.
+A runtime raises a `UserError` if it cannot load a file, or if the file contains another model than
+the description says.
 """
 
 import abc
@@ -19,30 +20,31 @@ from mobilellm_jax.errors import UserError
 class ArtifactInfo:
     """The manifest's description of a model file."""
 
-    format: str  # of FORMATS
-    file: str  # name of the model file in the folder
-    precision: str  # precision of the weights: float32, q8_0, ...
+    format: str  # A key of FORMATS.
+    file: str  # Name of the model file in the folder.
+    precision: str  # Precision of the weights: float32, q8_0, ...
     model: ModelConfig
-    loss: float | None  # loss of the verification's text in the runtime, in nats per token
-    origin: str  # the checkpoint
+    loss: float | None  # Loss of the runtime on the verification text, in nats per token.
+    origin: str  # The checkpoint that was exported.
 
 
 class Runtime(abc.ABC):
-    """A model that is loaded in the runtime of its format; it holds one sequence.
+    """A loaded model in the runtime of its format, with a cache for one sequence.
 
-    `name` includes the version. `_extend` reads at most `chunk` tokens; None: a whole sequence.
+    `name` is the runtime's name and version. A call of `_extend` reads at most `chunk` tokens, by
+    default a whole sequence.
     """
 
     def __init__(self, name: str, model: ModelConfig, chunk: int | None = None) -> None:
         self.name = name
         self.max_seq_len = model.max_seq_len
         self._chunk = chunk or model.max_seq_len
-        self._length = 0  # number of tokens in the cache
+        self._length = 0  # Number of tokens in the cache.
 
     def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Starts a new sequence and returns its logits [tokens, vocabulary].
+        """Reads `tokens` as a new sequence; returns their logits [tokens, vocabulary].
 
-        Row t predicts the token after token t.
+        The logits in row t predict token t + 1.
 
         Raises:
           UserError: if there is no token, or more tokens than the export allows.
@@ -54,16 +56,16 @@ class Runtime(abc.ABC):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def append(self, token: int) -> NDArray[np.float32]:
-        """Reads one more token into the cache, which must have room; returns its logits."""
+        """Reads one more token into the cache, and returns the logits for the token after it."""
         self._check_room(self._length + 1)
         last_V: NDArray[np.float32] = self._read_on([token])[-1]
         return last_V
 
     @abc.abstractmethod
     def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Reads tokens after the `_length` tokens in the cache; 0 starts a new sequence.
+        """Reads `tokens`, which follow the `_length` cached tokens; 0 means a new sequence.
 
-        The next call must not change the returned logits [tokens, vocabulary].
+        Returns the logits [tokens, vocabulary] in an array that later calls do not change.
         """
 
     def _read_on(self, tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -80,7 +82,7 @@ class Runtime(abc.ABC):
 
 
 def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> Iterator[int]:
-    """Yields the `count` most likely tokens after `prompt`, decoded one by one."""
+    """Yields `count` tokens after `prompt`; each is the most likely next token."""
     logits_V = runtime.read(prompt)[-1]
     for left in reversed(range(count)):
         token = int(np.argmax(logits_V))
@@ -90,7 +92,7 @@ def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> Iterator[int]
 
 
 def wrong_model(file: Path, info: ArtifactInfo, found: str = "") -> UserError:
-    """Returns the error about a file that holds another model than its manifest describes."""
+    """Returns the error for a file that contains another model than its manifest describes."""
     return UserError(
         f"{file} is not the model of {info.model.vocab_size:,} tokens and sequences of "
         f"{info.model.max_seq_len:,} that its manifest names{found}; export again."

@@ -1,4 +1,4 @@
-"""The model that an export starts from, and the checks that several writers share."""
+"""Describes the model to export, and contains the checks that several writers share."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,15 +23,15 @@ class Source:
     """The model that is exported."""
 
     config: ModelConfig
-    params: Mapping[str, Any]  # float32
+    params: Mapping[str, Any]  # In float32.
     tokenizer: Tokenizer
-    origin: str  # the checkpoint
+    origin: str  # The checkpoint that is exported.
 
 
 def narrowed(
     name: str, values: np.ndarray, precision: str, dtype: np.dtype[Any] | None = None
 ) -> np.ndarray:
-    """Returns weights as `dtype`, by default that of `precision`; all must be finite in it."""
+    """Casts weights to `dtype`, by default that of `precision`; infinity or NaN is an error."""
     with np.errstate(over="ignore"):
         narrow = values.astype(dtype or DTYPES[precision], copy=False)
     if not np.isfinite(narrow.astype(np.float32, copy=False)).all():
@@ -41,7 +41,7 @@ def narrowed(
 
 
 def check_groups(config: ModelConfig, size: int, precision: str, remedy: str) -> None:
-    """Raises a `UserError` if the inputs of a matrix do not divide into groups of `size`."""
+    """Raises a `UserError` if the number of inputs of a matrix is not a multiple of `size`."""
     inputs = {
         "model.embed_dim": config.embed_dim,
         "model.num_heads * model.head_dim": config.num_heads * config.head_dim,

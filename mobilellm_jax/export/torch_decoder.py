@@ -1,8 +1,8 @@
-"""The decoder in PyTorch, for formats that are made from PyTorch programs.
+"""The decoder in PyTorch, for the formats that are converted from PyTorch programs.
 
-A block that is applied several times is one module that is called several times. The caller
-provides the attention, because every format has its own cache. The cache has a slot for every
-application.
+Each stored block is one module; a model with shared blocks calls the module several times. The
+caller passes the attention function, because each format has its own cache. The cache has one slot
+(keys and values) per application of a block.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.layer_sharing import application_order
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Maps (slot, q_1TNH, k_1TKH, v_1TKH) to out_1TNH and updates the cache."""
+"""Maps (slot, q_1TNH, k_1TKH, v_1TKH) to out_1TNH, and updates the cache."""
 
 
 class TorchDecoder(nn.Module):
-    """A MobileLLM of any shape in `ModelConfig`, for one sequence in float32.
+    """A MobileLLM with the shape in `config`, in float32, for one sequence at a time.
 
-    A sequence has at most `positions` tokens; None: `config.max_seq_len`.
+    A sequence has at most `positions` tokens, by default `config.max_seq_len`.
     """
 
     cos_SH: Tensor
@@ -39,7 +39,7 @@ class TorchDecoder(nn.Module):
         )
         self.order = application_order(config.num_blocks, config.num_repeats, config.sharing)
         self.final_norm = _Norm(params["final_norm"]["scale"], config.norm_eps)
-        # A tied head has a parameter of its own too: each format stores it in its own way.
+        # A tied head is a second parameter here, because each format has its own way to share it.
         if config.tie_embeddings:
             self.head = _linear(np.asarray(params["embedding"]["table"]).T)
         else:
@@ -51,7 +51,7 @@ class TorchDecoder(nn.Module):
         self.register_buffer("sin_SH", angles_SH.sin(), persistent=False)
 
     def forward(self, tokens_1T: Tensor, cos_TH: Tensor, sin_TH: Tensor, attend: Attend) -> Tensor:
-        """Returns logits_1TV; the rows of `cos_SH` and `sin_SH` are the rotations of the tokens."""
+        """Returns logits_1TV; `cos_TH` and `sin_TH` are `cos_SH` and `sin_SH` at the tokens."""
         turn = (cos_TH[None, :, None, :], sin_TH[None, :, None, :])
         x_1TD = self.embedding(tokens_1T)
         for slot, block in enumerate(self.order):
@@ -112,7 +112,7 @@ class _Norm(nn.Module):
 
 
 def _linear(kernel_IO: Any) -> nn.Linear:
-    """Returns a layer that multiplies with `kernel`; torch stores the transposed matrix."""
+    """Returns a layer that multiplies with `kernel_IO`; torch stores the transposed kernel."""
     weight_OI = _tensor(np.asarray(kernel_IO).T)
     linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight_OI, requires_grad=False)
@@ -124,7 +124,7 @@ def _tensor(array: Any) -> Tensor:
 
 
 def _rotate(x_1TNH: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the channels i and i + H / 2 of every head together."""
+    """Applies RoPE: rotates each pair of channels i and i + H / 2 of every head."""
     first, second = x_1TNH.chunk(2, dim=-1)
     cos, sin = turn
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,7 +1,8 @@
 """Compares an export with its checkpoint by running the export in its own runtime.
 
-Three readers read a fixed text: the JAX model in float32, the export at once, and the export token
-by token through its cache. Then the model and the export continue the start of the text greedily.
+A fixed text is read three times: by the JAX model in float32, by the export in one `read`, and by
+the export token by token with its cache. Then the JAX model and the export each generate greedy
+tokens after the start of the text.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from mobilellm_jax.model.transformer import Params, Transformer
 POSITIONS = 256
 _PROMPT, _NEW = 32, 64
 
-# Prose, names, numbers, code and several scripts cover all kinds of tokens.
+# The text has many kinds of tokens: prose, names, numbers, code and several scripts.
 TEXT = """\
 A model that fits into the memory of a phone has to earn every parameter. It is deep rather than
 wide, its embeddings serve twice, and a block that was read from memory once is applied again
@@ -48,21 +49,21 @@ off oxygen; at night it is the other way round. 東京 is the capital of Japan, 
 
 
 class VerificationError(RuntimeError):
-    """An export does not compute what its checkpoint computes."""
+    """An export gives other results than its checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The result of a comparison: the differences that were found."""
+    """The differences between an export and its checkpoint."""
 
     runtime: str
     positions: int
-    largest_logit: float  # largest logit of the JAX model
-    read_error: float  # largest difference of a logit, with the text read at once
-    append_error: float  # largest difference of a logit, with the text read token by token
-    greedy_equal: int  # number of equal tokens before the first difference
+    largest_logit: float  # Largest absolute logit of the JAX model.
+    read_error: float  # Largest difference of a logit, if one `read` takes the whole text.
+    append_error: float  # Largest difference of a logit, if the text is read token by token.
+    greedy_equal: int  # Number of equal greedy tokens before the first difference.
     greedy_tokens: int
-    loss: float  # loss of the text in the runtime, in nats per token
+    loss: float  # Loss of the export on the text, in nats per token.
     loss_jax: float
 
     @property
@@ -82,7 +83,7 @@ class Verification:
         ]
 
     def problems(self, allowed: Precision) -> list[str]:
-        """Returns a sentence for each difference that is larger than `allowed`."""
+        """Returns a message for each difference that exceeds the bound in `allowed`."""
         found = []
         if allowed.logits is not None:
             for kind, error in (("at once", self.read_error), ("by the cache", self.append_error)):
@@ -101,7 +102,7 @@ class Verification:
 
 
 def verify(runtime: Runtime, source: Source) -> Verification:
-    """Compares an export with its model; logits of another shape are a `VerificationError`."""
+    """Compares an export with its model; raises `VerificationError` if logits differ in shape."""
     config = dataclasses.replace(source.config, compute_dtype="float32", attention="xla")
     room = min(config.max_seq_len, runtime.max_seq_len)
     tokenizer = source.tokenizer
@@ -142,12 +143,12 @@ def _logits(params: Params, tokens_BT: jax.Array, config: ModelConfig) -> jax.Ar
 
 
 def _distance(theirs: NDArray[np.float32], ours: NDArray[np.float32]) -> float:
-    """Returns the largest difference; NaN counts as infinite."""
+    """Returns the largest absolute difference, or infinity if a value is NaN."""
     difference = np.abs(theirs - ours)
     return float(difference.max()) if np.isfinite(difference).all() else float("inf")
 
 
 def _loss(logits_TV: NDArray[np.float32], tokens: list[int]) -> float:
-    """Returns the mean cross-entropy of every token except the first."""
+    """Returns the mean cross-entropy of all tokens after the first."""
     log_TV = np.asarray(jax.nn.log_softmax(jnp.asarray(logits_TV[:-1]), axis=-1), np.float64)
     return -float(np.mean(log_TV[np.arange(len(tokens) - 1), tokens[1:]]))

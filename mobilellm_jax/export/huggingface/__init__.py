@@ -1,1 +1,1 @@
-"""Hugging Face directories: read and written without PyTorch."""
+"""Reads and writes Hugging Face directories without PyTorch."""

@@ -13,7 +13,7 @@ Layout = Literal["hf", "mobilellm"]
 
 MODELING_FILE = "modeling_mobilellm.py"
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mobilellm": "MobileLLMForCausalLM"}
-# For each activation: (hidden_act, whether the feed-forward has a gate).
+# Maps each activation to (hidden_act, whether the feed-forward has a gate).
 _ACTIVATIONS: Mapping[Activation, tuple[str, bool]] = {
     "swiglu": ("silu", True),
     "relu": ("relu", False),
@@ -41,11 +41,11 @@ _TYPES: Mapping[str, Any] = {
     **dict.fromkeys(("architectures", "layer_types"), list[str]),
     **dict.fromkeys(("rope_parameters", "rope_scaling", "quantization_config"), dict[str, Any]),
 }
-"""The keys that are read, also in the object that describes RoPE. A file may have other keys."""
+"""Maps each key that is read, also inside the RoPE settings, to its type. Other keys may occur."""
 
 
 def check_llama(config: ModelConfig) -> None:
-    """Raises a `UserError` if no LlamaForCausalLM computes the same as the model."""
+    """Raises a `UserError` if LlamaForCausalLM cannot express the model."""
     problems = []
     if config.activation != "swiglu":
         problems.append(
@@ -62,7 +62,7 @@ def check_llama(config: ModelConfig) -> None:
 
 
 def to_config_json(config: ModelConfig, num_layers: int, layout: Layout) -> dict[str, Any]:
-    """Returns the architecture keys of a config.json with `num_layers` stored layers."""
+    """Returns a config.json's keys for a model with `num_layers` stored layers."""
     hidden_act, gated = _ACTIVATIONS[config.activation]
     model_type = "llama" if layout == "hf" else "mobilellm"
     values: dict[str, Any] = {
@@ -86,7 +86,7 @@ def to_config_json(config: ModelConfig, num_layers: int, layout: Layout) -> dict
         "use_cache": True,
     }
     if layout == "hf":
-        # transformers 4 reads rope_theta, and transformers 5 reads this key.
+        # transformers 4 reads rope_theta, and transformers 5 reads rope_parameters.
         rope = {"rope_type": "default", "rope_theta": config.rope_theta}
         return values | {"rope_parameters": rope}
     module = MODELING_FILE.removesuffix(".py")
@@ -105,10 +105,10 @@ def to_config_json(config: ModelConfig, num_layers: int, layout: Layout) -> dict
 
 
 def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
-    """Returns the architecture that `values`, the content of `file`, describes.
+    """Returns the architecture that `values` describes; `values` is the content of `file`.
 
     Raises:
-      UserError: listing everything that this package would compute differently.
+      UserError: if this package would compute anything differently; the message lists all of it.
     """
     if "model_type" not in values:
         raise UserError(
@@ -121,12 +121,12 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     width, heads = values["hidden_size"], values["num_attention_heads"]
     kv_heads = values.get("num_key_value_heads")
     shared = bool(values.get("layer_sharing", False))
-    # LlamaConfig's defaults replace missing keys.
+    # Missing keys have the default values of LlamaConfig.
     model = ModelConfig(
         vocab_size=values["vocab_size"],
         embed_dim=width,
         num_blocks=values["num_hidden_layers"],
-        # The paper's code applies each block twice in a row, and knows no other way.
+        # The paper's code always applies each block twice in a row, so it has no keys for this.
         num_repeats=values.get("layer_sharing_repeats", 2) if shared else 1,
         sharing=values.get("layer_sharing_order", "immediate"),
         num_heads=heads,
@@ -134,7 +134,7 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
         head_dim=_head_dim(values, file),
         ffn_dim=values["intermediate_size"],
         activation=next(a for a, act in _ACTIVATIONS.items() if act == _activation(values)),
-        # The paper's configs say tie_word_embeddings: false and share_embedding: true.
+        # The paper's tied models have tie_word_embeddings: false and share_embedding: true.
         tie_embeddings=bool(values.get("tie_word_embeddings", False))
         or bool(values.get("share_embedding", False)),
         max_seq_len=values.get("max_position_embeddings", 2048),
@@ -153,11 +153,11 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
 
 def _check_values(values: Mapping[str, Any], file: Path) -> None:
     problems = []
-    # a list, because the value may have any type
+    # The test needs a list, because the value may be unhashable.
     if values.get("model_type") not in [*_ARCHITECTURES]:
         model_type = shown(values.get("model_type"))
         problems.append(f"model_type={model_type} must be {' or '.join(_ARCHITECTURES)}.")
-    # Only values of the right type can be checked further.
+    # The values are checked only if all of them have the right type.
     problems += list(_ill_typed(values)) or list(_unsupported(values))
     if problems:
         raise UserError(
@@ -197,7 +197,7 @@ def _activation(values: Mapping[str, Any]) -> tuple[Any, bool]:
 
 
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the description of RoPE by transformers 5 or 4; {} means plain RoPE."""
+    """Returns the RoPE settings of transformers 5 or 4; {} means RoPE without scaling."""
     found: Mapping[str, Any] = values.get("rope_parameters") or values.get("rope_scaling") or {}
     return {key: value for key, value in found.items() if value is not None}
 

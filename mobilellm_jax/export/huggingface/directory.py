@@ -1,9 +1,10 @@
 """Writes and reads Hugging Face directories.
 
-There are two layouts. `hf` is a plain LlamaForCausalLM that contains a shared block once per
-application, so any reader of Llama models computes the same. `mobilellm` contains every block once,
-with the keys `layer_sharing` and `share_embedding` of the paper's code, and a modelling file of
-ours. It also takes models that a plain Llama cannot express.
+There are two layouts. `hf` is a LlamaForCausalLM that contains a shared block once per application,
+so every program that reads Llama models can run it. `mobilellm` contains every block once. Its
+config.json has the keys `layer_sharing` and `share_embedding` of the paper's code, and the
+directory includes our modelling file. `mobilellm` can also express models that LlamaForCausalLM
+cannot.
 """
 
 import json
@@ -43,7 +44,7 @@ from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.rundir import TOKENIZER_FILES, write_whole
 
 CONFIG = "config.json"
-# Old versions stored these angles, which follow from the config.
+# Old versions of transformers stored these RoPE frequencies. The config determines them.
 _DERIVED = "rotary_emb.inv_freq"
 
 
@@ -51,13 +52,13 @@ class Imported(NamedTuple):
     """The result of `read_huggingface`."""
 
     config: ModelConfig
-    params: dict[str, Any]  # NumPy, float32
+    params: dict[str, Any]  # NumPy arrays in float32.
     tokenizer: Tokenizer
-    dtype: str  # dtype of the stored weights; an export with this dtype gives the same bits
+    dtype: str  # Dtype of the stored weights; an export in this dtype stores the same bits.
 
 
 def write_llama(source: Source, folder: Path, precision: str) -> int:
-    """Writes the layout `hf`; returns the number of stored layers."""
+    """Writes the layout `hf`; returns how many layers it contains."""
     config = source.config
     check_llama(config)
     order = application_order(config.num_blocks, config.num_repeats, config.sharing)
@@ -65,23 +66,23 @@ def write_llama(source: Source, folder: Path, precision: str) -> int:
 
 
 def write_mobilellm(source: Source, folder: Path, precision: str) -> int:
-    """Writes the layout `mobilellm`; returns the number of stored blocks."""
+    """Writes the layout `mobilellm`; returns how many blocks it contains."""
     shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     blocks = range(source.config.num_blocks)
     return _write_files(source, folder, precision, "mobilellm", blocks)
 
 
 def read_huggingface(directory: Path) -> Imported:
-    """Reads a directory with the Llama layout, of the paper's code, or of this file.
+    """Reads a directory with a Llama, with a model of the paper's code, or from `write_mobilellm`.
 
     Raises:
       MissingFileError: if config.json, the weights or the tokenizer is missing.
-      UserError: if `ModelConfig` cannot express the model, or tensors or tokenizer do not fit.
+      UserError: if `ModelConfig` cannot express the model, or tensors or tokenizer do not fit it.
     """
     file = directory / CONFIG
     if not file.is_file():
         raise MissingFileError(f"{directory} is no Hugging Face directory: it has no {CONFIG}.")
-    # Code that the directory names (auto_map) is never read.
+    # The directory's Python code, which config.json may name (auto_map), is never run.
     values = strict_json.as_type(strict_json.read(file), dict[str, Any], str(file))
     config = from_config_json(values, file)
     stored = open_tensors(directory)
@@ -100,7 +101,7 @@ def read_huggingface(directory: Path) -> Imported:
         config=config,
         params=traverse_util.unflatten_dict(flat, sep="/"),  # type: ignore[no-untyped-call]  # flax
         tokenizer=_open_tokenizer(directory, config),
-        # If the weights have several dtypes, only float32 holds all values.
+        # Only float32 can store the values of several dtypes exactly.
         dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
     )
 
@@ -108,7 +109,7 @@ def read_huggingface(directory: Path) -> Imported:
 def _write_files(
     source: Source, folder: Path, dtype: str, layout: Layout, blocks: Sequence[int]
 ) -> int:
-    """Writes all files, with block `blocks[i]` as layer i."""
+    """Writes all files of a model whose layer i is block `blocks[i]`."""
     config, tokenizer = source.config, source.tokenizer
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     # transformers 4 reads torch_dtype.
@@ -122,7 +123,7 @@ def _write_files(
 
 
 def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directory: Path) -> None:
-    """Checks that the tensors fit the model, and removes tensors that repeat other ones."""
+    """Checks that `stored` fits the model; removes a duplicate head and RoPE frequencies."""
     for name in [name for name in stored if name.endswith(_DERIVED)]:
         del stored[name]
     both = config.tie_embeddings and {HEAD, EMBEDDING} <= stored.keys()
@@ -137,7 +138,7 @@ def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directo
     remedy = ""
     spare = spare_pickle(directory)
     if spare:
-        # The safetensors file that a bot made of MobileLLM-125M lacked the embeddings.
+        # A bot converted MobileLLM-125M to safetensors, and its file lacked the embeddings.
         remedy = f"The safetensors may be incomplete; move them away to read {spare} instead."
     elif HEAD not in stored and not config.tie_embeddings:
         remedy = (
@@ -154,7 +155,7 @@ def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directo
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
-    """Raises a `UserError` if the model has fewer tokens than its tokenizer."""
+    """Raises a `UserError` if the tokenizer has more tokens than the model."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where}: its {tokenizer.file.name} has {tokenizer.vocab_size} tokens, but the model "
@@ -164,9 +165,10 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> 
 
 
 def _open_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
-    """Opens the tokenizer; a SentencePiece model comes first if it fits.
+    """Opens the tokenizer file that has as many tokens as the model.
 
-    A model with added tokens has them only in its tokenizer.json.
+    If both files or none have this number, the SentencePiece model is preferred. The numbers differ
+    if tokens were added to the tokenizer: only its tokenizer.json contains them.
     """
     found = [
         load_tokenizer(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()

@@ -1,4 +1,4 @@
-"""The names and shapes of a Llama's tensors, in Hugging Face directories and in GGUF files."""
+"""Maps our parameters to the names and shapes of a Llama's tensors, for Hugging Face and GGUF."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,18 +18,19 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Row(NamedTuple):
-    """A parameter with its two names.
+    """A parameter, with its name in our model and its name in Hugging Face's.
 
-    `axes` are the axes of our array. A comma separates the input axes of a matrix from its output
-    axes. Hugging Face stores the transposed matrix, with each side flattened to one axis.
+    `axes` has a letter for each axis of our array. In a matrix, a comma separates the input axes
+    from the output axes. Hugging Face stores the matrix transposed, as [outputs, inputs]: all
+    output axes are flattened into one axis, and all input axes into another.
     """
 
     ours: str
-    theirs: str  # "{}" stands for the number of the layer
+    theirs: str  # "{}" stands for the number of the layer.
     axes: str
 
     def our_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Returns the shape of the parameter; blocks are stacked in front of it."""
+        """Returns the shape of our parameter, without the axis that stacks all blocks."""
         return _sizes(self.axes.replace(",", ""), config)
 
     def their_shape(self, config: ModelConfig) -> tuple[int, ...]:
@@ -65,7 +66,7 @@ _TABLE = (
 
 
 def named_rows(config: ModelConfig, layers: int) -> Iterator[tuple[str, Row, int | None]]:
-    """Yields the name, the row and the layer of every tensor, in the order of a file."""
+    """Yields the name, the row and the layer (or None) of every tensor, in file order."""
     absent = {"head/kernel"} if config.tie_embeddings else set()
     if config.activation != "swiglu":
         absent.add("blocks/feed_forward/gate")
@@ -80,14 +81,14 @@ def named_rows(config: ModelConfig, layers: int) -> Iterator[tuple[str, Row, int
 
 
 def their_shapes(config: ModelConfig, layers: int) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the tensors of a model with `layers` stored layers."""
+    """Returns the tensor shapes, by name, of a model with `layers` stored layers."""
     return {name: row.their_shape(config) for name, row, _ in named_rows(config, layers)}
 
 
 def their_tensors(
     config: ModelConfig, params: Mapping[str, Any], blocks: Sequence[int]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a model whose layer i is block `blocks[i]`; most tensors are views."""
+    """Yields the tensors of a model whose layer i is block `blocks[i]`; most are views."""
     flat: dict[str, np.ndarray] = {
         path: np.asarray(leaf)
         for path, leaf in traverse_util.flatten_dict(params, sep="/").items()  # type: ignore[no-untyped-call]  # flax
@@ -103,7 +104,7 @@ def their_tensors(
 
 
 def check_shapes(expected: Shapes, found: Shapes, where: str, remedy: str = "") -> None:
-    """Raises a `UserError` if names or shapes differ."""
+    """Raises a `UserError` if the names or shapes of tensors differ."""
     lists = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [plain(name) for name in found if name not in expected],

@@ -1,10 +1,10 @@
 """MobileLLM (Liu et al. 2024, arXiv:2402.14905) for transformers, with shared blocks stored once.
 
-This file travels with the weights: `AutoModelForCausalLM.from_pretrained(folder,
-trust_remote_code=True)` runs it. It needs only torch and transformers (4.46 or newer).
+An exported folder contains a copy of this file, and `AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True)` runs the copy. The file needs only torch and transformers (4.46 or newer).
 
-Each application of a shared block reads other inputs, so each application has a slot of its own in
-the key-value cache. If embeddings are shared, the logits are products with the embedding table.
+Each application of a shared block has other inputs, and therefore its own slot in the key-value
+cache. If embeddings are shared, the embedding table is also the matrix of the output head.
 """
 # mypy: ignore-errors
 
@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTra
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-# transformers calls the cache `past_key_values` up to 5.23, and `cache` from 5.24 on.
+# The cache is called `past_key_values` in transformers up to 5.23, and `cache` from 5.24 on.
 _FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
 CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
@@ -47,7 +47,7 @@ _DEFAULTS = {
 
 
 class MobileLLMConfig(PretrainedConfig):
-    """Shape of the model. `num_hidden_layers` counts stored blocks, without repeats."""
+    """The shape of the model; `num_hidden_layers` counts stored blocks, without repeats."""
 
     model_type = "mobilellm"
     keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012  # a list to transformers
@@ -60,7 +60,7 @@ class MobileLLMConfig(PretrainedConfig):
 
     @property
     def application_order(self):
-        """Index of the stored block for every applied layer, from first to last."""
+        """The indices of the stored blocks, in the order in which the model applies them."""
         blocks = list(range(self.num_hidden_layers))
         if not self.layer_sharing:
             return blocks
@@ -74,7 +74,7 @@ class MobileLLMConfig(PretrainedConfig):
 
 
 class MobileLLMAttention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary position embeddings (RoPE)."""
 
     def __init__(self, config):
         super().__init__()
@@ -102,7 +102,7 @@ class MobileLLMAttention(nn.Module):
 
 
 class MobileLLMMLP(nn.Module):
-    """Computes act(x gate) * (x up), or act(x up) without a gate, and multiplies with down."""
+    """The feed-forward: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
     def __init__(self, config):
         super().__init__()
@@ -119,7 +119,7 @@ class MobileLLMMLP(nn.Module):
 
 
 class MobileLLMBlock(nn.Module):
-    """Attention and feed-forward, each with a norm before it and a residual around it."""
+    """Attention and feed-forward, each with a norm before it and a residual connection."""
 
     def __init__(self, config):
         super().__init__()
@@ -134,7 +134,7 @@ class MobileLLMBlock(nn.Module):
 
 
 class MobileLLMPreTrainedModel(PreTrainedModel):
-    """Settings of the classes below that transformers reads."""
+    """The base class of the models below, with settings that transformers reads."""
 
     config_class = MobileLLMConfig
     base_model_prefix = "model"
@@ -205,7 +205,7 @@ class MobileLLMModel(MobileLLMPreTrainedModel):
 
 
 class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
-    """The decoder with its head; `share_embedding` makes the embedding table the head."""
+    """The decoder with its output head, which is the embedding table if `share_embedding`."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -267,16 +267,16 @@ class MobileLLMForCausalLM(MobileLLMPreTrainedModel, GenerationMixin):
 
 
 def add_slots(cache, count):
-    """Gives a cache that transformers made for the stored layers one slot per applied layer."""
+    """Extends a cache with a slot per stored block to one slot per application of a block."""
     if not isinstance(cache, DynamicCache):
         raise ValueError("Only a dynamic cache is supported; leave cache_implementation unset.")
     layers = getattr(cache, "layers", None)
-    if layers:  # transformers made the cache without a config, and such a cache grows by itself
+    if layers:  # A cache without slots was made without a config, and grows when used.
         layers.extend(type(layers[0])() for _ in range(count - len(layers)))
 
 
 def rotation_at(position_ids, head_dim, theta):
-    """Returns cosine and sine of position * theta^(-2i / head_dim), with equal halves."""
+    """Returns cosine and sine of position * theta^(-2i / head_dim), repeated for both halves."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
     angles = torch.cat([angles, angles], dim=-1)
@@ -284,7 +284,7 @@ def rotation_at(position_ids, head_dim, theta):
 
 
 def rotate(x, rotation):
-    """Rotates the channels i and i + head_dim / 2 of every head together, in float32."""
+    """Rotates each pair of channels i and i + head_dim / 2 of every head, in float32."""
     cos, sin = rotation
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
@@ -292,9 +292,9 @@ def rotate(x, rotation):
 
 
 def causal_mask(standing, attention_mask):
-    """Returns True where a query may read a key: its own key, or an earlier one without padding.
+    """Returns a mask: a token attends to itself and to the earlier tokens that are not padding.
 
-    A padding token reads its own key, so that no softmax is empty.
+    A padding token also attends to itself, because a softmax over no scores would give NaN.
     """
     keys = torch.arange(int(standing[-1]) + 1, device=standing.device)
     mask = (keys[None, :] <= standing[:, None])[None, None]

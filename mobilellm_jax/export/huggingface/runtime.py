@@ -1,4 +1,4 @@
-"""Runs Hugging Face directories in transformers and PyTorch, in float32 on the CPU."""
+"""Runs Hugging Face directories with transformers and PyTorch, in float32 on the CPU."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
 
-# transformers 5.24 renamed this argument.
+# transformers 5.24 renamed `past_key_values` to `cache`.
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 _CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
 
 class HuggingFaceRuntime(Runtime):
-    """A causal language model in transformers; trust the folder, because its code is run."""
+    """A model in transformers; loading runs Python code from `folder`, which must be trusted."""
 
     def __init__(self, folder: Path, info: ArtifactInfo) -> None:
         super().__init__(f"transformers {transformers.__version__}", info.model)

@@ -1,12 +1,14 @@
-"""Reads the tensors of a `pytorch_model.bin` as data, without torch and without unpickling.
+"""Reads the tensors of a `pytorch_model.bin` without torch and without running its pickle.
 
-`torch.save` writes a zip archive with a pickle, `NAME/data.pkl`, and the numbers, `NAME/data/KEY`.
-A pickle is a program that calls the functions it names. This module follows only the instructions
-that tensors need, recognizes functions by their names, and never calls them. It refuses everything
-else. The numbers stay in the archive until they are needed, and their checksums are then compared.
+`torch.save` writes a zip archive. The entry `NAME/data.pkl` is a pickle that describes the tensors,
+and the entries `NAME/data/KEY` contain their numbers. A pickle is a program, which can call any
+function. This module interprets only the instructions that tensors need. It recognizes functions by
+their names and never calls them. It refuses all other instructions and functions.
+`StoredTensor.read` reads the numbers of a tensor and compares their checksum.
 
-`torch.load(weights_only=True)` lacks two properties that the tests check: a small pickle of nested
-tuples must not take 2^n steps, and a changed number must be found by its checksum.
+`torch.load(weights_only=True)` is not used, because it takes 2^n steps for a small pickle of n
+nested tuples, and because it does not compare checksums, so it accepts changed numbers. The tests
+check both for this module.
 """
 
 import contextlib
@@ -26,10 +28,11 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.source import DTYPES
 from mobilellm_jax.storage.strict_json import plain, shown
 
-# A thousand tensors take a quarter of a megabyte.
+# The pickle of a thousand tensors has a quarter of a megabyte.
 _MOST_PICKLE_BYTES = 1 << 22
 _MOST_AXES = 8
-# Tied weights are stored once and named twice. More names would turn a small file into much memory.
+# Tied weights are stored once and have two names. With more names for the same numbers, a small
+# file could fill the memory.
 _MOST_SHARING = 2
 
 _DTYPES = {
@@ -40,11 +43,11 @@ _DTYPES = {
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file, which is read when its values are needed."""
+    """A tensor in a file; only `read` reads its values."""
 
     shape: tuple[int, ...]
-    dtype: str  # a key of DTYPES
-    read: Callable[[], np.ndarray]  # in the tensor's own dtype
+    dtype: str  # A key of DTYPES.
+    read: Callable[[], np.ndarray]  # Returns the values in `dtype`.
 
 
 class _Refused(Exception):  # noqa: N818  # never leaves this file
@@ -74,7 +77,7 @@ class _Tensor(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Index after the last value that the tensor uses in its storage."""
+        """The index of the last value that the tensor uses in its storage, plus 1."""
         if not self.size:
             return self.offset
         return (
@@ -85,7 +88,7 @@ class _Tensor(NamedTuple):
 
 
 def open_torch(file: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a dict that `torch.save` (1.6 or newer) saved."""
+    """Returns the tensors, by name, of a dict that `torch.save` (1.6 or newer) wrote."""
     with _refusals(file), file.open("rb") as opened:
         if opened.read(2) != b"PK":
             raise UserError(
@@ -106,7 +109,7 @@ def _refusals(file: Path, name: str = "") -> Iterator[None]:
     ) as error:
         problem = str(error)
         if isinstance(error, OSError):
-            if error.errno != errno.EINVAL:  # a damaged index points before the start of the file
+            if error.errno != errno.EINVAL:  # A damaged index points before the start of the file.
                 raise
             problem = "its index points outside the file"
         if name:
@@ -169,7 +172,7 @@ def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int) -
 
 
 def _check(name: str, tensor: _Tensor, dtype: np.dtype[Any], info: zipfile.ZipInfo) -> None:
-    """Checks that a tensor is inside its storage, and that the storage is complete."""
+    """Checks that the storage is complete, and that the tensor uses only values inside it."""
     if info.file_size != tensor.storage.values * dtype.itemsize:
         raise _Refused(
             f"the numbers of {plain(name)} are {info.file_size:,} bytes, not "
@@ -188,12 +191,12 @@ def _read(
         return np.empty(tensor.shape, dtype)
     values = np.frombuffer(content, dtype)[tensor.offset :]
     strides = [stride * dtype.itemsize for stride in tensor.strides]
-    # `_check` has checked that this is inside the storage.
+    # `_check` has already checked that the tensor uses only values inside its storage.
     return np.lib.stride_tricks.as_strided(values, tensor.shape, strides, writeable=False)
 
 
 def _interpreted(content: bytes) -> Any:
-    """Returns the value that the pickle describes, with `_Tensor`s in the place of tensors."""
+    """Returns the value that the pickle describes, with a `_Tensor` in place of each tensor."""
     stack = _Stack()
     try:
         for code, argument, _ in pickletools.genops(content):
@@ -207,7 +210,7 @@ def _interpreted(content: bytes) -> Any:
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _ARGUMENTS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
-# The number of values that an instruction takes from the stack; None: all values up to a mark.
+# Maps an instruction to the number of values it takes from the stack; None: all above a mark.
 _TAKES: dict[str, int | None] = {
     **{"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None},
     **{"APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None},
@@ -216,11 +219,11 @@ _TAKES: dict[str, int | None] = {
 
 
 class _Stack:
-    """The values of an interpreted pickle; a mark starts a new level of values."""
+    """The stack of the pickle interpreter; the instruction MARK starts a new level of values."""
 
     def __init__(self) -> None:
         self._values: list[Any] = []
-        self._levels: list[list[Any]] = []  # the values below each mark
+        self._levels: list[list[Any]] = []  # The values below each mark.
         self._memo: dict[int, Any] = {}
 
     def result(self) -> Any:
@@ -229,7 +232,7 @@ class _Stack:
         return self._values[0]
 
     def execute(self, code: str, argument: Any) -> None:
-        """Follows one instruction; raises `_Refused` if tensors do not need it."""
+        """Executes one instruction; raises `_Refused` if tensors do not need this instruction."""
         if code in _TAKES:
             self._execute_taken(code, argument, self._taken(_TAKES[code]))
         elif code in _CONSTANTS:
@@ -270,8 +273,8 @@ class _Stack:
             case "REDUCE":
                 self._values.append(_called(*taken))
             case "BUILD":
-                # torch gives a state dict some metadata of its modules, and gives a tensor none.
-                # The metadata are ignored.
+                # torch uses BUILD to attach metadata to a state dict, but never for a tensor. The
+                # metadata are ignored.
                 if not isinstance(top, dict):
                     raise _Refused("its pickle gives a state to a value without one")
             case _:
@@ -305,7 +308,7 @@ def _storage(identifier: Any) -> _Storage:
 
 
 def _called(function: Any, arguments: Any) -> Any:
-    """Returns the result of a call; only three calls are known."""
+    """Returns what a call in the pickle would return; only three functions are allowed."""
     match function, arguments:
         case _Name("collections", "OrderedDict"), ():
             return {}

@@ -1,7 +1,7 @@
-"""Writes and reads files of named tensors in Hugging Face's layout, without torch for safetensors.
+"""Writes and reads the weight files of Hugging Face directories without torch.
 
-Weights are written as `model.safetensors`, or as numbered shards with an index from 5 GB on. Both
-can be read, and so can `pytorch_model.bin` (`torch_files.py`).
+Weights are written as `model.safetensors`, or from 5 GB on as numbered shards with an index. This
+module reads both, and also `pytorch_model.bin` (`torch_files.py`).
 """
 
 import functools
@@ -26,7 +26,7 @@ SHARD_BYTES = 5_000_000_000
 _SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
-# Each shard stays open.
+# The number is limited because each shard stays open.
 _MOST_SHARDS = 256
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -34,13 +34,13 @@ _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 def write_tensors(
     tensors: Iterable[tuple[str, np.ndarray]], directory: Path, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes the tensors with one shard in memory at a time."""
+    """Writes the tensors; only one shard at a time is in memory."""
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     pending_bytes = total_bytes = 0
 
     def flush() -> None:
-        # All versions of transformers look for "pt" before they open the file.
+        # Every version of transformers first checks that the format is "pt".
         save_file(pending, directory / f"{len(shards)}.shard", metadata={"format": "pt"})
         shards.append(list(pending))
         pending.clear()
@@ -49,7 +49,7 @@ def write_tensors(
         if pending and pending_bytes + tensor.nbytes > shard_bytes:
             flush()
             pending_bytes = 0
-        # The file contains the bytes in the order of memory.
+        # `save_file` writes bytes in memory order, so the array must be contiguous.
         pending[name] = np.ascontiguousarray(tensor)
         pending_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
@@ -67,11 +67,11 @@ def write_tensors(
 
 
 def open_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a Hugging Face directory by name, from safetensors if it has them.
+    """Returns the tensors of a directory by name; safetensors are preferred to torch files.
 
     Raises:
       MissingFileError: if the directory has no weights, or a shard is missing.
-      UserError: if a dtype is not in `DTYPES`, or a file is damaged or misleading.
+      UserError: if a dtype is not in `DTYPES`, or a file is damaged or does not fit the index.
     """
     for name, open_file in ((_SAFETENSORS, _open_safetensors), (_PICKLE, open_torch)):
         if (directory / name).is_file():
@@ -85,7 +85,7 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def spare_pickle(directory: Path) -> str:
-    """Returns the name of torch weights that are ignored because safetensors exist, or ''."""
+    """Returns the name of a torch file that is ignored because of safetensors, or ''."""
     safe = any((directory / f"{_SAFETENSORS}{end}").is_file() for end in ("", ".index.json"))
     spare = [n for n in (_PICKLE, f"{_PICKLE}.index.json") if (directory / n).is_file()]
     return spare[0] if safe and spare else ""
@@ -105,7 +105,7 @@ def _open_shards(
         raise UserError(f"{index} names {len(files)} shards; at most {_MOST_SHARDS} are allowed.")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        # A name with a slash could point outside of the folder.
+        # A name with a slash could refer to a file outside of the folder.
         if not _SHARD_NAME.fullmatch(file):
             raise UserError(f"{index}: weight_map names {plain(file)}, which is no file beside it.")
         if not (index.parent / file).is_file():
