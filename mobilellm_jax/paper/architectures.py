@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 from mobilellm_jax.config import Activation, ModelConfig, Sharing
 
-# Names of the scores. TASKS are zero-shot accuracies on eight tasks in percent, and their mean.
-# QA_TASKS are the scores of Table 12: F1 on TriviaQA with 1, 5 and 64 shots, and accuracy on RACE.
+# TASKS names the zero-shot accuracies on eight tasks in percent, and their mean. QA_TASKS names the
+# scores of Table 12: the F1 score on TriviaQA with 1, 5 and 64 shots, and the accuracy on RACE.
 TASKS = (
     *("arc_easy", "arc_challenge", "boolq", "piqa", "siqa", "hellaswag", "openbookqa"),
     *("winogrande", "average"),
@@ -42,7 +42,7 @@ class Row:
 
 
 def ffn_width(embed_dim: int, activation: Activation = "swiglu") -> int:
-    """Returns the hidden width of a feed-forward layer; for SwiGLU, the rule is LLaMA's."""
+    """Returns the hidden width of a feed-forward layer; SwiGLU layers use LLaMA's formula."""
     if activation != "swiglu":
         return 4 * embed_dim
     return -(-(8 * embed_dim // 3) // 256) * 256
@@ -92,7 +92,7 @@ MOBILELLM = {
 
 
 def _scores(text: str) -> dict[str, float]:
-    """Returns the scores in `text`, in the order of TASKS and QA_TASKS; "-" is an unknown score."""
+    """Returns the scores in `text`, in the order of TASKS and QA_TASKS; "-" means unknown."""
     names = (*TASKS, *QA_TASKS)
     return {n: float(score) for n, score in zip(names, text.split(), strict=False) if score != "-"}
 

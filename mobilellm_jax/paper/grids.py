@@ -91,7 +91,7 @@ class GridRow:
     scale: ScaleName
     group: str  # Group of the paper's row: 125M or 350M.
     label: str  # Name of the row, which is unique within its grid and group.
-    compared_with: str  # Label of the reference row; "" in the reference row itself.
+    compared_with: str  # Label of the reference row; "" if this row is the reference.
     model: ModelConfig
     length: int  # Factor for the recipe's number of steps: 4 for rows with 1T tokens, else 1.
     paper: Row
@@ -156,7 +156,7 @@ def shape_name(model: ModelConfig) -> str:
 
 
 def architecture(model: ModelConfig) -> tuple[object, ...]:
-    """Returns the values of the fields in `SHAPE`; `sharing` counts only if blocks are repeated."""
+    """Returns the values of the fields in `SHAPE`; ignores `sharing` if no block is repeated."""
     shape = model if model.num_repeats > 1 else dataclasses.replace(model, sharing="immediate")
     return operator.attrgetter(*SHAPE)(shape)
 

@@ -13,12 +13,12 @@ class SmallScale:
     """The sizes of the models of a small scale."""
 
     parameters: int  # Parameters of an untied model without grouped-query attention.
-    divisor: int  # Divisor of the paper's blocks, and of heads if the width is fixed.
-    head_dim: int  # Channels of a head if the width is not fixed; the paper has 64.
-    width: int  # Fixed width in the grids heads, sharing and repeats; the paper has 896.
+    divisor: int  # Divisor of the paper's number of blocks and, in grids with `width`, of heads.
+    head_dim: int  # Channels of a head in grids that do not use `width`; the paper has 64.
+    width: int  # Width in the grids `heads`, `sharing` and `repeats`; the paper has 896.
     vocab_size: int
     max_seq_len: int
-    left_out: frozenset[tuple[str, int]]  # Omitted rows: (grid, blocks of the paper's row).
+    left_out: frozenset[tuple[str, int]]  # Omitted rows: (grid, blocks in the paper).
 
 
 SMALL_SCALES = {
@@ -45,9 +45,9 @@ SMALL_SCALES = {
     ),
 }
 
-_GQA_GROWTH = 124.6 / 118.6  # The grouped-query step of Table 10 enlarges the model by this.
-# Rows of Table 13 that the small scales train: (heads, key-value heads). These rows are enough to
-# answer most of the question of that table.
+_GQA_GROWTH = 124.6 / 118.6  # Growth of parameters in the grouped-query step of Table 10.
+# Rows of Table 13 that the small scales train: (heads, key-value heads). These rows compare three
+# numbers of heads and three numbers of key-value heads.
 _HEADS_KEPT = frozenset({(32, 32), (16, 16), (16, 4), (16, 2), (8, 8)})
 
 
@@ -76,7 +76,7 @@ def small_model(
 
 
 def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
-    """Returns a model of the scale's width; as in Tables 2, 13 and 14, more heads are narrower."""
+    """Returns a model of the scale's width; as in Tables 2, 13 and 14, heads divide the width."""
     heads = base.num_heads // scale.divisor
     model = dataclasses.replace(
         base,
@@ -92,7 +92,7 @@ def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
 
 
 def _of_solved_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
-    """Returns a model with about `scale.parameters` parameters and heads of `scale.head_dim`."""
+    """Returns a model of about `scale.parameters` parameters whose heads have the scale's width."""
     width = base.num_heads * scale.head_dim
     untied = dataclasses.replace(
         base,

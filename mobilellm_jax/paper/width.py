@@ -6,7 +6,7 @@ import math
 from mobilellm_jax.config import ConfigError, ModelConfig
 from mobilellm_jax.model.size import parameter_count
 
-TOLERANCE = 0.03  # Largest relative error of a number of parameters.
+TOLERANCE = 0.03  # Largest accepted relative difference from the given number of parameters.
 SOLVED = ("model.embed_dim", "model.num_heads", "model.num_kv_heads", "model.ffn_dim")
 """The fields that `solve_width` sets."""
 
@@ -14,7 +14,7 @@ _FFN_STEP = 8  # Feed-forward widths are multiples of this number, which suits v
 
 
 def solve_ffn(model: ModelConfig, parameters: int) -> ModelConfig:
-    """Returns the model with the `ffn_dim` whose parameter count is closest to `parameters`."""
+    """Returns the model with `ffn_dim` set so that its size is closest to `parameters`."""
     narrow, wide = (dataclasses.replace(model, ffn_dim=f) for f in (_FFN_STEP, 2 * _FFN_STEP))
     step = parameter_count(wide) - parameter_count(narrow)
     steps = round((parameters - parameter_count(narrow)) / step)
@@ -27,8 +27,8 @@ def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
     As in the paper's Table 11, all heads keep their number of channels. The width is therefore a
     multiple of the width of one group of query heads. For each width, the function chooses the
     feed-forward width that brings the parameter count closest to `parameters`. A width is a
-    candidate if this count is within 3% of `parameters`. Among the candidates, the result has the
-    ratio of feed-forward width to embedding width that is closest to the ratio in `model`.
+    candidate if this count is within 3% of `parameters`. The function returns the candidate whose
+    ratio of feed-forward width to embedding width is closest to the ratio in `model`.
 
     Raises:
       ConfigError: if no width is a candidate.

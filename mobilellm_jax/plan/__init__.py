@@ -23,8 +23,8 @@ def plan(config: Config, topology_name: str | None, show: Callable[[list[str]], 
     """Shows each section of the plan when it is ready; returns False if the run does not fit.
 
     `topology_name` names the TPU slices for which the function compiles the step (see
-    `parse_topology`). With None, the function counts bytes for the devices of this machine, and it
-    compiles nothing.
+    `parse_topology`). With None, the function computes the sizes for the devices of this machine,
+    and it compiles nothing.
 
     Raises:
       ConfigError: if there is no such topology, or if its devices cannot run the config.

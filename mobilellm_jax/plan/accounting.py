@@ -29,8 +29,8 @@ class Account:
     rows: int  # Number of sequences that a device processes at the same time.
     weight_bytes: int
     optimizer_bytes: int
-    gradient_bytes: int  # Equal to the weights in float32; with accumulation, twice that.
-    activation_bytes: int  # Values kept for the backward pass; `model.remat` selects them.
+    gradient_bytes: int  # Gradients in float32; two copies if gradients are accumulated.
+    activation_bytes: int  # Values that are kept for the backward pass (`model.remat`).
     loss_bytes: int  # Logits of one chunk, and the gradient of the output head.
 
     @property
@@ -93,4 +93,4 @@ def activation_bytes_per_row(model: ModelConfig, data: DataConfig) -> int:
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params, tokens_BT))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
-    return kept(2) - kept(1)  # Both sizes include the weights, which cancel.
+    return kept(2) - kept(1)  # The subtraction removes the weights, which both terms contain.

@@ -2,7 +2,7 @@
 
 The search tries four kinds of changes in this order: `model.remat`, which costs arithmetic;
 `train.accumulation_steps`, which makes batches smaller; both together; and `mesh.fsdp`, which costs
-communication. The search skips a change whose computed bytes are far too many. It compiles the
+communication. The search skips a change if the computed memory is far too large. It compiles the
 step with each of the other changes until a step fits.
 """
 

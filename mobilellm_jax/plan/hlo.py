@@ -57,14 +57,14 @@ class Collective:
 
     kind: str
     shape: str  # Types and sizes of the arrays, without memory layouts.
-    payload_bytes: int  # Size on one device of the array before a split or after a join.
+    payload_bytes: int  # Bytes on one device of the complete array, before a split or after a join.
     group: int  # Number of devices that exchange data with each other.
     times: int  # Number of transfers per execution of the program.
     origin: str  # Name of the operation in the source program.
 
     @property
     def wire_bytes(self) -> int:
-        """Least bytes that a device sends per execution of the program, with ring algorithms."""
+        """The smallest number of bytes that a device sends per execution, with ring algorithms."""
         rounds = 2 if self.kind == "all-reduce" else 1
         share = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
         return round(rounds * share * self.payload_bytes) * self.times
@@ -72,7 +72,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The counted operations of a compiled program in one execution."""
+    """The operations in one execution of a compiled program."""
 
     collectives: tuple[Collective, ...]
     estimated_cycles: int | None  # Estimate of the TPU compiler without Pallas kernels, or None.

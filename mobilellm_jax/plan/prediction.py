@@ -17,7 +17,7 @@ from mobilellm_jax.plan.topology import Chip
 # computes scores and the gradients of attention weights, keys and values. `dq` computes scores and
 # the gradients of attention weights and queries.
 _PRODUCTS = {"fwd": 2, "dkv": 4, "dq": 3}
-_BLOCK = 512  # Queries, and keys, per block. Kernels compute blocks on the diagonal in full.
+_BLOCK = 512  # Number of queries and of keys in a block. Diagonal blocks are computed in full.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Prediction:
     peak_flops: float
     flops_sec: float  # Time of the model FLOPs at the peak rate.
     memory_sec: float  # Time to read and write all memory of the step once.
-    network_sec: float  # Time to send all bytes if all links are busy.
+    network_sec: float  # Time to send all bytes over all links at the same time.
     estimated_sec: float | None  # Estimate of libtpu without attention kernels, or None.
     kernels_sec: float  # Time of the attention kernels at the rate that head_dim allows.
 
@@ -68,7 +68,7 @@ def predict(
 def _kernel_flops(config: Config, account: Account, step: CompiledStep) -> float:
     model, length = config.model, config.data.seq_len
     blocks = max(1, length // _BLOCK)
-    computed = (blocks + 1) / (2 * blocks)  # Computed share of all pairs of a query and a key.
+    computed = (blocks + 1) / (2 * blocks)  # Share of (query, key) pairs that are computed.
     product = 2 * account.rows * model.num_heads * model.head_dim * length**2 * computed
     return sum(
         calls * products * product
@@ -79,5 +79,5 @@ def _kernel_flops(config: Config, account: Account, step: CompiledStep) -> float
 
 
 def _fill(config: Config, chip: Chip) -> float:
-    """Returns the share of a matrix unit that a head uses; `head_dim` may be less than its size."""
+    """Returns the share of a matrix unit's side that the `head_dim` channels of a head fill."""
     return min(1.0, config.model.head_dim / chip.matrix_unit)

@@ -1,4 +1,4 @@
-"""Reads names of TPU slices, and gives the compiler the devices of these slices; needs no TPU.
+"""Reads names of TPU slices, and returns their devices for the compiler; needs no TPU.
 
 `v5e:16x16` is a slice of 16 x 16 chips. `2xv5e:16x16` means two such slices, which the data center
 network (DCN) connects.
@@ -34,7 +34,7 @@ class Chip:
     name: str
     memory_bytes: int
     memory_bytes_per_sec: float
-    ici_bytes_per_sec: float  # Rate of all links together: half of the "bidirectional" rate.
+    ici_bytes_per_sec: float  # Rate of all links: half of the documented "bidirectional" rate.
     flops_per_cycle: int  # FLOPs in bfloat16 of all matrix units together.
     matrix_unit: int  # Number of rows, and of columns, of a matrix unit.
     dimensions: int  # Number of dimensions of a slice.

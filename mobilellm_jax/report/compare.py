@@ -116,7 +116,7 @@ class Table:
     group: str  # Group of the paper's rows: 125M or 350M.
     rows: tuple[Compared, ...]
     missing: tuple[str, ...]  # Labels of the rows without finished runs.
-    setting: str  # Values that distinguish this table from others of its grid, or "".
+    setting: str  # Values that only this table of the grid has; "" if there is one table.
 
 
 def mean(values: Sequence[float]) -> Mean:

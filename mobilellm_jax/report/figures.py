@@ -144,7 +144,7 @@ def _png(draw: Draw, theme: Theme) -> bytes:
     from matplotlib.figure import Figure
 
     texts = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-    look: dict[Any, Any] = {  # matplotlib's types list every valid key.
+    look: dict[Any, Any] = {  # The types of matplotlib list every valid key.
         **dict.fromkeys(texts, theme.text),
         **dict.fromkeys(("figure.facecolor", "axes.facecolor"), theme.background),
         **dict.fromkeys(("axes.edgecolor", "grid.color"), theme.line),

@@ -27,7 +27,7 @@ class Measured:
     bpb: float | None  # Last recorded validation loss in bits per byte.
     tokens_per_sec: float | None  # Median speed of training.
     peak_bytes: int | None  # Peak memory during training.
-    peak_of: str  # Owner of this memory: "device", "host process" or "" (unknown).
+    peak_of: str  # Kind of this memory: "device", "host process" or "" (unknown).
     failed: str  # Reason of the failure; "" if the run did not fail.
 
     @property

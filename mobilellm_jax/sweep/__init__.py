@@ -38,7 +38,7 @@ def run_here(
 
     Returns:
       True if all runs finished, False if a run failed, and None if a signal stopped the sweep after
-        its runs were saved. With `only_plan`, True.
+        its runs were saved. If `only_plan` is set, the result is True.
 
     Raises:
       ConfigError: before the first run starts, if this machine or the data do not fit the runs.

@@ -84,7 +84,7 @@ def _run(sweep: Path, name: str) -> int:
 
 
 def _trial(sweep: Path, name: str) -> int:
-    """Prints the median seconds per step on random tokens, and the seconds until the first ends."""
+    """Prints the median time of a step on random tokens, and the time until the first step ends."""
     config = files.find_run(sweep, name).config
     began = time.perf_counter()
     before_jax(deterministic=config.train.deterministic)

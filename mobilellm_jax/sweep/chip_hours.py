@@ -31,7 +31,7 @@ from mobilellm_jax.train.state import mesh_of
 
 _log = logging.getLogger(__name__)
 _GIB = 2**30
-# The compiled step depends on the config, on this source code and on these libraries.
+# The compiled step depends on the config, on these parts of the code and on these libraries.
 _ROOMS = ("model", "quantize", "train", "plan", "sharding.py")
 _LIBRARIES = ("jax", "flax", "optax", "libtpu")
 

@@ -28,7 +28,7 @@ class Speed:
     start_sec: float  # Time from the start of the process to the end of its first step.
 
     def seconds(self, config: Config, validation_batches: int) -> float:
-        """Returns the seconds of a run that evaluates on `validation_batches` batches at a time."""
+        """Returns the seconds of a run; each evaluation reads `validation_batches` batches."""
         train = config.train
         evaluations = 1 + -(-train.steps // train.eval_every) if train.eval_every else 0
         looks = evaluations * validation_batches * _FORWARD
@@ -89,9 +89,9 @@ def expected_seconds(
 ) -> dict[str, float]:
     """Returns the expected seconds of each run, by the name of the run.
 
-    `speeds` maps `key_of` a run to its speed. `batches` maps the name of a run to its number of
-    batches per evaluation. If the trial of a model failed, the function divides the FLOPs of its
-    runs by the mean throughput of the other runs.
+    `speeds` maps the key of a run (`key_of`) to a speed. `batches` maps the name of a run to its
+    number of batches per evaluation. If the trial of a model failed, the time of its runs is
+    their FLOPs divided by the mean throughput of the other runs.
     """
     known = {
         run.name: speeds[key].seconds(run.config, batches[run.name])
