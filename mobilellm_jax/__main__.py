@@ -1,4 +1,4 @@
-"""`python -m mobilellm_jax` is the console script `mobilellm`."""
+"""Makes `python -m mobilellm_jax` do the same as the command `mobilellm`."""
 
 import sys
 

@@ -6,8 +6,8 @@ is a bug of this package, and the command line prints its traceback.
 
 import importlib.util
 
-FAILED = 1  # the command failed while it was running
-SAVED_REQUEUE_ME = 75  # EX_TEMPFAIL: a scheduler may start the same command again
+FAILED = 1  # The command failed while it was running.
+SAVED_REQUEUE_ME = 75  # A scheduler may start the same command again (EX_TEMPFAIL).
 
 
 class UserError(ValueError):

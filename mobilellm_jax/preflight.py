@@ -1,7 +1,7 @@
-"""Settles everything that a run needs, before anything compiles.
+"""Checks and prepares everything that a run needs, before anything compiles.
 
 `config/rules.py` has the rules that need neither files nor devices. The functions here check the
-other rules. They raise `ConfigError` with the field, its value, the rule and the remedy.
+other rules. They raise a `ConfigError` with the field, its value, the rule and the remedy.
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ from mobilellm_jax.train.state import mesh_violations
 
 _log = logging.getLogger(__name__)
 
-_DATA_SEC = 24 * 3600.0  # processes wait so long for others that prepare or read the data
+_DATA_SEC = 24 * 3600.0  # Longest wait for processes that prepare or read the data.
 
-# A resumed run may change its length, its intervals, and how the same numbers are computed. Other
-# changes are refused, because the records of the run would then be wrong.
+# A resumed run may change these fields: its length, its intervals, and how it computes the same
+# numbers. Other changes are errors, because they would make the earlier records of the run wrong.
 MAY_CHANGE = frozenset(
     {
         *("train.steps", "train.log_every", "train.eval_every", "train.eval_batches"),
@@ -61,24 +61,24 @@ MAY_CHANGE = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """Everything that a run needs, settled and checked."""
+    """Everything that a run needs, checked and ready for use."""
 
-    config: Config  # without `auto`
-    resume_step: int | None  # newest checkpoint of the run; None for a fresh run
+    config: Config  # The config without `auto`.
+    resume_step: int | None  # Step of the newest checkpoint; None for a new run.
     mixture: Mixture
     tokenizer: Tokenizer
     mesh: Mesh
     rules: Rules
-    start: DataState  # position in the data
-    params: Params | None  # parameters of `train.init_from`; None if the run has other ones
-    evaluator: Evaluator  # scores tasks and a text during training
+    start: DataState  # Position in the data at the start.
+    params: Params | None  # Parameters from `train.init_from`; None if there are none to use.
+    evaluator: Evaluator  # Scores tasks and a text during training.
 
 
 def settle_run(config: Config, workdir: Path, check_start: Callable[[int], None]) -> Ready:
-    """Settles everything that the run in `workdir` needs, and records its config there.
+    """Checks and prepares all that the run in `workdir` needs, and writes its config there.
 
-    `check_start` raises if the run cannot start from the step that it is given. A `UserError` says
-    what is missing or damaged, or what does not fit together.
+    `check_start` gets the first step, and raises an error if the run cannot start there. A
+    `UserError` says what is missing or damaged, or which settings contradict each other.
     """
     with distributed.together("checking the run"):
         resume_step: int | None = distributed.from_first(
@@ -136,7 +136,7 @@ def check_writable(workdir: Path) -> None:
 def check_same_run(
     workdir: Path, old: Config, new: Config, may_change: frozenset[str], remedy: str
 ) -> None:
-    """Checks that `old`, the config of `workdir`, and `new` differ only in `may_change`."""
+    """Raises if `old`, the config in `workdir`, and `new` differ in a field not in `may_change`."""
     changed = config_lib.changed_fields(old, new)
     if lines := _lines({name: pair for name, pair in changed.items() if name not in may_change}):
         raise ConfigError(
@@ -151,7 +151,7 @@ def _lines(different: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
-    """Replaces every `auto`; raises if the run in `workdir` cannot continue with the config."""
+    """Returns the config without `auto`; raises if the run in `workdir` cannot resume with it."""
     device = jax.devices()[0]
     if resume_step is None:
         return settle_for_device(config, device)
@@ -181,7 +181,7 @@ def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
 def open_data(config: Config) -> tuple[Mixture, Tokenizer]:
     """Opens `data.path` and its tokenizer; prepares a missing folder from `data.source` first.
 
-    The vocabulary of the tokenizer must be that of the model.
+    The vocabularies of the tokenizer and the model must have the same size.
     """
     if not config.data.path:
         raise ConfigError("data.path is empty; name a folder that `mobilellm prepare` wrote.")
@@ -211,7 +211,7 @@ def _prepare(config: Config, path: Path) -> None:
 
 
 def _record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
-    """Writes config and tokenizer; checks that all processes have the same config and folder."""
+    """Writes config and tokenizer; raises if a process has another config or folder."""
 
     def write() -> str:
         text = config_lib.to_json(config)
@@ -233,7 +233,7 @@ def _record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
 def data_state(
     config: Config, mixture: Mixture, workdir: Path, resume_step: int | None
 ) -> DataState:
-    """Returns the position in the data; process 0 and the run in `workdir` must have this data."""
+    """Returns the position in the data; raises if process 0 or the saved run has other data."""
     found = mixture.fingerprint
     first: str = distributed.from_first("the data", lambda: found)
     if found != first:
@@ -257,7 +257,7 @@ def data_state(
 def verify(config: Config, mixture: Mixture) -> None:
     """Reads all data and compares checksums, if `data.verify` is set.
 
-    Every process reads all data, because hosts may have copies of their own.
+    Every process reads all data, because each host may have its own copy.
     """
     if config.data.verify:
         for dataset in mixture.datasets:
@@ -289,7 +289,7 @@ def check(config: Config, mixture: Mixture) -> tuple[Mesh, Rules]:
 
 
 def held_out_targets(config: Config, mixture: Mixture) -> int:
-    """Returns the number of tokens in the validation split that a loss can be computed for."""
+    """Returns the number of targets (tokens with a loss) in the validation split."""
     held_out = [stream for c in mixture.components if (stream := c.stream(VALIDATION))]
     return sum(count_targets(stream, config.data.boundaries) for stream in held_out)
 

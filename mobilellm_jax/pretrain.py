@@ -1,9 +1,9 @@
 """One training run, from top to bottom.
 
-`pretrain` takes the run folder, settles everything that the run needs (`preflight.py`), and trains.
-The same call on the same folder resumes the run. The position in the data is the global sample
-index, so a resumed run sees the batches that an uninterrupted run would have seen, on any number of
-devices.
+`pretrain` locks the run folder, prepares everything that the run needs (`preflight.py`) and trains.
+The same call on the same folder resumes the run. A checkpoint stores the position in the data as a
+sample index over all processes. So a resumed run reads the same batches as an uninterrupted run, on
+any number of devices.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ _SAMPLE_TOKENS = 64
 
 
 class TrainingDivergedError(RuntimeError):
-    """Steps are not finite, and returning to the last good checkpoint did not help."""
+    """Steps have nan or inf, and a return to the last good checkpoint did not help."""
 
 
 def pretrain(
@@ -54,17 +54,17 @@ def pretrain(
     profile: ProfiledSteps | None = None,
     walltime: Walltime | None = None,
 ) -> bool:
-    """Trains, or continues to train, the run in `workdir`, which no other run can use meanwhile.
+    """Starts or resumes the run in `workdir`; no other run can use the folder at the same time.
 
-    After `train.max_bad_steps` steps that are not finite, the run returns to its last good
-    checkpoint once. A second return to the same checkpoint would repeat the same steps.
+    After `train.max_bad_steps` consecutive steps with nan or inf, the run returns to its last good
+    checkpoint. It returns to a checkpoint only once, because it would then repeat the same steps.
 
     Returns:
-      Whether the run reached `train.steps`; False if a signal or `walltime` stopped it, saved.
+      True if the run reached `train.steps`; False if a signal or `walltime` stopped it earlier.
 
     Raises:
-      TrainingDivergedError: if steps are not finite again after the return.
-      UserError: as `settle_run`, before anything compiles.
+      TrainingDivergedError: if steps have nan or inf again after the return.
+      UserError: if `settle_run` raises it, which happens before anything compiles.
     """
 
     def check_start(step: int) -> None:
@@ -117,7 +117,7 @@ class _Run:
         state, outcome = self._train_from(state, checkpoints)
         back_at: int | None = None
         while outcome.bad:
-            del state  # there may be no room for two states
+            del state  # the devices may lack memory for two states
             found = self._newest_good(checkpoints)
             if found is None or int(found.step) == back_at:
                 raise TrainingDivergedError(
@@ -187,8 +187,8 @@ class _Run:
     def _newest_good(self, checkpoints: CheckpointWriter) -> TrainState | None:
         """Returns the newest saved state from which the run can recover, or None.
 
-        Two kinds of checkpoints are passed over: a signal can save a run between bad steps, and a
-        state can be damaged before it is saved.
+        The function skips a checkpoint that was saved between bad steps (on a signal), and a
+        checkpoint whose state has nan or inf.
         """
         checkpoints.wait()
         steps: list[int] = distributed.from_first(
@@ -234,7 +234,7 @@ class _Run:
                 file.write(json.dumps({"step": step, "text": tokenizer.decode(ids)}) + "\n")
 
     def _cut_samples(self, first_step: int) -> None:
-        """Removes samples of later steps, which a resumed run will write again."""
+        """Removes samples from `first_step` on, because the run will write them again."""
         path = self._workdir / rundir.SAMPLES
         if path.exists():
             kept = [

@@ -49,30 +49,30 @@ class ConfigError(UserError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture. Applied depth is `num_blocks * num_repeats` (paper Sec. 2.5)."""
+    """The architecture. A token passes `num_blocks * num_repeats` blocks (paper Sec. 2.5)."""
 
-    vocab_size: Count = 32_000  # number of tokens; must equal the data's vocabulary
-    embed_dim: Count = 576  # width of the residual stream
-    num_blocks: Count = 30  # number of blocks with different weights
-    num_repeats: Count = 1  # uses of each block per token (layer sharing); 1 = no sharing
-    sharing: Sharing = "immediate"  # order of the repeats: 1122, 1212 (repeat_all), 1221 (reverse)
-    num_heads: Count = 9  # number of query heads; a multiple of num_kv_heads
-    num_kv_heads: Count = 3  # number of key and value heads
-    head_dim: Count = 64  # width of a head; an even number, independent of embed_dim
-    ffn_dim: Count = 1536  # hidden width of the feed-forward layer
-    activation: Activation = "swiglu"  # swiglu uses three matrices, relu and gelu use two
-    tie_embeddings: bool = True  # the output matrix is the embedding table (paper Sec. 2.3)
-    max_seq_len: Count = 2048  # longest supported sequence in tokens
-    rope_theta: Positive = 10_000.0  # base of the rotary angles
-    norm_eps: Positive = 1e-5  # added to the mean square in RMSNorm
-    init_std: Positive = 0.02  # standard deviation of initial matrices; narrow models need more
-    attention: Attention = "auto"  # a name in ATTENTION; auto: the first that fits the device
-    # Values that a block keeps for the backward pass; the block computes other values again.
-    # none: all values; dots: attention and wide matrix products; attention: attention only;
-    # full: the block's input only; offload: the block's input, in the memory of the host.
+    vocab_size: Count = 32_000  # Number of tokens; must equal the vocabulary size of the data.
+    embed_dim: Count = 576  # Width of the residual stream.
+    num_blocks: Count = 30  # Number of blocks with different weights.
+    num_repeats: Count = 1  # Number of uses of each block per token (layer sharing); 1 = none.
+    sharing: Sharing = "immediate"  # Order of the repeats: 1122, 1212 (repeat_all), 1221 (reverse).
+    num_heads: Count = 9  # Number of query heads; must be a multiple of num_kv_heads.
+    num_kv_heads: Count = 3  # Number of key and value heads.
+    head_dim: Count = 64  # Width of a head; an even number, independent of embed_dim.
+    ffn_dim: Count = 1536  # Hidden width of the feed-forward layer.
+    activation: Activation = "swiglu"  # Activation; swiglu uses 3 matrices, relu and gelu use 2.
+    tie_embeddings: bool = True  # The output matrix is the embedding table (paper Sec. 2.3).
+    max_seq_len: Count = 2048  # Longest supported sequence in tokens.
+    rope_theta: Positive = 10_000.0  # Base of the rotary angles.
+    norm_eps: Positive = 1e-5  # Number added to the mean square in RMSNorm.
+    init_std: Positive = 0.02  # Standard deviation of initial matrices; narrow models need more.
+    attention: Attention = "auto"  # A name in ATTENTION; auto = the first that fits the device.
+    # The values that a block keeps for the backward pass; it computes the other values again.
+    # none: all values. dots: outputs of attention and of wide matrix multiplications. attention:
+    # outputs of attention. full: the block's input. offload: the block's input, in host memory.
     remat: Remat = "none"
-    scan_unroll: Count = 1  # blocks per iteration of the layer loop, 1 to num_blocks (no loop)
-    compute_dtype: ComputeDtype = "auto"  # type of activations; parameters are float32
+    scan_unroll: Count = 1  # Blocks per iteration of the layer loop; num_blocks = no loop.
+    compute_dtype: ComputeDtype = "auto"  # Data type of activations; parameters are float32.
 
     @property
     def applied_depth(self) -> int:
@@ -83,82 +83,82 @@ class ModelConfig:
 class DataConfig:
     """The training data and its windows."""
 
-    path: str = ""  # a folder of `prepare`, or a mixture of folders: DIR:0.7,DIR:0.3
-    source: str = ""  # source for `prepare` if `path` is missing; "" = report an error instead
-    seq_len: Count = 2048  # targets per window, 1 to model.max_seq_len
-    boundaries: Boundaries = "concat"  # document_mask: a token sees its own document only
-    verify: bool = True  # compare checksums of all data at every start; reads all data once
-    seed: Natural = 0  # seed of the order of the windows
+    path: str = ""  # A folder that `prepare` wrote, or a mixture of folders: DIR:0.7,DIR:0.3.
+    source: str = ""  # The source that `prepare` reads if `path` is missing; "" = report an error.
+    seq_len: Count = 2048  # Number of targets per window, from 1 to model.max_seq_len.
+    boundaries: Boundaries = "concat"  # With document_mask, a token sees only its own document.
+    verify: bool = True  # Read all data at every start of the run and compare checksums.
+    seed: Natural = 0  # Seed of the order of the windows.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer and its schedule; weight decay is decoupled and acts on matrices only."""
 
-    name: OptimizerName = "adamw"  # muon: Muon for the matrices of blocks, AdamW for the rest
-    peak_lr: Positive = 2e-3  # highest learning rate; not scaled with the batch
-    schedule: Schedule = "cosine"  # wsd: constant, then a linear fall over the last fifth
-    warmup_steps: Natural = 1000  # steps of linear growth from 0; less than train.steps
-    min_lr_ratio: Share = 0.1  # final learning rate divided by peak_lr
-    beta1: Decay = 0.9  # decay of the mean gradient
-    beta2: Decay = 0.95  # decay of the mean squared gradient
-    eps: Positive = 1e-8  # added to the denominator of the update
-    weight_decay: NotNegative = 0.1  # decay of matrices and embeddings; norms have no decay
-    clip_norm: NotNegative = 1.0  # largest global gradient norm; 0 = no limit
+    name: OptimizerName = "adamw"  # With muon, Muon trains block matrices, and AdamW the rest.
+    peak_lr: Positive = 2e-3  # Highest learning rate; it is not scaled with the batch size.
+    schedule: Schedule = "cosine"  # With wsd: constant, then linear decay over the last fifth.
+    warmup_steps: Natural = 1000  # Steps of linear growth from 0; must be less than train.steps.
+    min_lr_ratio: Share = 0.1  # Final learning rate divided by peak_lr.
+    beta1: Decay = 0.9  # Decay of the mean gradient.
+    beta2: Decay = 0.95  # Decay of the mean squared gradient.
+    eps: Positive = 1e-8  # Number added to the denominator of the update.
+    weight_decay: NotNegative = 0.1  # Decay of matrices and embeddings; norms have no decay.
+    clip_norm: NotNegative = 1.0  # Largest global gradient norm; 0 = no limit.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length, batch and intervals of a run; intervals are in optimizer steps."""
+    """The length, batch size and intervals of a run; intervals are in optimizer steps."""
 
-    steps: Count = 480_000  # number of optimizer steps
-    global_batch: Count = 1024  # sequences per optimizer step on all devices together
-    accumulation_steps: Count = 1  # micro-batches per step; divides global_batch
-    init_from: str = ""  # a checkpoint with the initial parameters; "" = random parameters
-    log_every: Count = 10  # steps between records of the training loss
-    eval_every: Natural = 1000  # steps between validations; also at the start and end; 0 = never
-    eval_batches: Natural = 0  # batches per validation; 0 = the whole validation split
-    checkpoint_every: Count = 1000  # steps between checkpoints
-    keep_checkpoints: Count = 3  # number of newest checkpoints to keep
-    keep_every: Natural = 0  # keep checkpoints at multiples of this number of steps; 0 = off
-    max_bad_steps: Count = 10  # consecutive steps with nan or inf before the run goes back or ends
+    steps: Count = 480_000  # Number of optimizer steps.
+    global_batch: Count = 1024  # Number of sequences per optimizer step on all devices together.
+    accumulation_steps: Count = 1  # Number of micro-batches per step; must divide global_batch.
+    init_from: str = ""  # A checkpoint with the initial parameters; "" = random parameters.
+    log_every: Count = 10  # Steps between records of the training loss.
+    eval_every: Natural = 1000  # Steps between validations; also at the start and end; 0 = never.
+    eval_batches: Natural = 0  # Batches per validation; 0 = the whole validation split.
+    checkpoint_every: Count = 1000  # Steps between checkpoints.
+    keep_checkpoints: Count = 3  # Number of newest checkpoints to keep.
+    keep_every: Natural = 0  # Keep checkpoints at multiples of this number of steps; 0 = off.
+    max_bad_steps: Count = 10  # Consecutive steps with nan or inf until the run goes back or ends.
     # The optimizer skips a step if the loss or gradient norm is this number of standard deviations
     # above the mean of the last 128 steps; 6 is a common choice; 0 = never.
     spike_factor: NotNegative = 0.0
-    loss_chunk: Count = 4096  # tokens per device with logits in memory together
-    deterministic: bool = False  # make GPUs repeat results exactly, which costs some speed
-    seed: Natural = 0  # seed of initialisation and sampling
+    loss_chunk: Count = 4096  # Number of tokens per device whose logits are in memory together.
+    deterministic: bool = False  # Make GPUs repeat results exactly, which costs some speed.
+    seed: Natural = 0  # Seed of initialisation and sampling.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Evaluation during training besides the validation loss."""
 
-    every: Natural = 0  # steps between evaluations; 0 = never
-    samples: Natural = 2  # number of texts to sample into samples.txt
-    tasks: str = ""  # tasks of lm-evaluation-harness, separated by commas; "" = no tasks
-    limit: Natural = 0  # largest number of rows per task; 0 = all rows
-    data_dir: str = ""  # folder of task data, as in `evaluate --data_dir`; "" = download
-    text: str = ""  # a text file to measure the loss on; "" = no file
+    every: Natural = 0  # Steps between evaluations; 0 = never.
+    samples: Natural = 2  # Number of texts to sample into samples.txt.
+    tasks: str = ""  # Tasks of lm-evaluation-harness, separated by commas; "" = no tasks.
+    limit: Natural = 0  # Largest number of rows per task; 0 = all rows.
+    data_dir: str = ""  # Folder of task data, as in `evaluate --data_dir`; "" = download.
+    text: str = ""  # A text file to measure the loss on; "" = no file.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis of a slice; one axis may be -1, for all remaining devices."""
+    """The size of each mesh axis in a slice; one axis may be -1, for all remaining devices."""
 
-    data: AxisSize = -1  # splits the batch and copies the parameters
-    fsdp: AxisSize = 1  # splits the batch and the parameters
-    tensor: AxisSize = 1  # splits heads, feed-forward and vocabulary
-    sequence: AxisSize = 1  # splits the tokens of a sequence
-    dcn_data: Count = 1  # number of slices; splits the batch over them and copies the parameters
+    data: AxisSize = -1  # Splits the batch and copies the parameters.
+    fsdp: AxisSize = 1  # Splits the batch and the parameters.
+    tensor: AxisSize = 1  # Splits heads, feed-forward layers and vocabulary.
+    sequence: AxisSize = 1  # Splits the tokens of a sequence.
+    dcn_data: Count = 1  # Number of slices; splits the batch over slices and copies the parameters.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
     """Quantization-aware training: the step rounds matrices and activations to integer levels."""
 
-    scheme: QuantizeScheme = "none"  # a scheme in quantize/schemes.py; none = floating point
-    parts: str = "embedding,head"  # names in QUANTIZE_PARTS, added to the matrices of blocks
+    scheme: QuantizeScheme = "none"  # A scheme in quantize/schemes.py; none = floating point.
+    parts: str = "embedding,head"  # Names in QUANTIZE_PARTS, in addition to the block matrices.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,7 @@ class Config:
 
 
 def to_config_dict(config: Config | None = None) -> ConfigDict:
-    """Returns `config`, or the defaults, as a `ConfigDict` with fixed keys for `configs/*.py`."""
+    """Returns `config` or the defaults as a `ConfigDict`, to which no key can be added."""
     return ConfigDict(dataclasses.asdict(config or Config())).lock()
 
 
@@ -194,7 +194,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Returns the checked `Config` in the text of a `config.json`; raises as `from_object`."""
+    """Returns the checked `Config` in the text of a `config.json`; raises as `from_object` does."""
     try:
         values = strict_json.parse(text)
     except strict_json.JsonError as error:
@@ -203,7 +203,7 @@ def from_json(text: str) -> Config:
 
 
 def read_json(file: Path) -> Config:
-    """Returns the checked `Config` in a `config.json`, which must exist; raises as `from_json`."""
+    """Returns the checked `Config` in an existing `config.json`; raises as `from_json` does."""
     try:
         values = strict_json.read(file)
     except strict_json.JsonError as error:
@@ -212,10 +212,10 @@ def read_json(file: Path) -> Config:
 
 
 def from_object(values: Any, where: str = "config.json") -> Config:
-    """Returns the checked `Config` of a parsed JSON object; missing fields have their defaults.
+    """Returns the checked `Config` of a parsed JSON object; a missing field has its default.
 
     Raises:
-      ConfigError: listing all unknown keys, wrong types and broken rules.
+      ConfigError: if there are unknown keys, wrong types or broken rules; the message has all.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must hold an object, not {type(values).__name__}.")
@@ -248,14 +248,14 @@ def from_object(values: Any, where: str = "config.json") -> Config:
 
 
 def _as_annotated(value: Any, expected: Any) -> Any:
-    """Returns an int as a float if the field is a float, because JSON writes 1 for 1.0."""
+    """Converts an int to a float if the field is a float, because JSON may write 1 for 1.0."""
     whole = expected is float and type(value) is int
-    # An int without an exact float stays an int, and the type check refuses it.
+    # An int that no float represents exactly stays an int, and the type check refuses it.
     return float(value) if whole and abs(value) <= 1 << 53 else value
 
 
 def changed(config: Config, change: Mapping[str, Any]) -> Config:
-    """Returns the config with other values of these dotted fields."""
+    """Returns a copy of `config` with the new values that `change` gives for dotted fields."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in change.items():
         group, field = name.split(".")
@@ -267,13 +267,13 @@ def changed(config: Config, change: Mapping[str, Any]) -> Config:
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns {dotted field: (old value, new value)} for every field that differs."""
+    """Returns {dotted field: (old value, new value)} for all fields with different values."""
     old_flat, new_flat = dict(_fields(old)), dict(_fields(new))
     return {k: (old_flat[k], new_flat[k]) for k in old_flat if old_flat[k] != new_flat[k]}
 
 
 def field_types(*, include_extras: bool = False) -> dict[str, Any]:
-    """Returns {dotted field: annotated type} for every field, on request with its limits."""
+    """Returns {dotted field: type} for all fields; `include_extras` adds the limits to a type."""
     return {
         f"{group}.{name}": hint
         for group, cls in typing.get_type_hints(Config).items()

@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from mobilellm_jax.config import Config, ModelConfig
 
 QUANTIZE_PARTS = ("embedding", "head", "attention", "cache")
-_WHOLE_NUMBERS = range(-(1 << 31), 1 << 31)  # devices count with 32 bits
+_WHOLE_NUMBERS = range(-(1 << 31), 1 << 31)  # Integers on the devices have 32 bits.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionRules:
-    """The limits of an implementation of attention; a config beyond them is refused."""
+    """What an implementation of attention supports; a config must not ask for more."""
 
-    device: str  # required platform; "" = any platform
-    float32: bool  # accepts float32 besides bfloat16
-    documents: bool  # supports data.boundaries=document_mask
-    sequence_parallel: bool  # supports mesh.sequence other than 1
-    length_multiple: int = 1  # data.seq_len must be a multiple of this number
-    head_dim_multiple: int = 1  # model.head_dim must be a multiple of this number
+    device: str  # Required platform; "" = any platform.
+    float32: bool  # Supports float32 besides bfloat16.
+    documents: bool  # Supports data.boundaries=document_mask.
+    sequence_parallel: bool  # Supports mesh.sequence other than 1.
+    length_multiple: int = 1  # Number that must divide data.seq_len.
+    head_dim_multiple: int = 1  # Number that must divide model.head_dim.
 
 
 ATTENTION: Mapping[str, AttentionRules] = {
@@ -40,7 +40,7 @@ ATTENTION: Mapping[str, AttentionRules] = {
         device="gpu", float32=False, documents=True, sequence_parallel=False, head_dim_multiple=8
     ),
 }
-"""The implementations by the name in `model.attention`; only `xla` stores T x T scores."""
+"""Maps each value of `model.attention` to its rules; only `xla` stores T x T scores."""
 
 
 def near_miss(name: str, candidates: Iterable[str]) -> str:
@@ -49,8 +49,8 @@ def near_miss(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-# Rules between fields: a test, and the message if it fails. The message shows every field that the
-# test reads, so a rule is only tested if the values in its message are valid.
+# Each rule is a test and the message for a failed test. A message shows every field that its test
+# reads, so `violations` runs a test only if all fields in its message have valid values.
 _RULES: tuple[tuple[Callable[["Config"], bool], str], ...] = (
     (
         lambda c: c.model.scan_unroll <= c.model.num_blocks,
@@ -90,7 +90,7 @@ def violations(
 ) -> Iterator[str]:
     """Yields one message for each wrong value and for each broken rule between valid values.
 
-    `values` and `types` have the dotted names of the fields; the types carry their limits.
+    The keys of `values` and `types` are dotted field names; the types include their limits.
     """
     valid = set()
     for name, value in values.items():
@@ -108,7 +108,7 @@ def violations(
 
 
 def _problem(value: Any, limited: Any) -> str:
-    """Returns what `value` must be to have a type with limits; "" if it has the type."""
+    """Returns the rule that `value` breaks, as the end of a message; "" if it breaks none."""
     expected, *limits = get_args(limited) if get_origin(limited) is Annotated else [limited]
     if get_origin(expected) is Literal:
         choices = get_args(expected)
@@ -167,7 +167,7 @@ def _mesh_violations(config: "Config") -> Iterator[str]:
 
 
 def attention_violations(config: "Config", name: str) -> Iterator[str]:
-    """Yields one message per demand of the config that attention `name` cannot meet."""
+    """Yields one message per setting that the implementation `name` does not support."""
     model, data = config.model, config.data
     if name == "auto":
         return
@@ -217,7 +217,7 @@ def part_violations(field: str, parts: str) -> Iterator[str]:
 
 
 def tied_violations(field: str, parts: str, model: "ModelConfig") -> Iterator[str]:
-    """Yields a message if `parts` names only one of `embedding` and `head` of a tied model."""
+    """Yields a message if a model is tied and `parts` has only one of `embedding` and `head`."""
     chosen = quantize_parts(parts)
     if model.tie_embeddings is True and ("embedding" in chosen) != ("head" in chosen):
         yield (
@@ -227,7 +227,7 @@ def tied_violations(field: str, parts: str, model: "ModelConfig") -> Iterator[st
 
 
 def quantize_parts(parts: str) -> tuple[str, ...]:
-    """Returns the names in a list separated by commas."""
+    """Splits a list of names at its commas."""
     return tuple(part.strip() for part in parts.split(",") if part.strip())
 
 
@@ -244,4 +244,4 @@ _LONGER_RULES: tuple[tuple[tuple[str, ...], Callable[["Config"], Iterator[str]]]
     (("quantize.scheme", "quantize.parts"), _quantize_violations),
     (("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"), _mesh_violations),
 )
-"""The other rules: the fields that must be valid, and the messages."""
+"""The other rules: fields that must be valid, and a function that yields the messages."""

@@ -1,1 +1,1 @@
-"""Settings that come before jax starts: XLA's flags, the allocator, the compilation cache."""
+"""Settings to make before jax starts: XLA's flags, the allocator and the compilation cache."""

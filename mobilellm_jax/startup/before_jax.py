@@ -1,4 +1,4 @@
-"""The settings of a process that trains, which have to come before jax starts a backend."""
+"""Makes the settings that a training process needs before jax starts a backend."""
 
 from mobilellm_jax.startup.compile_cache import use_compile_cache
 from mobilellm_jax.startup.host_memory import share_one_heap
@@ -8,8 +8,8 @@ from mobilellm_jax.startup.xla_flags import set_xla_flags
 def before_jax(*, deterministic: bool) -> str:
     """Sets the allocator, XLA's flags and the compilation cache; returns a line about them.
 
-    Processes of one run connect (`distributed.start`) only afterwards, with the flags set. The
-    errors are those of `set_xla_flags`.
+    Call this function before `distributed.start`, which connects the processes of a run. It raises
+    the errors of `set_xla_flags`.
     """
     share_one_heap()
     flags = set_xla_flags(deterministic=deterministic)

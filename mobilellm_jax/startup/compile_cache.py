@@ -1,6 +1,6 @@
-"""Keeps compiled programs on disk, so that the next start of a run need not compile them again.
+"""Keeps compiled programs on disk, so that a restarted run does not compile them again.
 
-jax writes and reads the files. This file only chooses the folder and the programs that are kept.
+jax writes and reads the files. This file only chooses the folder and which programs jax keeps.
 The folder belongs to the user (`~/.cache/mobilellm/compiled`, or below `XDG_CACHE_HOME`), because
 anyone who can write there can run code in this process. jax's own settings take precedence:
 `JAX_COMPILATION_CACHE_DIR` names another folder, for example one that several hosts share, and
@@ -16,15 +16,15 @@ import jax
 
 from mobilellm_jax.startup.cpu import cpu_features
 
-# A training step takes seconds or minutes to compile. Compiling a shorter program takes less time
-# than finding its file, and each scalar operation would add a file to the folder.
+# jax keeps a program if its compilation takes at least this time; a training step takes seconds or
+# minutes. jax compiles a scalar operation faster than it finds a file, so it needs no file.
 _WORTH_SEC = 0.1
 
 
 def use_compile_cache() -> str:
-    """Turns the cache on, unless the user has decided otherwise; returns where the cache is.
+    """Turns the cache on, unless the user turned it off; returns the folder or "off".
 
-    Call this function before anything compiles, because jax reads these settings once.
+    Call this function before anything compiles, because jax reads these settings only once.
     """
     settings = jax.config.values
     if not settings["jax_enable_compilation_cache"]:
@@ -46,6 +46,6 @@ def use_compile_cache() -> str:
 
 
 def _processor() -> str:
-    """Returns a name of the CPU: hosts may share a home folder, and jax's key omits the CPU."""
+    """Returns a CPU name: hosts may share a home folder, and jax's cache key omits the CPU."""
     features = hashlib.sha256(" ".join(sorted(cpu_features())).encode()).hexdigest()[:8]
     return f"{platform.machine()}-{features}"

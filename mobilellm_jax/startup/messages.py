@@ -1,7 +1,8 @@
 """Shows the package's log messages to the user.
 
-Every room writes lines for the user with `logging.getLogger(__name__)`. A program that imports this
-package decides where they go; a command line and its child processes call `show_messages`.
+Every module logs its messages for the user with `logging.getLogger(__name__)`. A program that
+imports this package decides where they go. The command line and its child processes call
+`show_messages`.
 """
 
 import contextlib
@@ -10,9 +11,9 @@ import sys
 
 
 class _StandardError(logging.Handler):
-    """Writes messages, without a prefix, to the `sys.stderr` of the moment.
+    """Writes messages without a prefix to the current value of `sys.stderr`.
 
-    The handler removes a progress bar of tqdm before it writes, and draws the bar again below.
+    The handler hides a progress bar of tqdm while it writes, and then draws the bar again.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -24,9 +25,9 @@ class _StandardError(logging.Handler):
 
 
 def show_messages() -> None:
-    """Sends the messages of this package, from INFO on, to standard error."""
+    """Sends messages of this package with level INFO or higher to standard error."""
     logger = logging.getLogger("mobilellm_jax")
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # a library may add a handler to the root logger, and repeat each line
+    logger.propagate = False  # a handler of the root logger would repeat each line
     if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
         logger.addHandler(_StandardError())

@@ -1,18 +1,18 @@
-"""Sets the flags of XLA's compilers; no other file of this package sets any.
+"""Sets the flags of XLA's compilers; no other file of this package sets such flags.
 
 XLA reads `XLA_FLAGS` once, when the first backend starts, and ends the process if it does not know
-a flag. So `set_xla_flags` runs first, sets only the flags below, and only with a tested version of
-jaxlib. The flags of the user take precedence.
+a flag. So call `set_xla_flags` before a backend starts. It sets only the flags below, and only if
+the version of jaxlib is tested. The flags of the user take precedence.
 
 | device | flag | reason |
 |---|---|---|
-| GPU | `xla_gpu_enable_latency_hiding_scheduler=true` | overlaps collectives with matrix products;
+| GPU | `xla_gpu_enable_latency_hiding_scheduler=true` | overlaps collectives and computation;
   NVIDIA sets this flag in its JAX images; it has no effect on a single GPU |
 | GPU | `xla_gpu_deterministic_ops=true` | only with `train.deterministic`: no atomics, cuDNN's
   deterministic attention, no choice of kernels by timing |
 
-TPU gets no flag (`LIBTPU_INIT_ARGS`), because no gain was measured, and CPU gets no flag. Both are
-deterministic without flags.
+For TPU, this file sets no flags (`LIBTPU_INIT_ARGS`), because they brought no gain in measurements.
+For CPU, it sets no flags either. TPU and CPU are deterministic without flags.
 """
 
 import importlib.util
