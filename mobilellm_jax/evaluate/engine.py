@@ -1,4 +1,4 @@
-"""The interface between an evaluation and a model: a checkpoint in JAX or an exported file."""
+"""The interface through which evaluations use a model: a checkpoint in JAX or an export."""
 
 import dataclasses
 import functools
@@ -20,19 +20,19 @@ from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
 
 Continuations = Iterator[list[list[int]]]
-"""Yields some new tokens of every prompt at a time; EOS ends a row and is not part of it."""
+"""Each item holds a few new tokens of every prompt; the EOS that ends a row is left out."""
 
 Writer = Callable[[Request], Continuations]
-"""Continues prompts, as `generate.stream` does."""
+"""A function that continues the prompts of a request, as `generate.stream` does."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JaxEngine:
-    """A checkpoint on the mesh of its scorer."""
+    """A checkpoint that runs in JAX, with its parameters on the mesh of the scorer."""
 
     scorer: Scorer
     params: Params
-    prompts_at_once: int = 32  # largest number of prompts for one call of the writer
+    prompts_at_once: int = 32  # Largest number of prompts in one call of the writer.
 
     @property
     def config(self) -> ModelConfig:
@@ -45,22 +45,22 @@ class JaxEngine:
 
     @property
     def name(self) -> str:
-        """Name and version of what computes."""
+        """Name and version of the library that runs the model."""
         return f"JAX {jax.__version__}"
 
     def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
-        """Yields pairs of a query's number and its score, some queries at a time."""
+        """Yields lists of pairs: the index of a query in `queries`, and the score of this query."""
         return self.scorer.scores(self.params, queries)
 
     def writer(self) -> Writer:
-        """Returns a function that continues prompts; it holds a copy of the weights."""
+        """Returns a function that continues prompts; the function holds a copy of the weights."""
         return functools.partial(stream, self.config, prepare(self.config, self.params))
 
 
 def jax_engine(
     config: ModelConfig, params: Params, devices: Sequence[jax.Device] | None = None
 ) -> JaxEngine:
-    """Returns an engine with all parameters on each of `devices` (None: all devices)."""
+    """Returns an engine that keeps all parameters on each of `devices` (None: every device)."""
     mesh = make_mesh(MeshConfig(), devices)
     scorer = Scorer(config, mesh, logical_rules(config, mesh.shape))
     return JaxEngine(scorer, jax.device_put(params, replicated(mesh)))
@@ -68,7 +68,7 @@ def jax_engine(
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeEngine:
-    """An exported model in its own runtime, which reads one sequence at a time."""
+    """An exported model in its own runtime; the runtime reads one sequence at a time."""
 
     config: ModelConfig
     precision: str
@@ -80,7 +80,7 @@ class RuntimeEngine:
         return self.runtime.name
 
     def scores(self, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
-        """Scores each query; queries with the same tokens are read once."""
+        """Scores one query at a time; if queries have equal tokens, the model reads them once."""
         order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
         tokens: tuple[int, ...] = ()
         log_TV: NDArray[np.float64] = np.zeros((0, 0))
@@ -110,11 +110,11 @@ class RuntimeEngine:
 
 
 Engine = JaxEngine | RuntimeEngine
-"""A model that scores continuations and writes texts."""
+"""A model that scores continuations and continues prompts."""
 
 
 def log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns log-probabilities in float64, because logits of a runtime may be large."""
+    """Returns log-probabilities in float64, so that large logits of a runtime lose no digits."""
     wide_TV = logits_TV.astype(np.float64)
     wide_TV -= wide_TV.max(axis=-1, keepdims=True)
     shifted: NDArray[np.float64] = wide_TV - np.log(np.exp(wide_TV).sum(axis=-1, keepdims=True))

@@ -1,9 +1,10 @@
-"""Our model in the interface of lm-evaluation-harness (Gao et al.; the `eval` extra).
+"""Lets lm-evaluation-harness (Gao et al.; the `eval` extra) evaluate our models.
 
-The harness asks with strings, and our model reads the same token ids as the harness' `hf` model. A
-text begins with BOS if other programs put BOS there for this tokenizer. Trailing spaces of a
-context move to the continuation. Context and continuation are encoded together to find the border
-between them. A text that is too long loses its beginning.
+The harness sends strings. We encode a string into the same token ids as the harness' `hf` model
+does. A text begins with BOS if other programs also put BOS before every text of this tokenizer.
+Trailing spaces of a context move to the beginning of the continuation. Context and continuation are
+encoded together, and the token count of the context alone says where the continuation begins. If a
+text is too long for the model, its first tokens are dropped.
 """
 
 import collections
@@ -28,20 +29,21 @@ from mobilellm_jax.generation import generate
 from mobilellm_jax.generation.sampling import GREEDY, Sampling
 from mobilellm_jax.model.size import parameter_count
 
-_MAX_NEW_TOKENS = 256  # the harness' default for tasks without a limit
-_PROMPT_TOKENS = 16_384  # tokens of all prompts in a batch
+_MAX_NEW_TOKENS = 256  # The harness' limit of new tokens for a task that sets no limit.
+_PROMPT_TOKENS = 16_384  # Largest number of prompt tokens in a batch of several prompts.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 Prompt = tuple[list[int], str]
-"""Token ids and the settings as JSON, which can be compared and hashed."""
+"""Token ids of a prompt, and its settings as a JSON text, which can be the key of a dict."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
-    """One model, for any number of tasks; it computes no answer that the journal has.
+    """A model for the harness; it computes only the answers that are not in the journal.
 
-    `origin` names the model in the record. With `show`, a terminal shows the progress.
+    `origin` is the name of the model in the harness' record. With `show`, a progress bar appears on
+    a terminal.
     """
 
     def __init__(
@@ -54,14 +56,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         show: bool = True,
     ) -> None:
         super().__init__()
-        self.cut = 0  # number of requests that lost their beginning because they were too long
+        self.cut = 0  # Number of too long requests, whose first tokens were dropped.
         self._engine = engine
         self._tokens = tokenizer
         self._journal = journal
         self._origin = origin
         self._show = show
         self._beginning = beginning(tokenizer)
-        # A short model writes fewer tokens by default, so that half of it is left for the prompt.
+        # If max_seq_len is at most 256, the default limit is half of it; half is for the prompt.
         longest = engine.config.max_seq_len
         self._max_new_tokens = longest // 2 if longest <= _MAX_NEW_TOKENS else _MAX_NEW_TOKENS
 
@@ -82,7 +84,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return self._tokens.sha256
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns the fields that the harness adds to its record of the run."""
+        """Returns facts about the model; the harness adds them to its record of the run."""
         return {
             "model": self._origin,
             "model_num_parameters": parameter_count(self._engine.config),
@@ -98,7 +100,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        # The harness would show a bar for tokenisation, which is quick.
+        # Tokenisation is quick, so the harness need not show a progress bar for it.
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
@@ -167,7 +169,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         unit: str,
         compute: Callable[[list[str]], Iterator[dict[str, Any]]],
     ) -> dict[str, Any]:
-        """Returns the journal's answers after `compute` has added the missing answers, if any."""
+        """Computes the answers that the journal lacks, and returns all answers of the journal."""
         asked = [name for name in names if name not in self._journal.answers]
         if not asked:
             return self._journal.answers
@@ -181,7 +183,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return self._journal.answers
 
     def _room(self, how: dict[str, Any]) -> int:
-        """Returns the largest number of tokens for a prompt; refuses unsupported settings."""
+        """Returns the largest number of tokens of a prompt; refuses unsupported settings."""
         unknown = how.keys() - _SETTINGS
         if unknown:
             raise UserError(
@@ -199,7 +201,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _continue(
         self, write: Writer, prompts: Sequence[list[int]], how: dict[str, Any]
     ) -> list[str]:
-        """Returns the continuation of each prompt up to its first stop string."""
+        """Returns the text that continues each prompt, up to the first stop string."""
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         stopped = [False] * len(prompts)
@@ -216,16 +218,17 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                     texts[b] = decode(self._tokens, rows[b])
                     stopped[b] = any(stop in texts[b] for stop in how["until"] if stop)
             if all(done or not new for done, new in zip(stopped, part, strict=True)):
-                break  # a row without new tokens has reached EOS
+                break  # A row without new tokens has reached EOS.
         for stop in filter(None, how["until"]):
             texts = [text.split(stop)[0] for text in texts]
         return texts
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens that other programs put before every text.
+    """Returns the tokens that transformers and similar programs put before every text.
 
-    A SentencePiece model gets BOS, as in LLaMA. A tokenizer.json says itself which tokens it adds.
+    For a SentencePiece model, this is BOS, as in LLaMA. A tokenizer.json defines these tokens
+    itself.
     """
     if tokenizer.file.suffix == ".model":
         return [tokenizer.bos_id]
@@ -236,11 +239,11 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Returns the text as transformers would show it.
+    """Decodes token ids to the text that transformers would return.
 
-    Only broken texts differ from our own decoding. Transformers drops the unknown token. If a run
-    of byte tokens is not UTF-8, transformers shows U+FFFD for each byte, where SentencePiece keeps
-    the valid characters.
+    The result differs from `tokenizer.decode` only for broken texts. Transformers drops the unknown
+    token. If a run of byte tokens is not UTF-8, transformers shows one U+FFFD for each byte, while
+    SentencePiece keeps the valid characters of the run.
     """
     known = [i for i in ids if i != tokenizer.unknown_id]
     byte_of = {i: byte for byte, i in enumerate(tokenizer.byte_ids)}
@@ -265,7 +268,7 @@ def _sampling(how: dict[str, Any]) -> Sampling:
 
 
 def _batches(names: Iterable[str], prompts: dict[str, Prompt], most: int) -> Iterable[list[str]]:
-    """Yields batches of prompts with equal settings and similar lengths, the longest first."""
+    """Yields batches of names; the prompts of a batch have equal settings and similar lengths."""
     alike = collections.defaultdict(list)
     for name in names:
         alike[prompts[name][1]].append(name)

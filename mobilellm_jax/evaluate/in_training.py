@@ -1,4 +1,4 @@
-"""Scores tasks and a text during training, with the sharded parameters on the devices."""
+"""Scores tasks and a text during training; the sharded parameters stay on their devices."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +19,11 @@ Evaluator = Callable[[Params], dict[str, float]]
 
 
 def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rules) -> Evaluator:
-    """Returns a function from parameters to "evaluate/TASK/METRIC" and "evaluate/text/METRIC".
+    """Returns a function that scores parameters and returns a dict of metrics.
 
-    It reads rows and text at once, so that mistakes in them show before training starts.
+    The keys of the dict are "evaluate/TASK/METRIC" and "evaluate/text/METRIC". `make_evaluator`
+    itself reads the rows and the text, so that mistakes in these files appear before training
+    starts.
 
     Raises:
       UserError: if `evaluate.tasks` is set without the `eval` extra, a task or row is wrong, or
@@ -63,7 +65,7 @@ def _task_scores(
     tasks = load_tasks(names, data_dir=Path(chosen.data_dir) if chosen.data_dir else None)
 
     def score(engine: JaxEngine) -> dict[str, float]:
-        # Each call has a new journal, because other parameters give other answers.
+        # The parameters differ at each call, so the answers of earlier calls are of no use.
         journal = Journal(None, {})
         model = HarnessModel(engine, tokenizer, journal, origin="in training", show=False)
         return quick_scores(model, tasks, chosen.limit or None)

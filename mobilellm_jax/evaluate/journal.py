@@ -1,9 +1,9 @@
 """Keeps a model's answers on disk, so that a killed evaluation continues where it stopped.
 
 The first line of the file identifies the model. Each further line holds the key of a request and
-its answer. A key is computed from the token ids that reach the model, so two tasks that ask the
-same thing share an answer. Lines are written a batch at a time. If a kill cut a line short, its
-request is asked again.
+its answer. The key is a hash of the token ids that the model reads, so two tasks with equal
+requests share an answer. Lines are written one batch at a time. If the process was killed while it
+wrote a line, the request of this line is computed again.
 """
 
 import dataclasses
@@ -24,16 +24,17 @@ from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.rundir import write_whole
 
 _FORMAT = 1
-# These fields only choose how a result is computed.
+# Config fields that do not identify a trained model. `identity` adds the actual compute dtype.
 _NOT_THE_MODEL = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype")
 
 
 def identity(
     config: ModelConfig, params: Params, tokenizer: Tokenizer, quantized: str | None = None
 ) -> dict[str, Any]:
-    """Returns the fields that identify a model, so that models do not share a journal.
+    """Returns the fields by which a journal recognises its model.
 
-    The quantization is part of the identity, because activations in 8 bits change no weight.
+    `quantized` is one of the fields, because quantizing the activations to 8 bits changes the
+    answers but no weight.
     """
     fields = dataclasses.asdict(config)
     return {
@@ -47,24 +48,25 @@ def identity(
 
 
 def key(kind: str, *parts: Any) -> str:
-    """Returns the key of a request; JSON must be able to hold the parts."""
+    """Returns the key of a request: a hash of its kind and its parts as JSON."""
     return hashlib.sha256(json.dumps([kind, *parts]).encode()).hexdigest()[:32]
 
 
 class Journal:
-    """The answers by key, in memory and in the file `path` (None: in memory only).
+    """A model's answers by key, in memory and in the file `path` (None: only in memory).
 
-    `whose` is the identity of the model that gives the answers.
+    `whose` holds the fields that identify the model. If the file is of another model, its answers
+    are deleted.
     """
 
     def __init__(self, path: Path | None, whose: Mapping[str, Any]) -> None:
         self._path = path
         self.answers: dict[str, Any] = {}
-        self.replaced = False  # whether the file held answers of another model
+        self.replaced = False  # Whether the file held answers of another model.
         if path is None:
             return
         first = json.dumps(whose)
-        # A line without a line end was cut short.
+        # A last line without a line end is incomplete.
         lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
         if lines and lines[0] == first.encode():
             self.answers = dict(filter(None, map(_answer, lines[1:])))
@@ -73,7 +75,7 @@ class Journal:
         write_whole(path, f"{first}\n{_lines(self.answers)}")
 
     def add(self, answers: Iterable[tuple[str, Any]]) -> None:
-        """Keeps the answers of a batch; they have reached the file when this returns."""
+        """Adds the answers of a batch in memory, and writes them to the file before it returns."""
         new = dict(answers)
         self.answers |= new
         if self._path is not None:
@@ -81,7 +83,7 @@ class Journal:
                 file.write(_lines(new))
 
     def remove(self) -> None:
-        """Deletes the file of a finished evaluation."""
+        """Deletes the file; call this when the evaluation is finished."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
@@ -91,9 +93,9 @@ def _lines(answers: Mapping[str, Any]) -> str:
 
 
 def _answer(line: bytes) -> tuple[str, Any] | None:
-    """Returns the key and the answer of a line, or None if the line is damaged.
+    """Returns the key and the answer in a line, or None if the line is damaged.
 
-    An answer is a text, or a pair of a log-likelihood and whether the continuation is greedy.
+    The answer is either a text or, for a continuation, the pair (log-likelihood, is_greedy).
     """
     try:
         name, answer = strict_json.as_type(
@@ -107,11 +109,11 @@ def _answer(line: bytes) -> tuple[str, Any] | None:
 
 
 def _fingerprint(params: Params) -> str:
-    """Returns a digest of all weights, computed on the devices that hold them.
+    """Returns a hash of all weights; the devices that hold the weights compute it.
 
-    Sums of integers do not depend on the order, so every mesh gives the same digest. Each leaf has
-    two sums, and one of them also depends on the places of the weights. The 64 bits protect against
-    accidents and not against malice.
+    The hash is built from sums of integers, which do not depend on the order, so every mesh gives
+    the same hash. Each array has two sums of 32 bits; the second sum also depends on the index of
+    each weight. The sums detect accidental changes, but not deliberate ones.
     """
     leaves = {
         jax.tree_util.keystr(path): leaf
@@ -126,6 +128,7 @@ def _fingerprint(params: Params) -> str:
 def _sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
     place = jnp.arange(bits.size, dtype=jnp.uint32)
-    # Multiplying by an odd number loses no bit. Knuth's multiplicative hash spreads neighbours.
+    # Multiplication by an odd number is invertible, so it loses no bit. The constant is that of
+    # Knuth's multiplicative hash; it gives neighbouring weights very different factors.
     mixed = (bits ^ (bits >> 15)) * (place * jnp.uint32(2654435761) | jnp.uint32(1))
     return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(mixed, dtype=jnp.uint32)

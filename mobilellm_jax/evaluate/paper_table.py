@@ -1,4 +1,4 @@
-"""The paper's tables of scores (Tables 3, 4 and 8) with our scores beside the paper's."""
+"""Formats our scores beside the scores in the paper's Tables 3, 4 and 8."""
 
 import dataclasses
 import statistics
@@ -18,7 +18,7 @@ _SUBSET = """\
 A subset of the published rows was scored (see the column `rows`); say so when you quote a score."""
 _AVERAGE = "The average of acc_norm uses acc for a task without acc_norm."
 
-# The paper's column of a task, if the names differ.
+# The name of a task in `MOBILELLM_SCORES`, if it differs from ours.
 _COLUMNS = {
     "social_iqa": "siqa",
     "triviaqa_1shot": "triviaqa_f1_1shot",
@@ -33,19 +33,20 @@ _SHAPE = (
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """The scores of one task in percent, with standard errors if the harness gives them."""
+    """The scores of one task in percent, and their standard errors if the harness has them."""
 
     task: str
     shots: int
     rows: int
-    percent: dict[str, float]  # by the name of a metric, and by NAME_stderr
-    paper: float | None  # the paper's accuracy, or its F1 for TriviaQA
+    percent: dict[str, float]  # The keys are METRIC and METRIC_stderr.
+    paper: float | None  # The paper's accuracy; for TriviaQA, its F1.
 
 
 def paper_lines(results: Mapping[str, Any], size: str) -> list[Line]:
-    """Returns a line for each task of the paper that ran, in the paper's order.
+    """Returns one line for each task of the paper in `results`, in the paper's order.
 
-    `results` has the harness' layout. `size`, a key of `MOBILELLM`, names the paper's model.
+    `results` is what `tasks.run_tasks` returns. `size` is a key of `MOBILELLM` and chooses the
+    paper's model.
     """
     lines = []
     for task in (*ZERO_SHOT, *QUESTIONS):
@@ -66,7 +67,7 @@ def paper_lines(results: Mapping[str, Any], size: str) -> list[Line]:
 
 
 def averages(lines: list[Line]) -> dict[str, float]:
-    """Returns the means over the eight zero-shot tasks, or nothing if a task is missing."""
+    """Returns the mean scores of the eight zero-shot tasks, or {} if one task is missing."""
     eight = {line.task: line.percent for line in lines if line.task in ZERO_SHOT}
     if len(eight) < len(ZERO_SHOT):
         return {}
@@ -76,7 +77,7 @@ def averages(lines: list[Line]) -> dict[str, float]:
 
 
 def nearest_size(config: ModelConfig) -> tuple[str, bool]:
-    """Returns the paper's model with this shape and True, or the nearest in size and False."""
+    """Returns the nearest size in the paper, and whether that model has the shape of `config`."""
     for size, model in MOBILELLM.items():
         if all(getattr(model, field) == getattr(config, field) for field in _SHAPE):
             return size, True
@@ -95,7 +96,7 @@ def paper_name(size: str) -> str:
 
 
 def format_table(results: Mapping[str, Any], config: ModelConfig) -> str:
-    """Returns the table as text, or "" if no task of the paper ran."""
+    """Returns the table as text, or "" if `results` has no task of the paper."""
     size, is_it = nearest_size(config)
     lines = paper_lines(results, size)
     if not lines:

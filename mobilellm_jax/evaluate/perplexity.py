@@ -1,16 +1,18 @@
-"""Perplexity of a text, in the paper's windows or in overlapping windows.
+"""Measures the perplexity of a text, in the paper's windows or in overlapping windows.
 
-The text gets one BOS in front and is cut into windows of T = `model.max_seq_len` tokens. Without a
-stride, windows do not overlap, as in the paper's evaluation script. Each window scores T - 1 tokens
-because its first token has no context, and the rest after the last full window is dropped.
+BOS is put before the text, and the tokens are cut into windows of T = `model.max_seq_len` tokens.
+Without a stride, windows do not overlap, as in the paper's evaluation script. In each window, T - 1
+tokens are scored, because the first token has no context. The tokens after the last full window are
+not scored.
 
-With a stride, windows overlap and every token of the text is scored once. A window reads T tokens
-and scores the last `stride` of the tokens that follow them. The first window scores all T, and the
-last window scores the rest of the text. Each scored token has a context of at least T - stride
-tokens, or of all tokens before it.
+With a stride, windows overlap, and every token of the text is scored exactly once. In a window, the
+model reads T tokens and predicts the token after each of them. The first window scores all T
+predictions. Each later window scores its last `stride` predictions, and the last window only the
+predictions that are left. For each scored token, the model sees at least T - stride earlier tokens,
+or all earlier tokens.
 
-The loss is the mean over all scored tokens, and perplexity = exp(loss). Bits per byte are
-loss * tokens / (ln 2 * bytes of the scored tokens). They compare models with different tokenizers.
+The loss is the mean over all scored tokens, and the perplexity is exp(loss). Bits per byte are loss
+* tokens / (ln 2 * bytes of the scored tokens). They compare models with different tokenizers.
 """
 
 import dataclasses
@@ -25,22 +27,22 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.engine import Engine
 from mobilellm_jax.evaluate.prefix_trees import Query
 
-_WINDOWS_AT_ONCE = 1024  # each call of the engine gets so many, which bounds the host's memory
+_WINDOWS_AT_ONCE = 1024  # Largest number in a call of the engine; it bounds the host's memory.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerplexityResult:
     """How well a model predicts a text."""
 
-    loss: float  # nats per scored token
+    loss: float  # Mean loss of the scored tokens, in nats.
     perplexity: float
-    bits_per_byte: float  # over the bytes of the scored tokens
-    tokens: int  # scored tokens
+    bits_per_byte: float  # Bits per byte of the scored tokens.
+    tokens: int  # Number of scored tokens.
     windows: int
 
 
 class Window(NamedTuple):
-    """The model reads tokens `start` to `stop` - 1; tokens `scored` + 1 to `stop` are scored."""
+    """The model reads tokens `start` ... `stop` - 1 and scores `scored` + 1 ... `stop`."""
 
     start: int
     scored: int
@@ -49,7 +51,7 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CutText:
-    """A text as token ids, which begin with BOS, and the windows over them."""
+    """The token ids of a text, which begin with BOS, and the windows into which they are cut."""
 
     ids: np.ndarray
     windows: list[Window]
@@ -58,13 +60,13 @@ class CutText:
 
     @classmethod
     def cut(cls, tokenizer: Tokenizer, text: str, length: int, stride: int | None) -> Self:
-        """Cuts a text into windows of `length` tokens, which is `model.max_seq_len`.
+        """Cuts a text into windows of `length` tokens; `length` is `model.max_seq_len`.
 
-        Each window scores `stride` tokens. None gives the paper's windows.
+        Each window scores `stride` tokens. If `stride` is None, the windows are the paper's.
 
         Raises:
-          UserError: if the text is shorter than a window (with a stride: than a token), or the
-            stride is longer than a window.
+          UserError: if the text has fewer tokens than a window (with a stride: no token), or the
+            stride is not between 1 and `length`.
         """
         ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
         windows = _apart(length, ids) if stride is None else _strided(length, ids, stride)
@@ -75,7 +77,7 @@ class CutText:
         return cls(ids, windows, int(scored.sum()), len(text.encode("utf-8")) - others)
 
     def queries(self, windows: list[Window]) -> list[Query]:
-        """Returns what a model reads and predicts in each window."""
+        """Returns one query per window: the tokens that the model reads and the tokens to score."""
         ids: list[int] = self.ids.tolist()
         return [
             Query(tuple(ids[w.start : w.stop]), tuple(ids[w.scored + 1 : w.stop + 1]))
@@ -84,7 +86,7 @@ class CutText:
 
 
 def perplexity(engine: Engine, text: CutText, *, show: bool = True) -> PerplexityResult:
-    """Scores a text; with `show`, a terminal shows the progress."""
+    """Scores a text; with `show`, a progress bar appears on a terminal."""
     windows = text.windows
     nats = 0.0
     with tqdm(total=len(windows), unit="window", disable=None if show else True) as bar:
@@ -104,7 +106,7 @@ def perplexity(engine: Engine, text: CutText, *, show: bool = True) -> Perplexit
 
 
 def _apart(length: int, ids: np.ndarray) -> list[Window]:
-    """Returns the paper's windows of `length` tokens; the last token is only a target."""
+    """Returns the paper's windows: they do not overlap, and their first token is not scored."""
     if length < 2:
         raise UserError(
             f"model.max_seq_len={length} must be at least 2 to score a text, because the first "
@@ -122,12 +124,12 @@ def _apart(length: int, ids: np.ndarray) -> list[Window]:
 
 
 def _strided(length: int, ids: np.ndarray, stride: int) -> list[Window]:
-    """Returns windows of at most `length` tokens that together score every token except BOS."""
+    """Returns overlapping windows that score every token except BOS exactly once."""
     if not 1 <= stride <= length:
         raise UserError(
             f"--stride={stride} must be at least 1 and at most model.max_seq_len={length}."
         )
-    last = len(ids) - 1  # the last token is only a target
+    last = len(ids) - 1  # Index of the last token, which is scored but never read.
     if last < 1:
         raise UserError("The text is empty; give a text with at least one token.")
     windows = [Window(0, 0, min(length, last))]
@@ -139,16 +141,16 @@ def _strided(length: int, ids: np.ndarray, stride: int) -> list[Window]:
 
 
 def _byte_lengths(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """Returns the number of UTF-8 bytes of each token inside a text.
+    """Returns the number of UTF-8 bytes that each token adds to a text.
 
-    The number is exact for SentencePiece. If a token of a byte-level BPE ends in an unfinished
-    character, the unfinished part counts as one byte, though it may have two or three.
+    The number is exact for SentencePiece. A token of a byte-level BPE may end with a part of a
+    character. Such a part counts as one byte, although it may have two or three.
     """
-    # Each token is decoded behind another token, because decoding strips the first token's space.
+    # The decoder drops a text's first space, so another token is put before each token.
     before = tokenizer.encode("a")[-1]
     start = len(tokenizer.decode([before]))
     texts = {i: tokenizer.decode([before, i])[start:] for i in set(ids)}
-    # A byte that is not a whole character is decoded to U+FFFD, which has three bytes.
+    # A part of a character is decoded to U+FFFD, which has three bytes; we count one byte.
     return [
         len(texts[i].encode("utf-8")) - 2 * texts[i].count("\N{REPLACEMENT CHARACTER}") for i in ids
     ]

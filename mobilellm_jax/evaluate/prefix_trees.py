@@ -1,16 +1,18 @@
-"""Merges sequences into prefix trees, so that the model computes a common beginning once.
+"""Merges sequences into prefix trees, so that the model reads a common beginning only once.
 
-The endings of a question continue one context, and the two sentences of a WinoGrande pair are equal
-up to the word in which they differ. A prefix tree holds such a beginning once. Its tokens are in
-preorder: the descendants of token s are the tokens s + 1 ... end(s) - 1. Token t sees token s if
-s <= t < end(s), and its position is its depth. With this mask, one forward pass over the tree gives
-each branch the result of its own pass.
+All answers to a multiple-choice question continue the same context. The two sentences of a
+WinoGrande pair are equal up to the word in which they differ. A prefix tree holds such a common
+beginning once. Its tokens are in preorder: the descendants of token s have the indices s + 1 ...
+end(s) - 1. Token t attends to token s if s <= t < end(s), and the position of a token is its depth
+in the tree. With this mask, one forward pass over the tree gives each sequence the same result as a
+pass over this sequence alone.
 
-The mask also separates trees in the same row. If no tree of a batch branches, the places of the
-ends serve as document numbers (`segments`), because attention within documents is faster than
-attention with a mask. Row lengths are powers of two from 256 on, so few programs are compiled. Rows
-have 15% more tokens than the trees on 600 rows of HellaSwag, 13% more on BoolQ and 9% more on PIQA.
-One row per tree would waste as much and need 12 to 18 lengths.
+The mask also separates the trees in a row. If no tree of a batch has branches, all tokens of a tree
+have the same end. These ends then serve as document numbers (`segments`), because attention within
+documents is faster than attention with a mask. Row lengths are powers of two from 256 on, so few
+programs are compiled. On 600 rows of HellaSwag, the padded rows have 15% more tokens than the
+trees; on BoolQ 13% more, and on PIQA 9% more. With one tree per row, the padding would be about as
+large, and there would be 12 to 18 row lengths to compile.
 """
 
 import bisect
@@ -25,22 +27,23 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.generation.text_stream import common_prefix
 
 _SHORTEST_ROW = 256
-# A token costs about as much as this number of attention scores. In a block of MobileLLM-125M a
-# token takes 7 million operations and a score 2304, at a third of the speed on a CPU.
+# One more token costs about as much compute as this number of attention scores. In a block of
+# MobileLLM-125M, a token needs 7 million operations and a score needs 2304. A CPU computes the
+# operations of scores at a third of the speed.
 _SCORES_PER_TOKEN = 1000
-_SHARES = (8, 4, 2, 1)  # numbers of scored tokens per row, as divisors of the row's length
+_SHARES = (8, 4, 2, 1)  # A row of T tokens has room for T / 8, T / 4, T / 2 or T targets.
 
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A sequence that the model reads, and the targets after its last tokens."""
+    """A sequence that the model reads, and the target tokens to score at its last positions."""
 
     tokens: tuple[int, ...]
-    targets: tuple[int, ...]  # the last target follows the whole sequence
+    targets: tuple[int, ...]  # The last target follows the whole sequence.
 
 
 def make_query(context: Sequence[int], continuation: Sequence[int], max_len: int) -> Query:
-    """Returns the query for a continuation's likelihood; a long context loses its beginning.
+    """Returns the query that scores a continuation; a long context loses its first tokens.
 
     All tokens of the continuation are scored. The model reads at most `max_len` tokens.
 
@@ -61,32 +64,32 @@ def make_query(context: Sequence[int], continuation: Sequence[int], max_len: int
 
 @dataclasses.dataclass
 class Tree:
-    """Queries merged by their common beginnings, with tokens in preorder."""
+    """A prefix tree: queries that share their beginning, with the tokens in preorder."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     positions: list[int] = dataclasses.field(default_factory=list)
-    ends: list[int] = dataclasses.field(default_factory=list)  # end of each token's descendants
-    sources: list[int] = dataclasses.field(default_factory=list)  # token before each target
+    ends: list[int] = dataclasses.field(default_factory=list)  # Index after each token's subtree.
+    sources: list[int] = dataclasses.field(default_factory=list)  # Token that precedes each target.
     targets: list[int] = dataclasses.field(default_factory=list)
-    queries: list[int] = dataclasses.field(default_factory=list)  # numbers, in order of `targets`
-    lengths: list[int] = dataclasses.field(default_factory=list)  # targets of each query
+    queries: list[int] = dataclasses.field(default_factory=list)  # Numbers of the merged queries.
+    lengths: list[int] = dataclasses.field(default_factory=list)  # Number of targets per query.
 
     @property
     def size(self) -> int:
-        """The number of places that the tree takes in a row."""
+        """The number of positions that the tree needs in a row."""
         return max(len(self.tokens), len(self.targets))
 
 
 def grow_trees(queries: Sequence[Query], max_size: int) -> list[Tree]:
-    """Returns trees of at most `max_size` places that hold every query once.
+    """Merges queries into trees of at most `max_size` positions; every query is in one tree.
 
-    Merging saves the shared tokens but adds attention between branches, which is computed and then
-    masked. Two queries are merged if that is cheaper.
+    After merging, the model reads the shared tokens once, but it also computes attention scores
+    between branches, which the mask then hides. Queries are merged only if this is cheaper.
     """
-    # After sorting by tokens, queries with a common beginning stand next to each other.
+    # Sorting by tokens puts queries with a common beginning next to each other.
     order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)
     trees: list[Tree] = []
-    path: list[int] = []  # places of the last query's tokens in the last tree
+    path: list[int] = []  # Indices of the last query's tokens in the last tree.
     before: tuple[int, ...] = ()
     for number in order:
         query = queries[number]
@@ -131,12 +134,12 @@ class Row:
 
 
 def pack_rows(trees: Sequence[Tree], multiple: int = 1) -> list[Row]:
-    """Puts trees into rows, the largest first, each into the row with the least sufficient room.
+    """Puts trees into rows, largest trees first; each goes to the fullest row with enough room.
 
     The length of every row is a multiple of `multiple`.
     """
     rows: list[Row] = []
-    room: list[tuple[int, int]] = []  # (free places, row), ascending
+    room: list[tuple[int, int]] = []  # Pairs (free positions, row) in ascending order.
     for tree in sorted(trees, key=lambda tree: -tree.size):
         found = bisect.bisect_left(room, (tree.size, -1))
         if found == len(room):
@@ -153,32 +156,32 @@ def pack_rows(trees: Sequence[Tree], multiple: int = 1) -> list[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows as arrays, and the places of the queries' targets in them."""
+    """Rows of trees as arrays, and the location of the targets of each query."""
 
-    # tokens, positions and ends or segments are [B T]; sources and targets are [B S]
+    # The shape of tokens, positions, ends and segments is [B T]; of sources and targets, [B S].
     arrays: dict[str, NDArray[np.int32]]
-    spans: list[tuple[int, int, int, int]]  # query, row, start and stop of its targets in the row
+    spans: list[tuple[int, int, int, int]]  # Query, row, start and stop of its targets.
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Number of rows, tokens per row, scored tokens per row."""
+        """The number of rows, of tokens per row, and of targets per row."""
         return *self.arrays["tokens"].shape, self.arrays["targets"].shape[1]
 
 
 def make_batches(rows: Sequence[Row], batch_tokens: int, multiple: int) -> Iterator[Batch]:
-    """Yields batches of rows with one length, the longest first, so that memory fails early.
+    """Yields batches of rows of equal length, longest first, so that a lack of memory shows early.
 
-    A batch has about `batch_tokens` tokens. Empty rows make its number of rows a multiple of
-    `multiple`.
+    A batch has about `batch_tokens` tokens. Empty rows are added until the number of rows of the
+    batch is a multiple of `multiple`.
     """
-    # A batch is padded to its largest number of scored tokens, so similar rows stand together.
+    # A batch is padded to the row with the most targets, so rows are sorted by this number too.
     ordered = sorted(rows, key=lambda row: (-row.length, -row.scored))
     for length, alike in itertools.groupby(ordered, key=lambda row: row.length):
         size = max(1, batch_tokens // length // multiple) * multiple
         left = list(alike)
         while left:
             batch, left = left[:size], left[size:]
-            # The last batch of a length gets a smaller power of two instead of many empty rows.
+            # A small last batch is padded to a power of two (times `multiple`), not to `size` rows.
             count = multiple
             while count < len(batch):
                 count *= 2
@@ -190,7 +193,7 @@ def _as_arrays(rows: Sequence[Row], length: int, count: int) -> Batch:
     scored = min(size for d in _SHARES if (size := -(-length // d)) >= scored)
     tokens_BT, positions_BT = np.zeros((2, count, length), np.int32)
     sources_BS, targets_BS = np.zeros((2, count, scored), np.int32)
-    # Padding sees only itself.
+    # A padding token attends only to itself.
     ends_BT = np.tile(np.arange(1, length + 1, dtype=np.int32), (count, 1))
     is_chain = True
     spans = []

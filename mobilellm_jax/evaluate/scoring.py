@@ -1,7 +1,8 @@
-"""Log-likelihoods of many continuations at once, from prefix trees, on any mesh.
+"""Computes the log-likelihoods of many continuations from prefix trees, on any mesh.
 
-The likelihood of a continuation is the product of the probabilities of its tokens, each given the
-context and the tokens before it. A continuation is greedy if each of its tokens is the likeliest.
+The likelihood of a continuation is the product of the probabilities of its tokens. The probability
+of a token is computed given the context and the earlier tokens of the continuation. A continuation
+is greedy if each of its tokens is the likeliest token at its position.
 """
 
 import dataclasses
@@ -29,30 +30,30 @@ from mobilellm_jax.sharding import (
 )
 from mobilellm_jax.train.loss import chunks, unchunk
 
-_SMALLEST_TREE = 256  # a tree may have this size even if the model reads fewer tokens
-_BATCH_TOKENS = {"cpu": 2048}  # tokens per device and batch, by platform
+_SMALLEST_TREE = 256  # A tree may always have this size, even if max_seq_len is smaller.
+_BATCH_TOKENS = {"cpu": 2048}  # Tokens per device in a batch, by platform.
 _BATCH_TOKENS_ELSEWHERE = 16_384
-_LOGITS_BYTES = 64 << 20  # logits in the memory of a device at the same time
+_LOGITS_BYTES = 64 << 20  # Bytes of logits that a device holds at the same time.
 
 
 class Score(NamedTuple):
     """The score of a continuation."""
 
-    log_likelihood: float  # nats
+    log_likelihood: float  # In nats.
     is_greedy: bool
 
 
 class Scorer:
-    """Scores queries with one architecture; new parameters do not compile anything again.
+    """Scores queries with models of one architecture; new parameters need no compilation.
 
-    Rows are split over `data` and `fsdp`. `batch_tokens`, the number of tokens per device and
-    batch, affects only speed and memory.
+    Rows are split over the mesh axes `data` and `fsdp`. `batch_tokens` is the number of tokens per
+    device in a batch; it affects only speed and memory.
     """
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, rules: Rules, *, batch_tokens: int | None = None
     ) -> None:
-        # The attention kernels do not accept the mask of a tree.
+        # The attention kernels do not accept the mask of a tree; the XLA attention does.
         self.config = dataclasses.replace(config, attention="xla", remat="none")
         self._mesh = mesh
         platform = mesh.devices.flat[0].platform
@@ -61,18 +62,18 @@ class Scorer:
         self._forward = jit_under(mesh, rules, self._score, out_shardings=replicated(mesh))
 
     def scores(self, params: Params, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
-        """Yields pairs of a query's number and its score, a batch at a time.
+        """Yields one list per batch, with pairs of the index of a query and its score.
 
         Raises:
           FloatingPointError: if a likelihood is not finite.
         """
         trees = grow_trees(queries, max(_SMALLEST_TREE, self.config.max_seq_len))
-        # The axis `sequence` must divide a row's length, and an eighth of it (the scored tokens).
+        # The size of the axis `sequence` must divide the row length T, and also the T / 8 targets.
         rows = pack_rows(trees, 8 * self._mesh.shape["sequence"])
         batches = make_batches(rows, self._batch_tokens, batch_shards(self._mesh))
         running: tuple[Batch, tuple[jax.Array, jax.Array]] | None = None
         for batch in batches:
-            # The device computes this batch while the host reads the previous batch.
+            # The device computes this batch while the host reads the previous result.
             started = batch, self._forward(params, self._placed(batch))
             if running is not None:
                 yield _read(*running)
@@ -89,7 +90,7 @@ class Scorer:
     def _score(
         self, params: Params, batch: dict[str, Int[Array, "B _"]]
     ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
-        """Returns each target's log-probability in float32, and whether the target is likeliest."""
+        """Returns each target's float32 log-probability, and whether no token is likelier."""
         model = Transformer(self.config).bind({"params": params})
         ends_BT = batch.get("ends")
         mask_BTS = None
@@ -132,7 +133,7 @@ def _read(batch: Batch, arrays: tuple[jax.Array, jax.Array]) -> list[tuple[int, 
 
 
 def checked_score(log_probabilities: Sequence[float], is_greedy: bool) -> Score:
-    """Returns the score of a continuation, or raises a FloatingPointError if it is not finite."""
+    """Adds up log-probabilities; raises a FloatingPointError if the sum is not finite."""
     log_likelihood = math.fsum(log_probabilities)
     if not math.isfinite(log_likelihood):
         raise FloatingPointError(

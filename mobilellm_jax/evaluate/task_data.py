@@ -1,8 +1,9 @@
-"""The tasks of the paper's tables, and their rows from local files instead of a download.
+"""Lists the tasks of the paper's tables, and reads the rows of tasks from local files.
 
-A folder of rows holds one folder per data set, with JSON lines in the layout that the data set has
-on the Hugging Face Hub. The scored split is `test.jsonl` or `validation.jsonl`; examples are drawn
-from `fewshot.jsonl`. All rows are checked before the first row is scored.
+A local folder of rows contains one folder per data set. Its files hold JSON lines with the same
+fields as the rows of the data set on the Hugging Face Hub. The rows to score are in `test.jsonl` or
+`validation.jsonl`, and the examples are in `fewshot.jsonl`. All rows are checked before the first
+row is scored.
 """
 
 import ast
@@ -19,23 +20,23 @@ FEWSHOT = "fewshot"
 _SHOWN_CHOICES = 20
 Row = dict[str, Any]
 Check = Callable[[Row], None]
-"""Raises a JsonError if a row does not have the layout of its data set."""
+"""A function that raises a JsonError if a row does not have the fields of its data set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """A task's file in lm-evaluation-harness, the files of its data set, and rules for the rows."""
+    """A task: its definition in lm-evaluation-harness, the files of its rows, and their check."""
 
-    harness_file: str  # in the folder of the harness' tasks, without .yaml
+    harness_file: str  # File in the harness' folder of tasks, without .yaml.
     folder: str
-    scored: str  # name of the scored split and, with .jsonl, of its file
-    full_rows: int  # rows of the scored split in the published data set
+    scored: str  # Name of the scored split, and of its file without .jsonl.
+    full_rows: int  # Number of rows in the scored split of the published data set.
     check: Check
-    fewshot: str = FEWSHOT  # name of the file that holds the examples
-    shots: int | None = None  # number of examples, if the task's name fixes it
+    fewshot: str = FEWSHOT  # Name of the file with the examples, without .jsonl.
+    shots: int | None = None  # Number of examples, if the task's name fixes this number.
 
     def files(self, data_dir: Path, num_fewshot: int) -> dict[str, Path]:
-        """Returns the files to read, by the name of the split."""
+        """Returns a dict from the name of each needed split to its file."""
         names = dict.fromkeys([self.scored, *([self.fewshot] if num_fewshot else [])])
         return {name: data_dir / self.folder / f"{name}.jsonl" for name in names}
 
@@ -50,7 +51,7 @@ def read_rows(file: Path, check: Check) -> list[Row]:
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; it should hold JSON lines.")
     rows = []
-    # str.splitlines() would also split at U+2028 inside a string.
+    # We do not use str.splitlines(), which would also split at U+2028 inside a JSON string.
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -81,7 +82,7 @@ def _texts(holder: Row, key: str, name: str = "") -> list[str]:
 
 
 def _labelled(label: str, kind: type, choices: Sequence[Any], *texts: str) -> Check:
-    """Returns the check of rows with some texts and a label out of `choices`."""
+    """Returns a check that the fields `texts` are strings and the field `label` is in `choices`."""
 
     def check(row: Row) -> None:
         for name in texts:
@@ -92,7 +93,7 @@ def _labelled(label: str, kind: type, choices: Sequence[Any], *texts: str) -> Ch
 
 
 def _lettered(question: str) -> Check:
-    """Returns the check of ARC and OpenBookQA, whose choices have their own labels."""
+    """Returns the check for rows of ARC and OpenBookQA, which list a label for each choice."""
 
     def check(row: Row) -> None:
         strict_json.get(row, question, str)
@@ -112,7 +113,7 @@ def _check_hellaswag(row: Row) -> None:
     for name in ("activity_label", "ctx_a", "ctx_b"):
         strict_json.get(row, name, str)
     endings = _texts(row, "endings")
-    # Some copies of the data set write the label as a text and some as a number.
+    # Some copies of the data set store the label as a string, and others as a number.
     kind = str if isinstance(row.get("label"), str) else int
     _one_of("label", strict_json.get(row, "label", kind), [kind(n) for n in range(len(endings))])
 
@@ -135,7 +136,7 @@ def _check_race(row: Row) -> None:
         problems = ast.literal_eval(literal)
     except (ValueError, SyntaxError, TypeError) as error:
         raise JsonError(f"problems must be a Python literal: {error}.") from error
-    except (MemoryError, RecursionError):  # from Python's parser, however much memory is free
+    except (MemoryError, RecursionError):  # Python's parser raises both, even if memory is free.
         raise JsonError("problems is nested too deep for a Python literal.") from None
     if not isinstance(problems, list) or not problems:
         raise JsonError("problems must be a list with at least one problem.")
@@ -180,13 +181,14 @@ TASK_DATA: Mapping[str, TaskData] = {
     "triviaqa_1shot": dataclasses.replace(_TRIVIAQA, shots=1),
     "triviaqa_5shot": dataclasses.replace(_TRIVIAQA, shots=5),
     "triviaqa_64shot": dataclasses.replace(_TRIVIAQA, shots=64),
-    # A row of RACE is an article, because only the last question of an article is scored. The
-    # harness knows no other split of RACE and draws examples from the scored split.
+    # A row of RACE is an article with several questions, and the harness scores only the last
+    # question. The harness defines no other split of RACE, so the examples come from the scored
+    # split.
     "race_middle": TaskData("race/race", "race", "middle", 362, _check_race, fewshot="middle"),
     "race_high": TaskData("race/race", "race", "high", 1045, _check_race, fewshot="high"),
     "wikitext": TaskData("wikitext/wikitext", "wikitext", "test", 62, _check_wikitext, shots=0),
 }
-"""Data of each task. If lm-evaluation-harness has the task, the name is the harness' name."""
+"""Our tasks by name. If lm-evaluation-harness has the task too, it uses the same name."""
 
 ZERO_SHOT = (
     *("arc_easy", "arc_challenge", "boolq", "piqa", "social_iqa", "hellaswag", "openbookqa"),
@@ -198,4 +200,4 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "mobilellm_zero_shot": ZERO_SHOT,
     "mobilellm_questions": QUESTIONS,
 }
-"""Groups of tasks: the paper's eight zero-shot tasks (Tables 3 and 8) and questions (Table 4)."""
+"""Groups of tasks: the eight zero-shot tasks (Tables 3 and 8), the questions (Table 4), or all."""

@@ -1,9 +1,9 @@
 """Loads and runs tasks of lm-evaluation-harness (the `eval` extra).
 
-For a task of `TASK_DATA` we write a task file that includes the harness' own file. Prompt, choices
-and metric come from the harness. Our file adds the local rows (`--data_dir`), the number of
-examples that is part of the task's name, TriviaQA's F1, and the middle-school half of RACE. Other
-tasks of the harness run unchanged.
+For each task of `TASK_DATA`, we write a task file that includes the harness' own file. The prompts,
+choices and metrics come from the harness' file. Our file adds the local rows (`--data_dir`), the
+number of examples if the task's name contains this number, the F1 of TriviaQA, and the
+middle-school half of RACE. Other tasks of the harness run unchanged.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _INSTALLED = Path(lm_eval.__file__).parent / "tasks"
 class Tasks:
     """Tasks with their rows."""
 
-    loaded: Any  # the harness' dict of tasks and groups
+    loaded: Any  # Dict of tasks and groups, as the harness loads them.
     manager: TaskManager
 
 
@@ -51,13 +51,13 @@ def load_tasks(
     """Loads tasks and their rows.
 
     Args:
-      names: tasks or groups; `TASK_DATA` and `GROUPS` list ours.
-      data_dir: folder of local rows (`task_data.py`); None: the harness downloads missing rows.
-      num_fewshot: number of examples before each question, unless the task's name fixes it. None:
-        the harness' number, which is zero for most tasks.
+      names: Names of tasks or groups. `TASK_DATA` and `GROUPS` list ours.
+      data_dir: Folder of local rows (`task_data.py`). If None, the harness downloads the rows.
+      num_fewshot: Number of examples before each question, unless the task's name fixes it. If
+        None, the harness' number is used, which is zero for most tasks.
 
     Raises:
-      UserError: if a name is not a task, with similar names, or if a row is wrong.
+      UserError: if a name is not a task (the message suggests similar names), or a row is wrong.
       MissingFileError: if a file of rows is missing.
     """
     wanted = tuple(dict.fromkeys(t for name in names for t in GROUPS.get(name, (name,))))
@@ -77,7 +77,7 @@ def load_tasks(
             if name in TASK_DATA:
                 overlay = _overlay(name, data_dir, _shots(name, num_fewshot))
                 (Path(folder) / f"{name}.yaml").write_text(overlay, "utf-8")
-        # The harness needs seconds to search its thousands of task files.
+        # The search for the harness' own tasks reads thousands of files, which takes seconds.
         manager = TaskManager(include_path=folder, include_defaults=bool(foreign))
         unknown = [name for name in foreign if name not in manager.all_tasks]
         if unknown:
@@ -93,7 +93,7 @@ def load_tasks(
             raise
     for name, task in loaded["tasks"].items():
         given = task.get_config("num_fewshot")
-        # A task file says 0 if examples must not be added.
+        # A task file sets this number to 0 if the task must not have examples.
         fixed = name in TASK_DATA and TASK_DATA[name].shots is not None
         if not fixed and given != 0:
             shots = given if num_fewshot is None else num_fewshot
@@ -102,10 +102,10 @@ def load_tasks(
 
 
 def quick_scores(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> dict[str, float]:
-    """Returns the value of each TASK/METRIC, without standard errors and without a record."""
+    """Returns a dict from "TASK/METRIC" to the value of the metric, without standard errors."""
     with _quiet():
         for task in tasks.loaded["tasks"].values():
-            task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples at every call
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # Every call draws the same examples.
         results = evaluator.evaluate(
             model, tasks.loaded, limit=limit, log_samples=False, bootstrap_iters=0
         )
@@ -118,7 +118,7 @@ def quick_scores(model: HarnessModel, tasks: Tasks, limit: int | None = None) ->
 
 
 def run_tasks(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> dict[str, Any]:
-    """Returns the results of `limit` rows of each task (None: all) in the harness' own layout."""
+    """Scores `limit` rows of each task (None: all), and returns the harness' results."""
     loaded = tasks.loaded
     below = {name for members in loaded["group_map"].values() for name in members}
     everything = {**loaded["groups"], **loaded["tasks"]}
@@ -134,7 +134,7 @@ def run_tasks(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> di
 
 
 def format_results(results: Mapping[str, Any], config: ModelConfig) -> str:
-    """Returns the paper's table of the results, and the harness' table of all other tasks."""
+    """Returns our table for the paper's tasks, and the harness' table for all other tasks."""
     others = {name: v for name, v in results["results"].items() if name not in GROUPS["mobilellm"]}
     parts = [format_table(results, config)]
     if others:
@@ -143,12 +143,12 @@ def format_results(results: Mapping[str, Any], config: ModelConfig) -> str:
 
 
 def as_json(results: Mapping[str, Any]) -> str:
-    """Returns the results as JSON, in the way that the harness writes them."""
+    """Returns the results as JSON, as the harness itself would write them."""
     return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
 
 
 def local_rows(task: str, data_dir: str, num_fewshot: int, **_: object) -> dict[str, Any]:
-    """Returns the splits of a task; our task file names this function as the source of rows."""
+    """Returns the rows of a task by split; our task file tells the harness to call this."""
     data = TASK_DATA[task]
     files = data.files(Path(data_dir), num_fewshot)
     return {
@@ -172,7 +172,7 @@ def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -
     for name in names:
         data, shots = TASK_DATA[name], _shots(name, num_fewshot)
         counts = {split: len(read_rows(f, data.check)) for split, f in files[name].items()}
-        # The harness draws one more example, because the question may be among them.
+        # The harness draws one more example than it shows, in case it draws the question itself.
         if shots and counts[data.fewshot] <= shots:
             raise UserError(
                 f"{files[name][data.fewshot]} has {counts[data.fewshot]} rows, and {name} with "
@@ -199,7 +199,7 @@ def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
             for metric in ("exact_match", "f1")
         ]
     if data.folder == "race":
-        # Examples come from the scored split; the harness leaves out the scored article.
+        # Examples come from the scored split; the harness never shows the article that it scores.
         fields |= {"dataset_name": name.removeprefix("race_"), "fewshot_split": "test"}
     if data_dir is not None:
         is_validation = data.scored == "validation"
@@ -221,19 +221,19 @@ def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
 
 
 def _git_commit() -> str | None:
-    """Returns the commit as the harness does, but hides git's error outside of a repository."""
+    """Returns the git commit, as the harness does, but prints no error outside a repository."""
     if shutil.which("git") is None:
         return None
     described = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
     return described.stdout.strip() or None
 
 
-# We replace only these two names of lm_eval, because version 0.4.13 has no settings for them.
-# - Task.build_all_requests shows a bar even if the output is a file. See
+# Version 0.4.13 of lm_eval has no settings for these two behaviours, so we replace two names.
+# - Task.build_all_requests shows a progress bar even if the output is a file. See
 #   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/api/task.py#L332
-# - get_git_commit_hash lets git write to stderr. See
+# - get_git_commit_hash lets git print an error on stderr. See
 #   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/loggers/utils.py#L93
-# Remove an entry when the harness can hide the bar, or when it captures the stderr of git.
+# Remove an entry when lm_eval can hide the bar, or when it captures the stderr of git.
 _REPLACED = (
     (lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=None)),
     (evaluator, "get_git_commit_hash", _git_commit),
@@ -242,7 +242,7 @@ _REPLACED = (
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Makes the harness show bars on a terminal only and hides lines that a user cannot use."""
+    """Shows the harness' progress bars only on a terminal, and only errors of its log."""
     logger = logging.getLogger("lm_eval")
     level, shown = logger.level, datasets.is_progress_bar_enabled()
     originals = [getattr(module, name) for module, name, _ in _REPLACED]

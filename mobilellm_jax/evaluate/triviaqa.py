@@ -1,10 +1,11 @@
-"""Scores a TriviaQA answer by the paper's F1 and by lm-evaluation-harness' exact match.
+"""Scores a TriviaQA answer with the paper's metric, F1, and the harness' exact match.
 
-F1 = 2 P R / (P + R). P is the share of the answer's tokens that the alias also has, and R the share
-of the alias' tokens that the answer also has; repeated tokens count. Both texts are first
-normalised as in TriviaQA (Joshi et al. 2017, arXiv:1705.03551): lower case, spaces for punctuation,
-no articles. The alias with the highest score counts. The paper only names the metric (Liu et al.
-2024, arXiv:2402.14905, Table 4).
+F1 = 2 P R / (P + R). P is the share of the answer's tokens that the alias (an accepted answer) also
+has. R is the share of the alias' tokens that the answer also has. A token that occurs twice counts
+twice. Before this, both texts are normalised as in TriviaQA (Joshi et al. 2017, arXiv:1705.03551):
+they are lower-cased, punctuation becomes spaces, and articles are removed. The answer gets its
+highest F1 over all aliases. The paper (Liu et al. 2024, arXiv:2402.14905, Table 4) names its metric
+F1, but does not define it.
 """
 
 import collections
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _ARTICLES = frozenset(("a", "an", "the"))
-_PUNCTUATION = string.punctuation + "\u2018\u2019\u00b4`"  # with the quotes that people type
+_PUNCTUATION = string.punctuation + "\u2018\u2019\u00b4`"  # Same set as in TriviaQA's own script.
 _TO_SPACES = str.maketrans(dict.fromkeys(_PUNCTUATION, " "))
 _DELETED = str.maketrans("", "", string.punctuation)
 
@@ -21,8 +22,8 @@ _DELETED = str.maketrans("", "", string.punctuation)
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Returns the metrics of one question; lm-evaluation-harness calls this function.
 
-    `doc` has the layout of `rc.nocontext`. `results` is the model's answer up to the first stop
-    string, without outer blanks.
+    `doc` is a row of TriviaQA's `rc.nocontext`. `results` holds the model's answer up to the first
+    stop string, without spaces at its ends.
     """
     [answer] = results
     aliases = doc["answer"]["aliases"]
@@ -33,7 +34,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
 
 
 def f1(answer: str, alias: str) -> float:
-    """Returns the F1 of the tokens of two texts; two texts without tokens score 1."""
+    """Returns the F1 of two texts over their tokens; it is 1 if neither text has tokens."""
     ours, theirs = _tokens(answer), _tokens(alias)
     if not ours or not theirs:
         return float(ours == theirs)
@@ -46,5 +47,5 @@ def _tokens(text: str) -> list[str]:
 
 
 def _harness_form(text: str) -> str:
-    """Normalises as the harness does: it keeps articles, inner blanks and typed quotes."""
+    """Normalises a text as the harness does, which keeps articles, spaces and curly quotes."""
     return text.lower().translate(_DELETED)

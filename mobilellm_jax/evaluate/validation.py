@@ -1,11 +1,12 @@
-"""The loss on held-out data during training: over all of it, and for each component.
+"""Computes the loss on held-out data during training: over all data, and per component.
 
-The loss of a component is the mean over its targets. If `train.eval_batches` is set, only the first
-batches count. The loss of a mixture weighs the components by their number of targets, so it is the
-loss over all held-out data, or an estimate of that loss if `train.eval_batches` is set.
+The loss of a component is the mean over its targets. If `train.eval_batches` is set, the mean is
+taken only over the first `train.eval_batches` batches. The loss of a mixture is the mean of the
+components' losses, weighted by their numbers of targets. It equals the loss over all held-out data,
+or estimates this loss if `train.eval_batches` is set.
 
-Bits per byte are loss * targets / (ln 2 * bytes of text) over the whole split. They are left out if
-a loss mask removes tokens, because the bytes of the remaining tokens are not known.
+Bits per byte are loss * targets / (ln 2 * bytes of text) over the whole split. If a loss mask
+removes targets, the bytes of the other targets are not known, and bits per byte are left out.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from mobilellm_jax.train.step import make_loss_sums
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The held-out data of a component; `text_bytes` is None if a loss mask removes targets."""
+    """The held-out data of a component; `text_bytes` is None if this number is not known."""
 
     name: str
     data: Mixture
@@ -38,9 +39,9 @@ class _Part:
 def make_validator(
     config: Config, mixture: Mixture, mesh: Mesh, rules: Rules
 ) -> Callable[[Params], dict[str, float]]:
-    """Returns a function from parameters to the values of a validation.
+    """Returns a function that validates parameters and returns a dict of metrics.
 
-    The values are "validation/loss", "validation/bpb" if it is known, and for a mixture
+    The keys are "validation/loss", "validation/bpb" if bits per byte are known, and for a mixture
     "validation/loss/NAME" for each component with held-out targets.
     """
     train = config.train

@@ -1,1 +1,1 @@
-"""Text from a model: decoding, sampling, and the text of a stream of tokens."""
+"""Generates text: decodes with a model, samples tokens, and turns tokens into text."""

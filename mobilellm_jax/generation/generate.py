@@ -1,9 +1,10 @@
-"""Continues prompts: prefill, then decoding with a KV cache, one compiled loop per chunk of tokens.
+"""Continues prompts: fills a KV cache (prefill), then decodes chunks of tokens in a compiled loop.
 
-Prompts of different lengths share a batch. They are padded on the right and read at once (prefill).
-The cache is then shifted so that all rows end at the same place. From there on the device draws a
-token, appends it and continues without the host, which reads the tokens once per chunk. Shapes are
-rounded up to powers of two, so a session of many prompts compiles only a few programs.
+Prompts of different lengths share a batch. They are padded on the right, and the model reads all
+prompts in one pass (prefill). The rows of the cache are then shifted so that all prompts end at the
+same index. From then on, the device draws tokens in a loop without the host; the host reads them
+once per chunk. Shapes are rounded up to powers of two, so a session of many prompts compiles only a
+few programs.
 """
 
 import dataclasses
@@ -31,36 +32,37 @@ from mobilellm_jax.model.products import SpecialKernel
 from mobilellm_jax.model.softmax import ATTENTION_PRODUCTS, IN_FLOAT
 from mobilellm_jax.model.transformer import Params, Transformer
 
-_CHUNK = 64  # tokens that the device draws before the host reads them; also the buffer's size
-_STREAM_CHUNK = 8  # tokens per chunk while a user reads the text
-_SMALLEST_BUCKET = 64  # tokens; compiling another program takes longer than this much padding
+_CHUNK = 64  # Tokens that the device draws before the host reads them; size of the buffer.
+_STREAM_CHUNK = 8  # Tokens per chunk while a user watches the text.
+_SMALLEST_BUCKET = 64  # In tokens. Padding up to it is faster than compiling another program.
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Prompts, and how to continue them."""
+    """Prompts, and the settings for continuing them."""
 
-    prompts: Sequence[Sequence[int]]  # token ids; each prompt has at least BOS
+    prompts: Sequence[Sequence[int]]  # Token ids; each prompt has at least one token.
     _: dataclasses.KW_ONLY
-    max_new_tokens: int  # a row without EOS ends after this many tokens
+    max_new_tokens: int  # A row that draws no EOS ends after this many new tokens.
     sampling: Sampling = DEFAULT
-    eos_id: int | None = None  # the token that ends a row; None: no token does
+    eos_id: int | None = None  # The token that ends a row; with None, no token ends a row.
 
 
 @struct.dataclass
 class Prepared:
-    """Parameters that are ready for generating: cast, and laid out for decoding."""
+    """Parameters in the compute dtype, in one layout for prefill and one for decoding."""
 
-    params: Params  # stacked, for the prefill
+    params: Params  # In the layout of the checkpoint, for prefill.
     weights: DecodingWeights
 
 
 def prepare(config: ModelConfig, params: Params) -> Prepared:
-    """Returns a form of `params` that `generate` and `stream` can use many times.
+    """Prepares `params` once for many calls of `generate` and `stream`.
 
-    Given plain parameters, both prepare them at every call. The prepared form holds a copy of the
-    parameters in the compute dtype, and a second copy if the dtype is not float32. During training,
-    this fits into the memory of the gradients, which is free between steps.
+    If `generate` or `stream` gets plain parameters, it prepares them at every call. The prepared
+    form holds a copy of the parameters in the compute dtype, and a second copy if this dtype is not
+    float32. During training, the copies fit into the memory that the gradients do not use between
+    steps.
     """
     narrow = in_compute_dtype(params, config)
     return Prepared(params=narrow, weights=decoding_weights(narrow, config))
@@ -69,8 +71,8 @@ def prepare(config: ModelConfig, params: Params) -> Prepared:
 def generate(config: ModelConfig, params: Params | Prepared, request: Request) -> list[list[int]]:
     """Returns the new tokens of each prompt, without the prompt and without EOS.
 
-    A greedy row depends on its prompt only. A sampled row depends on its prompt, the seed and its
-    place in the batch. No row depends on its neighbours.
+    A greedy continuation depends only on its prompt. A sampled continuation also depends on the
+    seed and on the index of its row in the batch. No row depends on the other rows.
 
     Raises:
       UserError: if a prompt is empty, or if a prompt and `max_new_tokens` together exceed
@@ -86,9 +88,9 @@ def generate(config: ModelConfig, params: Params | Prepared, request: Request) -
 def stream(
     config: ModelConfig, params: Params | Prepared, request: Request, chunk: int = _STREAM_CHUNK
 ) -> Iterator[list[list[int]]]:
-    """Yields the tokens that `generate` returns, about `chunk` tokens of every prompt at a time.
+    """Yields the tokens of `generate` in parts of about `chunk` tokens per prompt.
 
-    The device computes no more tokens when the caller stops iterating.
+    If the caller stops the iteration, the device computes no further chunk.
     """
     ended = [False] * len(request.prompts)
     for new_BT in _chunks(config, params, request, chunk):
@@ -105,15 +107,15 @@ def stream(
 @struct.dataclass
 class _State:
     cache: AlignedCache
-    token_B: Int[Array, "B"]  # the last drawn tokens, which are not in the cache yet
+    token_B: Int[Array, "B"]  # The last drawn tokens; the cache does not contain them yet.
     done_B: Bool[Array, "B"]
-    drawn: Int[Array, ""]  # tokens per row so far
+    drawn: Int[Array, ""]  # Number of drawn tokens per row.
 
 
 def _chunks(
     config: ModelConfig, params: Params | Prepared, request: Request, chunk: int
 ) -> Iterator[np.ndarray]:
-    """Yields the drawn tokens, [prompts, about chunk], until every row has met EOS.
+    """Yields the drawn tokens in arrays [prompts, about chunk] until every row has drawn EOS.
 
     A row may contain more tokens after its EOS.
     """
@@ -130,8 +132,8 @@ def _chunks(
     for b, prompt in enumerate(prompts):
         tokens_BT[b, : lengths[b]] = prompt
         lengths_B[b] = lengths[b]
-    stop = np.int32(-1 if request.eos_id is None else request.eos_id)  # no token has id -1
-    done_B = np.arange(batch) >= count  # the rows after `count` only fill the batch
+    stop = np.int32(-1 if request.eos_id is None else request.eos_id)  # No token has the id -1.
+    done_B = np.arange(batch) >= count  # The rows after `count` are padding.
     draw = draw_of(request.sampling, config.vocab_size, batch)
     capacity = _bucket(max(lengths) + request.max_new_tokens)
     reading = prepared.params, tokens_BT, lengths_B, done_B, stop, draw
@@ -162,10 +164,11 @@ def _check_lengths(config: ModelConfig, request: Request) -> None:
 
 
 def _rows(config: ModelConfig, weights: DecodingWeights, count: int) -> int:
-    """Returns the number of rows of the batch; the rows after `count` are done from the start."""
+    """Returns the number of rows of the batch, which includes padding rows after `count`."""
     rows = _power_of_two(count)
-    # XLA's CPU backend has no product of a vector and a bfloat16 or int8 matrix. It converts the
-    # matrix to float32 or int32 at every token, which takes longer than a second row.
+    # XLA's CPU backend cannot multiply a single vector by a bfloat16 or int8 matrix directly. It
+    # converts the matrix to float32 or int32 at every token, which takes longer than computing a
+    # second row.
     down_FD = weights.blocks[0]["feed_forward"]["down"]
     in_integers = isinstance(down_FD, SpecialKernel) and down_FD.integer_products
     converted = in_integers or compute_dtype(config) == jnp.bfloat16
@@ -201,7 +204,7 @@ def _prefill(
     logits_B1V = model.logits(last_B1D)
     drawn = jnp.zeros((), jnp.int32)
     token_B = next_token(logits_B1V[:, 0], draw, drawn)
-    # The keys of the padding lie after the true length, so the row does not include them.
+    # The keys of padding tokens come last in a row, so the true length excludes them.
     cache = dataclasses.replace(cache, length_B=lengths_B)
     return _State(
         cache=align(cache),
@@ -224,7 +227,7 @@ def _decode(
 ) -> tuple[_State, Int[Array, "B T"]]:
     """Draws up to `steps` more tokens per row; returns the new state and the tokens.
 
-    The loop ends earlier when all rows are done. Columns without a drawn token contain `stop`.
+    The loop ends early if all rows are done. Columns without drawn tokens contain `stop`.
     """
     first = state.drawn
 

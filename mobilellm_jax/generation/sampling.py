@@ -1,7 +1,7 @@
-"""Draws the next token from its logits: temperature, top k, top p, seeds.
+"""Draws the next token from the logits, with a temperature, top k, top p and a seed.
 
-A `Sampling` holds a user's settings. A `Draw` holds them for a program, which is compiled for the
-method only. The other settings are its inputs, so a new temperature or seed compiles nothing.
+A `Sampling` holds a user's settings. A `Draw` holds the same settings as inputs of a compiled
+program. JAX compiles one program per `method`, so a new temperature or seed needs no compilation.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ Method = Literal["greedy", "sample", "truncate"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Settings for drawing the next token; the defaults are LLaMA's.
+    """Settings for drawing the next token; the defaults are those of LLaMA's code.
 
-    First the logits are divided by `temperature`. Then only the `top_k` likeliest tokens stay. Of
-    these, the smallest set of likeliest tokens with a probability of at least `top_p` stays.
+    First the logits are divided by `temperature`. Then only the `top_k` likeliest tokens are kept.
+    Of these, the likeliest tokens are kept until their total probability reaches `top_p`.
     """
 
-    temperature: float = 0.8  # 0 = greedy: always the likeliest token
-    top_k: int = 0  # tokens; 0 = all
-    top_p: float = 0.95  # probability in (0, 1]; 1 = all
-    seed: int = 0  # in [0, 2^32); row b of a batch draws from (seed, b)
+    temperature: float = 0.8  # If 0, always the likeliest token (greedy).
+    top_k: int = 0  # Number of tokens to keep; 0 keeps all.
+    top_p: float = 0.95  # Probability in (0, 1]; 1 keeps all tokens.
+    seed: int = 0  # In [0, 2^32). Row b of a batch draws with a key from (seed, b).
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -61,11 +61,11 @@ class Draw:
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     keys_B: Key[Array, "B"]
-    method: Method = dataclasses.field(metadata={"pytree_node": False})  # part of the program
+    method: Method = dataclasses.field(metadata={"pytree_node": False})  # Compiled in.
 
 
 def draw_of(sampling: Sampling, vocab_size: int, batch: int) -> Draw:
-    """Returns the input of `next_token`; row b draws from (seed, b)."""
+    """Turns settings into an input of `next_token`; row b gets the random key of (seed, b)."""
     truncated = sampling.top_k or sampling.top_p < 1
     return Draw(
         temperature=jnp.float32(sampling.temperature),
@@ -79,10 +79,10 @@ def draw_of(sampling: Sampling, vocab_size: int, batch: int) -> Draw:
 def next_token(
     logits_BV: Float[Array, "B V"], draw: Draw, drawn: Int[Array, ""]
 ) -> Int[Array, "B"]:
-    """Draws a token for each row, after `drawn` earlier tokens of the row."""
+    """Draws a token for each row; `drawn` is the number of tokens drawn for the row before."""
     if draw.method == "greedy":
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    # The largest logit becomes 0, so a division by a small temperature cannot overflow.
+    # The largest logit becomes 0, so the division by a small temperature cannot give +infinity.
     logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = logits_BV / jnp.maximum(draw.temperature, 1e-30)
     if draw.method == "truncate":
@@ -96,17 +96,19 @@ def truncate(
     top_k: int | Int[Array, ""],
     top_p: float | Float[Array, ""],
 ) -> Float[Array, "B V"]:
-    """Sets the logits of the tokens outside the top k and outside the top p to -infinity.
+    """Sets the logits of all tokens that are not in both the top k and the top p to -infinity.
 
-    The likeliest token always stays. Of two tokens with equal logits, the lower id is likelier.
+    The likeliest token is always kept. Of two tokens with equal logits, the token with the lower id
+    counts as likelier.
     """
     k = jnp.where(top_k > 0, top_k, logits_BV.shape[-1]).astype(jnp.float32)
     in_k_BV = _likeliest(logits_BV, jnp.ones_like(logits_BV), k)
     largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     weight_BV = jnp.where(in_k_BV, jnp.exp(logits_BV - largest_B1), 0.0)
     share_B1 = top_p * jnp.sum(weight_BV, axis=-1, keepdims=True)
-    # With top_p = 1, a rounded sum could reach the total before the last token. The lower bound
-    # keeps the likeliest token, whose weight is 1.
+    # With top_p = 1, a rounded sum could reach the total before the last token, so the amount is
+    # infinite. The lower bound 1e-30 makes sure that the likeliest token, whose weight is 1, is
+    # kept.
     share_B1 = jnp.where(top_p >= 1, jnp.inf, jnp.maximum(share_B1, 1e-30))
     in_p_BV = _likeliest(logits_BV, weight_BV, share_B1)
     return jnp.where(in_k_BV & in_p_BV, logits_BV, -jnp.inf)
@@ -117,15 +119,16 @@ def _likeliest(
     weight_BV: Float[Array, "B V"],
     amount: Float[Array, ""] | Float[Array, "B 1"],
 ) -> Bool[Array, "B V"]:
-    """Returns the smallest set of likeliest tokens with a total weight of at least `amount`.
+    """Returns which of the likeliest tokens are needed for a total weight of `amount`.
 
-    If all weights together are less than `amount`, the set contains every token. A binary search
-    over the 32 bits finds the lowest logit of the set without sorting. For 32,000 logits on a CPU
-    it takes 0.2 ms, and sorting takes 7 ms.
+    If all weights together are less than `amount`, every token is needed. A binary search over the
+    32 bits of a logit finds the lowest needed logit, so nothing is sorted. For 32,000 logits on a
+    CPU, the search takes 0.2 ms, and sorting would take 7 ms.
     """
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
     sign = jnp.uint32(1 << 31)
-    # These unsigned integers have the order of the floats. A negative float has all bits flipped.
+    # These unsigned integers have the same order as the floats. For this, all bits of negative
+    # floats are flipped, and the sign bit of other floats is set.
     order_BV = jnp.where(bits_BV < sign, bits_BV | sign, ~bits_BV)
 
     def weight_from(bound_B1: jax.Array) -> jax.Array:
