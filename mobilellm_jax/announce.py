@@ -1,4 +1,4 @@
-"""The messages of process 0 at the start and the end of a training run, and after bad steps."""
+"""Writes the messages of process 0 at the start and end of training, and after bad steps."""
 
 import logging
 import shlex
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 def start(
     config: Config, mixture: Mixture, mesh: Mesh, state: TrainState, resume_step: int | None
 ) -> None:
-    """Describes the run that starts: model, data, batch, mesh and memory."""
+    """Logs the model, data, batch, mesh and memory of the run that starts."""
     if not distributed.is_first():
         return
     model, train = config.model, config.train
@@ -86,7 +86,7 @@ def _describe_slices(config: Config, mesh: Mesh) -> str:
 
 
 def going_back(bad: range, good_step: int) -> None:
-    """Reports bad steps and the return to an earlier checkpoint."""
+    """Warns that steps were not finite and that the run returns to an earlier checkpoint."""
     if distributed.is_first():
         _log.warning(
             f"GOING BACK to the checkpoint of step {good_step}: steps {bad[0]} to {bad[-1]} "
@@ -96,7 +96,7 @@ def going_back(bad: range, good_step: int) -> None:
 
 
 def divergence(config: Config, workdir: Path, bad: range, good_step: int | None) -> str:
-    """Describes the bad steps, and the commands that show and repeat the first bad batch."""
+    """Returns a message about bad steps, with commands that show and repeat the first batch."""
     data, batch = config.data, config.train.global_batch
     inspect = [
         *("mobilellm", "inspect", f"--data={data.path}", f"--seq_len={data.seq_len}"),
@@ -119,7 +119,7 @@ def divergence(config: Config, workdir: Path, bad: range, good_step: int | None)
 
 
 def end(workdir: Path, finished: bool) -> None:
-    """Reports the result of the run and the next commands."""
+    """Logs the result of the run, and the commands that the user may run next."""
     if not distributed.is_first():
         return
     records = read_metrics(workdir / rundir.METRICS)

@@ -30,23 +30,23 @@ _LAYOUTS = (
 class OpenedModel:
     """A model that is ready for use."""
 
-    config: ModelConfig  # compute_dtype and attention are "auto", because devices differ
-    params: Params  # float32 or quantized, on the default device
+    config: ModelConfig  # Devices differ, so compute_dtype and attention are "auto".
+    params: Params  # Float32 or quantized arrays, on the default device.
     tokenizer: Tokenizer
-    run_config: Config | None  # None for a Hugging Face directory
-    step: int | None  # completed optimizer steps; None for a Hugging Face directory
-    origin: str  # path of the checkpoint, for messages and records
+    run_config: Config | None  # None for a Hugging Face directory.
+    step: int | None  # Completed optimizer steps; None for a Hugging Face directory.
+    origin: str  # Path of the checkpoint, for messages and records.
 
 
 def open_model(ckpt: str | Path, scheme: Scheme | None = None) -> OpenedModel:
-    """Opens a checkpoint; in a run folder, the latest step that is complete and not damaged.
+    """Opens a checkpoint; for a run folder, the latest step that is complete and undamaged.
 
-    Without a `scheme` that quantizes the parameters, they are float32.
+    `scheme` quantizes the parameters; without a scheme, they are float32.
 
     Raises:
       MissingFileError: if the folder does not exist, or is a run without a complete step.
       UserError: if the folder is not a checkpoint, or its content cannot be used.
-      ConfigError: if the scheme quantizes only one of two matrices that are the same matrix.
+      ConfigError: if the embedding and the head are tied, and the scheme quantizes only one.
     """
     opened = _open(Path(ckpt))
     config = dataclasses.replace(opened.config, compute_dtype="auto", attention="auto")
@@ -64,7 +64,7 @@ def open_model(ckpt: str | Path, scheme: Scheme | None = None) -> OpenedModel:
 def _open(folder: Path) -> OpenedModel:
     if not folder.is_dir():
         raise _missing(folder)
-    # The resolved path handles "." and links to a step, such as "best".
+    # We resolve the path, because it may be "." or a link to a step, such as "best".
     run = folder.resolve().parent.parent
     if folder.resolve().parent.name == rundir.CHECKPOINTS and folder.resolve().name.isdecimal():
         return _open_step(run, int(folder.resolve().name))
@@ -114,7 +114,7 @@ def _open_huggingface(folder: Path) -> OpenedModel:
 
 
 def _missing(folder: Path) -> MissingFileError:
-    """Returns an error that lists the steps of the run, or the most similar folder name."""
+    """Returns the error for a missing folder; it lists existing steps or a similar folder name."""
     parent = folder.parent
     if parent.name == rundir.CHECKPOINTS and (there := steps(parent.parent)):
         remedy = f" {parent.parent} has the steps {', '.join(map(str, there))}."

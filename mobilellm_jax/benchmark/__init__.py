@@ -1,1 +1,1 @@
-"""Measures bytes, time and memory of models on this machine, in the runtime of their format."""
+"""Measures size, speed and memory of models on this machine, each in its own runtime."""

@@ -1,16 +1,17 @@
 """Measures one model in a process that does nothing else.
 
-`python -m mobilellm_jax.benchmark.measure` reads a `Request` as JSON from the standard input. The
-last line on the standard output is a `Measurement` as JSON. All runtimes use all cores.
+`python -m mobilellm_jax.benchmark.measure` reads a `Request` as JSON from the standard input. It
+prints a `Measurement` as JSON on the last line of the standard output. Each runtime uses all CPU
+cores.
 
-- load: seconds from the file to a model that can answer.
-- init: seconds for the first prompt and the two tokens after it, with everything that is compiled,
-  packed or allocated at first use.
-- prefill: seconds until the first token. The prompt is read at once; an export computes logits at
-  every position of it.
-- decode: seconds per further token of the same text, with the cache. JAX decodes in a compiled
-  loop.
-- memory: growth of the process's resident memory at its peak, without the libraries.
+- load: seconds from opening the file until the model can be used.
+- init: seconds for the first prompt and two new tokens. This includes everything that the runtime
+  compiles, packs or allocates at its first use.
+- prefill: seconds until the first new token. The model reads the prompt in one pass. An export also
+  computes logits at every position of the prompt.
+- decode: seconds per new token after the first one, with the cache. JAX decodes in a compiled loop.
+- memory: the peak of the resident memory minus the resident memory before the model is loaded, so
+  libraries do not count.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ _STATUS = Path("/proc/self/status")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The result of one process; times are in seconds, and lists have one value per round."""
+    """The results of one process; times are in seconds, and lists have one value per round."""
 
     path: str
     runtime: str
@@ -49,25 +50,25 @@ class Measurement:
     model_bytes: int
     load_sec: float
     init_sec: float
-    prefill_sec: list[float]  # per prompt
-    decode_sec: list[float]  # per token
+    prefill_sec: list[float]  # Seconds per prompt.
+    decode_sec: list[float]  # Seconds per token.
     memory_bytes: int
-    loss: float  # nats per token of the text
+    loss: float  # In nats per token of the text.
 
 
 def is_artifact(path: Path) -> bool:
-    """Returns whether `path` names an export for a device instead of a checkpoint."""
+    """Returns whether `path` is an export for a device; otherwise it is a checkpoint."""
     folder = path if path.is_dir() else path.parent
-    is_step = path.is_dir() and path.resolve().name.isdecimal()  # it has a manifest too
+    is_step = path.is_dir() and path.resolve().name.isdecimal()  # A step has a manifest too.
     return path.is_file() or ((folder / sealing.MANIFEST).is_file() and not is_step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A model and how it is measured."""
+    """A model to measure, and the settings of the measurement."""
 
-    path: str  # an export or a checkpoint
-    scheme: str | None = None  # quantization of a checkpoint in JAX
+    path: str  # An export or a checkpoint.
+    scheme: str | None = None  # Quantization of a checkpoint, which runs in JAX.
     prompt_tokens: int
     new_tokens: int
     rounds: int
@@ -75,7 +76,7 @@ class Request:
 
 
 def check(request: Request) -> None:
-    """Checks a model before anything is measured.
+    """Checks that a model can be measured, before the measurements start.
 
     Raises:
       UserError: if the tokens do not fit the model, or its runtime is not installed.
@@ -89,7 +90,7 @@ def check(request: Request) -> None:
         room = artifact.info.model.max_seq_len
     else:
         room = _open(request).config.max_seq_len
-    # The prefill draws one more token than the tokens that are timed.
+    # Decoding is timed for `new_tokens` tokens, and prefill draws one token before them.
     if request.prompt_tokens + request.new_tokens + 1 > room:
         raise UserError(
             f"--prompt_tokens={request.prompt_tokens} and --new_tokens={request.new_tokens} and "
@@ -98,7 +99,7 @@ def check(request: Request) -> None:
 
 
 def measure(request: Request) -> Measurement:
-    """Loads a model that `check` has accepted, and measures it."""
+    """Loads and measures a model; call `check` before."""
     path = Path(request.path)
     if is_artifact(path):
         artifact = open_artifact(path)
@@ -109,7 +110,7 @@ def measure(request: Request) -> Measurement:
             return RuntimeEngine(config, precision, artifact.load())
 
     else:
-        # The checkpoint is read before it is timed, because an export has also been read before.
+        # We read the checkpoint once without timing, as `open_artifact` has read the export.
         opened = _open(request)
         config, tokenizer = opened.config, opened.tokenizer
         precision, size = request.scheme or "float32", stored_bytes(opened.params)
@@ -125,7 +126,7 @@ def measure(request: Request) -> Measurement:
     write = engine.writer()
     load_sec = time.perf_counter() - began
     init_sec = sum(_seconds(write, prompt, 1))
-    _seconds(write, prompt, request.new_tokens)  # compiles the programs for these lengths
+    _seconds(write, prompt, request.new_tokens)  # Compiles the programs for these lengths.
     rounds = [_seconds(write, prompt, request.new_tokens) for _ in range(request.rounds)]
     memory = _peak() - before
     text = CutText.cut(tokenizer, request.text, config.max_seq_len, stride=config.max_seq_len)
@@ -154,7 +155,7 @@ def _prompt(tokenizer: Tokenizer, text: str, count: int) -> list[int]:
 
 
 def _seconds(write: Writer, prompt: list[int], count: int) -> tuple[float, float]:
-    """Returns the seconds until the first token, and the seconds per token of `count` more."""
+    """Returns the seconds until the first new token, and per token for `count` more tokens."""
     began = time.perf_counter()
     tokens = write(generate.Request([prompt], max_new_tokens=1 + count, sampling=GREEDY))
     next(tokens)
@@ -165,11 +166,11 @@ def _seconds(write: Writer, prompt: list[int], count: int) -> tuple[float, float
 
 
 def _reset_peak() -> int:
-    """Resets the peak of the resident memory and returns the present value in bytes."""
+    """Resets the peak of the resident memory; returns the resident memory now, in bytes."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return _peak()  # this system cannot reset the peak
+        return _peak()  # This system cannot reset the peak.
     return _status("VmRSS")
 
 

@@ -1,4 +1,4 @@
-"""Measures models in turn, each in new processes, and writes the results."""
+"""Measures each model in several new processes, and writes the results."""
 
 import dataclasses
 import json
@@ -21,9 +21,10 @@ class MeasuringError(RuntimeError):
 
 
 def benchmark(requests: Sequence[Request], runs: int) -> tuple[list[Row], list[list[Measurement]]]:
-    """Returns a row for each request, and the measurements of its processes.
+    """Measures models; returns the medians and all measurements for each request.
 
-    The models take turns `runs` times, so that other work on the machine affects all alike.
+    Every model is measured once, and this is repeated `runs` times. Other work on the machine
+    therefore affects all models alike.
 
     Raises:
       UserError: if the `report` extra, which draws the picture, is not installed.
@@ -58,7 +59,7 @@ def _measured(request: Request) -> Measurement:
         text=True,
     )
     if process.returncode:
-        # A runtime in C++ that crashed by a signal wrote no message of its own.
+        # If a signal killed a runtime in C++, there is no message, so we report the signal.
         end = f"signal {-process.returncode}" if process.returncode < 0 else process.returncode
         last = process.stderr.strip().splitlines()[-12:]
         raise MeasuringError(f"Measuring {request.path} ended with {end}:\n" + "\n".join(last))

@@ -1,8 +1,8 @@
 """Turns measurements into a table and a picture.
 
-Energy is an estimate by the paper's figure (Sec. 1): 0.1 J per token and billion parameters. A
-parameter counts once for each time that a token passes it, so a block that is applied twice counts
-twice. Battery hours assume the paper's phone: a battery of about 50 kJ, and 10 tokens/s.
+Energy is an estimate from the paper (Sec. 1): a token needs 0.1 J per billion parameters. The
+parameters of a block count once for each application of the block. Battery hours assume the paper's
+phone: its battery holds about 50 kJ, and it decodes 10 tokens/s.
 """
 
 import csv
@@ -31,13 +31,13 @@ def _column(title: str, form: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The medians of one model; energy and battery are estimates."""
+    """The medians of one model, and estimates of its energy and battery life."""
 
     name: str = _column("model", "{}")
     runtime: str = _column("runtime", "{}")
     precision: str = _column("weights", "{}")
     megabytes: float = _column("MB", "{:,.2f}")
-    bits_per_parameter: float = _column("bits/parameter", "{:.1f}")  # a shared block counts once
+    bits_per_parameter: float = _column("bits/parameter", "{:.1f}")  # Shared blocks count once.
     load_sec: float = _column("load s", "{:.3f}")
     init_sec: float = _column("init s", "{:.3f}")
     prefill_tokens_per_sec: float = _column("prefill tok/s", "{:,.0f}")
@@ -49,7 +49,7 @@ class Row:
 
 
 def summarize(measurements: Sequence[Measurement], prompt_tokens: int) -> Row:
-    """Returns the medians of one model over its processes and their rounds."""
+    """Returns the medians over all processes and rounds of one model."""
     first = measurements[0]
     joules = joules_per_token(first.model)
     prefill = statistics.median(sec for m in measurements for sec in m.prefill_sec)
@@ -99,7 +99,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row]) -> bytes:
-    """Returns a PNG with loss and decoding speed against size."""
+    """Returns a PNG image that plots loss and decoding speed over the size of the model file."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -124,7 +124,7 @@ def plot(rows: Sequence[Row]) -> bytes:
 
 
 def _scatter(axes: "Axes", rows: Sequence[Row], heights: Sequence[float], label: str) -> None:
-    """Marks rows by numbers, because names of models with similar sizes would overlap."""
+    """Labels points with numbers, because names of models of similar size would overlap."""
     axes.scatter([row.megabytes for row in rows], heights, s=40, zorder=3)
     for number, (row, height) in enumerate(zip(rows, heights, strict=True), start=1):
         step = (6, 4) if number % 2 else (-12, -10)

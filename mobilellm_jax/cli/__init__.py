@@ -1,6 +1,7 @@
-"""The command line: one file per command, and `main.py`, which imports the file of a command.
+"""The command line: each command has its own file, which `main.py` imports.
 
-Only this folder knows absl, and in it only `flags.py`. A command lists its flags in a dataclass
-`Flags`, so two commands may have a flag of the same name. `main(flags)` runs the command. A command
-with `--config` also gets the overrides `--config.a.b=value` (see `config_flags`).
+Only `flags.py` in this folder uses absl. Each command defines its flags in its own dataclass
+`Flags`, so two commands may use the same name for a flag. `main(flags)` runs the command. If a
+command has the flag `--config`, `main` also gets the overrides `--config.a.b=value` (see
+`config_flags`).
 """

@@ -1,22 +1,22 @@
-"""Measures exports in their own runtimes, and checkpoints in JAX, side by side on this machine.
+"""Compares exports (in their own runtimes) and checkpoints (in JAX) on this machine.
 
   mobilellm benchmark --artifact=exported/gguf --artifact=runs/quickstart --output=benchmarks/mine
   mobilellm benchmark --artifact=runs/quickstart --quantize=w8a8 --quantize=w4 --output=in_jax
   mobilellm benchmark --artifact=exported/q8 --prompt_tokens=64 --new_tokens=64 --output=q8
 
-Every model is loaded in separate processes, and the models take turns. The table shows:
+Each model is measured in several processes, and the models take turns. The table shows:
 
-  - the size of the model file, and its bits per parameter of the model (a format that repeats
-    shared blocks needs more bits)
+  - the size of the model file, also in bits per parameter (more bits if the format stores a shared
+    block several times)
   - the time to load the model
-  - the time until the first token of the first prompt (init)
-  - the tokens/s of reading a prompt with logits at every position (prefill), and of decoding
+  - the time for the first prompt and two new tokens, which includes compilation (init)
+  - the speed of reading a prompt (prefill) and of decoding, in tokens/s
   - the peak memory
-  - the loss of a text (--text=FILE, or a built-in text)
+  - the loss on a text (--text=FILE, or a built-in text)
 
-Energy and battery are estimates, not measurements: they use the paper's 0.1 J per token and billion
-parameters, for a phone with 50 kJ at 10 tokens/s. The command writes benchmark.md, .csv, .json and
-.png to --output.
+Energy and battery hours are not measured. They are estimates from the paper's numbers: 0.1 J per
+token and billion parameters, a phone battery of 50 kJ, and 10 tokens/s. The command writes
+benchmark.md, .csv, .json and .png to --output.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Turns `--config=configs/x.py` and `--config.a.b=value` into a checked `Config`.
 
-`split_overrides` removes the overrides before absl parses the other flags. The type of a field in
-the config decides how its value is read, not the look of the value. `ml_collections.config_flags`
-has such flags too, but it stops at the first mistake, does not know the allowed values of a field,
-and reads `sys.argv`, so that one process could not run two commands.
+`split_overrides` removes the overrides before absl parses the other flags. Each value is converted
+to the type of its config field, whatever the value looks like. `ml_collections.config_flags` offers
+such flags too. We do not use it, because it stops at the first mistake, does not know the allowed
+values of a field, and reads `sys.argv`, so one process could not run two commands.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from mobilellm_jax.errors import MissingFileError
 
 _OVERRIDE = re.compile(r"--?config\.(?P<field>[^=]*)(=(?P<value>.*))?", re.DOTALL)
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-# A config file is input, so these errors of its code are mistakes of the user.
+# The user writes config files, so these errors in their code are mistakes of the user.
 _FILE_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -37,7 +37,7 @@ _FILE_ERRORS = (
 
 
 def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the overrides as "a.b=value", and the other arguments.
+    """Splits arguments into overrides, written as "a.b=value", and all other arguments.
 
     Raises:
       UsageError: if an override has no value.
@@ -61,12 +61,12 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
-    """Returns the checked config of a `configs/*.py`, with `overrides` ("a.b=value") applied.
+    """Loads a `configs/*.py`, applies `overrides` ("a.b=value"), and returns the checked config.
 
     Raises:
       MissingFileError: if there is no such file.
-      ConfigError: if the file fails, or overrides are wrong, or rules are broken. The message lists
-        all wrong overrides or all broken rules.
+      ConfigError: if the file raises an error, an override is wrong, or a value breaks a rule. The
+        message lists all wrong overrides or all broken rules.
     """
     groups = _get_config(Path(file)).to_dict()
     problems = []
@@ -112,7 +112,7 @@ def _near_file(path: Path) -> str:
 
 
 def _place(path: Path, error: BaseException) -> str:
-    """Returns `path:line` of the last line of the config file in the error's traceback."""
+    """Returns `path:line` for the line of the config file that raised the error."""
     if isinstance(error, SyntaxError):
         return f"{path}:{error.lineno}"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
@@ -120,7 +120,7 @@ def _place(path: Path, error: BaseException) -> str:
 
 
 def parse_value(field: str, text: str) -> Any:
-    """Returns the value that `text` stands for, in the type of the config field.
+    """Converts `text` to the type of a config field, and returns the value.
 
     Raises:
       ConfigError: if there is no such field, or `text` is not of its type.
@@ -144,7 +144,7 @@ def parse_value(field: str, text: str) -> Any:
 
 
 def _read(expected: Any, text: str) -> Any:
-    """Returns the value, or None if the text is not of the expected type."""
+    """Converts `text` to the expected type; returns None if this is impossible."""
     if typing.get_origin(expected) is Literal:
         return text if text in typing.get_args(expected) else None
     if expected is bool:
@@ -165,6 +165,6 @@ def _describe(expected: Any) -> str:
 
 
 def _whole_number(expected: Any, text: str) -> str:
-    """Suggests 1000 if the text is 1e3 and the field is an int."""
+    """Returns a hint if an int field gets a float: for 1e3, the hint says to write 1000."""
     number = _read(float, text) if expected is int else None
     return f" Write {int(number)}." if number is not None and number == int(number) else ""

@@ -1,4 +1,4 @@
-"""Distinguishes mistakes of the user, which get one message, from bugs, which get a traceback."""
+"""Separates mistakes of the user, shown as one message, from bugs, shown with a traceback."""
 
 import errno
 
@@ -18,7 +18,7 @@ class UsageError(UserError):
 
 
 def is_bad_input(error: Exception) -> bool:
-    """Returns whether the user has to correct something: a `UserError`, or a refused path."""
+    """Returns whether the user caused the error: a `UserError`, or a path that cannot be used."""
     if isinstance(error, UserError):
         return True
     if not isinstance(error, OSError) or error.filename is None:
@@ -27,10 +27,11 @@ def is_bad_input(error: Exception) -> bool:
 
 
 def message(error: Exception) -> str:
-    """Returns the error's text; for an error of the operating system, its path and its reason.
+    """Returns the text of an error; for an `OSError`, this is the path and the reason.
 
-    The text may quote names from files, and such a name must not move the terminal's cursor. So
-    every character that is not printable is written as an escape sequence.
+    The text may contain names from files, and control characters in such a name could move the
+    terminal's cursor. Therefore every character that is not printable is replaced by an escape
+    sequence.
     """
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:

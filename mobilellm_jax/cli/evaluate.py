@@ -8,27 +8,28 @@
   mobilellm evaluate --checkpoint=runs/mine --tasks=mobilellm --quantize=w8a8
   mobilellm evaluate --artifact=exported/q8 --tasks=piqa --limit=100 --output=scores.json
 
---tasks takes every task of the installed harness (pip install 'mobilellm-jax[eval]'). `mobilellm`
-is the paper's table:
+--tasks accepts all tasks of lm-evaluation-harness (pip install 'mobilellm-jax[eval]'). The group
+`mobilellm` contains all tasks of the paper's tables, in two smaller groups:
   mobilellm_zero_shot  arc_easy, arc_challenge, boolq, piqa, social_iqa, hellaswag, openbookqa and
                        winogrande
   mobilellm_questions  triviaqa with 1, 5 and 64 examples, race_middle and race_high
-The harness downloads the rows of the tasks. With --data_dir=DIR it reads them from files in the
-layout of the data sets' rows: DIR/TASK/test.jsonl or validation.jsonl, which the task scores, and
-DIR/TASK/fewshot.jsonl for examples. Three tasks have folders of another name: siqa (social_iqa),
-triviaqa (for every number of examples), and race/middle.jsonl and race/high.jsonl.
+The harness downloads the rows of the tasks. With --data_dir=DIR, it reads local files, whose rows
+have the same fields as the published data sets. DIR/TASK/test.jsonl or DIR/TASK/validation.jsonl
+holds the rows to score, and DIR/TASK/fewshot.jsonl holds the examples. Some names differ: the
+folder siqa holds the rows of social_iqa, triviaqa holds the rows for every number of examples, and
+race holds middle.jsonl and high.jsonl.
 
---output=FILE.json gets the results in the harness' own layout. If an evaluation is killed, the same
-command continues from FILE.json.journal.
+With --tasks, --output=FILE.json writes the results in the harness' own layout. If the evaluation is
+killed, the same command continues with the answers in FILE.json.journal.
 
---artifact measures an exported folder in its own runtime, and so shows the cost of the export and
-of its quantization. It reads one sequence at a time.
+--artifact evaluates an exported folder in its own runtime, which reads one sequence at a time. The
+scores show how much quality the export and its quantization lose.
 
-For perplexity, the text is cut into windows of model.max_seq_len tokens without overlap, and the
-tokens after the last full window are not scored. With --stride=N every token is scored: each
-window scores N tokens and reads the earlier tokens that fit.
+--perplexity cuts the text into windows of model.max_seq_len tokens without overlap, and does not
+score the tokens after the last full window. With --stride=N, every token is scored: each window
+scores N tokens, and the model also reads as many earlier tokens as fit into the window.
 
---quantize=SCHEME measures the checkpoint in integers, on tasks and on text.
+--quantize=SCHEME quantizes the checkpoint before it is evaluated.
 """
 
 import dataclasses
@@ -115,7 +116,7 @@ def _measure_perplexity(flags: Flags, output: Path | None, scheme: Scheme | None
 def _evaluate_tasks(flags: Flags, output: Path | None, scheme: Scheme | None) -> None:
     data_dir = Path(flags.data_dir) if flags.data_dir else None
     if data_dir is not None:
-        # The libraries read these variables when they are imported. Local files need no network.
+        # Local files need no network. The libraries read these variables when they are imported.
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.journal import Journal
@@ -149,8 +150,8 @@ class _Subject:
     engine: "Engine"
     tokenizer: "Tokenizer"
     origin: str
-    record: dict[str, str]  # what the record of a perplexity says about the model
-    identity: Callable[[], dict[str, Any]]  # a journal of another identity is of another model
+    record: dict[str, str]  # Facts about the model for the record of a perplexity.
+    identity: Callable[[], dict[str, Any]]  # Identifies the model of a journal.
 
 
 def _open(flags: Flags, scheme: Scheme | None) -> _Subject:
@@ -189,7 +190,7 @@ def _open(flags: Flags, scheme: Scheme | None) -> _Subject:
 
 
 def _check_output(output: Path) -> None:
-    """Refuses an impossible file name before anything is computed."""
+    """Refuses a file that cannot be written, before the evaluation starts."""
     if output.is_dir():
         raise UserError(f"--output={output} is a folder; name a file.")
     if not output.parent.is_dir():
@@ -199,7 +200,7 @@ def _check_output(output: Path) -> None:
 
 
 def _check_flags(flags: Flags) -> None:
-    """Refuses flags that contradict each other, before anything is loaded."""
+    """Refuses flags that contradict each other, before a model is loaded."""
     for one, other in (("checkpoint", "artifact"), ("tasks", "perplexity")):
         if (getattr(flags, one) is None) == (getattr(flags, other) is None):
             raise UsageError(f"Give exactly one of --{one} and --{other}.")

@@ -4,11 +4,11 @@
   mobilellm export --checkpoint=runs/ls --format=mobilellm --dtype=bfloat16 --output=exported/ls
   mobilellm export --checkpoint=runs/quickstart --format=gguf --quantize=q8_0 --output=exported/q8
 
---format=hf writes a plain LlamaForCausalLM, which needs no custom code. It holds one copy of a
-shared block for each application of the block. --format=mobilellm holds shared blocks once and
-loads with trust_remote_code=True. It also takes models that a Llama cannot express: a ReLU or GELU
-feed-forward, or a width that is not a multiple of the number of heads. Both formats take
---dtype=float32, bfloat16 or float16.
+--format=hf writes a plain LlamaForCausalLM, which needs no custom code. This format stores a shared
+block several times, once per application of the block. --format=mobilellm stores a shared block
+only once, and transformers loads it with trust_remote_code=True. It can also store models that a
+Llama cannot express: models with a ReLU or GELU feed-forward, or with a width that is not a
+multiple of the number of heads. Both formats accept --dtype=float32, bfloat16 or float16.
 
 Formats for devices (pip install 'mobilellm-jax[export]') write a folder with the model file, the
 tokenizer, model_card.md and a manifest of checksums:
@@ -19,9 +19,10 @@ tokenizer, model_card.md and a manifest of checksums:
   litert      LiteRT
   stablehlo   XLA, on CPU, GPU and TPU
 
-If the runtime of the format is installed, the command runs the export in it before the export gets
-its name, and compares it with the checkpoint: the logits of a fixed text, read at once and token by
-token, the loss of the text, and 64 greedy tokens. --noverify skips this check.
+If the runtime of the format is installed, the command runs the export in this runtime and compares
+it with the checkpoint. It compares the logits of a fixed text, read in one pass and token by token,
+the loss of the text, and 64 greedy tokens. The folder --output appears only after this check.
+--noverify skips the check.
 """
 
 import dataclasses
@@ -102,7 +103,7 @@ def main(flags: Flags) -> None:
 
 
 def _verified(flags: Flags) -> bool:
-    """Returns whether to run the export; warns if the runtime is absent and no flag decides."""
+    """Returns whether to check the export; without a flag, warns if the runtime is absent."""
     if flags.verify is False or FORMATS[flags.format].can_run:
         return flags.verify is not False
     if flags.verify:

@@ -1,7 +1,7 @@
-"""The flags of a command, as a dataclass with one field for each flag.
+"""Defines the flags of a command by a dataclass that has one field for each flag.
 
-absl defines and parses the flags. The type of a field decides how its value is read. Flags are
-parsed here, because absl's own `app.run` ends with 1 if a flag is wrong.
+absl defines and parses the flags. The type of a field decides how absl converts the value. We do
+not use absl's `app.run`, because its exit code is 1 if a flag is wrong, and ours is 2.
 """
 
 import dataclasses
@@ -31,17 +31,18 @@ _DEFINE: dict[Any, Callable[..., Any]] = {
 
 
 def flag(default: Any, help: str, **settings: Any) -> Any:
-    """Returns a field of a dataclass of flags.
+    """Returns a dataclass field that describes a flag.
 
-    `settings` are absl's: required, lower_bound, upper_bound, enum_values. With `commas=True`, a
-    list is written in one flag instead of a flag that may be repeated.
+    `settings` are arguments of absl: required, lower_bound, upper_bound, enum_values. With
+    `commas=True`, the user writes a list as one flag with commas; otherwise the user repeats the
+    flag.
     """
     return dataclasses.field(metadata={"default": default, "help": help, **settings})
 
 
 def define(kind: type) -> flags.FlagValues:
-    """Returns the flags of a dataclass, at their defaults."""
-    own: flags.FlagValues = flags.FlagValues()  # type: ignore[no-untyped-call]  # absl gives no type
+    """Returns absl flags for the fields of a dataclass, with their default values."""
+    own: flags.FlagValues = flags.FlagValues()  # type: ignore[no-untyped-call]  # absl is untyped
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint, settings = hints[field.name], dict(field.metadata)
@@ -61,10 +62,10 @@ def define(kind: type) -> flags.FlagValues:
 
 
 def parse(name: str, kind: type[Flags], args: list[str]) -> tuple[Flags, list[str]]:
-    """Returns the values of a command's flags, and its config overrides as "a.b=value".
+    """Parses a command's arguments; returns its flags, and config overrides as "a.b=value".
 
     Raises:
-      UsageError: if a flag is unknown or missing or has a wrong value, or an argument is no flag.
+      UsageError: if a flag is unknown, missing or wrong, or an argument is not a flag.
     """
     own = define(kind)
     overrides, args = split_overrides(args)

@@ -1,4 +1,4 @@
-"""Continues prompts; without a prompt, reads them line by line until end of input (Ctrl-D).
+"""Continues prompts from flags or, without prompts in the flags, from standard input.
 
   mobilellm generate --checkpoint=runs/quickstart --prompt='Return a list of'
   mobilellm generate --checkpoint=runs/quickstart/checkpoints/400 --prompt='Once' --temperature=0
@@ -7,10 +7,11 @@
   mobilellm generate --checkpoint=runs/quickstart --prompt='Once' --quantize=w8a8
   cat prompts.txt | mobilellm generate --checkpoint=runs/quickstart --max_new_tokens=50
 
-The texts go to standard output, and tokens per second to standard error. A single prompt appears at
-once, and its continuation token by token. Several prompts (several --prompt flags, or one prompt
-per line of --prompt_file) are continued together, --batch_size at a time, and printed when they are
-complete. --prompt= (empty) starts a text from nothing.
+Standard input holds one prompt per line; Ctrl-D ends the input. The texts go to standard output,
+and the speed goes to standard error. A single prompt is printed first, and then its continuation
+token by token. Several prompts (several --prompt flags, or one prompt per line of --prompt_file)
+are continued in batches of --batch_size, and each batch is printed when it is complete. With
+--prompt= (empty), the model starts a text without a prompt.
 """
 
 import dataclasses
@@ -59,7 +60,7 @@ class Flags:
         "into model.max_seq_len)",
         lower_bound=1,
     )
-    # A test compares these defaults with `Sampling`, whose import would load jax for --help.
+    # Copies of the defaults of `Sampling`, which a test compares; its import would load jax.
     temperature: float = flag(
         0.8, "0 takes the likeliest token; 1 draws from the distribution of the model"
     )
@@ -72,7 +73,7 @@ class Flags:
     seed: int = flag(0, "seed of the random draws; the same seed gives the same text")
 
 
-# An untrained model may draw any byte. A terminal shows control characters as symbols.
+# An untrained model may draw any byte. On a terminal, we print control characters as symbols.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 
 
@@ -104,7 +105,7 @@ def main(flags: Flags) -> None:
 
 
 def _prompts(flags: Flags) -> list[str] | None:
-    """Returns the prompts of the command line, or None to read them from standard input."""
+    """Returns the prompts in the flags, or None if the prompts come from standard input."""
     if flags.prompt_file is None:
         return flags.prompt
     if flags.prompt is not None:
@@ -135,33 +136,33 @@ def _converse(speaker: "_Speaker") -> None:
             speaker.speak(prompt)
         except KeyboardInterrupt:
             print()
-        except UserError as error:  # the prompt is too long, for example; the next one may fit
+        except UserError as error:  # For example, the prompt is too long.
             _log.warning(message(error))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Speaker:
-    """A model with weights that are laid out for decoding, once for all prompts."""
+    """A model that continues prompts; its weights are prepared once for all prompts."""
 
     model: "OpenedModel"
     prepared: "Prepared"
     sampling: "Sampling"
-    max_new_tokens: int | None  # None: the default, or the number that fits
+    max_new_tokens: int | None  # If None, the default or the number that fits.
 
     def speak(self, prompt: str) -> None:
-        """Prints the prompt, its continuation token by token, and the speed."""
+        """Prints the prompt and its continuation token by token, and logs the speed."""
         from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
 
         ids = encode_prompt(self.model.tokenizer, prompt)
         parts = (part for [part] in self._continue([ids]))
         pieces = decode_stream(self.model.tokenizer, ids, parts)
-        first = next(pieces, "")  # an error must be raised before the prompt is printed
+        first = next(pieces, "")  # Raises errors before the prompt is printed.
         for text in itertools.chain([prompt, first], pieces):
             _show(text)
         print(flush=True)
 
     def speak_together(self, prompts: Sequence[str]) -> None:
-        """Prints all prompts with their complete continuations, and the speed."""
+        """Prints each prompt with its complete continuation, and logs the speed."""
         from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
 
         batch = [encode_prompt(self.model.tokenizer, prompt) for prompt in prompts]
@@ -174,7 +175,7 @@ class _Speaker:
             print(flush=True)
 
     def _continue(self, batch: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
-        """Yields new tokens of every prompt, a few at a time; logs the speed at the end."""
+        """Yields parts with a few new tokens of every prompt, and logs the speed at the end."""
         from mobilellm_jax.generation.generate import Request, stream
 
         room = self.model.config.max_seq_len - max(map(len, batch))
@@ -187,7 +188,7 @@ class _Speaker:
             tokens += sum(map(len, parts))
             chunks += 1
             now = time.perf_counter()
-            if chunks == 2:  # the first two chunks may wait for the compiler
+            if chunks == 2:  # The first two chunks may include compilation.
                 compiled = (tokens, now)
             yield parts
         speed = f"{tokens} tokens in {now - began:.1f} s"

@@ -1,12 +1,13 @@
-"""Turns a Hugging Face directory into a run folder, so that train.init_from can start from it.
+"""Turns a Hugging Face directory into a run folder, which train.init_from accepts.
 
   mobilellm import --source=downloads/MobileLLM-125M --output=runs/mobilellm_125m
   mobilellm import --source=exported/ls --output=runs/ls
 
-The directory holds a LlamaForCausalLM, a MobileLLM in the layout of the paper's code, or the output
-of `mobilellm export`. It has config.json, the weights (safetensors or pytorch_model.bin) and
-tokenizer.model or tokenizer.json. The command refuses other models and says why. It runs no code
-from the directory: it reads no modelling file, and it reads pytorch_model.bin without unpickling.
+The directory contains config.json, the weights (safetensors or pytorch_model.bin), and
+tokenizer.model or tokenizer.json. The model is a LlamaForCausalLM, a MobileLLM in the layout of the
+paper's code, or the output of `mobilellm export`. The command refuses other models and names the
+reason. It runs no code from the directory: it does not read modelling files, and it reads
+pytorch_model.bin without unpickling.
 """
 
 import dataclasses

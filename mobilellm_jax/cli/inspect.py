@@ -1,15 +1,15 @@
-"""Checks token shards, counts their contents and shows windows as a model sees them.
+"""Checks token shards, counts their contents and shows windows as a model reads them.
 
   mobilellm inspect --data=data/python_docs
   mobilellm inspect --data=data/web:0.7,data/code:0.3 --sample=5 --seq_len=512
   mobilellm inspect --data=data/mix --boundaries=document_mask --seed=1
 
-The command reads every file and compares its checksum. It counts documents, tokens, bytes of text,
-unknown tokens and byte tokens for each split and source. Then it shows windows from --first_sample
-on: windows 0, 1, 2, ... are the first windows of a training run with the same data.seq_len,
-data.boundaries and data.seed. Step s trains on train.global_batch windows, the first of which is
-window (s - 1) * train.global_batch. If a file is damaged, the command names the file and ends with
-exit code 2.
+The command reads every file and checks its checksum. For each split and source, it counts
+documents, tokens, bytes of text, unknown tokens and byte tokens. Then it shows --sample windows,
+beginning with window --first_sample. The windows are numbered from 0 in the order in which a
+training run with the same data.seq_len, data.boundaries and data.seed reads them. Step s (from 1)
+of the run trains on train.global_batch windows, and its first window is (s - 1) *
+train.global_batch. If a file is damaged, the command names the file and ends with exit code 2.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def main(flags: Flags) -> None:
     from mobilellm_jax.data.inspection.inspect import inspect
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Characters that the terminal cannot write are escaped too.
+        # Characters that the terminal cannot print are escaped as well.
         sys.stdout.reconfigure(errors="backslashreplace")
     data = DataConfig(
         path=flags.data, seq_len=flags.seq_len, boundaries=flags.boundaries, seed=flags.seed

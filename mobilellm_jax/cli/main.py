@@ -1,12 +1,12 @@
-"""`mobilellm COMMAND --flags`: finds the command, parses its flags and returns the exit code.
+"""Runs `mobilellm COMMAND --flags`: finds the command and parses its flags.
 
 Exit codes:
-  0    the command is done
-  1    the command failed while it ran, and a traceback says where
-  2    the input is wrong, and one message says how to correct it
-  75   the run is saved, and the same command resumes it
-  130  Ctrl-C interrupted the command
-  141  the program that read the output has ended, such as `head`
+  0    The command is done.
+  1    The command failed while it ran, and a traceback shows where.
+  2    The input is wrong, and one message says how to correct it.
+  75   The run is saved, and the same command resumes it.
+  130  Ctrl-C interrupted the command.
+  141  The program that reads the output, such as `head`, has ended.
 """
 
 import importlib
@@ -24,7 +24,7 @@ from mobilellm_jax.startup.messages import show_messages
 
 BAD_INPUT = 2
 INTERRUPTED = 130
-READER_GONE = 141  # the code that a shell gives to a program that SIGPIPE ended
+READER_GONE = 141  # A shell reports this code for a program that SIGPIPE killed.
 
 COMMANDS = {
     "prepare": "turn text into token shards; the tokenizer is given or trained",
@@ -44,22 +44,22 @@ _HELP = {"-h", "-help", "--help"}
 
 
 def run() -> int:
-    """Runs the command line of this process; the console script calls this function."""
+    """Runs the command in `sys.argv`; the console script `mobilellm` calls this function."""
     try:
         code = main(sys.argv[1:])
-        print(end="", flush=True)  # a failure to write must be raised before the process exits
+        print(end="", flush=True)  # Raises write errors before the process exits.
         return code
     except BrokenPipeError:
         if not _reader_is_gone():
-            raise  # the error came from another pipe or socket
+            raise  # The error came from another pipe or socket.
         return READER_GONE
 
 
 def _reader_is_gone() -> bool:
-    """Returns whether the reader of the output has ended, as `| head` does; that is not a mistake.
+    """Returns whether the program that reads our output, such as `| head`, has ended.
 
-    If the reader has ended, the function sends the remaining output to /dev/null, so that the
-    flush at the exit of the process does not fail again.
+    If this program has ended, the function redirects the output to /dev/null, so that the flush at
+    the exit of our process does not fail again.
     """
     outputs = select.poll()
     outputs.register(1, 0)
@@ -75,7 +75,7 @@ def _reader_is_gone() -> bool:
 
 
 def main(args: list[str]) -> int:
-    """Runs one command and returns the exit code; raises the error if the command fails."""
+    """Runs one command and returns its exit code; raises errors that are bugs."""
     show_messages()
     name = ""
     try:

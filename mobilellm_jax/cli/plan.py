@@ -1,15 +1,16 @@
-"""Predicts the needs of a run: parameters, FLOPs, memory, communication and time.
+"""Predicts what a run needs: parameters, FLOPs, memory, communication and time.
 
   mobilellm plan --config=configs/mobilellm_125m.py
   mobilellm plan --config=configs/mobilellm_125m.py --topology=v5e:16x16
   mobilellm plan --config=configs/mobilellm_1_5b.py --topology=v5p:4x4x4 --config.mesh.fsdp=64
 
 With --topology, the command compiles the real training step for a TPU slice. This takes minutes and
-needs libtpu, but no TPU. If the step does not fit, the command searches for the smallest change of
-the config that fits, compiles it and names it. Without --topology, the command counts the needs on
-the devices of this machine.
+needs libtpu, but no TPU. If the step does not fit into memory, the command searches for the
+smallest change of the config that makes the step fit, and prints this change. Without --topology,
+the command only calculates the needs for the devices of this machine.
 
-Exit codes: 0 if the step fits or was only counted, 1 if no change makes it fit.
+Exit codes: 0 if the step fits, maybe after a change, or was not compiled; 1 if no change makes it
+fit.
 """
 
 import dataclasses
@@ -30,13 +31,13 @@ class Flags:
 def main(flags: Flags, overrides: list[str]) -> int:
     """Prints the plan."""
     config = load_config(flags.config, overrides)
-    # jax loads slowly, and --help and errors in the config must appear quickly.
+    # The import of jax is slow, so errors in the config are reported before it.
     import jax
 
     from mobilellm_jax.plan import plan
 
     if flags.topology:
-        jax.config.update("jax_platforms", "cpu")  # leaves an attached TPU free
+        jax.config.update("jax_platforms", "cpu")  # Leaves an attached TPU free.
 
     def show(lines: list[str]) -> None:
         print("\n".join(lines), flush=True)

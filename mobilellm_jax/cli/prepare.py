@@ -1,4 +1,4 @@
-r"""Turns text into token shards; the tokenizer is given or trained.
+r"""Turns text into token shards, with a given tokenizer or a newly trained one.
 
   mobilellm prepare --source=python_docs --vocab_size=4096 --output=data/python_docs
   mobilellm prepare --source='text:books/**/*.txt' --tokenizer=tokenizer.model --output=data/books
@@ -6,17 +6,18 @@ r"""Turns text into token shards; the tokenizer is given or trained.
       --weight=0.8 --weight=0.2 --vocab_size=32000 --output=data/mix
 
 Kinds of sources:
-  python_docs                 the documentation that ships with Python; no download
-  tfds:NAME[:SPLIT][#FIELD]   a TensorFlow Datasets dataset with random access
-  text:GLOB                   UTF-8 files; each file is one document
-  jsonl:GLOB[#FIELD]          lines of JSON objects; each line is one document
-  parquet:GLOB[#FIELD]        rows; each row is one document
-  tokens:GLOB                 lines of {"token_ids": [...]}, with or without "loss_mask": [...]
-FIELD names the field with the text (default: "text"). Files that end in .gz or .zst are
-decompressed, except parquet. A GLOB may be an fsspec URL such as gs://bucket/*.jsonl.
+  python_docs                 The documentation that ships with Python; needs no download.
+  tfds:NAME[:SPLIT][#FIELD]   A TensorFlow Datasets dataset with random access.
+  text:GLOB                   UTF-8 files; each file is one document.
+  jsonl:GLOB[#FIELD]          Lines of JSON objects; each line is one document.
+  parquet:GLOB[#FIELD]        Rows; each row is one document.
+  tokens:GLOB                 Lines of {"token_ids": [...]}, with or without "loss_mask": [...].
+FIELD is the name of the field with the text (default: "text"). Files that end in .gz or .zst are
+decompressed, except parquet files. A GLOB may be an fsspec URL such as gs://bucket/*.jsonl.
 
-If the command is killed, the same command continues. If the folder is finished and the settings are
-the same, the command does nothing. The files do not depend on the number of workers.
+If the command is killed, the same command continues the work. If the folder --output is finished
+and the settings are the same, the command does nothing. The number of workers does not change the
+files.
 """
 
 import dataclasses

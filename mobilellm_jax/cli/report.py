@@ -1,13 +1,13 @@
-"""Turns runs into one page: curves, the paper's tables beside our numbers, speed and memory.
+"""Shows runs on one page: curves, our numbers beside the paper's tables, speed and memory.
 
   mobilellm report --runs='runs/tiny/runs/*' --output=runs/tiny/report
   mobilellm report --runs=runs/tiny --output=report
 
---runs takes run folders of any origin, or the folder of a sweep. Runs that differ only in their
-seeds count as one model with a mean and a standard error. Models of the paper's grids
-(`sweep --grid`) also get the tables of the paper. DIR/index.html needs no other file and no
-network; pictures (PNG) and tables (CSV, Markdown) lie beside it. Unfinished runs are listed, but
-are in no table.
+--runs accepts any run folders, or the folder of a sweep. Runs that differ only in their seeds count
+as one model, with a mean and a standard error. For models of the paper's grids (`sweep --grid`),
+the page also shows the paper's tables. The page is index.html in the folder --output; it needs no
+other file and no network. The folder also contains the pictures (PNG) and tables (CSV, Markdown).
+Unfinished runs are listed, but they are in no table.
 """
 
 import dataclasses

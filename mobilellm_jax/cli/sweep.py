@@ -1,4 +1,4 @@
-r"""Trains many models to compare them: grids of the paper, your own values, or both.
+r"""Trains many models to compare them: the paper's grids, your own values, or both.
 
   mobilellm sweep --grid=depth_width --workdir=runs/tiny --seeds=3
   mobilellm sweep --grid=all --workdir=runs/tiny --seeds=3 --parallel=2 --config.data.path=data/mine
@@ -10,20 +10,21 @@ r"""Trains many models to compare them: grids of the paper, your own values, or 
   mobilellm sweep --grid=heads --scale=paper --workdir=runs/plan --plan --topology=v5e:16x16
 
 First the command prints the number of runs, their parameters and FLOPs, and an estimate of the
-time. The estimate comes from a few steps of each model on this machine, or from --flops_per_sec.
---plan stops there. Otherwise the runs start; the command asks no question.
+time. For the estimate, it trains each model for a few steps on this machine, or it uses
+--flops_per_sec. With --plan, the command then stops. Otherwise it starts the runs without asking.
 
 The same command resumes the sweep: it skips finished runs, resumes stopped runs, and tries failed
-runs again. More seeds or grids add runs. A row that several grids share is one run. Ctrl-C saves
-all runs. Each run is a folder in WORKDIR/runs, as `train` makes it, and its output is in
-WORKDIR/logs.
+runs again. If you ask for more seeds or grids, it adds runs. A model that is in several grids is
+trained once. Ctrl-C saves all runs. Each run is a folder in WORKDIR/runs, like a folder of `train`,
+and the output of the run is in WORKDIR/logs.
 
-Scales: paper (125M and 350M), small (about 20M), tiny (1.4M). Recipes: configs/sweep_SCALE.py, or
---config. Seeds change the initial parameters and the order of the data. With --tune_lr, the first
-seed of every model is trained with each learning rate, and the other seeds with the best rate.
+--scale chooses the size of the models: paper (125M and 350M), small (about 20M) or tiny (1.4M
+parameters). The other settings come from configs/sweep_SCALE.py or --config. A seed decides the
+initial parameters and the order of the data. With --tune_lr, the first seed of every model is
+trained with each learning rate, and the other seeds with the best rate only.
 
-Exit codes: 0 all runs finished (or were submitted or planned), 1 a run failed, 75 saved and
-stopped.
+Exit codes: 0 if all runs finished (or were submitted or planned), 1 if a run failed, 75 if the runs
+were saved and stopped.
 """
 
 import dataclasses
@@ -104,7 +105,7 @@ def main(flags: Flags, overrides: list[str]) -> int:
             raise UsageError("--config is missing; --sweep without --grid varies this recipe.")
         file = f"configs/sweep_{scale}.py"
     base = load_config(file, overrides)
-    # jax loads slowly, and --help and errors in the config must appear quickly.
+    # The import of jax is slow, so errors in the config are reported before it.
     from mobilellm_jax import preflight
     from mobilellm_jax.sweep import plan, run_here, submit
     from mobilellm_jax.sweep.runs import grid_variants, vary, with_seeds
@@ -139,7 +140,7 @@ def _price(runs: "list[Run]", sweep: Path, topology_name: str, mfu: float) -> in
     from mobilellm_jax.storage import rundir
     from mobilellm_jax.sweep.chip_hours import price_all, price_table
 
-    jax.config.update("jax_platforms", "cpu")  # an attached TPU stays free
+    jax.config.update("jax_platforms", "cpu")  # Leaves an attached TPU free.
     topology = parse_topology(topology_name)
     sweep.mkdir(parents=True, exist_ok=True)
     name = topology.name.replace(":", "-")

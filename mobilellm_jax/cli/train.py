@@ -1,20 +1,21 @@
-"""Trains a model from a config; the same command resumes.
+"""Trains a model from a config; the same command resumes a stopped run.
 
   mobilellm train --config=configs/quickstart.py --workdir=runs/quickstart
   mobilellm train --config=configs/mobilellm_125m.py --workdir=runs/125m --config.data.path=data/web
   mobilellm train --config=configs/quickstart.py --workdir=runs/long --config.train.steps=2000
 
-A larger --config.train.steps extends a finished run. Compiled programs are kept for the next start
-in ~/.cache/mobilellm, or in the folder of JAX_COMPILATION_CACHE_DIR.
+A larger --config.train.steps extends a finished run. JAX keeps compiled programs for later runs in
+~/.cache/mobilellm, or in the folder that JAX_COMPILATION_CACHE_DIR names.
 
 On SIGTERM, on Ctrl-C and at the end of --max_walltime, the command saves the run and ends with exit
-code 75. A scheduler may then start the same command again, which resumes. A second Ctrl-C ends the
-command at once, and so does a Ctrl-C before the first step.
+code 75. A scheduler may then start the same command again, and the run continues. A second Ctrl-C,
+or a Ctrl-C before the first step, ends the command at once.
 
-Several processes can train one run: start the same command in each process. Slurm, Kubernetes
-JobSet and TPU VMs tell the processes about each other; elsewhere, give --coordinator_address,
---num_processes and --process_id. The processes must share the folder --workdir. If a process dies,
-or is silent for --peer_timeout seconds, the other processes name it and end with exit code 75.
+Several processes can train one run: start the same command in each process. On Slurm, Kubernetes
+JobSet and TPU VMs, the processes find each other. Elsewhere, give --coordinator_address,
+--num_processes and --process_id. All processes must see the same folder --workdir. If a process
+dies, or is silent for --peer_timeout seconds, the other processes report the number of this process
+and end with exit code 75.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ def main(flags: Flags, overrides: list[str]) -> int:
 
 
 def _train(config: Config, flags: Flags) -> bool:
-    # jax loads slowly, and --help and errors in the config must appear quickly.
+    # The import of jax is slow, so errors in the config are reported before it.
     from mobilellm_jax import preflight
     from mobilellm_jax.pretrain import pretrain
     from mobilellm_jax.processes import distributed
@@ -76,7 +77,7 @@ def _train(config: Config, flags: Flags) -> bool:
     if flags.max_walltime is not None:
         walltime = Walltime(parse_duration("--max_walltime", flags.max_walltime))
     profile = None if flags.profile_steps is None else ProfiledSteps.parse(flags.profile_steps)
-    # No backend has started yet, and XLA's flags must be set before the processes meet.
+    # XLA's flags must be set before JAX starts a backend and before the processes connect.
     settings = before_jax(deterministic=config.train.deterministic)
     found = distributed.start(
         flags.coordinator_address, flags.num_processes, flags.process_id, flags.peer_timeout

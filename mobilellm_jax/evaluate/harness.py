@@ -56,14 +56,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         show: bool = True,
     ) -> None:
         super().__init__()
-        self.cut = 0  # Number of too long requests, whose first tokens were dropped.
+        self.cut = 0  # Number of requests that were too long and lost their first tokens.
         self._engine = engine
         self._tokens = tokenizer
         self._journal = journal
         self._origin = origin
         self._show = show
         self._beginning = beginning(tokenizer)
-        # If max_seq_len is at most 256, the default limit is half of it; half is for the prompt.
+        # With a small max_seq_len, half of it is the default limit; the prompt gets the other half.
         longest = engine.config.max_seq_len
         self._max_new_tokens = longest // 2 if longest <= _MAX_NEW_TOKENS else _MAX_NEW_TOKENS
 

@@ -75,7 +75,7 @@ class Journal:
         write_whole(path, f"{first}\n{_lines(self.answers)}")
 
     def add(self, answers: Iterable[tuple[str, Any]]) -> None:
-        """Adds the answers of a batch in memory, and writes them to the file before it returns."""
+        """Adds the answers of a batch in memory and, before returning, to the file."""
         new = dict(answers)
         self.answers |= new
         if self._path is not None:

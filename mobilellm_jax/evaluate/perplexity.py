@@ -11,8 +11,8 @@ predictions. Each later window scores its last `stride` predictions, and the las
 predictions that are left. For each scored token, the model sees at least T - stride earlier tokens,
 or all earlier tokens.
 
-The loss is the mean over all scored tokens, and the perplexity is exp(loss). Bits per byte are loss
-* tokens / (ln 2 * bytes of the scored tokens). They compare models with different tokenizers.
+The loss is the mean over all scored tokens, and the perplexity is exp(loss). The bits per byte are
+loss * tokens / (ln 2 * bytes of the scored tokens). They compare models with different tokenizers.
 """
 
 import dataclasses

@@ -28,8 +28,8 @@ from mobilellm_jax.generation.text_stream import common_prefix
 
 _SHORTEST_ROW = 256
 # One more token costs about as much compute as this number of attention scores. In a block of
-# MobileLLM-125M, a token needs 7 million operations and a score needs 2304. A CPU computes the
-# operations of scores at a third of the speed.
+# MobileLLM-125M, a token needs 7 million operations and a score needs 2304. On a CPU, the
+# operations of a score take about three times as long as those of a token.
 _SCORES_PER_TOKEN = 1000
 _SHARES = (8, 4, 2, 1)  # A row of T tokens has room for T / 8, T / 4, T / 2 or T targets.
 
@@ -84,7 +84,8 @@ def grow_trees(queries: Sequence[Query], max_size: int) -> list[Tree]:
     """Merges queries into trees of at most `max_size` positions; every query is in one tree.
 
     After merging, the model reads the shared tokens once, but it also computes attention scores
-    between branches, which the mask then hides. Queries are merged only if this is cheaper.
+    between branches, which the mask then hides. Queries are merged only if this is cheaper than
+    separate trees.
     """
     # Sorting by tokens puts queries with a common beginning next to each other.
     order = sorted(range(len(queries)), key=lambda i: queries[i].tokens)

@@ -62,7 +62,7 @@ class Scorer:
         self._forward = jit_under(mesh, rules, self._score, out_shardings=replicated(mesh))
 
     def scores(self, params: Params, queries: Sequence[Query]) -> Iterator[list[tuple[int, Score]]]:
-        """Yields one list per batch, with pairs of the index of a query and its score.
+        """Yields one list per batch; it holds pairs of the index and the score of a query.
 
         Raises:
           FloatingPointError: if a likelihood is not finite.

@@ -52,7 +52,7 @@ def load_tasks(
 
     Args:
       names: Names of tasks or groups. `TASK_DATA` and `GROUPS` list ours.
-      data_dir: Folder of local rows (`task_data.py`). If None, the harness downloads the rows.
+      data_dir: Folder of local rows (`task_data.py`). If None, the harness downloads missing rows.
       num_fewshot: Number of examples before each question, unless the task's name fixes it. If
         None, the harness' number is used, which is zero for most tasks.
 
@@ -77,7 +77,7 @@ def load_tasks(
             if name in TASK_DATA:
                 overlay = _overlay(name, data_dir, _shots(name, num_fewshot))
                 (Path(folder) / f"{name}.yaml").write_text(overlay, "utf-8")
-        # The search for the harness' own tasks reads thousands of files, which takes seconds.
+        # Searching the harness' thousands of task files takes seconds, so we avoid this if we can.
         manager = TaskManager(include_path=folder, include_defaults=bool(foreign))
         unknown = [name for name in foreign if name not in manager.all_tasks]
         if unknown:

@@ -2,10 +2,10 @@
 
 F1 = 2 P R / (P + R). P is the share of the answer's tokens that the alias (an accepted answer) also
 has. R is the share of the alias' tokens that the answer also has. A token that occurs twice counts
-twice. Before this, both texts are normalised as in TriviaQA (Joshi et al. 2017, arXiv:1705.03551):
-they are lower-cased, punctuation becomes spaces, and articles are removed. The answer gets its
-highest F1 over all aliases. The paper (Liu et al. 2024, arXiv:2402.14905, Table 4) names its metric
-F1, but does not define it.
+twice. Before the comparison, both texts are normalised as in TriviaQA (Joshi et al. 2017,
+arXiv:1705.03551): they are lower-cased, punctuation becomes spaces, and articles are removed. The
+answer gets its highest F1 over all aliases. The paper (Liu et al. 2024, arXiv:2402.14905, Table 4)
+names its metric F1, but does not define it.
 """
 
 import collections

@@ -61,7 +61,7 @@ def prepare(config: ModelConfig, params: Params) -> Prepared:
 
     If `generate` or `stream` gets plain parameters, it prepares them at every call. The prepared
     form holds a copy of the parameters in the compute dtype, and a second copy if this dtype is not
-    float32. During training, the copies fit into the memory that the gradients do not use between
+    float32. During training, the copies fit into the memory of the gradients, which is free between
     steps.
     """
     narrow = in_compute_dtype(params, config)

@@ -79,7 +79,7 @@ def draw_of(sampling: Sampling, vocab_size: int, batch: int) -> Draw:
 def next_token(
     logits_BV: Float[Array, "B V"], draw: Draw, drawn: Int[Array, ""]
 ) -> Int[Array, "B"]:
-    """Draws a token for each row; `drawn` is the number of tokens drawn for the row before."""
+    """Draws a token for each row; `drawn` is the number of earlier draws for each row."""
     if draw.method == "greedy":
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     # The largest logit becomes 0, so the division by a small temperature cannot give +infinity.
@@ -119,7 +119,7 @@ def _likeliest(
     weight_BV: Float[Array, "B V"],
     amount: Float[Array, ""] | Float[Array, "B 1"],
 ) -> Bool[Array, "B V"]:
-    """Returns which of the likeliest tokens are needed for a total weight of `amount`.
+    """Returns a mask of the fewest likeliest tokens whose total weight reaches `amount`.
 
     If all weights together are less than `amount`, every token is needed. A binary search over the
     32 bits of a logit finds the lowest needed logit, so nothing is sorted. For 32,000 logits on a
