@@ -1,1 +1,1 @@
-"""From sources to token shards, in several processes, resumable."""
+"""Turns sources into token shards in several processes, and continues after interruptions."""

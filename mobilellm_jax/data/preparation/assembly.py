@@ -1,8 +1,9 @@
-"""Joins parts into shards: chooses the documents of each shard, and copies them.
+"""Joins parts into shards: plans which documents each shard contains, and copies them.
 
-The parts of a split, one after another, are a stream of documents. A shard ends with the document
-that fills it, so the shards depend on the documents alone, and not on their division into parts.
-Planning needs the parts in order. Any process can then assemble a planned shard.
+The parts of a split in their order form a stream of documents. A shard ends with the document that
+brings it to the requested number of tokens. The contents of the shards therefore depend only on the
+documents, and not on how the documents are divided into parts. `Planner` needs the parts in order.
+Any process can assemble a planned shard.
 """
 
 import dataclasses
@@ -16,12 +17,12 @@ from mobilellm_jax.data.shards import ShardWriter, shard_name
 from mobilellm_jax.data.token_stream import Shard, TokenStream
 from mobilellm_jax.storage import rundir
 
-_COPIED_AT_ONCE = 4_000_000  # tokens
+_COPIED_AT_ONCE = 4_000_000  # Tokens that are copied in one step.
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardPlan:
-    """Shard `name` is tokens [start, stop) of the stream of these parts."""
+    """The plan of the shard `name`: it contains tokens [start, stop) of the joined `parts`."""
 
     name: str
     parts: tuple[Shard, ...]
@@ -32,8 +33,9 @@ class ShardPlan:
 class Planner:
     """Divides the documents of one split into shards of at least `job.shard_tokens` tokens.
 
-    It begins after the shards that an earlier start completed. The number of shards is not known
-    yet, so a shard is named by its place only.
+    The first planned shard follows the shards that an earlier run of `prepare` completed. The final
+    name of a shard contains the number of all shards, which is known only at the end. Until then,
+    the name consists of the split and the index of the shard.
     """
 
     def __init__(self, job: Job, split: str) -> None:
@@ -42,29 +44,29 @@ class Planner:
             self.made.append(read_record(file, Shard))
         self._job, self._split = job, split
         self._planned = len(self.made)
-        self._waiting: list[Shard] = []  # parts with documents for a shard that is not planned
-        self._start = sum(shard.tokens for shard in self.made)  # counts from the first of them
+        self._waiting: list[Shard] = []  # Parts with documents that are not planned.
+        self._start = sum(shard.tokens for shard in self.made)  # Planned tokens in `_waiting`.
         self._used: list[Shard] = []
 
     def add(self, part: Part) -> Iterator[ShardPlan]:
-        """Takes the next part in order; yields the shards that this part fills."""
+        """Takes the next part in order, and yields the plans of the shards that this part fills."""
         self._waiting += part.splits[self._split].shards
         while (goal := self._start + self._job.shard_tokens) <= self._end():
-            # The first document that ends at the goal or later ends the shard.
+            # The shard ends with the first document that ends at `goal` or later.
             stream = TokenStream(self._job.parts, self._waiting, self._job.dtype)
             starts = stream.document_starts(goal, self._end())
             yield self._plan(int(starts[0]) if len(starts) else self._end())
         self._release()
 
     def end(self) -> Iterator[ShardPlan]:
-        """Yields the last shard, if documents are left for it."""
+        """Yields the plan of the last shard, if there are documents that no shard contains."""
         if self._waiting:
             yield self._plan(self._end())
 
     def delete_used_parts(self) -> None:
         """Deletes the arrays of parts whose shards are complete.
 
-        The records of the parts stay, because they count the finished work.
+        The records of the parts stay, because they show the next run which pieces are encoded.
         """
         for part in self._used:
             for suffix in part.files:
@@ -89,7 +91,7 @@ class Planner:
 
 
 def assemble(job: Job, plan: ShardPlan) -> Shard:
-    """Copies the documents of the plan into a shard and writes its record, which completes it."""
+    """Copies the documents of `plan` into a shard, then marks the shard complete by a record."""
     stream = TokenStream(job.parts, plan.parts, job.dtype)
     with ShardWriter(job.shards, plan.name, job.dtype) as writer:
         for start in range(plan.start, plan.stop, _COPIED_AT_ONCE):
@@ -103,9 +105,9 @@ def assemble(job: Job, plan: ShardPlan) -> Shard:
 
 
 def give_final_names(job: Job, output: Path, split: str, found: list[Shard]) -> list[Shard]:
-    """Moves the shards of a split to `output`, under names that contain their number.
+    """Moves the shards of a split to `output`, under names that contain the number of shards.
 
-    The function can be called again after an interruption.
+    If an interruption stops the function, a second call moves the remaining files.
     """
     named = []
     for index, shard in enumerate(found):

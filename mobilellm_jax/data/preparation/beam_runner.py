@@ -1,8 +1,9 @@
 """Runs `prepare` on Apache Beam, which encodes pieces into parts and joins parts into shards.
 
-The functions are the same as for the local runner, so the files are equal. Every Beam worker must
-see the sources and the folder beside the output under the same paths, on a shared disk. Beam needs
-older packages, so it is installed in an environment of its own (`pip install mobilellm-jax[beam]`).
+Beam's workers call the same functions as local workers, so both write equal files. Every Beam
+worker must find the sources and the working folder beside the output under the same paths, so the
+working folder must be on a shared disk. Beam requires older versions of some packages, so install
+it in a separate environment (`pip install mobilellm-jax[beam]`).
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from mobilellm_jax.errors import MissingFileError, UserError
 def encode_and_assemble(
     job: Job, tasks: Sequence[Task], options: Sequence[str]
 ) -> Generator[Part, None, None]:
-    """Encodes missing parts, assembles all shards, then yields the parts in order.
+    """Encodes the missing parts, assembles all shards, and then yields the parts in order.
 
     `options` are Beam's own flags, such as `--runner=DirectRunner` or `--direct_num_workers=8`.
 
@@ -38,7 +39,7 @@ def encode_and_assemble(
             "--runner=local."
         ) from error
 
-    class Encode(beam.DoFn):  # type: ignore[misc, name-defined]  # Beam is not there when types are checked
+    class Encode(beam.DoFn):  # type: ignore[misc, name-defined]  # The type checker has no Beam.
         def __init__(self, job: Job) -> None:
             self.job = job
 
@@ -77,7 +78,7 @@ def _read(job: Job, task: Task) -> Part:
 
 
 def _counted(beam: Any) -> Any:
-    """Returns a function that adds to Beam's counters, which Beam shows on its progress pages."""
+    """Returns a function that adds to Beam's counters; Beam shows them on its progress pages."""
     counters = {
         field.name: beam.metrics.Metrics.counter("prepare", field.name)
         for field in dataclasses.fields(Counts)

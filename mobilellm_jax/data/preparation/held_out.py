@@ -1,6 +1,7 @@
 """Chooses the validation documents, and the text that trains a tokenizer.
 
-Both choices are made before anything is encoded, and read as little of the sources as possible.
+`prepare` makes both choices before it encodes documents. The functions read only as much of the
+sources as they need.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,25 +10,27 @@ from mobilellm_jax.data.preparation.parts import DIGESTS, digest
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION, BadLine, Source, TokenDocument
 from mobilellm_jax.errors import UserError
 
-# This is enough for the merges of any vocabulary, and SentencePiece trains on it in minutes.
+# This much text is enough to learn the merges of any vocabulary, and SentencePiece trains on it in
+# minutes.
 TOKENIZER_TRAINING_CHARACTERS = 50_000_000
-# Number of pieces that are read of a source with more pieces.
+# Largest number of pieces that `tokenizer_sample` reads from one source.
 _PLACES = 256
 
 
 def is_divided(source: Source) -> bool:
-    """Returns whether validation documents are held out of the source's training documents."""
+    """Returns whether `prepare` takes validation documents from the source's training split."""
     return VALIDATION not in source.splits()
 
 
 def held_out_below(
     sources: Sequence[Source], validation_fraction: float, on_bad: Callable[[BadLine], None]
 ) -> int:
-    """Returns the digest below which a document is held out; 0 holds out no document.
+    """Returns the threshold below which a document's digest selects it for validation, or 0.
 
-    The digest is the fraction of all digests. With few documents, none or all of them may be below
-    it; one document then changes sides. Reading stops as soon as there is a document on each side,
-    which is at once for all but small sources.
+    The threshold is `validation_fraction` of the range of digests. If no document or every document
+    is below this threshold, the threshold moves so that one document changes sides. Reading stops
+    as soon as one document below the threshold and one other document are found, so only small
+    sources are read completely. A threshold of 0 selects no document.
 
     Raises:
       UserError: if there is a single document and no source has a validation split.
@@ -63,11 +66,11 @@ def tokenizer_sample(
     on_bad: Callable[[BadLine], None],
     most_characters: int = TOKENIZER_TRAINING_CHARACTERS,
 ) -> Iterator[str]:
-    """Yields training text of at most `most_characters` characters from all parts of every source.
+    """Yields up to `most_characters` characters of training text, spread over every source.
 
-    Each source gives text by its weight, or else by its size. A source that is smaller than its
-    share gives all its text. Held-out documents are left out. The sample does not depend on the
-    number of workers.
+    Each source contributes in proportion to its weight, or to its size if there are no weights. A
+    source that is smaller than its share contributes all its text. The sample contains no documents
+    that are held out for validation. It does not depend on the number of workers.
     """
     pieces = [source.pieces(TRAIN) for source in sources]
     sizes = [sum(piece.size_bytes for piece in of_source) for of_source in pieces]
@@ -78,7 +81,7 @@ def tokenizer_sample(
         characters_left = int(most_characters * share / max(sum(shares), 1e-9))
         bytes_left = size if count == len(of_source) else sum(p.size_bytes for p in places)
         for piece in places:
-            # Later pieces use the characters that a short piece leaves over.
+            # If a piece has less text than its quota, later pieces get the remaining characters.
             quota = characters_left * piece.size_bytes // max(bytes_left, 1)
             bytes_left -= piece.size_bytes
             for document in source.documents(piece, on_bad):

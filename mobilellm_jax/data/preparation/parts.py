@@ -1,8 +1,8 @@
-"""Encodes a piece of a source into a part on disk; workers do this in any order, on any machine.
+"""Encodes pieces of sources into parts on disk, in any order and on any machine.
 
-A part contains the encoded documents of one piece, as a shard NUMBER.SPLIT for each split that has
-documents. `NUMBER.json` is written last and completes the part. `assembly.py` joins parts into the
-shards of the output.
+A part contains the encoded documents of one piece, in a shard named NUMBER.SPLIT for each split
+that has documents in the piece. `PieceEncoder` writes the record `NUMBER.json` last, so a part that
+has a record is complete. `assembly.py` joins the parts into the shards of the output.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ Count = Callable[[Counts], None]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Settings that all workers of a preparation share; every worker sees the same disk."""
+    """Settings that all workers of a `prepare` run share; `work` must be on a shared disk."""
 
     sources: tuple[str, ...]
     work: Path
     tokenizer: Path
-    dtype: np.dtype[Any]  # of the ids on disk
+    dtype: np.dtype[Any]  # Type of the token ids on disk.
     skip_bad_lines: bool
     shard_tokens: int
 
@@ -58,13 +58,13 @@ class Job:
 
     @property
     def shards(self) -> Path:
-        """Folder for shards that have no final name yet."""
+        """The folder for shards that have no final name yet."""
         return self.work / "shards"
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A piece; in a training piece, documents with a digest below `held_out` are for validation."""
+    """A piece to encode; its documents with a digest below `held_out` are for validation."""
 
     number: int
     source: int
@@ -74,17 +74,17 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """The contents of a part; `number` orders the parts of a preparation."""
+    """The record of a part; `number` is its position among all parts of the `prepare` run."""
 
     number: int
     source: int
-    splits: Mapping[str, Split]  # each has at most one shard
+    splits: Mapping[str, Split]  # Each split has at most one shard.
     empty_documents: int
     bad_lines: tuple[Mapping[str, Any], ...]
 
 
 class PieceEncoder:
-    """Encodes the pieces of one job; each process opens the tokenizer and the sources once."""
+    """Encodes the pieces of one job; opens the tokenizer and each source only once."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -92,11 +92,11 @@ class PieceEncoder:
         self._sources: dict[int, Source] = {}
 
     def encode(self, task: Task, count: Count) -> Part:
-        """Writes the part of `task` and returns its record; `count` is called for every batch.
+        """Writes the part of `task` and returns its record; calls `count` after every batch.
 
         Raises:
-          UserError: if the tokenizer or the source refuses a document, unless bad lines are
-            skipped.
+          UserError: if the tokenizer or the source refuses a document and the job does not skip bad
+              lines.
         """
         job = self._job
         skipped: list[dict[str, Any]] = []
@@ -158,7 +158,7 @@ def read_part(parts: Path, number: int) -> Part | None:
 
 
 def read_record(file: Path, kind: Any) -> Any:
-    """Returns a record of an earlier start, or raises a UserError if the record is damaged."""
+    """Returns the record in `file` as a `kind`, or raises a UserError if the record is damaged."""
     try:
         return strict_json.as_type(strict_json.read(file), kind)
     except strict_json.JsonError as error:
@@ -169,12 +169,12 @@ def read_record(file: Path, kind: Any) -> Any:
 
 
 def record_file(parts: Path, number: int) -> Path:
-    """Returns the path of a part's record, which completes the part."""
+    """Returns the path of a part's record, which exists only if the part is complete."""
     return parts / f"{number:08d}.json"
 
 
 def digest(document: Document | TokenDocument) -> int:
-    """Returns the 64 bits that decide whether a document is held out."""
+    """Returns a 64-bit hash of a document, which decides whether the document is held out."""
     if isinstance(document, TokenDocument):
         content = np.asarray(document.ids, "<i8").tobytes()
     else:
@@ -183,7 +183,7 @@ def digest(document: Document | TokenDocument) -> int:
 
 
 class _Encoded(NamedTuple):
-    """A batch of documents: their ids with BOS and EOS in one array, and their sizes."""
+    """An encoded batch: the ids of all documents in one array, with BOS and EOS, and the sizes."""
 
     documents: Sequence[Document | TokenDocument]
     ids: NDArray[Any]
@@ -205,11 +205,11 @@ def _encode(
     documents: Sequence[Document | TokenDocument],
     bad_lines: list[dict[str, Any]] | None,
 ) -> _Encoded:
-    """Encodes documents; an unencodable one goes to `bad_lines`, or raises if that is None."""
+    """Encodes documents; reports a refused document in `bad_lines`, or raises if it is None."""
     try:
         return _encode_all(tokenizer, documents)
     except ValueError:
-        # One of many documents failed; encode them one by one to find and report it.
+        # The error does not tell which document failed, so each document is encoded alone.
         kept = []
         for document in documents:
             try:
@@ -257,7 +257,8 @@ def _encoded_already(
         before = [] if begun else [tokenizer.bos_id]
         after = [] if ended else [tokenizer.eos_id]
         rows.append(np.concatenate([before, ids, after]).astype(dtype))
-        # EOS is a target if the token before it is one; BOS of a masked document is not a target.
+        # An added EOS is a target if the token before it is a target. An added BOS is a target if
+        # the document has no loss mask.
         first = [0 if given is not None else 1] if before else []
         last = list(mask[-1:] if len(mask) else [1]) if after else []
         masks.append(np.concatenate([first, mask, last]).astype(np.uint8))
@@ -273,7 +274,7 @@ def _encoded_already(
 
 
 def _divided(encoded: _Encoded, task: Task) -> Iterator[tuple[str, _Encoded]]:
-    """Yields the documents of each split that has any."""
+    """Yields each split that has documents in the batch, with these documents."""
     if task.held_out:
         held_D = np.array([digest(d) < task.held_out for d in encoded.documents], np.bool_)
     else:

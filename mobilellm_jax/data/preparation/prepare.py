@@ -1,11 +1,12 @@
 """Turns sources into token shards in any number of processes, with bounded memory.
 
-Pieces of the sources are encoded into parts (`parts.py`), by the processes of `workers.py` or by
-Beam. `assembly.py` joins the parts into shards. The place of a document depends on the documents
-alone, so equal sources and settings give equal bytes for any number of workers.
+The processes of `workers.py`, or Beam, encode each piece of a source into a part (`parts.py`).
+`assembly.py` joins the parts into shards. The position of a document in the shards does not depend
+on the workers, so equal sources and settings give equal bytes for any number of workers.
 
-The work happens in the folder `.NAME.preparing` beside the output, which is renamed at the end. A
-killed start leaves this folder behind, and the next start continues with its parts.
+`prepare` works in the folder `.NAME.preparing` beside the output, and moves the complete output out
+of this folder at the end. If `prepare` is killed, the folder stays, and the next run uses the parts
+in it.
 """
 
 import contextlib
@@ -35,13 +36,13 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
 
 SHARD_TOKENS = 64_000_000
-# With so many bad lines, the sources probably have another format than the user said.
+# With more bad lines than this, a source probably does not have the format that the user named.
 MOST_BAD_LINES = 10_000
 
 BadLinePolicy = Literal["stop", "skip"]
 Runner = Literal["local", "beam"]
 
-# Two pieces: a smaller source is encoded before a second process has started.
+# The size of two pieces. One process encodes smaller sources before a second process has started.
 _TOO_SMALL_TO_SHARE_BYTES = 16_000_000
 _log = logging.getLogger(__name__)
 
@@ -60,14 +61,16 @@ def prepare(
     beam_options: Sequence[str] = (),
     shard_tokens: int = SHARD_TOKENS,
 ) -> Manifest:
-    """Writes the documents of `sources`, one source after another, as token shards to `output`.
+    """Encodes the documents of `sources`, in this order, and writes token shards to `output`.
 
-    `tokenizer` names an existing file; `vocab_size` trains a tokenizer on the training documents.
-    A hash of the content chooses about `validation_fraction` of the documents for validation in
-    sources without a validation split. With `weights`, training draws from the sources in these
-    proportions. With `runner` "beam", all workers must see `output` on a shared disk.
+    `tokenizer` is an existing tokenizer file. If `vocab_size` is given instead, `prepare` trains a
+    tokenizer of this size on the training documents. In sources without a validation split, a hash
+    of each document's content selects about `validation_fraction` of the documents for validation.
+    If `weights` are given, training takes samples from the sources in these proportions. If
+    `runner` is "beam", `output` must be on a disk that all workers share.
 
-    `output` appears when it is complete. A complete output with equal settings stays unchanged.
+    The folder `output` appears only when it is complete. If `output` is already complete and was
+    made with equal settings, it stays unchanged.
 
     Raises:
       UserError: if a setting is bad, a source has no text, a document is refused, or `output`
@@ -90,7 +93,7 @@ def prepare(
     }
     if made := _complete_output(output, settings):
         _log.info(f"{output} is complete already, made with the same settings; nothing to do.")
-        shutil.rmtree(work, ignore_errors=True)  # an earlier start was killed at its last moment
+        shutil.rmtree(work, ignore_errors=True)  # An earlier run was killed before it did this.
         return made
     with working_folder(work, settings):
         preparation = _Preparation(work, opened, weights, settings)
@@ -116,9 +119,10 @@ class _Preparation:
     settings: Mapping[str, Any]
 
     def plan(self, given: Tokenizer | None, vocab_size: int | None) -> tuple[Job, list[Task]]:
-        """Returns the settings for workers and all pieces in order; the tokenizer is in the output.
+        """Returns the job and the ordered tasks; puts the tokenizer into the output.
 
-        All are the same at every start. A tokenizer that an earlier start trained is used again.
+        With equal settings and sources, every run returns the same job and tasks. If an earlier run
+        trained a tokenizer, this run uses that tokenizer.
         """
         skip_bad_lines = self.settings["on_bad_line"] == "skip"
         on_bad: Callable[[BadLine], None] = (lambda _: None) if skip_bad_lines else stop
@@ -153,7 +157,7 @@ class _Preparation:
         return job, tasks
 
     def _check_pieces(self, tasks: Sequence[Task]) -> None:
-        """Parts are found by number, so the pieces must be the pieces of the earlier start."""
+        """Checks that an earlier run had the same pieces, because its parts are found by number."""
         file = self.work / "pieces.sha256"
         found = hashlib.sha256(repr(tasks).encode()).hexdigest()
         if not file.is_file():
@@ -165,7 +169,7 @@ class _Preparation:
             )
 
     def finish(self, job: Job, parts: Generator[Part, None, None]) -> Manifest:
-        """Joins parts into shards as they arrive, names the shards and writes the manifest."""
+        """Joins each part into shards when the part arrives, then writes the manifest."""
         totals = [_SourceTotal() for _ in self.sources]
         planners = {split: assembly.Planner(job, split) for split in (TRAIN, VALIDATION)}
         with contextlib.closing(parts):
@@ -226,7 +230,7 @@ class _Preparation:
 
 
 def _encode(job: Job, tasks: Sequence[Task], workers: int | None) -> Generator[Part, None, None]:
-    """Yields all parts in order, from earlier starts and from this start."""
+    """Yields all parts in order: the parts of earlier runs, and those that this run encodes."""
     done = {t.number: p for t in tasks if (p := read_part(job.parts, t.number)) is not None}
     left = [task for task in tasks if task.number not in done]
     left_bytes = sum(task.piece.size_bytes for task in left)
@@ -313,7 +317,7 @@ def _check_settings(
 
 
 def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | None:
-    """Returns the manifest of a complete `output`, or None if `output` is free."""
+    """Returns the manifest of a complete `output`, or None if `output` is missing or empty."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / shards.MANIFEST).is_file():

@@ -21,17 +21,18 @@ from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task
 from mobilellm_jax.data.shards import Counts
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
-WORKERS_LOCK = "workers.lock"  # worker processes of a machine hold this lock while they live
+WORKERS_LOCK = "workers.lock"  # Every worker process holds this lock while it runs.
 
 _log = logging.getLogger(__name__)
 
 _POLL_SEC = 0.5
 _LOG_EVERY_SEC = 30.0
-# Pieces that wait per worker: enough to keep workers busy, few enough to notice a failure soon.
+# Number of waiting pieces per worker. More pieces would delay the report of a failure, and with
+# fewer pieces workers could run out of work.
 _AHEAD = 3
 _LEFTOVER_WAIT_SEC = 30.0
 
-_encode: Callable[[Task], Part]  # what a worker process does; set when the process starts
+_encode: Callable[[Task], Part]  # Encodes in a worker; set by `_start_process`.
 
 
 def available_cores() -> int:
@@ -42,12 +43,12 @@ def available_cores() -> int:
 
 
 def wait_for_workers(lock: Path) -> None:
-    """Waits until no worker of an earlier start can still write.
+    """Waits until no worker process of an earlier `prepare` runs, so that none can still write.
 
-    A worker whose parent was killed ends by itself shortly afterwards.
+    If the parent of a worker process is killed, the worker ends by itself shortly afterwards.
 
     Raises:
-      RuntimeError: if a worker does not end.
+      RuntimeError: if a worker process does not end in time.
     """
     deadline = time.monotonic() + _LEFTOVER_WAIT_SEC
     while True:
@@ -70,10 +71,10 @@ def encode_pieces(
     workers: int,
     done_bytes: int,
 ) -> Generator[Part, None, None]:
-    """Yields the parts of `tasks` in order, encoded by `workers` processes.
+    """Encodes `tasks` in `workers` processes, and yields their parts in order.
 
-    An earlier start encoded `done_bytes` of the sources, and the progress starts there. A single
-    worker is a thread of this process.
+    Earlier runs encoded `done_bytes` of the sources, and the progress display begins at this
+    number. If `workers` is 1, a thread of this process encodes the pieces.
 
     Raises:
       UserError: as for `PieceEncoder.encode`.
@@ -82,7 +83,8 @@ def encode_pieces(
     if not tasks:
         return
     total = done_bytes + sum(task.piece.size_bytes for task in tasks)
-    # The workers are not forked, because a fork would copy the locks of this process's threads.
+    # The worker processes are not forked, because a fork would copy locks that other threads of
+    # this process hold.
     context = multiprocessing.get_context("spawn")
     counts: Any = context.Array("q", len(dataclasses.fields(Counts)))
     pool: Executor
@@ -121,13 +123,13 @@ def _result(job: Job, task: Task, future: "Future[Part]") -> Part:
             "stay: start the same command again, with fewer --workers if memory was short."
         ) from error
     except (ValueError, OSError):
-        # The parent encodes the piece again. The error then has its own traceback, and a disk or a
-        # network that failed once gets a second chance.
+        # The parent process encodes the piece again. If the error occurs again, its traceback shows
+        # where. If a disk or a network failed only once, the second attempt succeeds.
         return PieceEncoder(job).encode(task, lambda _: None)
 
 
 def _counting(job: Job, counts: Any) -> Callable[[Task], Part]:
-    """Returns a function that encodes a piece and adds to counts that all workers share."""
+    """Returns a function that encodes a piece and adds to `counts`, which all workers share."""
     encoder = PieceEncoder(job)
 
     def count(batch: Counts) -> None:
@@ -140,16 +142,18 @@ def _counting(job: Job, counts: Any) -> Callable[[Task], Part]:
 
 def _start_process(job: Job, counts: Any) -> None:
     global _encode
-    # Ctrl-C reaches all processes of the group; the parent ends the workers.
+    # Ctrl-C interrupts all processes of the group. Workers ignore it, because the parent process
+    # ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The process holds this lock until it ends; the next start waits (`wait_for_workers`).
+    # This worker process holds the lock until it ends. The next run of `prepare` waits for the lock
+    # (`wait_for_workers`).
     FileLock(job.work / WORKERS_LOCK, shared=True, wait=True)
     _encode = _counting(job, counts)
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent dies; otherwise it would wait for work forever."""
+    """Ends this worker process when its parent ends, because no more work can arrive then."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "only a worker process runs this"
     parent.join()
@@ -161,7 +165,7 @@ def _encode_in_process(task: Task) -> Part:
 
 
 class _Progress:
-    """Shows bytes of the sources, documents/s and tokens/s, as a bar on a terminal or as lines."""
+    """Shows encoded bytes, documents/s and tokens/s: as a bar on a terminal, else in the log."""
 
     def __init__(self, total: int, done: int) -> None:
         self._on_terminal = sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""The folder beside the output in which `prepare` works: its owner, and its state."""
+"""Creates and locks the folder beside the output in which `prepare` works."""
 
 import contextlib
 import json
@@ -25,12 +25,12 @@ _LOCK = "lock"
 
 @contextlib.contextmanager
 def working_folder(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Creates or takes over the working folder for this process alone.
+    """Creates the working folder, or reuses that of an earlier run, and locks it for this process.
 
-    After an error, the folder stays for the next start if any part is complete.
+    After an error, the folder stays for the next run if it contains a complete part.
 
     Raises:
-      UserError: if another process works there, or its settings differ.
+      UserError: if another process works in the folder, or an earlier run had other settings.
     """
     work.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(exist_ok=True)
@@ -67,10 +67,10 @@ def working_folder(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def settings_difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Returns the settings that differ in a way that changes the result, as text.
+    """Returns a text with the settings whose difference changes the result, or an empty text.
 
-    A start that stopped at bad lines has skipped none, so a start that skips bad lines may continue
-    it.
+    If `on_bad_line` was "stop" in the earlier run, that run has left out no line. A run with "skip"
+    may therefore continue its work.
     """
     return "; ".join(
         f"{key}: there {there.get(key)!r}, asked for {value!r}"
@@ -85,7 +85,7 @@ def _has_parts(work: Path) -> bool:
 
 
 def _empty(work: Path) -> None:
-    """Deletes everything except the locks."""
+    """Deletes all files in `work` except the lock files."""
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -95,7 +95,7 @@ def _empty(work: Path) -> None:
 
 
 def _remove_unfinished(work: Path) -> None:
-    """Deletes temporary files that a killed start left behind."""
+    """Deletes temporary files that a killed process left behind."""
     for folder in ("parts", "shards", "output"):
         for file in (work / folder).glob(".*"):
             file.unlink()

@@ -1,1 +1,1 @@
-"""Where documents come from: files, tables, datasets, Python's own documentation."""
+"""Sources of documents: text files, Parquet tables, TFDS datasets, Python's documentation."""

@@ -1,4 +1,4 @@
-"""Yields the contents of compressed files in chunks."""
+"""Decompresses gzip and zstd files in chunks."""
 
 import io
 import zlib
@@ -7,11 +7,12 @@ from typing import Any, BinaryIO, Protocol
 
 from mobilellm_jax.errors import require
 
-# A chunk is decompressed in memory at once. gzip can expand one byte to 1,032 bytes, and zstd can
-# expand four bytes to 128 kB. Both give a few dozen megabytes at most.
+# Number of compressed bytes that are decompressed together, for gzip (True) and zstd (False). gzip
+# can expand one byte to 1,032 bytes, and zstd can expand four bytes to 128 kB. A chunk therefore
+# expands to a few dozen megabytes at most.
 _CHUNK_BYTES = {True: 1 << 15, False: 1 << 10}
 _GZIP = 16 + zlib.MAX_WBITS
-# The largest corpora are compressed with `zstd --long=31`. Only such files need the memory.
+# The largest corpora are compressed with `zstd --long=31`. Only such files need this much memory.
 _ZSTD_WINDOW_BYTES = 1 << 31
 
 
@@ -30,7 +31,7 @@ class _Decompressor(Protocol):
 
 
 class ChunkedFile(io.RawIOBase):
-    """A file object over chunks of bytes, so that a buffer can find lines in them."""
+    """Presents chunks of bytes as a file, so that `io.BufferedReader` can read lines from them."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -52,10 +53,11 @@ class ChunkedFile(io.RawIOBase):
 
 
 def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yields the contents of all gzip members (`path` ends in .gz) or zstd frames.
+    """Yields the contents of all gzip members (if `path` ends in .gz) or of all zstd frames.
 
     Raises:
-      DamageError: if data are damaged or end too early, after the contents before that place.
+      DamageError: if data are damaged or end too early. The contents before the damage are yielded
+          first.
     """
     gzip = path.endswith(".gz")
     if gzip:
@@ -76,7 +78,7 @@ def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
     while chunk := file.read(_CHUNK_BYTES[gzip]):
         while chunk:
             if gzip and any_before and not begun:
-                chunk = chunk.lstrip(b"\0")  # tapes and some tools append zeros
+                chunk = chunk.lstrip(b"\0")  # Tapes and some tools append zeros.
                 if not chunk:
                     break
             begun = True

@@ -1,4 +1,4 @@
-"""Finds, opens and reads the files of a corpus, on this machine or behind a URL."""
+"""Finds, opens and reads the files of a corpus, on this machine or at a URL."""
 
 import abc
 import contextlib
@@ -20,17 +20,19 @@ COMPRESSED = (".gz", ".zst")
 
 _BUFFER_BYTES = 1 << 20
 DOCUMENT_BYTES = 1 << 28
-"""Largest line, and largest compressed file that is one document, in bytes.
+"""Largest size in bytes of a line, or of a file that is one document.
 
-A few kilobytes can expand to terabytes. Tokenizing a tenth of this size already takes gigabytes.
+This limit protects the memory: a few compressed kilobytes can expand to terabytes, and tokenizing a
+tenth of this size already takes gigabytes.
 """
-# Fields of fsspec that change when a file is written again; each store has some of them.
+# Fields of fsspec that change when a file is written again. Each storage system provides some of
+# these fields.
 _STAMPS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as it was found; `stamp` changes when the file is written again."""
+    """A file that `find` has found; `stamp` changes when the file is written again."""
 
     path: str
     size_bytes: int
@@ -38,7 +40,7 @@ class File:
 
 
 class Part(NamedTuple):
-    """The share of a file in a piece: `where`, the bytes of text, and the bytes of the file."""
+    """A range of a file: `where` identifies it, `text_bytes` and `stored_bytes` are its sizes."""
 
     where: tuple[Any, ...]
     text_bytes: int
@@ -46,7 +48,7 @@ class Part(NamedTuple):
 
 
 class FileSource(Source):
-    """Files that match a pattern; they have no splits of their own."""
+    """A source of the files that match a pattern; all its documents are in the training split."""
 
     def __init__(self, spec: str, pattern: str) -> None:
         super().__init__(spec)
@@ -64,7 +66,7 @@ class FileSource(Source):
 
     @abc.abstractmethod
     def _parts(self) -> Iterable[Part]:
-        """Returns the files in order, or the ranges of them that can be read separately."""
+        """Returns the ranges of the files that can be read separately, in order."""
 
     @functools.cached_property
     def _files(self) -> list[File]:
@@ -72,7 +74,7 @@ class FileSource(Source):
 
 
 def find(spec: str, pattern: str) -> list[File]:
-    """Returns the files that match, ordered by path, without folders and hidden local files.
+    """Returns the files that match, sorted by path; leaves out folders and hidden local files.
 
     Raises:
       MissingFileError: if no file matches.
@@ -82,7 +84,7 @@ def find(spec: str, pattern: str) -> list[File]:
         filesystem, path = _filesystem(pattern, f"source={spec!r}")
         try:
             found = filesystem.glob(path, detail=True)
-        except FileNotFoundError:  # some stores return this for a folder or a bucket
+        except FileNotFoundError:  # Some storage systems raise this for a folder or a bucket.
             found = {}
         files = [
             File(filesystem.unstrip_protocol(name), _size(spec, name, info), _stamp(info))
@@ -102,7 +104,7 @@ def find(spec: str, pattern: str) -> list[File]:
 
 
 def identity(kind: str, files: list[File]) -> str:
-    """Returns a line that changes with the names, sizes and times of the files."""
+    """Returns a line of text that changes when the name, size or stamp of a file changes."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(repr((file.path, file.size_bytes, file.stamp)).encode())
@@ -114,7 +116,7 @@ def identity(kind: str, files: list[File]) -> str:
 
 
 def pack(spec: str, parts: Iterable[Part]) -> list[Piece]:
-    """Returns pieces of `parts` in order; a piece holds about `PIECE_BYTES` of text."""
+    """Joins `parts` in order into pieces of up to `PIECE_BYTES` of text; one part may be larger."""
     pieces: list[Piece] = []
     held: list[Part] = []
 
@@ -136,14 +138,14 @@ def pack(spec: str, parts: Iterable[Part]) -> list[Piece]:
 
 
 def cuts(total: int, count: int) -> Iterator[tuple[int, int]]:
-    """Yields `count` nearly equal ranges (start, stop) that cover 0 to `total` without gaps."""
+    """Yields `count` ranges (start, stop) of nearly equal size that together cover [0, total)."""
     for i in range(count):
         yield i * total // count, (i + 1) * total // count
 
 
 @contextlib.contextmanager
 def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
-    """Opens a file as it is stored, or raises a UserError if it no longer has `size_bytes`."""
+    """Opens a file without decompression; raises a UserError if its size is not `size_bytes`."""
     if "://" in path:
         filesystem, inner = _filesystem(path, path)
         buffered: BinaryIO = io.BufferedReader(filesystem.open(inner, "rb"), _BUFFER_BYTES)
@@ -161,7 +163,7 @@ def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
 
 
 def contents(path: str, size_bytes: int) -> bytes:
-    """Returns the whole file, decompressed.
+    """Returns the whole contents of a file, decompressed if the file is compressed.
 
     Raises:
       BadLineError: if a compressed file is truncated or damaged, or the contents are too long.
@@ -184,10 +186,10 @@ def contents(path: str, size_bytes: int) -> bytes:
 
 
 def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    r"""Yields (offset, line) for the lines that start in [start, stop), with their "\n".
+    r"""Yields (offset, line) for each line that starts in [start, stop); `line` includes its "\n".
 
-    The last line of a file may lack it. A compressed file is yielded whole, with offsets in the
-    decompressed text. Memory holds one line, and not the file.
+    The last line of a file may have no "\n". For a compressed file, the function yields all lines,
+    with offsets in the decompressed text. Only one line is in memory at a time.
 
     Raises:
       BadLineError: if a compressed file is truncated or damaged, or a line is too long.
@@ -198,7 +200,8 @@ def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[i
             return
         offset = start
         if start:
-            # The line that contains the byte before `start` belongs to an earlier piece.
+            # The line that contains the byte before `start` belongs to an earlier piece, so it is
+            # skipped.
             file.seek(start - 1)
             offset -= 1
             while True:
@@ -219,13 +222,13 @@ def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[i
 
 
 class LineNumbers:
-    """Counts the lines before an offset; in each file, it continues from its last count."""
+    """Counts the lines before an offset, and continues from the last count in the same file."""
 
     def __init__(self) -> None:
         self._counted: dict[str, tuple[int, int]] = {}
 
     def at(self, path: str, size_bytes: int, offset: int) -> int:
-        """Returns the number, from 1, of the line that starts at `offset` of a plain file."""
+        """Returns the number (from 1) of the line that starts at `offset` of a plain file."""
         start, number = self._counted.get(path, (0, 1))
         if offset < start:
             start, number = 0, 1
@@ -274,7 +277,7 @@ def _too_long(path: str, line: int, offset: int) -> BadLineError:
 
 
 def _filesystem(url: str, culprit: str) -> tuple[Any, str]:
-    """Returns fsspec's file system for the URL, and the path in it."""
+    """Returns fsspec's file system for the URL, and the path within this file system."""
     require("fsspec", "data", culprit)
     import fsspec
 

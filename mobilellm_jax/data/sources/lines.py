@@ -1,4 +1,4 @@
-"""Sources of plain files: `text` has a document per file, `jsonl` and `tokens` one per line."""
+"""Sources of text files: a document is a file of `text`, or a line of `jsonl` or `tokens`."""
 
 import abc
 import json
@@ -30,7 +30,7 @@ _JSON_TYPES = {
 
 
 class _Fault(Exception):  # noqa: N818  # never leaves this file
-    """Bytes that are not a document, with the reason and the position of the fault."""
+    """The reason why bytes are not a document, and the position `at` of the fault in them."""
 
     def __init__(self, reason: str, at: int = 0) -> None:
         super().__init__(reason)
@@ -39,10 +39,10 @@ class _Fault(Exception):  # noqa: N818  # never leaves this file
 
 
 class TextSource(files.FileSource):
-    """Every file is a document, in the order of the paths, byte for byte.
+    """A source in which every file is a document, in the order of the paths.
 
-    Nothing divides a file into documents, so memory holds a whole file. The text keeps a byte order
-    mark and the file's line ends, so decoding the tokens gives the file again.
+    A whole file is in memory, because it is one document. The text keeps the byte order mark and
+    the line ends of the file, so decoding the tokens gives the file again, byte for byte.
     """
 
     def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document]:
@@ -62,11 +62,11 @@ class TextSource(files.FileSource):
 
 
 class _LineSource(files.FileSource):
-    """Every line of a file is a document, in order; blank lines are skipped.
+    """A source in which every line of a file is a document; blank lines are skipped.
 
-    A plain file is divided between lines, and a line belongs to the piece in which it starts. A
-    compressed file is never divided, because it can only be read from its start. A byte order mark
-    at the start of a file is not part of the first line.
+    Several pieces may share a plain file, and a line belongs to the piece in which it starts. A
+    compressed file is never divided, because decompression must begin at its first byte. A byte
+    order mark at the start of a file is not part of the first line.
     """
 
     def __init__(self, spec: str, pattern: str) -> None:
@@ -84,7 +84,8 @@ class _LineSource(files.FileSource):
                 try:
                     document = self._document(f"{path}, byte {offset}", line)
                 except _Fault as fault:
-                    # Only a fault needs the line number, which is a count of all earlier lines.
+                    # The line number is computed only for a fault, because all earlier lines must
+                    # be counted.
                     number = index + 1 if not start else self._numbers.at(path, size, offset)
                     on_bad(BadLine(path, number, offset + fault.at, fault.reason))
                     continue
@@ -103,7 +104,7 @@ class _LineSource(files.FileSource):
 
 
 class JsonlSource(_LineSource):
-    """Every line is a JSON object, and one of its fields is the text of a document."""
+    """A source of JSON objects, one per line; the field `field` is the text of a document."""
 
     def __init__(self, spec: str, pattern: str, field: str) -> None:
         super().__init__(spec, pattern)
@@ -123,10 +124,10 @@ class JsonlSource(_LineSource):
 
 
 class TokensSource(_LineSource):
-    """Every line is {"token_ids": [...]}, optionally with a "loss_mask" of as many 0s and 1s.
+    """Every line is {"token_ids": [...]}, with an optional "loss_mask": a 0 or 1 for each id.
 
-    The ids are ids of the tokenizer that `prepare` uses, without BOS and EOS. Other fields are
-    ignored.
+    The ids must come from the tokenizer that `prepare` uses. `prepare` adds BOS and EOS where they
+    are missing. Other fields are ignored.
     """
 
     def _document(self, name: str, line: bytes) -> TokenDocument:
@@ -155,10 +156,10 @@ def _json_object(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        at = min(error.pos, len(text.rstrip()))  # the position is not after the end of the line
+        at = min(error.pos, len(text.rstrip()))  # The position must be in the line.
         reason = f"is not JSON ({error.msg} at character {at + 1})"
         raise _Fault(reason, len(text[:at].encode())) from error
-    # a number with thousands of digits, or deep nesting
+    # A number with thousands of digits raises ValueError, and deep nesting raises RecursionError.
     except (ValueError, RecursionError) as error:
         raise _Fault(f"is not JSON that can be read ({error})") from error
     if not isinstance(record, dict):
@@ -179,7 +180,8 @@ def _whole_numbers(
     values = record[field]
     if not isinstance(values, list):
         raise _Fault(f"field {field!r} is {_JSON_TYPES[type(values)]}, not an array")
-    # A check of each number would take ten times as long. A boolean is not a number here.
+    # Checks of single numbers would take ten times as long as this check of all types together. A
+    # boolean is not a number here.
     if values and not ({*map(type, values)} == {int} and in_range(min(values), max(values))):
         index, wrong = next(
             (i, v) for i, v in enumerate(values) if type(v) is not int or not in_range(v, v)
@@ -201,7 +203,7 @@ def _decoded(content: bytes) -> str:
 
 
 def _check_characters(text: str) -> None:
-    r"""Refuses a lone surrogate, which JSON can write (\ud800) and UTF-8 cannot."""
+    r"""Raises a `_Fault` for a lone surrogate, which JSON can write (\ud800) and UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,19 +1,20 @@
 """Opens a source of documents by its name.
 
-    python_docs                 the text that ships with Python
-    tfds:NAME[:SPLIT][#FIELD]   a TensorFlow dataset, read without TensorFlow
-    text:GLOB                   files; each is a document
-    jsonl:GLOB[#FIELD]          files of JSON objects, one per line
-    parquet:GLOB[#FIELD]        tables; each row is a document
-    tokens:GLOB                 jsonl of token ids: {"token_ids": [...], "loss_mask": [...]}
+    python_docs                 The text that ships with Python.
+    tfds:NAME[:SPLIT][#FIELD]   A TensorFlow dataset, read without TensorFlow.
+    text:GLOB                   Files; each is a document.
+    jsonl:GLOB[#FIELD]          Files of JSON objects, one per line.
+    parquet:GLOB[#FIELD]        Tables; each row is a document.
+    tokens:GLOB                 Lines of token ids: {"token_ids": [...], "loss_mask": [...]}.
 
-FIELD is the feature, key or column with the text, by default "text". FIELD follows the last #, so a
-pattern that contains a # must name its FIELD. GLOB is a local pattern, in which `**` matches
-folders of any depth, or a URL that fsspec knows (s3://, gs://, file://). Files of text, jsonl and
-tokens may end in .gz or .zst.
+FIELD names the feature, key or column that contains the text; the default is "text". The text after
+the last # is FIELD, so a pattern that contains a # must also give #FIELD. GLOB is a pattern of
+local paths, in which `**` matches folders of any depth, or of URLs that fsspec can open (s3://,
+gs://, file://). The files of text, jsonl and tokens may be compressed; their names then end in .gz
+or .zst.
 
-A worker that reads one piece starts in milliseconds, because the library of a source (TFDS,
-PyArrow, fsspec, zstandard) is imported where it is used.
+A source imports its library (TFDS, PyArrow, fsspec, zstandard) only when it uses the library. A
+worker that reads one piece therefore starts in milliseconds.
 """
 
 import re
@@ -40,15 +41,15 @@ _TFDS = re.compile(
 
 
 def open_source(spec: str, scratch: Path) -> Source:
-    """Returns the source that `spec` names; the source builds its own files under `scratch`.
+    """Returns the source that `spec` names; the source may write files of its own to `scratch`.
 
-    Processes that share a source share `scratch`. The first process asks for the pieces before the
-    other processes start.
+    Processes that open the same source use the same `scratch`. One process must call `pieces`
+    before other processes use the source, because this call writes the files.
 
     Raises:
       UserError: if `spec` has an unknown form.
     """
-    # These modules are imported here, so that a command loads only the libraries that it needs.
+    # These modules are imported here, so that a command that opens no source does not load them.
     from mobilellm_jax.data.sources import lines, parquet, tfds
 
     scheme, _, rest = spec.partition(":")

@@ -1,4 +1,4 @@
-"""Parquet tables as a source: a row is a document, and one column is its text."""
+"""A source of Parquet tables: each row is a document, and one column contains the text."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ from mobilellm_jax.data.sources import files
 from mobilellm_jax.data.sources.source import BadLine, Document, OnBadLine, Piece, decoded_record
 from mobilellm_jax.errors import UserError, require
 
-# Footers are small, and reading them may have to wait for a network.
+# Several footers are read together, because each is small and a network may delay each read.
 _FOOTERS_AT_ONCE = 16
 _BATCH_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 20
@@ -20,17 +20,18 @@ _BUFFER_BYTES = 1 << 20
 
 class _RowGroup(NamedTuple):
     rows: int
-    encoded_bytes: int  # bytes of all columns before compression
+    encoded_bytes: int  # Bytes of all columns before compression.
 
 
 class ParquetSource(files.FileSource):
-    """The rows of the files in the order of the paths.
+    """A source whose documents are the rows of the files, in the order of the paths.
 
-    An empty text is a document, and null is a bad record.
+    An empty text is a document. A null value is a bad record.
 
-    Only the column with the text is read, in batches. A row group is the smallest piece, so one
-    process reads a file that was written as one row group. `pieces` reads the footer of every file,
-    and raises a UserError if a file is not Parquet or has no such column of text.
+    The source reads only the column with the text, in batches of rows. A piece consists of whole
+    row groups, so several processes cannot share a file that has only one row group. `pieces` reads
+    the footer of every file, and raises a UserError if a file is not Parquet or has no text column
+    `field`.
     """
 
     def __init__(self, spec: str, pattern: str, field: str) -> None:
@@ -85,8 +86,8 @@ class ParquetSource(files.FileSource):
                 raise self._column_error(file.path, table.schema_arrow)
             found = []
             for i in range(table.num_row_groups):
-                # The sizes count all columns. PyArrow 26 aborts the process if the size of one
-                # column is requested and that part of the footer is damaged.
+                # The sizes include all columns. A request for the size of one column would be
+                # unsafe: if that part of the footer is damaged, PyArrow 26 aborts the process.
                 with _refused(file.path):
                     group = table.metadata.row_group(i)
                 found.append(_RowGroup(group.num_rows, max(0, group.total_byte_size)))
@@ -99,7 +100,8 @@ class ParquetSource(files.FileSource):
 
         with files.opened(path, size_bytes) as file:
             with _refused(path):
-                # By default, PyArrow holds the whole column of a row group in memory.
+                # With its default settings, PyArrow would hold the whole column of a row group in
+                # memory.
                 table = pyarrow.parquet.ParquetFile(
                     file, buffer_size=_BUFFER_BYTES, pre_buffer=False
                 )
@@ -119,7 +121,7 @@ class ParquetSource(files.FileSource):
 
 
 def _parts(file: files.File, groups: list[_RowGroup]) -> Iterator[files.Part]:
-    """Yields every row group with its share of the file's size; the shares add up to the size."""
+    """Yields a part for every row group; their `stored_bytes` add up to the file's size."""
     whole = sum(group.encoded_bytes for group in groups)
     stored = rows = 0
     for index, group in enumerate(groups):
@@ -148,15 +150,15 @@ def _is_text(kind: Any) -> bool:
 
 @contextlib.contextmanager
 def _refused(path: str) -> Iterator[None]:
-    """Turns PyArrow's errors about the contents of a file into an error that names the file."""
+    """Turns PyArrow's errors about the contents of a file into a UserError that names the file."""
     import pyarrow
 
     try:
         yield
-    # A column name that is not UTF-8 raises UnicodeDecodeError.
+    # PyArrow raises UnicodeDecodeError for a column name that is not UTF-8.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # an error of the disk, not of the format
+            raise  # This is an error of the disk, not of the format.
         raise _damaged(path, " ".join(str(error).split())) from error
 
 

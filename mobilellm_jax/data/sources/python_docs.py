@@ -1,9 +1,10 @@
-"""`python_docs`: the English text that ships with every CPython, as a TFDS dataset.
+"""The TFDS dataset `python_docs`: the English documentation that ships with every CPython.
 
 The documents are the language-reference topics of `pydoc_data`, and the docstrings of each module
-and each class of the standard library, under headings like those of `pydoc`. The sources are parsed
-and never imported. Nothing is downloaded. A docstring that occurs twice is kept once. The text
-depends on the Python release, so `identity` names the release.
+and each class of the standard library. Headings as in `pydoc` separate the docstrings. The builder
+parses the source files and never imports them. It downloads nothing. If a docstring occurs several
+times, only its first occurrence is kept. The text depends on the Python release, so the line of
+`identity` contains the release.
 """
 
 import ast
@@ -24,13 +25,14 @@ from mobilellm_jax.errors import MissingFileError
 _VERSION = "1.0.0"
 VALIDATION_PERCENT = 5
 
-# These folders do not document the library, or contain code of other projects.
+# These folders contain no documentation of the library, or contain code of other projects.
 _SKIPPED_FOLDERS = frozenset(
     "__phello__ __pycache__ dist-packages ensurepip idlelib lib2to3 pydoc_data site-packages test "
     "tests turtledemo".split()
 )
-# Shorter modules contain boilerplate only: the 120 character-map codecs differ in one word. Shorter
-# classes stay in the document of their module.
+# Modules with less text contain only boilerplate; for example, the docstrings of the 120
+# character-map codecs differ in one word. A class with less text belongs to the document of its
+# module.
 _MIN_CHARACTERS = 200
 
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -38,7 +40,7 @@ _Documented = ast.Module | _Definition
 
 
 class PythonDocs(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # TFDS has no types
-    """Topics of the language reference and docstrings of the running Python's library."""
+    """The topics of the language reference, and the docstrings of the running Python's library."""
 
     VERSION = tfds.core.Version(_VERSION)
     RELEASE_NOTES = {_VERSION: "First release."}  # noqa: RUF012  # TFDS declares it as a plain dict
@@ -55,7 +57,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # TFDS
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        del dl_manager  # there is nothing to download
+        del dl_manager  # There is nothing to download.
         found = list(documents(standard_library()))
         return {
             split: self._generate_examples([d for d in found if split_of(d[0]) == split])
@@ -68,11 +70,11 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # TFDS
 
 
 def build(data_dir: Path) -> Any:
-    """Returns the builder; writes its array_record files under `data_dir` if they are missing."""
+    """Returns the builder; writes array_record files under `data_dir` if they are missing."""
     builder = PythonDocs(data_dir=str(data_dir), file_format="array_record")
     tfds.disable_progress_bar()
     try:
-        # TFDS would announce a download of unknown size.
+        # Otherwise, TFDS would print a message about a download of unknown size.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     finally:
@@ -81,7 +83,7 @@ def build(data_dir: Path) -> Any:
 
 
 def identity() -> str:
-    """Returns a line that is equal for equal text: our version and Python's version."""
+    """Returns a line with the versions of this dataset and of Python, which determine the text."""
     return (
         f"python_docs {_VERSION} of {platform.python_implementation()} {platform.python_version()}"
     )
@@ -93,16 +95,17 @@ def standard_library() -> Path:
 
 
 def split_of(name: str) -> str:
-    """Returns 'train' or 'validation' for a document, by a hash of its id."""
+    """Returns 'train' or 'validation' for a document, depending on a hash of its id."""
     percent = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
     return "validation" if percent < VALIDATION_PERCENT else "train"
 
 
 def documents(stdlib: Path) -> Iterator[tuple[str, str]]:
-    """Yields (id, text) in a fixed order: topics, then modules by name, each with its classes.
+    """Yields (id, text) of the topics, and then of each module and its classes, sorted by name.
 
-    A class is a document of its own, so the few percent of held-out documents come from all parts
-    of the library. Of 450 whole modules and topics, only 23 would be held out.
+    Each class is a separate document, so there are enough documents to choose validation documents
+    from all parts of the library. If each of the 450 modules and topics were one document, only 23
+    of these documents would be held out.
 
     Raises:
       MissingFileError: if the topics or the library's sources are not installed.
@@ -146,9 +149,9 @@ def _module_name(relative: Path) -> str:
 
 
 def _module_documents(name: str, path: Path, seen: set[str]) -> dict[str, str]:
-    """Returns {id: text} of the module's docstrings that are not in `seen`, and adds them to it."""
+    """Returns {id: text} of the module's docstrings that are not in `seen`; adds them to `seen`."""
     with warnings.catch_warnings():
-        # The library's string literals may contain old escapes.
+        # String literals of the library may contain invalid escapes, which cause warnings.
         warnings.simplefilter("ignore")
         tree = ast.parse(path.read_bytes())
 
@@ -174,7 +177,7 @@ def _module_documents(name: str, path: Path, seen: set[str]) -> dict[str, str]:
 
 
 def _documented(node: _Definition, prefix: str) -> Iterator[tuple[str, _Documented]]:
-    """Yields (heading, node) for a class or function, then for everything in a class."""
+    """Yields (heading, node) of a class or function, and then of each definition in a class."""
     name = prefix + node.name
     if not isinstance(node, ast.ClassDef):
         yield f"{name}({ast.unparse(node.args)})", node
@@ -186,7 +189,7 @@ def _documented(node: _Definition, prefix: str) -> Iterator[tuple[str, _Document
 
 
 def _definitions(node: ast.AST) -> Iterator[_Definition]:
-    """Yields the classes and functions of a body, and those under `if` and `try`."""
+    """Yields the classes and functions of a body, also those inside `if`, `try` and `with`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield child

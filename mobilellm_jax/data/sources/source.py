@@ -1,4 +1,4 @@
-"""The interface of a source of documents: pieces, documents and bad lines."""
+"""The interface of a source of documents, and the types of its pieces and bad lines."""
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
@@ -10,19 +10,20 @@ from mobilellm_jax.errors import UserError
 TRAIN = "train"
 VALIDATION = "validation"
 
-# Bytes of text in a piece, which one core tokenizes in about a second. One document may be longer.
+# Bytes of text in a piece. One core tokenizes this much text in about a second. A single document
+# may be longer.
 PIECE_BYTES = 8_000_000
 
 
 class Document(NamedTuple):
-    """A text; `name` tells in messages where the text comes from."""
+    """The text of a document, and the `name` by which messages tell where the text comes from."""
 
     name: str
     text: str
 
 
 class TokenDocument(NamedTuple):
-    """A document of token ids; `loss_mask` has a 0 or 1 per token, None means all ones."""
+    """A document of token ids; `loss_mask` has a 0 or 1 per token, and None means all ones."""
 
     name: str
     ids: Sequence[int]
@@ -31,10 +32,10 @@ class TokenDocument(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source that a worker can read alone as its next task.
+    """A section of a source, which one worker reads and encodes as one task.
 
     The `size_bytes` of all pieces add up to the stored size of the corpus. `where` tells the source
-    which part it is. It consists of tuples (lists in JSON), text and numbers.
+    which section to read. Its values are tuples (lists in JSON), strings and numbers.
     """
 
     spec: str
@@ -45,10 +46,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class BadLine:
-    """The fault of a line in a file of lines, or of a record in another file.
+    """The reason why a line of a text file, or a record of another file, is not a document.
 
-    Lines and records count from 1. `byte_offset` is the place of the fault in the file, or in the
-    decompressed text of a compressed file. Records have no offset.
+    `line` is the number of the line or record, counted from 1. `byte_offset` is the position of the
+    fault in the file, or in the decompressed text of a compressed file. It is None for a record.
     """
 
     file: str
@@ -70,7 +71,7 @@ OnBadLine = Callable[[BadLine], None]
 
 
 def stop(bad: BadLine) -> NoReturn:
-    """Refuses a bad line; commands that do not skip bad lines use it as `on_bad`."""
+    """Raises an error for a bad line; `on_bad` of the commands that do not skip bad lines."""
     raise BadLineError(
         f"{bad}. Correct it, or leave such lines out with --on_bad_line=skip, which counts them."
     )
@@ -79,7 +80,7 @@ def stop(bad: BadLine) -> NoReturn:
 def decoded_record(
     file: str, record: int, field: str, content: bytes, on_bad: OnBadLine
 ) -> Iterator[Document]:
-    """Yields the text of a record, or calls `on_bad` if the bytes of `field` are not UTF-8."""
+    """Yields the document of a record, or calls `on_bad` if `content` is not UTF-8."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -93,9 +94,10 @@ def decoded_record(
 
 
 class Source(abc.ABC):
-    """Documents in a fixed order, in pieces; `spec` is the text that named the source.
+    """A source of documents in a fixed order; `spec` is the user's text that names the source.
 
-    A process uses one object for all pieces, because the object keeps opened files and counts.
+    A process uses one object for all pieces, because the object caches what it has opened and
+    counted.
     """
 
     def __init__(self, spec: str) -> None:
@@ -103,26 +105,26 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> str:
-        """Returns a line that changes when the documents change, without reading them.
+        """Returns a line of text that changes when the documents change, but does not read them.
 
-        For files, the line depends on names, sizes and times.
+        For files, the line depends on the names, sizes and stamps of the files.
         """
 
     @abc.abstractmethod
     def splits(self) -> tuple[str, ...]:
-        """Returns the source's own splits: train, and validation if it has one."""
+        """Returns the splits that the source has: train, and validation if the source has it."""
 
     @abc.abstractmethod
     def pieces(self, split: str) -> list[Piece]:
-        """Returns the pieces of a split in order, always the same for the same documents."""
+        """Returns the pieces of a split in order; equal documents always give equal pieces."""
 
     @abc.abstractmethod
     def documents(self, piece: Piece, on_bad: OnBadLine) -> Iterator[Document | TokenDocument]:
-        """Yields the documents of a piece in order, also empty ones.
+        """Yields the documents of a piece in order, including empty documents.
 
-        Any process may do this with a source that it opened from `spec`. `on_bad` is called for
-        every line or record that is not a document. If it raises, reading ends. If it returns, the
-        line is left out.
+        Any process may call this method after it has opened the source from `spec`. The method
+        calls `on_bad` for every line or record that is not a document. If `on_bad` raises, reading
+        ends. If `on_bad` returns, the line is left out.
 
         Raises:
           BadLineError: if a compressed file is truncated or damaged, whatever `on_bad` does,

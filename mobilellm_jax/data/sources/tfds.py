@@ -1,4 +1,4 @@
-"""TFDS datasets as sources, with `python_docs` among them, read by record without TensorFlow."""
+"""Sources of TFDS datasets, including `python_docs`; TensorFlow is not needed to read them."""
 
 import abc
 import functools
@@ -19,24 +19,25 @@ from mobilellm_jax.data.sources.source import (
 )
 from mobilellm_jax.errors import UserError
 
-# TFDS starts threads for every request, so records are requested in batches of about this size.
+# Approximate size of a request. TFDS starts threads for every request, so one request reads many
+# records.
 _BATCH_BYTES = 1 << 20
 
 
 class _RecordSource(Source):
-    """The records of a prepared builder; a piece is a range of records.
+    """A source of the records of a TFDS dataset; a piece is a range of records.
 
-    TFDS knows the bytes of whole splits, but not of records or of slices such as train[:10%]. The
-    sizes of pieces are therefore averages.
+    TFDS knows the size of a whole split, but not of a record or of a slice such as train[:10%]. The
+    sizes of pieces are therefore estimates from the average size of a record.
     """
 
     _field = "text"
-    _split: str | None = None  # TFDS's own name of the requested split
+    _split: str | None = None  # TFDS's name of the split that the user gave.
 
     @property
     @abc.abstractmethod
     def _builder(self) -> Any:
-        """The builder, whose files are written."""
+        """The TFDS builder, after it has written its files."""
 
     def pieces(self, split: str) -> list[Piece]:
         records, size = self._extent(self._split or split)
@@ -59,7 +60,7 @@ class _RecordSource(Source):
                 )
 
     def _extent(self, split: str) -> tuple[int, int]:
-        """Returns (records, bytes) of a split; the bytes of a slice are estimated."""
+        """Returns the numbers of records and bytes of a split; for a slice, bytes are estimates."""
         splits = self._builder.info.splits
         records = splits[split].num_examples
         if split in splits:
@@ -83,7 +84,7 @@ class _RecordSource(Source):
 
 
 class PythonDocsSource(_RecordSource):
-    """`python_docs`, which the first process that asks for pieces builds under `scratch`."""
+    """The source `python_docs`; the first call of `pieces` builds the dataset under `scratch`."""
 
     def __init__(self, spec: str, scratch: Path) -> None:
         super().__init__(spec)
@@ -105,7 +106,7 @@ class PythonDocsSource(_RecordSource):
 
 
 class TfdsSource(_RecordSource):
-    """A TFDS dataset in array_record form, downloaded and built in TFDS's own folder if needed."""
+    """A TFDS dataset; TFDS downloads and builds it as array_record if its files are missing."""
 
     def __init__(self, spec: str, name: str, split: str | None, field: str) -> None:
         super().__init__(spec)
@@ -129,7 +130,7 @@ class TfdsSource(_RecordSource):
         import tensorflow_datasets as tfds
 
         try:
-            builder = tfds.builder(self._name)  # the files may have any format
+            builder = tfds.builder(self._name)  # The files may have any format.
             if not builder.is_prepared():
                 builder = tfds.builder(self._name, file_format="array_record")
                 builder.download_and_prepare()
@@ -168,7 +169,7 @@ class TfdsSource(_RecordSource):
 
 
 def _is_text(feature: Any) -> bool:
-    """Returns whether a feature is one string: Text, or a scalar Tensor of bytes."""
+    """Returns whether a feature is a single string: a Text, or a scalar Tensor of bytes."""
     import tensorflow_datasets as tfds
 
     return (
