@@ -8,9 +8,9 @@
 - `manifest.json`, written last: format version, resolved config, data state (the data and the next
   sample), type and shape of every array, size and SHA-256 of every file.
 
-So a step folder is complete in itself, and evaluation and export read only the parameters. A step
-is complete when it has a manifest, and good while its files match the manifest. `latest_step` and
-`restore_model` compare all files before anything is used.
+So a step folder needs no other file of the run. Evaluation and export read only `params/` and
+`tokenizer/`. A step is complete if it has a manifest. A complete step is good if its files match
+the manifest. `latest_step` and `restore_model` compare the files before they are used.
 """
 
 from mobilellm_jax.checkpoint.folders import latest_step, steps, whole_steps

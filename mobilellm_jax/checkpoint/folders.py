@@ -22,13 +22,13 @@ _log = logging.getLogger(__name__)
 
 
 def steps(run: epath.PathLike) -> list[int]:
-    """Returns the complete steps of a run in ascending order, without a search for damage."""
+    """Returns the complete steps of a run in ascending order; does not verify the files."""
     folder = checkpoints_folder(run)
     return [step for step in _numbered(folder) if (folder / str(step) / sealing.MANIFEST).exists()]
 
 
 def whole_steps(run: epath.PathLike) -> list[int]:
-    """Returns the steps of a run whose files are unchanged, in ascending order."""
+    """Returns the good steps of a run (all files are unchanged), in ascending order."""
     whole = []
     for step in steps(run):
         try:
@@ -41,14 +41,14 @@ def whole_steps(run: epath.PathLike) -> list[int]:
 
 
 def latest_step(run: epath.PathLike, parts: Sequence[str] = ()) -> int | None:
-    """Returns the newest step of a run whose files are unchanged, or None.
+    """Returns the newest good step of a run (all files are unchanged), or None.
 
     The function reads every file of `parts`; an empty sequence means all parts. The log names each
-    incomplete or damaged step that is skipped.
+    incomplete or damaged step that the function skips.
 
     Raises:
       CheckpointError: if no existing checkpoint can be used, or the newest has another format
-        version. A new run in the same folder would destroy them.
+        version. A new run in the same folder would destroy these checkpoints.
     """
     folder, skipped, lost = checkpoints_folder(run), [], False
     for step in reversed(_numbered(folder)):
@@ -57,7 +57,7 @@ def latest_step(run: epath.PathLike, parts: Sequence[str] = ()) -> int | None:
             sealing.verify(folder / str(step), parts)
         except DamagedError as error:
             skipped.append(str(error))
-            # With renames, a step gets its name only after its manifest is written.
+            # A local step gets its name after its manifest, so a missing manifest is damage.
             lost |= sealing.is_local(folder) or not isinstance(error, UnsealedError)
             _log.warning(f"Skipped: {error}")
         else:
@@ -76,9 +76,9 @@ def latest_step(run: epath.PathLike, parts: Sequence[str] = ()) -> int | None:
 
 
 def make_room(folder: epath.Path, step: int) -> bool:
-    """Prepares the place for a step; returns False if a good checkpoint of the step exists.
+    """Makes room for a new save of a step; returns False if a good checkpoint of it exists.
 
-    The function deletes saves of this step that were cut off, and renames a damaged checkpoint.
+    The function deletes incomplete saves of this step, and renames a damaged checkpoint.
     """
     folder.mkdir(exist_ok=True)  # without its parents, because a missing run folder is an error
     final = folder / str(step)
@@ -98,15 +98,15 @@ def make_room(folder: epath.Path, step: int) -> bool:
 
 
 def work_folder(folder: epath.Path, step: int, attempt: int) -> epath.Path:
-    """Returns the folder where an attempt writes a step; on a store it has the final name already.
+    """Returns the folder in which an attempt writes; in an object store, it is the final folder.
 
-    Each attempt has its own folder, because threads of a failed attempt may still write.
+    Each local attempt has its own folder, because threads of a failed attempt may still write.
     """
     return folder / (f"{step}{_SAVING}-{attempt}" if sealing.is_local(folder) else str(step))
 
 
 def commit(folder: epath.Path, work: epath.Path, step: int) -> None:
-    """Gives a sealed folder its final name; on a store it has this name already."""
+    """Renames a sealed folder to its final name; in an object store, it has this name already."""
     if sealing.is_local(folder):
         work.rename(folder / str(step))
         sealing.sync_names(folder)
@@ -115,7 +115,7 @@ def commit(folder: epath.Path, work: epath.Path, step: int) -> None:
 def delete_old(folder: epath.Path, keep: int, keep_every: int) -> None:
     """Deletes all steps except the newest `keep` and the multiples of `keep_every` (0 = none).
 
-    The function ignores a step with a missing file or a file of another size.
+    The function neither counts nor deletes a step with a missing file or a wrong file size.
     """
     whole = []
     for step in _numbered(folder):
@@ -130,7 +130,7 @@ def delete_old(folder: epath.Path, keep: int, keep_every: int) -> None:
 
 
 def tidy(folder: epath.Path) -> None:
-    """Finishes deletions that were cut off, and logs saves that were cut off."""
+    """Finishes interrupted deletions, and logs a warning for each interrupted save."""
     if not folder.exists():
         return
     for path in sorted(folder.iterdir()):
@@ -147,7 +147,7 @@ def _numbered(folder: epath.Path) -> list[int]:
 
 
 def delete(path: epath.Path) -> None:
-    """Deletes a checkpoint; a deletion that is cut off never looks like a damaged checkpoint."""
+    """Deletes a checkpoint; after an interruption, the rest does not look like a checkpoint."""
     if sealing.is_local(path):
         gone = path.parent / f"{path.name}{_DELETED}"
         path.rename(gone)

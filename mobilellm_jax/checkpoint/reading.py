@@ -1,4 +1,4 @@
-"""What a step folder contains, and how it is read: only the model, or the whole state of a run."""
+"""Defines the content of a step folder; reads only its model, or the complete state of a run."""
 
 import dataclasses
 import tempfile
@@ -22,14 +22,14 @@ from mobilellm_jax.storage import rundir, sealing, strict_json
 from mobilellm_jax.train.state import TrainState
 
 FORMAT_VERSION = 2
-DATA_STATE_VERSION = 1  # a new order of samples needs a new version
+DATA_STATE_VERSION = 1  # A new order of samples needs a new version.
 PARAMS, OPTIMIZER, TOKENIZER = "params", "optimizer", "tokenizer"
-MODEL_PARTS = (PARAMS, TOKENIZER)  # parts that opening a model reads
+MODEL_PARTS = (PARAMS, TOKENIZER)  # The parts that a model needs.
 
-# Orbax writes into the final folder, because the manifest of this package makes it complete.
+# Orbax needs no temporary folder, because only a manifest of this package completes a folder.
 IN_PLACE = atomicity.CommitFileTemporaryPath
 
-_SHOWN = 20  # names of each kind in a message about arrays
+_SHOWN = 20  # Largest number of names per list in a message about arrays.
 
 
 class CheckpointError(UserError):
@@ -40,8 +40,8 @@ class CheckpointError(UserError):
 class DataState:
     """The position of a run in its data."""
 
-    next_sample: int  # global index over all hosts
-    fingerprint: str  # checksum of the data
+    next_sample: int  # Index of the next sample, counted over all processes.
+    fingerprint: str  # Checksum of the data.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Content:
     """The manifest of a step folder, without its list of files."""
 
     config: Mapping[str, Any]
-    arrays: Mapping[str, str]  # name -> type and shape
-    data: Mapping[str, Any] | None  # the fields depend on its version
+    arrays: Mapping[str, str]  # Maps the name of an array to its type and shape.
+    data: Mapping[str, Any] | None  # A `DataState` and its version, or None.
 
 
 @dataclasses.dataclass(frozen=True)
 class RestoredModel:
-    """A model from a checkpoint: float32 parameters on the default device of the host."""
+    """A model from a checkpoint; its float32 parameters are on the first device of the process."""
 
     config: Config
     params: Params
@@ -64,7 +64,7 @@ class RestoredModel:
 
 
 def checkpoints_folder(run: epath.PathLike) -> epath.Path:
-    """Returns the folder of a run's steps, absolute."""
+    """Returns the absolute path of the folder that holds the steps of a run."""
     return epath.Path(run).absolute() / rundir.CHECKPOINTS
 
 
@@ -74,13 +74,13 @@ def step_folder(run: epath.PathLike, step: int) -> epath.Path:
 
 
 def trees_of(state: TrainState) -> dict[str, Any]:
-    """Splits a state into parameters and the rest, which are stored in separate folders."""
+    """Splits a state into parameters and the rest; checkpoints store them in two folders."""
     rest = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {PARAMS: rest.pop("params"), OPTIMIZER: rest}
 
 
 def arrays_of(trees: Mapping[str, Any]) -> dict[str, str]:
-    """Returns {path: type and shape} of all arrays; an example is float32[30,576,9,64]."""
+    """Returns {path: type and shape} for all arrays, for example float32[30,576,9,64]."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(trees))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): (
@@ -93,11 +93,11 @@ def arrays_of(trees: Mapping[str, Any]) -> dict[str, str]:
 def read_content(folder: epath.Path) -> Content:
     """Returns the content of the manifest of a step folder.
 
-    Another program may have written the manifest, so the types of the fields are checked as well.
+    Another program may have written the manifest, so the function also checks the field types.
 
     Raises:
       DamagedError: if the manifest is missing or damaged.
-      CheckpointError: if the folder has another format version, or fields are wrong.
+      CheckpointError: if the folder has another format version, or wrong fields.
     """
     try:
         content = sealing.read_manifest(folder)
@@ -126,7 +126,7 @@ def no_checkpoint(folder: epath.Path, why: object) -> CheckpointError:
 
 
 def check_arrays(folder: epath.Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Raises a `CheckpointError` if a checkpoint's arrays (`there`) are not those needed `here`."""
+    """Raises if the arrays of a checkpoint (`there`) and of this program (`here`) differ."""
     lists = {
         "only in the checkpoint": sorted(set(there) - set(here)),
         "only in this program": sorted(set(here) - set(there)),
@@ -149,20 +149,20 @@ def check_arrays(folder: epath.Path, there: Mapping[str, str], here: Mapping[str
 
 
 def composite(parts: Iterable[str]) -> ocp.CompositeCheckpointHandler:
-    """Returns Orbax's handler that keeps each of `parts` in a folder of this name."""
+    """Returns an Orbax handler that stores each part in a folder with the name of the part."""
     options = ocp.CompositeOptions(temporary_path_class=IN_PLACE)
     return ocp.CompositeCheckpointHandler(*parts, composite_options=options)
 
 
 def restore_model(run: epath.PathLike, step: int, *, verified: bool = False) -> RestoredModel:
-    """Returns the model saved as `step` of a run, whole on one device.
+    """Returns the model that a run saved as `step`; all parameters are on one device.
 
-    The function compares checksums, unless `latest_step` has just done so (`verified`).
+    The function compares checksums, unless `verified` says that `latest_step` has just done so.
 
     Raises:
       DamagedError: if a file is missing or has changed; the message names all of them.
       CheckpointError: if the checkpoint has another format version or other arrays.
-      ConfigError: if its config breaks a rule.
+      ConfigError: if the config of the checkpoint breaks a rule.
     """
     folder = step_folder(run, step)
     config = read_config(folder)
@@ -176,7 +176,7 @@ def restore_model(run: epath.PathLike, step: int, *, verified: bool = False) -> 
 
 
 def restore_state(run: epath.PathLike, step: int, abstract: TrainState) -> TrainState:
-    """Returns the state saved as `step`, in the shardings of `abstract`, which must match it.
+    """Returns the state saved as `step`; `abstract` gives its shapes, types and shardings.
 
     The function does not verify the files, because `latest_step` has verified them in process 0.
     """
@@ -185,18 +185,18 @@ def restore_state(run: epath.PathLike, step: int, abstract: TrainState) -> Train
 
 
 def can_resume(run: epath.PathLike, step: int) -> bool:
-    """Returns whether the step holds an optimizer state."""
+    """Returns whether a step holds an optimizer state, which training needs to resume."""
     content = read_content(step_folder(run, step))
     return any(name.startswith(f"{OPTIMIZER}/") for name in content.arrays)
 
 
 def read_config(folder: epath.PathLike) -> Config:
-    """Returns the config in a step folder; raises as `read_content`."""
+    """Returns the config in a step folder; raises as `read_content` does."""
     return config_lib.from_object(read_content(epath.Path(folder)).config)
 
 
 def read_data_state(run: epath.PathLike, step: int) -> DataState:
-    """Returns the position of the run in its data after `step`, which only resuming needs."""
+    """Returns the position of a run in its data after `step`; a resumed run starts there."""
     folder = step_folder(run, step)
     data = read_content(folder).data
     if data is None or data.get("version") != DATA_STATE_VERSION:

@@ -1,9 +1,10 @@
 """Writes checkpoints while training continues.
 
-A save copies the state from the devices while the step waits. A thread does the rest: Orbax writes
-the arrays; process 0 computes the checksums of the files, writes the manifest and gives the folder
-its name. All processes compare their results before the next save begins, and at the end of the
-run. A failed save is repeated with the newest state. The run fails if the last attempt fails.
+A save copies the state from the devices while the next step waits. A thread does the rest: Orbax
+writes the arrays. Then process 0 computes the checksums of the files, writes the manifest and gives
+the folder its name. All processes compare their results before the next save and at the end of the
+run. After a failed save, the next attempt saves the newest state. The run fails if the last attempt
+fails.
 """
 
 import contextlib
@@ -48,8 +49,8 @@ from mobilellm_jax.processes.run_lock import LockLostError
 from mobilellm_jax.storage import rundir, sealing
 from mobilellm_jax.train.state import TrainState
 
-RETRY_SEC = (0.0, 60.0, 300.0)  # from each failed save to the next attempt
-_SETTLE_SEC = 1800  # the processes wait so long for each other's part of a save
+RETRY_SEC = (0.0, 60.0, 300.0)  # Waiting times from each failed save to the next attempt.
+_SETTLE_SEC = 1800  # Longest wait for another process's part of a save.
 
 # A file system, TensorStore or another process can raise these errors during a save.
 _FAILURES = (OSError, ValueError, RuntimeError)
@@ -65,7 +66,7 @@ class CheckpointWriter:
     """Saves the states of a run in the background, and keeps the newest checkpoints.
 
     All processes call every method in the same step. A method raises a `SaveError` if the last
-    attempt has failed. `check_owner` raises an error if the folder belongs to another run by now.
+    attempt has failed. `check_owner` raises an error if another run has taken over the folder.
     """
 
     def __init__(
@@ -80,11 +81,11 @@ class CheckpointWriter:
         self._folder = checkpoints_folder(run)
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._in_any_process = Agreement()
-        self._numbers = itertools.count(1)  # of the attempts
-        self._pending: tuple[int, Future[None]] | None = None  # the step and the save to settle
-        self._failures = 0  # failed saves without a success since
-        self._retry_at = math.inf  # time.monotonic() of the next attempt
-        self._last: tuple[int, TrainState, DataState] | None = None  # arguments of the last save
+        self._numbers = itertools.count(1)  # Numbers of the attempts.
+        self._pending: tuple[int, Future[None]] | None = None  # Step and result of a save.
+        self._failures = 0  # Number of failed saves since the last success.
+        self._retry_at = math.inf  # Value of time.monotonic() at the next attempt.
+        self._last: tuple[int, TrainState, DataState] | None = None  # Arguments of the last save.
         if distributed.is_first():
             folders.tidy(self._folder)
 
@@ -103,13 +104,13 @@ class CheckpointWriter:
             if self._failures:
                 raise SaveError(f"the last save in {self._folder} failed; the log has the error.")
         elif kind is not KeyboardInterrupt and self._pending is not None:
-            # This save may be the last state of the run. The log has its error if it fails, and
-            # the error that ends the run is the one to raise.
+            # This save may hold the last state of the run. If the save fails, the log has its
+            # error. The caller receives the error that ended the run.
             with contextlib.suppress(*_FAILURES):
                 self._pending[1].result()
 
     def save(self, step: int, state: TrainState, data: DataState) -> None:
-        """Starts saving `state` as `step`; a good checkpoint of this step stays as it is."""
+        """Starts to save `state` as `step`; does not replace a good checkpoint of this step."""
         self._settle()
         self._retry_at = math.inf
         self._last = (step, state, data)
@@ -135,11 +136,11 @@ class CheckpointWriter:
         self._pending = step, saved
 
     def retry_is_due(self) -> bool:
-        """Returns True if a save failed in any process and it is time to save the newest state."""
+        """Returns whether any process has waited long enough since a failed save to try again."""
         return self._in_any_process(time.monotonic() >= self._retry_at)
 
     def wait(self) -> None:
-        """Waits until the last save is on disk; repeats a failed save while its state exists."""
+        """Waits until the last save is on disk; repeats a failed save if its state is in memory."""
         self._settle()
         while self._failures and self._last is not None and not _is_gone(self._last[1]):
             time.sleep(RETRY_SEC[self._failures - 1])
@@ -147,7 +148,7 @@ class CheckpointWriter:
             self._settle()
 
     def forget_after(self, step: int) -> None:
-        """Deletes the checkpoints after `step`, because the run repeats these steps."""
+        """Deletes the checkpoints after `step`, because the run will repeat these steps."""
 
         def delete() -> None:
             for later in folders.steps(self._run):
@@ -184,7 +185,7 @@ class CheckpointWriter:
 
     def _fail(self, step: int, work: epath.Path, error: BaseException) -> None:
         """Logs a failure at once and plans the next attempt; `_settle` counts the failure later."""
-        # TensorStore ends its messages with pages of settings.
+        # The log omits the pages of settings at the end of a message of TensorStore.
         why = f"{type(error).__name__}: {str(error).split(' [tensorstore_spec')[0]}"
         if self._failures < len(RETRY_SEC):
             wait = RETRY_SEC[self._failures]
@@ -194,12 +195,12 @@ class CheckpointWriter:
             then = "this was the last attempt, so the run ends"
         _log.warning(f"Step {step} was not saved ({why}); {then}.")
         if distributed.is_first():
-            # A partial checkpoint has no use, and may fill the disk.
+            # An incomplete checkpoint has no use, and it may fill the disk.
             with contextlib.suppress(OSError):
                 work.rmtree()
 
     def _settle(self) -> None:
-        """Waits for the pending save and finds out, with all processes, whether it succeeded."""
+        """Waits for the pending save; counts it as failed if it failed in any process."""
         if self._pending is None:
             return
         (step, saved), self._pending = self._pending, None
@@ -212,7 +213,7 @@ class CheckpointWriter:
                     f"checkpoint {step} in {self._folder} could not be saved in "
                     f"{self._failures + 1} attempts: {error} Earlier checkpoints are unchanged."
                 ) from error
-            if self._retry_at == math.inf:  # the failure was in another process
+            if self._retry_at == math.inf:  # the save failed in another process
                 self._retry_at = time.monotonic() + RETRY_SEC[self._failures]
             self._failures += 1
         else:
@@ -222,8 +223,8 @@ class CheckpointWriter:
 def save_model(run: epath.PathLike, config: Config, params: Params, tokenizer: Tokenizer) -> None:
     """Writes a run folder with `params` as its step 0.
 
-    Other commands open the folder like any run. It has no optimizer state, so training cannot
-    resume it, but `train.init_from` can start from it.
+    Other commands open the folder like that of any run. The folder has no optimizer state, so
+    training cannot resume there, but a new run can start from it with `train.init_from`.
     """
     Path(run).mkdir(parents=True, exist_ok=True)
     rundir.write_whole(Path(run) / rundir.CONFIG, config_lib.to_json(config))
@@ -248,10 +249,10 @@ def _start_writing(
 ) -> ocp.AsyncCheckpointer:
     writer = ocp.AsyncCheckpointer(
         composite(trees),
-        # This thread creates the folder. If a thread of Orbax created it, a disk that refuses
-        # the folder would make the writers of the arrays wait for minutes.
+        # This thread creates the folder. If instead a thread of Orbax failed to create it, the
+        # other threads of Orbax would wait for the folder for minutes.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        # An attempt that failed in one process leaves a barrier of the others behind.
+        # A failed attempt may leave an open barrier, so each attempt has its own barriers.
         multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=attempt),
         temporary_path_class=IN_PLACE,
     )
@@ -276,5 +277,5 @@ def _complete(
 
 
 def _is_gone(state: TrainState) -> bool:
-    """Returns whether the next step has taken the memory of `state`."""
+    """Returns whether the next training step has reused the memory of `state`."""
     return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))

@@ -1,1 +1,1 @@
-"""Files: strict JSON, folders with checksums, whole files, locks, and the names in a run folder."""
+"""Files: strict JSON, folders with checksums, atomic writes, locks, and names in a run folder."""

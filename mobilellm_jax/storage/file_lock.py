@@ -1,7 +1,7 @@
-"""An advisory lock on a file, which the kernel releases when its holder dies (`flock`).
+"""Locks files with `flock`; the kernel releases the lock of a process that ends.
 
-The package `filelock` has no lock that several processes share, and it does not let a caller keep a
-text about the holder in the locked file.
+The package `filelock` offers no shared locks, and its callers cannot store a text about the holder
+in the locked file.
 """
 
 import errno
@@ -13,7 +13,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 
 
 class HeldError(RuntimeError):
-    """Another process holds the lock; `text` is what the locked file says."""
+    """Another process holds the lock; `text` is the content of the locked file."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -21,13 +21,13 @@ class HeldError(RuntimeError):
 
 
 class FileLock:
-    """A lock that this process holds until `release`, or until it dies; a missing file is created.
+    """A lock that this process holds until `release` or its end; creates a missing file.
 
     Args:
-      shared: several processes may hold the lock together, but not beside an exclusive holder.
-      wait: wait until the lock is free, instead of raising a `HeldError`.
-      required: raise an `OSError` if the file system has no locks; otherwise `works` says whether
-        it has.
+      shared: several processes can hold a shared lock, but not while one holds an exclusive lock.
+      wait: wait until the lock is free; if False, raise a `HeldError` instead.
+      required: raise an `OSError` if the file system has no locks; if False, set `works` to False
+        instead.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class FileLock:
         return os.pread(self.descriptor, 1 << 16, 0).decode("utf-8", "replace")
 
     def write(self, text: str) -> None:
-        """Replaces the text in place, because the lock belongs to the file and not to its name."""
+        """Replaces the text in place, because a new file under this name would have no lock."""
         content = text.encode()
         os.pwrite(self.descriptor, content, 0)
         os.ftruncate(self.descriptor, len(content))

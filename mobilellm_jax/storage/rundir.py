@@ -1,4 +1,4 @@
-"""The names of the files in a run folder, and writers that leave a whole file or none.
+"""The names of the files in a run folder, and functions that never leave a partial file.
 
 A run folder holds `config.json`, the tokenizer, `checkpoints/STEP/`, `metrics.jsonl`,
 `tensorboard/`, `loss.png`, `samples.txt` and sometimes `profile/`.
@@ -22,17 +22,17 @@ TENSORBOARD = "tensorboard"
 LOSS_PLOT = "loss.png"
 PROFILE = "profile"
 SAMPLES = "samples.txt"
-OUTCOME = "outcome.json"  # only in runs of `sweep`: finished or failed, and the resources
+OUTCOME = "outcome.json"  # Result and resources of a run; only `sweep` writes it.
 SENTENCEPIECE_MODEL = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_FILES = (SENTENCEPIECE_MODEL, TOKENIZER_JSON)
 
 
 class WholeFile:
-    """A file that gets its name in `complete`, with all that was written, also after a crash.
+    """A file that is absent or unchanged until `complete` puts all written content in place.
 
-    If the `with` block ends without a call of `complete`, the file is deleted. An earlier file of
-    the same name stays until `complete` replaces it.
+    This also holds after a crash. If the `with` block ends without a call of `complete`, the new
+    content is deleted.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +60,7 @@ class WholeFile:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Writes `content`, so that `path` holds all of it or is unchanged, also after a crash."""
+    """Writes `content`; after a crash, `path` holds all of `content` or is unchanged."""
     with WholeFile(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.complete()
@@ -68,13 +68,13 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, which gets the name `path` after the block.
+    """Yields a temporary folder beside `path`, and renames it to `path` after the block.
 
-    An error in the block deletes the temporary folder. All users may read the files, although some
-    libraries (safetensors) forbid it.
+    If the block raises an error, the temporary folder is deleted. All users can read the files,
+    also those of libraries (safetensors) that deny other users access.
 
     Raises:
-      UserError: if `path` exists, except as an empty folder.
+      UserError: if `path` exists and is not an empty folder.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists; give a new folder, or delete this one first.")
@@ -93,12 +93,12 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:
-    """Returns the content of `outcome.json`, or {} if it does not exist or is no object."""
+    """Returns the object in `outcome.json`, or {} if the file is missing or has no object."""
     file = folder / OUTCOME
     found = strict_json.read(file) if file.is_file() else {}
     return found if isinstance(found, dict) else {}
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """Returns the tokenizer file in `folder`, or None; a SentencePiece file comes first."""
+    """Returns the tokenizer file in `folder` or None; prefers a SentencePiece file."""
     return next((folder / n for n in TOKENIZER_FILES if (folder / n).is_file()), None)

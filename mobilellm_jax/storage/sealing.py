@@ -1,12 +1,12 @@
-"""Seals folders: a manifest, which is written last, makes a folder complete.
+"""Seals folders: the last file that `seal` writes, a manifest, makes a folder complete.
 
 `manifest.json` lists every file of the folder with its size and SHA-256, and holds other facts that
 the writer adds. A folder without a manifest is incomplete. This rule also works on object stores,
-which cannot rename a folder. A folder is damaged if a file differs from the manifest. The manifest
-also has a checksum of itself, so every changed byte in the folder is found.
+although they cannot rename a folder. A folder is damaged if a file differs from the manifest. The
+manifest also has a checksum of itself, so a reader finds every changed byte in the folder.
 
-The token folders of `data/shards.py` have a manifest of an older format. They share the functions
-of this file that compute and compare checksums.
+The token folders of `data/shards.py` have a manifest of an older format. `data/` computes its
+checksums with `sha256_of` as well.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import strict_json
 
 MANIFEST = "manifest.json"
-BLOCK_BYTES = 1 << 20  # sha256_of reads so many bytes at once
+BLOCK_BYTES = 1 << 20  # Number of bytes that sha256_of reads at once.
 
 
 class DamagedError(UserError):
@@ -32,13 +32,13 @@ class DamagedError(UserError):
 
 
 class UnsealedError(DamagedError):
-    """A folder has no manifest, because its writer did not finish."""
+    """A folder has no manifest, because the process that wrote it did not finish."""
 
 
 def seal(folder: epath.Path, content: Mapping[str, Any]) -> None:
-    """Writes the manifest over all files in `folder`; they are on disk when this returns.
+    """Writes the manifest of `folder`; returns when all files of the folder are on disk.
 
-    Nothing may write to the folder any more. `content` has other entries of the manifest.
+    No one may write to the folder afterwards. `content` has more entries for the manifest.
     """
     files = sorted(_files(folder))
 
@@ -49,8 +49,8 @@ def seal(folder: epath.Path, content: Mapping[str, Any]) -> None:
     with _threads(len(files)) as pool:
         records = dict(zip(files, pool.map(record, files), strict=True))
     text = _text({**content, "files": records})
-    # This write needs no rename. An object store shows a file only when it is closed. On a disk, a
-    # manifest that was cut off has no valid checksum, so no reader accepts it.
+    # This write needs no temporary name. An object store shows a file only after it is closed. On a
+    # disk, an incomplete manifest has no valid checksum, so readers refuse it.
     with (folder / MANIFEST).open("wb") as file:
         file.write(text.encode())
         file.flush()
@@ -61,7 +61,7 @@ def seal(folder: epath.Path, content: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """Returns the manifest of a sealed folder, after a check of the manifest alone."""
+    """Returns the manifest of a sealed folder; checks the manifest, but no other file."""
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -77,10 +77,11 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 def verify(
     folder: epath.Path, parts: Sequence[str] = (), *, contents: bool = True
 ) -> dict[str, Any]:
-    """Compares the files on all cores with the manifest, and returns the manifest.
+    """Compares the files with the manifest, on all CPU cores; returns the manifest.
 
     `parts` names the subfolders to compare; an empty sequence means the whole folder. Without
-    `contents`, only sizes are compared. A `DamagedError` names all missing and changed files.
+    `contents`, the function compares only sizes. A `DamagedError` names all missing and all
+    changed files.
     """
     content = read_manifest(folder)
     wanted = {
@@ -110,7 +111,7 @@ def verify(
 
 
 def sync_names(folder: epath.Path) -> None:
-    """Makes the file names in a local folder survive a power cut; object stores need no call."""
+    """Makes the file names in a local folder survive a power cut; does nothing for a URL."""
     if is_local(folder):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -120,7 +121,7 @@ def sync_names(folder: epath.Path) -> None:
 
 
 def is_local(path: epath.Path) -> bool:
-    """Returns whether `path` is on a file system, which can rename, or in an object store."""
+    """Returns True if `path` is on a file system, and False if it is in an object store."""
     return "://" not in str(path)
 
 
@@ -142,8 +143,8 @@ def sha256_of(
 ) -> str:
     """Returns the SHA-256 of a file as hexadecimal digits.
 
-    Other threads can run meanwhile, because hashlib releases Python's lock. `to_disk` also writes
-    the file from the system's memory to the disk. `look` gets each block of the file, in order.
+    Other threads can run at the same time, because hashlib releases Python's global lock. `to_disk`
+    also flushes the file to the disk (fsync). The function calls `look` with each block, in order.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -156,13 +157,13 @@ def sha256_of(
 
 
 def _text(content: Mapping[str, Any]) -> str:
-    """Returns the text of a manifest; its checksum covers the same text without the checksum."""
+    """Returns `content` as JSON with a checksum; the checksum is that of the JSON without it."""
     checksum = hashlib.sha256(json.dumps(content, indent=1, sort_keys=True).encode()).hexdigest()
     return json.dumps({**content, "sha256": checksum}, indent=1, sort_keys=True) + "\n"
 
 
 def _is_manifest(content: dict[str, Any], raw: bytes) -> bool:
-    """Removes the checksum from `content`; returns whether it is right and names stay inside."""
+    """Removes the checksum from `content`; returns whether the checksum and all names are valid."""
     if not content.pop("sha256", None) or raw != _text(content).encode():
         return False
     files = content.get("files")

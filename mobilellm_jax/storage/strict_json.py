@@ -1,9 +1,9 @@
-"""Reads JSON from untrusted files within limits, and converts values to annotated types.
+"""Reads JSON from untrusted files with strict limits, and converts values to Python types.
 
-`parse` and `read` take any bytes, and return plain values or raise a `JsonError`. They refuse JSON
-that Python's reader accepts and that causes errors later: a key that occurs twice in an object,
-numbers that are not finite or beyond 64 bits, and deep nesting. `as_type` converts the values to
-an annotated type, such as a dataclass, and refuses half a surrogate pair in a text.
+`parse` and `read` accept any bytes. They return plain values or raise a `JsonError`. They refuse
+JSON that Python's reader accepts and that causes errors later: a key twice in one object, numbers
+that are not finite or beyond 64 bits, and deep nesting. `as_type` converts the values to
+an annotated type, such as a dataclass, and refuses a text with half a surrogate pair.
 
 The package msgspec also checks types and names the path of a wrong field. But msgspec accepts a key
 that occurs twice, and its limit of depth is the recursion limit of Python. The tests of this file
@@ -27,9 +27,9 @@ from typing import Any, Literal
 from mobilellm_jax.errors import MissingFileError, UserError
 
 MAX_BYTES = 1 << 27
-"""Largest file: four times the largest tokenizer.json, or a manifest of 100,000 shards."""
+"""Largest size of a file: 4 times the largest tokenizer.json, or a manifest of 100,000 shards."""
 MAX_DEPTH = 64
-"""Deepest nesting. Python's reader and recursive functions fail at a few hundred levels."""
+"""Largest nesting depth. Python's reader and recursive functions fail at a few hundred levels."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INTEGERS = range(-(1 << 63), 1 << 64)
@@ -42,7 +42,7 @@ _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 class JsonError(UserError):
-    """A text or a value in it is wrong; callers write the name of the file before the message."""
+    """A JSON text or a value in it is wrong; callers put the file name before the message."""
 
 
 def read(file: Path) -> Any:
@@ -58,8 +58,8 @@ def read(file: Path) -> Any:
 def read_lines(file: Path, *, non_finite: bool = False) -> list[Any]:
     """Returns the values of a file of JSON lines, or an empty list if the file does not exist.
 
-    Empty lines are ignored. A crash may cut off the last line, so an invalid last line without a
-    line end is ignored as well. A `JsonError` names the file and the line.
+    Empty lines are ignored. A crash may cut off the last line, so the function also ignores
+    an invalid last line without a line end. A `JsonError` names the file and the line.
     """
     values = []
     lines = file.read_bytes().split(b"\n") if file.is_file() else []
@@ -76,7 +76,7 @@ def read_lines(file: Path, *, non_finite: bool = False) -> list[Any]:
 
 
 def content_of(file: Path) -> bytes:
-    """Returns the bytes of a file; raises a `JsonError` if there are more than `MAX_BYTES`."""
+    """Returns the bytes of a file; raises a `JsonError` if it is larger than `MAX_BYTES`."""
     with file.open("rb") as opened:
         content = opened.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -85,9 +85,9 @@ def content_of(file: Path) -> bytes:
 
 
 def parse(content: bytes | str, *, non_finite: bool = False) -> Any:
-    """Returns the value of a JSON text (bytes are UTF-8), or raises a `JsonError`.
+    """Returns the value of a JSON text, or of its UTF-8 bytes; otherwise raises a `JsonError`.
 
-    `non_finite` accepts NaN and Infinity, which Python writes although JSON does not allow them.
+    With `non_finite`, NaN and Infinity are valid: Python writes them, but JSON forbids them.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
@@ -112,11 +112,11 @@ def parse(content: bytes | str, *, non_finite: bool = False) -> Any:
 
 
 def as_type(value: Any, expected: Any, name: str = "") -> Any:
-    """Returns a parsed value as the type `expected`; messages use `name`, the path of the value.
+    """Converts a parsed value to the type `expected`; `name` is its path, for messages.
 
-    An object becomes a dataclass with these fields, and an array becomes a tuple. A whole number
-    becomes a float if `expected` is float. `Any` accepts every value. A `JsonError` has field,
-    value and rule.
+    An object becomes a dataclass with the same fields. An array becomes a list or a tuple. A whole
+    number becomes a float if `expected` is float. `Any` accepts every value. A `JsonError` names
+    the field, its value and the rule.
     """
     if dataclasses.is_dataclass(expected):
         return _dataclass(value, expected, name)
@@ -155,10 +155,10 @@ def as_type(value: Any, expected: Any, name: str = "") -> Any:
 
 
 def get(holder: Any, key: str, expected: Any, default: Any = _REQUIRED, name: str = "") -> Any:
-    """Returns field `key` of a parsed object as `as_type` does; other fields are not checked.
+    """Returns field `key` of a parsed object, converted by `as_type`; ignores other fields.
 
-    A field that is missing or null becomes `default`; without a default it is an error. `name` is
-    the path of the object, for messages.
+    If the field is missing or null, the function returns `default`. Without a default, a missing
+    field is an error. `name` is the path of the object, for messages.
     """
     if not isinstance(holder, dict):
         raise _wrong(name, holder, "an object")
@@ -171,7 +171,7 @@ def get(holder: Any, key: str, expected: Any, default: Any = _REQUIRED, name: st
 
 
 def plain(name: str) -> str:
-    """Returns a short printable name unchanged, and another name as Python's repr, shortened."""
+    """Returns a short printable name unchanged, and the shortened repr of any other name."""
     return name if name.isprintable() and 0 < len(name) <= _shortened.maxstring else shown(name)
 
 
@@ -193,7 +193,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    # Python takes quadratic time to convert many digits, and refuses thousands of them.
+    # The time of `int` is quadratic in the number of digits, and `int` refuses thousands.
     if len(text) > 20 or (number := int(text)) not in _INTEGERS:
         raise JsonError(f"holds the whole number {text[:24]}..., which is beyond 64 bits.")
     return number

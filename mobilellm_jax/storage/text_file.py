@@ -6,7 +6,7 @@ from mobilellm_jax.errors import MissingFileError, UserError
 
 
 def read_text(flag: str, file: Path) -> str:
-    """Returns the text of a UTF-8 file with its line ends; raises if it is missing or empty."""
+    """Returns the text of a UTF-8 file with unchanged line ends; raises if it has no text."""
     if not file.is_file():
         problem = "is a folder" if file.is_dir() else "does not exist"
         raise MissingFileError(f"{flag}={file} {problem}; name a text file in UTF-8.")
