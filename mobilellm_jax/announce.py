@@ -96,7 +96,7 @@ def going_back(bad: range, good_step: int) -> None:
 
 
 def divergence(config: Config, workdir: Path, bad: range, good_step: int | None) -> str:
-    """Returns a message about bad steps, with commands that show and repeat the first batch."""
+    """Returns a message about bad steps and commands that show and repeat the first bad batch."""
     data, batch = config.data, config.train.global_batch
     inspect = [
         *("mobilellm", "inspect", f"--data={data.path}", f"--seq_len={data.seq_len}"),

@@ -114,7 +114,7 @@ def _open_huggingface(folder: Path) -> OpenedModel:
 
 
 def _missing(folder: Path) -> MissingFileError:
-    """Returns the error for a missing folder; it lists existing steps or a similar folder name."""
+    """Returns the error for a missing folder, with the existing steps or a similar name."""
     parent = folder.parent
     if parent.name == rundir.CHECKPOINTS and (there := steps(parent.parent)):
         remedy = f" {parent.parent} has the steps {', '.join(map(str, there))}."

@@ -110,7 +110,7 @@ def measure(request: Request) -> Measurement:
             return RuntimeEngine(config, precision, artifact.load())
 
     else:
-        # We read the checkpoint once without timing, as `open_artifact` has read the export.
+        # `open_artifact` has read the whole export, so we also read the checkpoint before timing.
         opened = _open(request)
         config, tokenizer = opened.config, opened.tokenizer
         precision, size = request.scheme or "float32", stored_bytes(opened.params)

@@ -23,7 +23,7 @@ class MeasuringError(RuntimeError):
 def benchmark(requests: Sequence[Request], runs: int) -> tuple[list[Row], list[list[Measurement]]]:
     """Measures models; returns the medians and all measurements for each request.
 
-    Every model is measured once, and this is repeated `runs` times. Other work on the machine
+    All models are measured one after another, `runs` times in total. Other work on the machine
     therefore affects all models alike.
 
     Raises:

@@ -151,7 +151,7 @@ class _Subject:
     tokenizer: "Tokenizer"
     origin: str
     record: dict[str, str]  # Facts about the model for the record of a perplexity.
-    identity: Callable[[], dict[str, Any]]  # Identifies the model of a journal.
+    identity: Callable[[], dict[str, Any]]  # Returns what identifies a journal's model.
 
 
 def _open(flags: Flags, scheme: Scheme | None) -> _Subject:

@@ -13,11 +13,11 @@ multiple of the number of heads. Both formats accept --dtype=float32, bfloat16 o
 Formats for devices (pip install 'mobilellm-jax[export]') write a folder with the model file, the
 tokenizer, model_card.md and a manifest of checksums:
 
-  gguf        llama.cpp
-  onnx        ONNX Runtime
-  executorch  ExecuTorch, XNNPACK
-  litert      LiteRT
-  stablehlo   XLA, on CPU, GPU and TPU
+  gguf        Runs in llama.cpp.
+  onnx        Runs in ONNX Runtime.
+  executorch  Runs in ExecuTorch with XNNPACK.
+  litert      Runs in LiteRT.
+  stablehlo   Runs in XLA on CPU, GPU and TPU.
 
 If the runtime of the format is installed, the command runs the export in this runtime and compares
 it with the checkpoint. It compares the logits of a fixed text, read in one pass and token by token,

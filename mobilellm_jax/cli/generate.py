@@ -1,4 +1,4 @@
-"""Continues prompts from flags or, without prompts in the flags, from standard input.
+"""Continues prompts from the flags or from standard input.
 
   mobilellm generate --checkpoint=runs/quickstart --prompt='Return a list of'
   mobilellm generate --checkpoint=runs/quickstart/checkpoints/400 --prompt='Once' --temperature=0
@@ -7,11 +7,11 @@
   mobilellm generate --checkpoint=runs/quickstart --prompt='Once' --quantize=w8a8
   cat prompts.txt | mobilellm generate --checkpoint=runs/quickstart --max_new_tokens=50
 
-Standard input holds one prompt per line; Ctrl-D ends the input. The texts go to standard output,
-and the speed goes to standard error. A single prompt is printed first, and then its continuation
-token by token. Several prompts (several --prompt flags, or one prompt per line of --prompt_file)
-are continued in batches of --batch_size, and each batch is printed when it is complete. With
---prompt= (empty), the model starts a text without a prompt.
+Without --prompt and --prompt_file, the command reads one prompt per line from standard input until
+Ctrl-D. The texts go to standard output, and the speed goes to standard error. A single prompt is
+printed first, and then its continuation token by token. Several prompts (several --prompt flags, or
+one prompt per line of --prompt_file) are continued in batches of --batch_size, and each batch is
+printed when it is complete. With --prompt= (empty), the model starts a text without a prompt.
 """
 
 import dataclasses
@@ -147,7 +147,7 @@ class _Speaker:
     model: "OpenedModel"
     prepared: "Prepared"
     sampling: "Sampling"
-    max_new_tokens: int | None  # If None, the default or the number that fits.
+    max_new_tokens: int | None  # If None, the default, or fewer if fewer fit.
 
     def speak(self, prompt: str) -> None:
         """Prints the prompt and its continuation token by token, and logs the speed."""

@@ -75,7 +75,7 @@ def _reader_is_gone() -> bool:
 
 
 def main(args: list[str]) -> int:
-    """Runs one command and returns its exit code; raises errors that are bugs."""
+    """Runs one command and returns its exit code; an error that is a bug is raised."""
     show_messages()
     name = ""
     try:

@@ -55,8 +55,8 @@ def key(kind: str, *parts: Any) -> str:
 class Journal:
     """A model's answers by key, in memory and in the file `path` (None: only in memory).
 
-    `whose` holds the fields that identify the model. If the file is of another model, its answers
-    are deleted.
+    `whose` holds the fields that identify the model. If the file belongs to another model, the
+    answers in the file are deleted.
     """
 
     def __init__(self, path: Path | None, whose: Mapping[str, Any]) -> None:
@@ -111,9 +111,9 @@ def _answer(line: bytes) -> tuple[str, Any] | None:
 def _fingerprint(params: Params) -> str:
     """Returns a hash of all weights; the devices that hold the weights compute it.
 
-    The hash is built from sums of integers, which do not depend on the order, so every mesh gives
-    the same hash. Each array has two sums of 32 bits; the second sum also depends on the index of
-    each weight. The sums detect accidental changes, but not deliberate ones.
+    The hash is built from sums of integers. The order of the terms does not change such a sum, so
+    every mesh gives the same hash. Each array has two sums of 32 bits; the second sum also depends
+    on the index of each weight. The sums detect accidental changes, but not deliberate ones.
     """
     leaves = {
         jax.tree_util.keystr(path): leaf

@@ -27,7 +27,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.engine import Engine
 from mobilellm_jax.evaluate.prefix_trees import Query
 
-_WINDOWS_AT_ONCE = 1024  # Largest number in a call of the engine; it bounds the host's memory.
+_WINDOWS_AT_ONCE = 1024  # Windows per call of the engine; this limits the memory on the host.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class PerplexityResult:
 
 
 class Window(NamedTuple):
-    """The model reads tokens `start` ... `stop` - 1 and scores `scored` + 1 ... `stop`."""
+    """Token indices: the model reads `start` ... `stop` - 1 and scores `scored` + 1 ... `stop`."""
 
     start: int
     scored: int

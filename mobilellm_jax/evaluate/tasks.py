@@ -148,7 +148,7 @@ def as_json(results: Mapping[str, Any]) -> str:
 
 
 def local_rows(task: str, data_dir: str, num_fewshot: int, **_: object) -> dict[str, Any]:
-    """Returns the rows of a task by split; our task file tells the harness to call this."""
+    """Returns the rows of a task by split; our task file makes the harness call this function."""
     data = TASK_DATA[task]
     files = data.files(Path(data_dir), num_fewshot)
     return {
@@ -242,7 +242,7 @@ _REPLACED = (
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Shows the harness' progress bars only on a terminal, and only errors of its log."""
+    """Hides the harness' warnings, and shows its progress bars only on a terminal."""
     logger = logging.getLogger("lm_eval")
     level, shown = logger.level, datasets.is_progress_bar_enabled()
     originals = [getattr(module, name) for module, name, _ in _REPLACED]

@@ -32,9 +32,9 @@ from mobilellm_jax.model.products import SpecialKernel
 from mobilellm_jax.model.softmax import ATTENTION_PRODUCTS, IN_FLOAT
 from mobilellm_jax.model.transformer import Params, Transformer
 
-_CHUNK = 64  # Tokens that the device draws before the host reads them; size of the buffer.
+_CHUNK = 64  # Tokens that the device draws before the host reads them; also the buffer size.
 _STREAM_CHUNK = 8  # Tokens per chunk while a user watches the text.
-_SMALLEST_BUCKET = 64  # In tokens. Padding up to it is faster than compiling another program.
+_SMALLEST_BUCKET = 64  # In tokens. Padding to this size is faster than compiling one more program.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Prepared:
 def prepare(config: ModelConfig, params: Params) -> Prepared:
     """Prepares `params` once for many calls of `generate` and `stream`.
 
-    If `generate` or `stream` gets plain parameters, it prepares them at every call. The prepared
-    form holds a copy of the parameters in the compute dtype, and a second copy if this dtype is not
-    float32. During training, the copies fit into the memory of the gradients, which is free between
-    steps.
+    If `generate` or `stream` gets plain parameters, the function prepares them at every call. The
+    prepared form holds a copy of the parameters in the compute dtype, and a second copy if this
+    dtype is not float32. During training, the copies fit into the memory of the gradients, which is
+    free between steps.
     """
     narrow = in_compute_dtype(params, config)
     return Prepared(params=narrow, weights=decoding_weights(narrow, config))

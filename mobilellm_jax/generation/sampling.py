@@ -61,7 +61,7 @@ class Draw:
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     keys_B: Key[Array, "B"]
-    method: Method = dataclasses.field(metadata={"pytree_node": False})  # Compiled in.
+    method: Method = dataclasses.field(metadata={"pytree_node": False})  # Static, not an array.
 
 
 def draw_of(sampling: Sampling, vocab_size: int, batch: int) -> Draw:

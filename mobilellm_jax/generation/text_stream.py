@@ -17,9 +17,9 @@ def decode_stream(
 ) -> Iterator[str]:
     """Yields the pieces of text that the chunks of new tokens add after `prompt`.
 
-    The text of the prompt and all pieces together are the text of all tokens. A piece never ends
-    inside a character: if several byte tokens form a character, it is part of the piece of its last
-    byte. If a run of bytes is not UTF-8, its bytes become U+FFFD when the run ends.
+    The text of the prompt, followed by all pieces, is the text of all tokens. A piece never ends
+    inside a character: if several byte tokens form a character, the character is yielded with its
+    last byte. If a run of bytes is not UTF-8, its bytes become U+FFFD when the run ends.
     """
     ids = list(prompt)
     text = tokenizer.decode(ids)
