@@ -1,8 +1,8 @@
 """The device mesh, and the rules that map logical axes of arrays to mesh axes.
 
-A slower network (DCN) may join slices of devices, such as TPU slices or GPU hosts. `mesh.dcn_data`
-then copies the mesh onto each slice along `data`, so that only gradients cross the slower network,
-once per step.
+A slower network (DCN) may connect slices of devices, such as TPU slices or GPU hosts. With
+`mesh.dcn_data` slices, every slice holds a mesh of the same shape, and the axis `data` continues
+from slice to slice. Only gradients then cross the slower network, once per step.
 
 Modules name logical axes only; `logical_rules` maps them to the mesh axes (`data`, `fsdp`,
 `tensor`, `sequence`). Every trace of a model (initialisation, step, evaluation) must happen inside
@@ -34,10 +34,10 @@ Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 
 def mesh_shape(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Returns the number of devices along each axis; -1 becomes the number of remaining devices.
+    """Returns the number of devices along each axis; a size of -1 takes the remaining devices.
 
-    The size of `data` is `mesh.data` of one slice times `mesh.dcn_data`. The sizes must multiply to
-    `num_devices`.
+    The returned size of `data` is `mesh.data` (for one slice) times `mesh.dcn_data`. The sizes must
+    multiply to `num_devices`.
     """
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     fixed = math.prod(s for s in sizes.values() if s != -1) * mesh.dcn_data
@@ -57,8 +57,8 @@ def mesh_shape(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
 def make_mesh(mesh: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over `devices`, or over all devices if None.
 
-    The axes have type `Auto`, because flax.linen needs sharding by the compiler. A `ConfigError`
-    says that the sizes or `mesh.dcn_data` do not fit the devices.
+    The axes have type `Auto`, because flax.linen leaves the sharding to the compiler. Sizes or a
+    `mesh.dcn_data` that do not fit the devices raise a `ConfigError`.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(mesh, len(devices))
@@ -76,7 +76,7 @@ def count_slices(devices: Iterable[jax.Device]) -> int:
 
 
 def _parts(dcn_data: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-    """Returns the devices of each slice; for tests and plans, CPU devices form equal slices."""
+    """Returns the devices of each slice; CPU devices are divided equally, for tests and plans."""
     if dcn_data == 1:
         return [list(devices)]
     slices = count_slices(devices)
@@ -94,9 +94,11 @@ def _parts(dcn_data: int, devices: Sequence[jax.Device]) -> list[list[jax.Device
 def logical_rules(model: ModelConfig, shape: Mapping[str, int]) -> Rules:
     """Returns the mesh axis of each logical axis, for a model on a mesh of this shape.
 
-    `tensor` splits heads only if it divides both `num_heads` and `num_kv_heads`. Padding 9 heads to
-    12 would cost more than copying the smallest matrices of the block. `tensor` must divide the
-    feed-forward and the vocabulary, because they hold most weights of a small model.
+    The mesh splits heads over `tensor` only if its size divides both `num_heads` and
+    `num_kv_heads`. Otherwise every device holds all heads, because padding 9 heads to 12 would cost
+    more than copies of the attention matrices. The size of `tensor` must divide `ffn_dim` and
+    `vocab_size`, because the feed-forward and vocabulary matrices hold most weights of a small
+    model.
 
     Raises:
       ConfigError: if `fsdp` or `tensor` does not divide an axis that it must split.
@@ -127,7 +129,7 @@ def logical_rules(model: ModelConfig, shape: Mapping[str, int]) -> Rules:
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
-    """Makes every trace inside the block use `mesh` and `rules`."""
+    """Makes jax traces inside the `with` statement use `mesh` and `rules`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
 
@@ -143,16 +145,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Returns the number of parts that a batch is split into."""
+    """Returns the number of parts into which the mesh splits a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def local_rows(mesh: Mesh, global_batch: int) -> NDArray[np.int64]:
-    """Returns the row numbers of every global batch that this process feeds, ascending.
+    """Returns the numbers of the rows that this process feeds to a global batch, ascending.
 
-    The rows follow from the sharding and not from the number of processes. All processes feed the
-    same rows if the mesh does not split the batch between processes. The rows have gaps if the
-    host's devices are not neighbours in the mesh, as on a TPU torus.
+    The sharding determines the rows; the number of processes alone does not. All processes feed the
+    same rows if the mesh does not split the batch between processes. The row numbers have gaps if
+    the devices of the process are not neighbours in the mesh, as on a TPU torus.
     """
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     indices = sharding.addressable_devices_indices_map((global_batch,)).values()
@@ -163,7 +165,7 @@ def local_rows(mesh: Mesh, global_batch: int) -> NDArray[np.int64]:
 def put_batch(
     batch: Mapping[str, np.ndarray], mesh: Mesh, global_batch: int
 ) -> dict[str, jax.Array]:
-    """Returns global arrays from the rows of this process, which are those of `local_rows`."""
+    """Returns global arrays from this process's rows, whose numbers `local_rows` returns."""
     own = len(local_rows(mesh, global_batch))
     placed = {}
     for name, rows_BT in batch.items():
@@ -179,7 +181,7 @@ def put_batch(
 
 
 def place(value: jax.Array | np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns an array with the sharding of `like`, from a copy in every process."""
+    """Returns an array with the sharding of `like`; every process passes the whole value."""
     whole = np.asarray(value)
     return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
 
@@ -211,8 +213,9 @@ def jit_under(
 ) -> UnderMesh[Result]:
     """Compiles a function by `jax.jit(function, **options)` for a mesh and its rules.
 
-    The cache key of jit contains the mesh but not the rules. If the rules were only around the
-    call, an earlier trace without the rules could serve the call. So they are inside the function.
+    `jax.jit` distinguishes cached traces by their mesh, but not by their rules. If only the caller
+    set the rules, `jax.jit` could reuse an earlier trace without the rules. So the traced function
+    sets the rules itself.
     """
 
     @functools.wraps(function)

@@ -1,1 +1,1 @@
-"""Training: a pure, sharded step, and a loop on the host that receives its data and its hooks."""
+"""Training: a pure, sharded step, and a loop on the host that calls the step."""

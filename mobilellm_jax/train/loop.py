@@ -1,8 +1,8 @@
 """Runs the training loop on the host: feeds batches, reads metrics, saves, evaluates and stops.
 
-The loop reads the metrics of a step while the next step runs, and places batches ahead of the step
-(`prefetch.py`). A batch that was placed but not used has no effect, because the position of a run
-in its data follows from its step.
+The loop reads the metrics of a step while the next step runs. `prefetch.py` places batches on the
+devices before their steps begin. A batch that no step used has no effect on a resumed run, because
+the step number alone determines the next batch.
 """
 
 import contextlib
@@ -26,24 +26,26 @@ from mobilellm_jax.train.stopping import StopRequest, Walltime
 class Hooks:
     """Functions that the loop calls; a step number counts completed optimizer steps."""
 
-    put: Callable[[Mapping[str, np.ndarray]], Batch]  # turns rows of this host into global arrays
-    save: Callable[[int, TrainState], None]  # may return before the checkpoint is complete
-    finish_saving: Callable[[], None]  # waits until the checkpoint is complete; raises its errors
-    validate: Callable[[TrainState], Mapping[str, float]]
-    sample: Callable[[int, TrainState], None]
+    put: Callable[[Mapping[str, np.ndarray]], Batch]  # Turns rows of this host into global arrays.
+    # Starts a save; may return before the checkpoint is complete.
+    save: Callable[[int, TrainState], None]
+    # Waits until the checkpoint is complete; raises errors of the save.
+    finish_saving: Callable[[], None]
+    validate: Callable[[TrainState], Mapping[str, float]]  # Returns the validation metrics.
+    sample: Callable[[int, TrainState], None]  # Runs the periodic evaluation of `evaluate.every`.
     # Returns whether a save failed and has to be repeated now; all processes get the same value.
     retry_is_due: Callable[[], bool] = lambda: False
-    # Takes whether this process wants to stop, and returns whether all processes stop.
+    # Receives whether this process wants to stop, and returns whether all processes stop.
     agree: Callable[[bool], bool] = lambda asked: asked
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the loop ended; a diverged run is not saved."""
+    """How the loop ended; the loop does not save a diverged run."""
 
     kind: Literal["finished", "stopped", "diverged"]
-    why: str = ""  # reason of a stop
-    bad: range = range(0)  # last steps of a diverged run
+    why: str = ""  # The reason why the loop stopped.
+    bad: range = range(0)  # The last steps of a diverged run, which were not finite.
 
 
 def train_loop(
@@ -57,17 +59,19 @@ def train_loop(
 ) -> tuple[TrainState, Outcome]:
     """Trains from `state.step` to `train.steps`; returns the final state and the outcome.
 
-    The loop saves and stops at the end of a step if SIGTERM or SIGINT arrived or `walltime` is up;
-    with several processes, all of them stop one step later. The caller handles signals that arrive
-    before the first step starts. A run diverges if its last `train.max_bad_steps` steps were not
-    finite. After a bad step the loop does not save, because the run could not heal from such a
-    state. The last state of a run is always saved, unless the run diverged.
+    If SIGTERM or SIGINT arrived or `walltime` is up, the loop saves at the end of the step and
+    stops. With several processes, all of them save and stop one step later. Until the first step
+    has been compiled, the caller handles signals. A run diverges if its last `train.max_bad_steps`
+    steps were not finite. The loop always saves the last state, unless the run diverged. It saves
+    no other state after a step that was not finite, because a run could not recover from a damaged
+    state.
     """
     train, first, steps = config.train, int(state.step), config.train.steps
     watch = _Watch(config, hooks, Reporter(config, writer), walltime)
     report, stop = watch.report, StopRequest()
-    # A run may have been stopped after it saved this step and before it evaluated it. The loop
-    # saves before it evaluates, so that a failed evaluation loses nothing.
+    # The loop first evaluates the restored step, because an earlier process may have saved this
+    # step and ended before its evaluation. The loop saves each step before its evaluation, so that
+    # a failed evaluation loses no training.
     watch.look(first, state)
     with contextlib.ExitStack() as stack:
         placed = stack.enter_context(contextlib.closing(prefetch(batches, hooks.put)))
@@ -77,10 +81,11 @@ def train_loop(
             batch = report.meter.wait_for(placed)
             state, metrics = step_fn(state, batch)
             if step == first + 1:
-                # Before this moment the step may compile for minutes, and there is nothing to save.
+                # `stop` handles signals from here on. Until here there was nothing to save, and the
+                # first step may have compiled for minutes.
                 stack.enter_context(stop)
             report.step(step, metrics)
-            if step > first + 1:  # the first step compiles, so its time is no estimate
+            if step > first + 1:  # The time of the first step includes compilation.
                 watch.measured("step", time.monotonic() - began)
             why = watch.reason_to_stop(step, stop)
             stopping = hooks.agree(bool(why)) and step < steps
@@ -103,7 +108,7 @@ def train_loop(
 
 @dataclasses.dataclass(frozen=True)
 class _Watch:
-    """Saves and evaluates the run, and measures the times for the time limit."""
+    """Saves and evaluates the run, and measures durations for the time limit."""
 
     config: Config
     hooks: Hooks
@@ -135,10 +140,11 @@ class _Watch:
         self.measured("look", time.monotonic() - began)
 
     def save(self, step: int, state: TrainState, wait: bool) -> None:
-        """Saves the state, and waits for the checkpoint if `wait` or the time limit needs it."""
+        """Saves the state; waits if `wait` is set or the time limit has to measure a save."""
         began = time.monotonic()
         self.hooks.save(step, state)
-        # A time limit has to know how long a save takes, so the loop waits for the first save.
+        # `walltime` has to know how long a save takes, so the loop waits for the first save and
+        # measures it.
         if wait or (self.walltime is not None and not self.walltime.knows_save):
             self.hooks.finish_saving()
             self.measured("save", time.monotonic() - began)

@@ -1,9 +1,10 @@
 """Computes the cross-entropy over the vocabulary without holding all logits at once.
 
-The sequence is scored in chunks of positions. `weighted_loss` is a scalar, so the logits of a chunk
-determine the gradients of hidden states and head up to a factor. The forward pass computes these
-gradients while the logits exist, and the backward pass only scales them. This takes three products
-per chunk; recomputing the logits in the backward pass would take four.
+The sequence is scored in chunks of positions. `weighted_loss` is a scalar. So the forward pass can
+compute the gradients of hidden states and head up to one scalar factor. It computes these gradients
+while the logits of a chunk exist, and the backward pass multiplies the gradients by the factor. A
+chunk then takes three matrix multiplications. It would take four if the backward pass recomputed
+the logits.
 """
 
 from functools import partial
@@ -26,9 +27,9 @@ def weighted_loss(
 ) -> Float[Array, ""]:
     """Returns sum(weights * cross-entropy) in nats, float32.
 
-    Gradients flow to `x_BTD` and `head_VD`. The logits of `chunk` positions of every row are in
-    memory at the same time; `chunk` does not have to divide T. Products have the type of x, and
-    sums are float32.
+    Gradients flow to `x_BTD` and `head_VD`. Memory holds the logits of `chunk` positions of every
+    row at a time. `chunk` does not have to divide T. The matrix multiplications take operands of
+    the type of x, and sum in float32.
     """
     return jnp.sum(token_losses(x_BTD, head_VD, targets_BT, chunk) * weights_BT)
 
@@ -39,7 +40,7 @@ def token_losses(
     targets_BT: Int[Array, "B T"],
     chunk: int,
 ) -> Float[Array, "B T"]:
-    """Returns the cross-entropy of every target in nats, float32; use it without gradients."""
+    """Returns the cross-entropy of every target in nats, float32, for uses without gradients."""
     head_VD = gathered(head_VD.astype(x_BTD.dtype))
 
     def score(chunk_xs: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -59,8 +60,8 @@ def _forward(
     chunk: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     dtype = x_BTD.dtype
-    # `gathered` makes the compiler gather the head, and reduce its gradient, once per step instead
-    # of once per chunk.
+    # `gathered` makes the devices exchange the head and its gradient once per step instead of once
+    # per chunk.
     narrow_head_VD = gathered(head_VD.astype(dtype))
 
     def score(
@@ -71,7 +72,8 @@ def _forward(
         logits_BCV = scores("BCD,VD->BCV", x_BCD, narrow_head_VD)
         log_normalizer_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         total += jnp.sum(_losses(logits_BCV, log_normalizer_BC, targets_BC) * weights_BC)
-        # d loss / d logits = softmax - one-hot. The compiler fuses a comparison, but not a scatter.
+        # d loss / d logits = softmax - one-hot. The one-hot array is a comparison, because the
+        # compiler can fuse a comparison with its neighbours, but not a scatter.
         hit_BCV = jnp.arange(head_VD.shape[0])[None, None, :] == targets_BC[:, :, None]
         softmax_BCV = jnp.exp(logits_BCV - log_normalizer_BC[:, :, None])
         grad_BCV = ((softmax_BCV - hit_BCV) * weights_BC[:, :, None]).astype(dtype)
@@ -110,10 +112,10 @@ def _losses(
 
 
 def chunks(x_BT: jax.Array, chunk: int) -> jax.Array:
-    """Splits [B, T, ...] into [n, B, C, ...], with zeros (weight zero) after the last position.
+    """Splits [B, T, ...] into [n, B, C, ...]; pads the last chunk with zeros (weight zero).
 
-    The split is along the sequence. A split of the flattened batch would gather a batch that is
-    spread over devices.
+    The split is along the sequence. If the code flattened rows and positions before the split, the
+    devices would have to gather the batch, which is spread over them.
     """
     batch, length = x_BT.shape[:2]
     chunk = min(chunk, length)
@@ -124,6 +126,6 @@ def chunks(x_BT: jax.Array, chunk: int) -> jax.Array:
 
 
 def unchunk(x_nBC: jax.Array, length: int) -> jax.Array:
-    """Joins what `chunks` has split, and drops the padding."""
+    """Joins the chunks that `chunks` made, and drops the padding."""
     x_BnC = jnp.moveaxis(x_nBC, 0, 1)
     return x_BnC.reshape(x_BnC.shape[0], -1, *x_BnC.shape[3:])[:, :length]

@@ -20,7 +20,7 @@ from mobilellm_jax.storage import rundir, strict_json
 
 _log = logging.getLogger(__name__)
 _ATTENTION = "train/attention"
-# Packages that a run can do without, the extras that install them, and the files that they write.
+# For each optional package, the extra that installs it and the file that a run writes with it.
 _OPTIONAL = {
     "matplotlib": ("report", rundir.LOSS_PLOT),
     "tensorboard": ("tensorboard", f"{rundir.TENSORBOARD}/"),
@@ -38,7 +38,7 @@ PEAK_BF16_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
 }
-"""Dense bfloat16 peak per device in FLOP/s (makers' data sheets), by the start of `device_kind`."""
+"""The dense bfloat16 peak in FLOP/s (makers' data sheets), by the first words of `device_kind`."""
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -58,10 +58,10 @@ def model_flops_utilization(
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a `metrics.jsonl` without a last line that a crash cut short.
+    """Returns the records of a `metrics.jsonl`; leaves out a last line that a crash cut short.
 
-    All values are numbers, except `train/attention`, which names the implementation of attention.
-    A line that is not a record is a `UserError`.
+    All values are numbers, except `train/attention`, which names the implementation of attention. A
+    line that is not a record raises a `UserError`.
     """
     records = strict_json.read_lines(path, non_finite=True)
     for record in records:
@@ -77,10 +77,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and TensorBoard, and draws the progress bar.
 
-    Opening the writer removes records from `metrics.jsonl` that are newer than `first_step`, the
-    step that the run starts from. So a resumed run leaves the same records as an uninterrupted run.
-    Evaluations of `first_step` are removed too, because they may be incomplete, and the loop makes
-    them again. A warning names optional packages that are absent.
+    The run begins after `first_step`. The constructor removes the records of later steps from
+    `metrics.jsonl`, because the run will write them again. So a resumed run leaves the same records
+    as an uninterrupted run. The constructor also removes evaluations of `first_step`, which may be
+    incomplete; the loop repeats them. A warning names the optional packages that are not installed.
     """
 
     def __init__(self, run: Path, first_step: int, last_step: int) -> None:
@@ -119,7 +119,7 @@ class MetricsWriter:
         self._file.close()
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Appends a record, which is on disk when this returns; TensorBoard gets its numbers."""
+        """Appends a record to `metrics.jsonl` at once, and sends its numbers to TensorBoard."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -141,7 +141,7 @@ class MetricsWriter:
 
 
 class SilentWriter(MetricsWriter):
-    """Writes and shows nothing; every process except the first has such a writer."""
+    """Writes and shows nothing; every process except the first uses this writer."""
 
     def __init__(self) -> None: ...
 

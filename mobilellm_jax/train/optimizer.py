@@ -1,9 +1,10 @@
 """Builds AdamW with warm-up and decay, as in the paper (Sec. 3.1), or Muon, from parts of Optax.
 
-Weight decay is decoupled. It applies to every matrix and to the embedding table, but not to norms.
-Step t, counted from 0, has the learning rate peak * t / warm-up. After the warm-up the rate falls
-to `min_lr_ratio` of the peak. So the first update is zero, as in the schedules of Hugging Face,
-which the paper's code uses.
+Weight decay is decoupled, and applies to every matrix and to the embedding table, but not to norms.
+During the warm-up, step t (counted from 0) has the learning rate peak * t / number of warm-up
+steps. So the first update is zero, as in the schedules of Hugging Face, which the paper's code
+uses. After the warm-up, the schedules `cosine` and `wsd` lower the rate to `min_lr_ratio` of the
+peak.
 """
 
 import math
@@ -15,14 +16,16 @@ import optax
 from mobilellm_jax.config import OptimizerConfig
 
 ParamsOrPlaceholder = Any
-"""A tree of parameters, or an empty node that Optax uses to find state of parameters."""
+"""A tree of parameters, or a placeholder that Optax uses to find the arrays of parameters in a
+state.
+"""
 
-_WSD_DECAY_SHARE = 0.2  # share of the steps, at the end of the run
-# Muon's updates are scaled to the root mean square of AdamW's updates, so that one rate fits both
-# (Liu et al. 2025, arXiv:2502.16982).
+_WSD_DECAY_SHARE = 0.2  # The last share of the steps, in which the learning rate falls.
+# The root mean square of AdamW's updates. Muon's updates are scaled to the same root mean square,
+# so that one learning rate fits both (Liu et al. 2025, arXiv:2502.16982).
 _ADAMW_RMS = 0.2
 _FIRST_TO_SECOND = optax.contrib.MuonDimensionNumbers(1, 2)
-_MUON_AXES = {  # axis 0 is the axis of blocks
+_MUON_AXES = {  # Axis 0 counts the blocks.
     **dict.fromkeys(("gate", "up", "down"), _FIRST_TO_SECOND),
     **dict.fromkeys(("query", "key", "value"), optax.contrib.MuonDimensionNumbers(1, (2, 3))),
     "output": optax.contrib.MuonDimensionNumbers((1, 2), 3),
@@ -48,17 +51,17 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def is_matrix(params: ParamsOrPlaceholder) -> Any:
-    """Returns True where weight decay applies: for every leaf except the scales of norms."""
+    """Returns a tree: True for leaves with weight decay, False for the scales of norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
 def muon_axes(params: ParamsOrPlaceholder) -> Any:
-    """Returns the axes of inputs and outputs for Muon's leaves, and None for AdamW's leaves."""
+    """Returns input and output axes of the leaves that Muon updates, and None for other leaves."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _axes(path), params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW or Muon, after clipping by global norm if `clip_norm` is not 0."""
+    """Returns AdamW or Muon; clips gradients by global norm first if `clip_norm` is not 0."""
     schedule = learning_rate(config, steps)
     update = optax.adamw(
         schedule,
@@ -69,7 +72,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         mask=is_matrix,
     )
     if config.name == "muon":
-        # The AdamW inside `optax.contrib.muon` would take Nesterov steps and decay the norms.
+        # `optax.contrib.muon` is not used, because its inner AdamW takes Nesterov steps and decays
+        # the norms.
         muon = optax.chain(
             optax.contrib.scale_by_muon(eps=config.eps, weight_dimension_numbers=muon_axes),
             optax.stateless(lambda updates, _: _with_rms_of_adamw(updates)),
@@ -83,7 +87,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _with_rms_of_adamw(updates: ParamsOrPlaceholder) -> Any:
-    """Scales orthogonal matrices; their root mean square is 1 / sqrt(longer side) before that."""
+    """Scales orthogonal matrices to AdamW's root mean square, from 1 / sqrt(longer side)."""
 
     def scale(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
         sides = [

@@ -15,7 +15,7 @@ AHEAD = 2
 def prefetch(
     batches: Iterator[Read], put: Callable[[Read], Placed], ahead: int = AHEAD
 ) -> Generator[Placed, None, None]:
-    """Yields `put(batch)` for every batch in order; a thread works while the caller computes.
+    """Yields `put(batch)` for every batch in order; a thread calls `put` while the caller computes.
 
     The thread is at most `ahead` batches ahead. If reading or placing a batch fails, the generator
     raises the error when the caller asks for that batch. Close the generator to end the thread.
@@ -26,7 +26,7 @@ def prefetch(
             return (put(batch),)
         return None
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")  # one thread keeps the order
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")  # One thread keeps the order.
     try:
         waiting: deque[Future[tuple[Placed] | None]] = deque()
         waiting.extend(pool.submit(place_next) for _ in range(ahead))

@@ -1,7 +1,7 @@
 """Records a profile of a few steps: the work of the devices over time, and their memory.
 
-TensorBoard with the plugin `xprof` shows `RUN/profile/` (`tensorboard --logdir=RUN`). The memory is
-in a pprof file beside it (`pprof -top RUN/profile/memory-step-N.prof`).
+TensorBoard with the plugin `xprof` shows `RUN/profile/` (`tensorboard --logdir=RUN`). The same
+folder holds the memory profile, a pprof file (`pprof -top RUN/profile/memory-step-N.prof`).
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from mobilellm_jax.train.step import Batch, StepMetrics, TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class ProfiledSteps:
-    """A range of steps with both ends; steps count from 1."""
+    """A range of steps that includes both ends; the first step of a run is step 1."""
 
     first: int
     last: int
 
     @classmethod
     def parse(cls, text: str) -> "ProfiledSteps":
-        """Reads "a:b", or "a" for a single step; anything else is a `ConfigError`."""
+        """Reads "a:b", or "a" for a single step; other text raises a `ConfigError`."""
         match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
         if match is None:
             raise ConfigError(

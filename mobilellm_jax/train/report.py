@@ -1,7 +1,7 @@
 """Turns the metrics of steps, which are device scalars, into records and lines for the user.
 
-To read a metric, the host has to wait for its step. So the host reads the metrics of a step while
-the next step runs.
+The host can read a metric only after its step has ended. So the host starts the next step first and
+reads the metric while this next step runs.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Meter:
         return item
 
     def read(self) -> tuple[float, float]:
-        """Returns targets per second and the share of waiting since the last reading."""
+        """Returns targets per second and the share of waiting time since the last `reset`."""
         elapsed = time.perf_counter() - self.started
         rates = self.targets / elapsed, self.waited_sec / elapsed
         self.reset()
@@ -49,7 +49,7 @@ class Reporter:
 
     def __init__(self, config: Config, writer: MetricsWriter) -> None:
         self.meter = Meter()
-        self.bad = range(0)  # the latest steps that were not finite; empty after a good step
+        self.bad = range(0)  # Latest consecutive steps that were not finite; may be empty.
         self._config = config
         self._writer = writer
         self._pending: tuple[int, StepMetrics] | None = None
@@ -61,7 +61,7 @@ class Reporter:
         return len(self.bad) >= self._config.train.max_bad_steps
 
     def step(self, step: int, metrics: StepMetrics) -> None:
-        """Keeps the metrics of a step, and reads the metrics of the step before."""
+        """Keeps the metrics of this step, and reports the metrics of the previous step."""
         pending, self._pending = self._pending, (step, metrics)
         if pending is not None:
             self._record(*pending)
@@ -88,7 +88,7 @@ class Reporter:
         due = step == 1 or step % train.log_every == 0 or step == train.steps
         rates: dict[str, float] = {}
         if self._first_step is None:
-            # The first step compiles, so the rates start after it.
+            # The first step compiles, so the rates do not include its time.
             self._first_step, self._began = step, time.perf_counter()
             self.meter.reset()
         elif due:
@@ -106,7 +106,7 @@ class Reporter:
             self._show(step, values["loss"], rates)
 
     def _record_of(self, step: int, values: Mapping[str, float]) -> dict[str, float | str]:
-        """Returns the record of a step, without numbers that JSON cannot hold."""
+        """Returns the record of a step; leaves out NaN and infinities, which JSON cannot hold."""
         names = ("loss", "grad_norm", "learning_rate")
         record: dict[str, float | str] = {
             f"train/{name}": values[name] for name in names if math.isfinite(values[name])

@@ -1,8 +1,8 @@
-"""Guards against spikes: compares the loss and gradient norm of a step with recent steps.
+"""Guards against spikes: compares loss and gradient norm of a step with recent values.
 
 The recent values are part of the training state, so a resumed run decides like an uninterrupted
-run. The state holds them even if the guard is off, so that a run which starts to spike can be
-resumed with the guard.
+run. The state holds the recent values even if the guard is off. So a run that begins to spike can
+be resumed with the guard on.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 WINDOW_STEPS = 128
-"""Number of remembered finite steps; before half of them are known, no step counts as a spike."""
+"""Number of finite steps that the guard remembers; no spike before half of them are seen."""
 
 
 @struct.dataclass
@@ -20,9 +20,9 @@ class Recent:
     """Loss and gradient norm of the last finite steps in ring buffers with W places."""
 
     # Fields are arrays, or `jax.ShapeDtypeStruct` in an abstract state.
-    loss_W: Any  # float32
-    grad_norm_W: Any  # float32
-    seen: Any  # number of finite steps so far, int32 scalar
+    loss_W: Any  # Losses of recent finite steps, float32.
+    grad_norm_W: Any  # Gradient norms of recent finite steps, float32.
+    seen: Any  # Number of finite steps so far, int32 scalar.
 
 
 def nothing_yet() -> Recent:
@@ -40,10 +40,10 @@ def judge(
 ) -> tuple[Bool[Array, ""], Recent]:
     """Returns whether the step is a spike, and the recent values after the step.
 
-    The loss or the gradient norm of a spike lies more than `factor` standard deviations above the
-    mean of the recent values. With `factor` 0, no step is a spike. The buffers store a spike as
-    this limit, and not as its value. One spike then does not hide the next one. If the level stays
-    higher, the limit rises with it. The buffers ignore steps that are not finite.
+    A step is a spike if its loss or gradient norm exceeds a limit: `factor` standard deviations
+    above the mean of the recent values. With `factor` 0, no step is a spike. The buffers store the
+    limit in place of a higher value, so that one spike does not hide the next spike. If the values
+    stay high, the limit rises from step to step. The buffers ignore steps that are not finite.
     """
     place = recent.seen % WINDOW_STEPS
     there_W = jnp.arange(WINDOW_STEPS) < recent.seen

@@ -1,4 +1,4 @@
-"""Holds the training state, and decides on which mesh it is and how the mesh splits it."""
+"""Defines the training state, its device mesh, and how the mesh splits its arrays."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,13 +26,13 @@ Path = tuple[Any, ...]
 class TrainState:
     """All inputs of a training step except its batch."""
 
-    step: Leaf  # number of optimizer steps with skipped steps, int32 scalar
-    params: Params  # float32
-    optimizer: optax.OptState
-    key_data: Leaf  # uint32 words of the PRNG key for samples during training
-    bad_steps: Leaf  # number of latest consecutive steps that were not finite, int32 scalar
-    skipped_steps: Leaf  # number of steps that updated nothing, int32 scalar
-    recent: Recent  # recent values for the guard against spikes
+    step: Leaf  # Number of steps so far, including skipped steps, int32 scalar.
+    params: Params  # Model parameters, float32.
+    optimizer: optax.OptState  # State of the optimizer.
+    key_data: Leaf  # Words of the PRNG key for samples during training, uint32.
+    bad_steps: Leaf  # Number of latest consecutive steps that were not finite, int32 scalar.
+    skipped_steps: Leaf  # Number of steps that updated nothing, int32 scalar.
+    recent: Recent  # Recent values for the guard against spikes.
 
 
 def abstract_state(
@@ -44,7 +44,8 @@ def abstract_state(
     every device.
     """
     with use(mesh, rules):
-        # The seed is abstract too, because the devices may belong to an absent TPU topology.
+        # The seed is abstract too, because the mesh may consist of TPUs that this machine does not
+        # have.
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
         boxed = jax.eval_shape(lambda s: init_boxed(config.model, jax.random.key(s)), seed)
         specs = nn.get_partition_spec(boxed)
@@ -63,7 +64,7 @@ def abstract_state(
 
 
 def _names(path: Path) -> tuple[str, ...]:
-    """Returns the keys of the dicts in a path; they end with the path of a parameter, if any."""
+    """Returns the dict keys in a path; the keys of a parameter's arrays end with its own keys."""
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
@@ -79,7 +80,7 @@ def init_state(
 
 
 def mesh_violations(config: Config, mesh: Mesh) -> list[str]:
-    """Returns the rules that the config breaks on this mesh, a message each."""
+    """Returns one message for each rule that the config breaks on this mesh."""
     train, shards = config.train, batch_shards(mesh)
     violations = []
     if train.global_batch % (shards * train.accumulation_steps):
@@ -97,7 +98,7 @@ def mesh_violations(config: Config, mesh: Mesh) -> list[str]:
 
 
 def mesh_of(config: Config, devices: Sequence[jax.Device]) -> tuple[Mesh, Rules]:
-    """Returns the mesh and its sharding rules; a config that does not fit is a `ConfigError`."""
+    """Returns the mesh and its sharding rules; raises `ConfigError` if the config does not fit."""
     mesh = make_mesh(config.mesh, devices)
     if violations := mesh_violations(config, mesh):
         raise ConfigError("\n".join(violations))

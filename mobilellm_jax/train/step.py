@@ -33,17 +33,17 @@ document masking, it also holds segments and positions [B, T] int."""
 
 
 class StepMetrics(TypedDict):
-    """Metrics of a step as device scalars; the host reads them one step late."""
+    """Metrics of a step as device scalars; the host reads them while the next step runs."""
 
-    loss: Float[Array, ""]  # nats per target
-    grad_norm: Float[Array, ""]  # before clipping
-    learning_rate: Float[Array, ""]
-    targets: Float[Array, ""]  # number of targets
-    update_norm: Float[Array, ""]  # norm of the update of the parameters
-    skipped: Bool[Array, ""]  # the step is a spike or not finite, and updated nothing
-    spike: Bool[Array, ""]  # loss or gradient is finite, but far above the recent steps
-    bad_steps: Array  # number of latest consecutive steps that were not finite
-    skipped_steps: Array  # number of skipped steps in the whole run
+    loss: Float[Array, ""]  # Mean loss in nats per target.
+    grad_norm: Float[Array, ""]  # Norm of the gradient before clipping.
+    learning_rate: Float[Array, ""]  # Learning rate of the step.
+    targets: Float[Array, ""]  # Number of targets in the batch.
+    update_norm: Float[Array, ""]  # Norm of the update of the parameters.
+    skipped: Bool[Array, ""]  # Whether the step updated nothing: a spike, or not finite.
+    spike: Bool[Array, ""]  # Whether loss or gradient norm is finite, but far above recent steps.
+    bad_steps: Array  # Number of latest consecutive steps that were not finite.
+    skipped_steps: Array  # Number of skipped steps in the whole run.
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -66,15 +66,16 @@ def make_train_step(
 ) -> UnderMesh[tuple[TrainState, StepMetrics]]:
     """Returns the jitted step, which donates its input state.
 
-    The loss is the mean over all targets of the global batch, whatever the number of micro-batches
-    and devices.
+    The loss is the mean over all targets of the global batch. The number of micro-batches and
+    devices does not change it.
 
-    A step changes neither parameters nor optimizer if its loss, gradient or update is not finite,
-    or if it is a spike (`train.spike_factor`, see `spikes.py`). The update is checked too, because
-    a damaged optimizer state turns a finite gradient into an update that is not finite.
+    A step changes neither parameters nor optimizer state if its loss, gradient or update is not
+    finite, or if it is a spike (`train.spike_factor`, see `spikes.py`). The step also checks the
+    update, because a damaged optimizer state can turn a finite gradient into an update that is not
+    finite.
 
-    The concrete or abstract `state` gives the shardings. The model computes with
-    `transform(params)`, and gradients flow through it.
+    The step takes its shardings from `state`, which may be abstract. The model computes with
+    `transform(params)`, and gradients flow through `transform` to the parameters.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jit_under(
@@ -103,7 +104,7 @@ def _step(
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         spike, recent = judge(state.recent, loss, grad_norm, finite, config.train.spike_factor)
         good = finite & ~spike
-        # All counters of Optax contain the number of updates.
+        # Every `count` in the Optax state is the number of updates, so the code reads the first.
         (_, updates_made), *_ = optax.tree.get_all_with_path(state.optimizer, "count")
         kept_params, kept_optimizer = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
@@ -165,7 +166,7 @@ def _loss_and_gradient(
 def make_loss_sums(
     config: Config, mesh: Mesh, rules: Rules, rows: int
 ) -> UnderMesh[tuple[jax.Array, jax.Array]]:
-    """Returns a jitted function from a batch to its sum of losses and number of targets."""
+    """Returns a jitted function that computes the sum of losses and the number of targets."""
     model = Transformer(config.model)
     chunk = chunk_positions(config, rows, batch_shards(mesh))
 

@@ -1,4 +1,4 @@
-"""Decides when a run stops before its last step: after a signal, or in time before a time limit.
+"""Decides when a run stops before its last step: after a signal, or shortly before a time limit.
 
 Times are differences of `time.monotonic`, so a change of the system clock has no effect.
 """
@@ -15,19 +15,19 @@ from typing import Literal
 
 from mobilellm_jax.config import ConfigError
 
-_LATEST = 16  # number of remembered durations of each kind
-_UNKNOWN_SAVE_SHARE = 0.1  # share of the limit for a save before a save was measured
-_UNKNOWN_SAVE_MAX_SEC = 300.0
-_EXIT_SHARE = 0.01  # share of the limit for closing files
+_LATEST = 16  # Number of remembered durations of each kind.
+_UNKNOWN_SAVE_SHARE = 0.1  # Assumed time of an unmeasured save, as a share of the limit.
+_UNKNOWN_SAVE_MAX_SEC = 300.0  # Upper bound of this assumed time.
+_EXIT_SHARE = 0.01  # Time for closing files, as a share of the limit.
 _UNITS_SEC = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 
 
 class StopRequest:
     """Remembers the first SIGTERM or SIGINT; after that, SIGINT ends the process at once.
 
-    A second SIGTERM has no effect, because schedulers repeat the signal. The operating system
-    handles the second SIGINT, so it also ends a process that waits inside a library. Checkpoints
-    that are complete at that moment stay, and an incomplete checkpoint does not appear.
+    A second SIGTERM has no effect, because schedulers repeat the signal. The operating system, not
+    Python, handles the second SIGINT, so this signal also ends a process that waits inside a
+    library. Complete checkpoints then stay, and an unfinished save leaves no checkpoint.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class StopRequest:
 
 
 class Walltime:
-    """A time limit of a run, with the measured times of steps, saves and looks (evaluations).
+    """The time limit of a run, and the measured times of steps, saves and evaluations (`look`).
 
     The processes of a run may measure different times. The loop stops all processes when the first
     process reaches its limit.
@@ -72,10 +72,10 @@ class Walltime:
         self._taken.setdefault(what, deque(maxlen=_LATEST)).append(seconds)
 
     def is_up(self, look_is_near: bool) -> bool:
-        """Returns whether the run has to stop now, so that it is saved before the limit.
+        """Returns whether the run has to stop now in order to save before the limit.
 
-        The estimate includes two steps, because processes agree one step late. It includes two
-        saves, because a save may have to wait for an earlier save.
+        The estimated time to stop includes two steps, because the processes agree one step late.
+        The estimate also includes two saves, because a save may have to wait for an earlier save.
         """
         unknown_save = min(_UNKNOWN_SAVE_MAX_SEC, _UNKNOWN_SAVE_SHARE * self.limit_sec)
         ahead = 2 * self._longest("step") + 2 * self._longest("save", unknown_save)
@@ -91,7 +91,7 @@ class Walltime:
 def parse_duration(flag: str, text: str) -> float:
     """Reads "3h50m", "90m", "1d12h", "5400s", "5400" or Slurm's "3:50:00" as seconds.
 
-    Another form, or 0, is a `ConfigError`.
+    Other text, or a time of 0, raises a `ConfigError`.
     """
     seconds: float | None = None
     with_units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
