@@ -79,7 +79,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
             continue
         group, _, name = field.partition(".")
         fields = groups.setdefault(group, {})
-        if isinstance(fields, dict):  # `from_object` refuses other types with a message
+        if isinstance(fields, dict):  # `from_object` refuses other types.
             fields[name] = value
     if problems:
         raise ConfigError("\n".join(problems))

@@ -14,7 +14,7 @@ _PATH_REFUSED = (
 
 
 class UsageError(UserError):
-    """The command line is wrong: a command or flag is unknown or missing."""
+    """A mistake on the command line, such as an unknown command or a missing flag."""
 
 
 def is_bad_input(error: Exception) -> bool:

@@ -15,9 +15,9 @@
   mobilellm_questions  triviaqa with 1, 5 and 64 examples, race_middle and race_high
 The harness downloads the rows of the tasks. With --data_dir=DIR, it reads local files, whose rows
 have the same fields as the published data sets. DIR/TASK/test.jsonl or DIR/TASK/validation.jsonl
-holds the rows to score, and DIR/TASK/fewshot.jsonl holds the examples. Some names differ: the
-folder siqa holds the rows of social_iqa, triviaqa holds the rows for every number of examples, and
-race holds middle.jsonl and high.jsonl.
+holds the rows to score, and DIR/TASK/fewshot.jsonl holds the examples. Some names differ. The
+folder siqa holds the rows of social_iqa. The folder triviaqa holds the rows of all triviaqa tasks.
+The files race/middle.jsonl and race/high.jsonl hold the rows of race_middle and race_high.
 
 With --tasks, --output=FILE.json writes the results in the harness' own layout. If the evaluation is
 killed, the same command continues with the answers in FILE.json.journal.
@@ -150,7 +150,7 @@ class _Subject:
     engine: "Engine"
     tokenizer: "Tokenizer"
     origin: str
-    record: dict[str, str]  # Facts about the model for the record of a perplexity.
+    record: dict[str, str]  # Describes the model in the result of --perplexity.
     identity: Callable[[], dict[str, Any]]  # Returns what identifies a journal's model.
 
 

@@ -60,7 +60,7 @@ class Flags:
         "into model.max_seq_len)",
         lower_bound=1,
     )
-    # Copies of the defaults of `Sampling`, which a test compares; its import would load jax.
+    # The defaults equal those of `Sampling`, as a test checks; importing it would load jax.
     temperature: float = flag(
         0.8, "0 takes the likeliest token; 1 draws from the distribution of the model"
     )
@@ -111,7 +111,7 @@ def _prompts(flags: Flags) -> list[str] | None:
     if flags.prompt is not None:
         raise UsageError("--prompt and --prompt_file exclude each other; put all in the file.")
     text = read_text("--prompt_file", Path(flags.prompt_file))
-    prompts = text.removesuffix("\n").split("\n")  # `splitlines` would also split at U+2028
+    prompts = text.removesuffix("\n").split("\n")  # `splitlines` also splits at U+2028.
     return [prompt.removesuffix("\r") for prompt in prompts]
 
 

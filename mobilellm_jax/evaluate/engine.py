@@ -40,7 +40,7 @@ class JaxEngine:
 
     @property
     def precision(self) -> str:
-        """Name of the number format that the model computes in."""
+        """Name of the number format in which the model computes."""
         return str(compute_dtype(self.config))
 
     @property

@@ -174,7 +174,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         if not asked:
             return self._journal.answers
         done = len(names) - len(asked)
-        # disable=None shows the bar on a terminal only.
+        # With disable=None, tqdm shows the bar only on a terminal.
         hidden = None if self._show else True
         with tqdm(total=len(names), initial=done, unit=unit, disable=hidden) as bar:
             for new in compute(asked):

@@ -1,7 +1,7 @@
 """Keeps a model's answers on disk, so that a killed evaluation continues where it stopped.
 
 The first line of the file identifies the model. Each further line holds the key of a request and
-its answer. The key is a hash of the token ids that the model reads, so two tasks with equal
+its answer. The key is a hash of the token ids and settings of the request, so two tasks with equal
 requests share an answer. Lines are written one batch at a time. If the process was killed while it
 wrote a line, the request of this line is computed again.
 """
@@ -128,7 +128,7 @@ def _fingerprint(params: Params) -> str:
 def _sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
     bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
     place = jnp.arange(bits.size, dtype=jnp.uint32)
-    # Multiplication by an odd number is invertible, so it loses no bit. The constant is that of
-    # Knuth's multiplicative hash; it gives neighbouring weights very different factors.
+    # Multiplication by an odd number modulo 2^32 is invertible, so it loses no bit. The constant is
+    # that of Knuth's multiplicative hash; it gives neighbouring weights very different factors.
     mixed = (bits ^ (bits >> 15)) * (place * jnp.uint32(2654435761) | jnp.uint32(1))
     return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(mixed, dtype=jnp.uint32)

@@ -11,8 +11,8 @@ The mask also separates the trees in a row. If no tree of a batch has branches, 
 have the same end. These ends then serve as document numbers (`segments`), because attention within
 documents is faster than attention with a mask. Row lengths are powers of two from 256 on, so few
 programs are compiled. On 600 rows of HellaSwag, the padded rows have 15% more tokens than the
-trees; on BoolQ 13% more, and on PIQA 9% more. With one tree per row, the padding would be about as
-large, and there would be 12 to 18 row lengths to compile.
+trees. On BoolQ they have 13% more, and on PIQA 9% more. With one tree per row, the padding would be
+about as large, and there would be 12 to 18 row lengths to compile.
 """
 
 import bisect

@@ -30,7 +30,7 @@ from mobilellm_jax.sharding import (
 )
 from mobilellm_jax.train.loss import chunks, unchunk
 
-_SMALLEST_TREE = 256  # A tree may always have this size, even if max_seq_len is smaller.
+_SMALLEST_TREE = 256  # A tree may always have this many positions, even if max_seq_len is smaller.
 _BATCH_TOKENS = {"cpu": 2048}  # Tokens per device in a batch, by platform.
 _BATCH_TOKENS_ELSEWHERE = 16_384
 _LOGITS_BYTES = 64 << 20  # Bytes of logits that a device holds at the same time.

@@ -199,7 +199,7 @@ def _overlay(name: str, data_dir: Path | None, shots: int) -> str:
             for metric in ("exact_match", "f1")
         ]
     if data.folder == "race":
-        # Examples come from the scored split; the harness never shows the article that it scores.
+        # Examples come from the scored split, but the scored article itself is never an example.
         fields |= {"dataset_name": name.removeprefix("race_"), "fewshot_split": "test"}
     if data_dir is not None:
         is_validation = data.scored == "validation"
