@@ -2,8 +2,8 @@
 
 Read `transformer.py` first, then `block.py`, `attention.py` and `layer_sharing.py`.
 
-The name of an array ends in a shape suffix with one capital letter per axis. The whole project
-uses these letters:
+The name of an array ends in a shape suffix with one capital letter per axis. The whole project uses
+these letters:
 
 | letter | axis | letter | axis |
 |---|---|---|---|
@@ -19,5 +19,6 @@ uses these letters:
 | Q | channels of all query heads, N * H | n | chunks |
 
 Two axes of one array never share a letter. A digit in a suffix is a fixed size. Scalars, pytrees
-and modules have no suffix. The data rooms hold no model arrays and define their own letters.
+and modules have no suffix. Packages without model arrays, such as `mobilellm_jax/data`, define
+their own letters.
 """

@@ -24,16 +24,16 @@ from mobilellm_jax.model.softmax import (
 )
 
 Attend = Callable[[Queries, Keys, Keys, AttentionProducts], tuple[Queries, Any]]
-"""Maps rotated queries, rotated keys and values of new tokens to the heads' outputs and a memory.
+"""Maps rotated queries, rotated keys and values of new tokens to outputs of the heads and a memory.
 
 `attend_within` keeps no memory. `cache.py` has the versions that keep a cache.
 """
 
-_JOINED, _FLAT_OUTPUT = "query_key_value", "flat_output"  # in the layout for decoding
+_JOINED, _FLAT_OUTPUT = "query_key_value", "flat_output"  # Names in the layout for decoding.
 
 
 class Attention(nn.Module):
-    """Projects to heads, rotates queries and keys, attends, and projects back; no biases."""
+    """Projects to heads, rotates queries and keys, attends, and projects back, without biases."""
 
     config: ModelConfig
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], turn: Rotation, attend: Attend
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Returns the output for the residual stream, and the second result of `attend`."""
+        """Returns the summand for the residual stream, and the memory that `attend` returns."""
         config = self.config
         q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD)
         q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
@@ -77,12 +77,13 @@ class Attention(nn.Module):
 
 
 def for_decoding(attention: dict[str, Any]) -> dict[str, Any]:
-    """Lays a layer's matrices out for decoding (`decoding.py` says why).
+    """Returns the matrices of a layer's attention in the layout for decoding (see `decoding.py`).
 
-    One matrix replaces query, key and value. Its axis J holds the G queries of a key head, its key
-    and its value. This is a new axis, so the axes that a mesh divides stay as they are. The output
-    matrix gets one axis Q = N * H for its inputs. The scales of a quantized matrix have the axes of
-    the matrix, so the same functions lay them out.
+    One matrix replaces the query, key and value matrices. For each key head, the axis J of this
+    matrix holds the G query heads, the key head and the value head. J is a new axis, so a mesh
+    divides the other axes as before. The output matrix has one input axis Q = N * H instead of the
+    axes N and H. The scales of a quantized matrix have as many axes as the matrix, so the same
+    functions reshape the scales.
     """
 
     def join(query_DNH: jax.Array, key_DKH: jax.Array, value_DKH: jax.Array) -> jax.Array:
@@ -101,11 +102,11 @@ def attend_within(
     segments_BT: Int[Array, "B T"] | None,
     mask_BTS: Bool[Array, "#B T S"] | None = None,
 ) -> Attend:
-    """Returns attention among the given tokens, with no cache.
+    """Returns an `Attend` among the given tokens, without a cache.
 
-    An `auto` that `on_device.py` did not resolve means `xla`, because plain JAX runs everywhere.
-    `segments_BT` is the document of each token; None means one document per row. `mask_BTS`
-    replaces causal attention within segments. No kernel takes it.
+    If `model.attention` is still `auto`, the function uses `xla`, because plain JAX runs on every
+    device. `segments_BT` is the document of each token; None means one document per row. `mask_BTS`
+    replaces the causal mask and the segments. No attention kernel accepts `mask_BTS`.
     """
     uses_kernel = config.attention not in ("auto", "xla")
     assert mask_BTS is None or not uses_kernel, f"a mask for {config.attention}"
@@ -113,7 +114,8 @@ def attend_within(
     def attend(
         q_BTNH: Queries, k_BTKH: Keys, v_BTKH: Keys, products: AttentionProducts
     ) -> tuple[Queries, None]:
-        # A text is scored as if it had passed through the cache, whose rows may be rounded.
+        # A cache may hold rounded keys and values. The same rounding here gives a text the same
+        # scores without a cache.
         k_BTKH, v_BTKH = products.rounded(k_BTKH), products.rounded(v_BTKH)
         if mask_BTS is not None or not products.fast_attention:
             mask = causal_mask(q_BTNH.shape[1], segments_BT) if mask_BTS is None else mask_BTS

@@ -1,8 +1,8 @@
-"""Attention of whole sequences by kernels for accelerators, which keep no T x T scores.
+"""Attention of whole sequences by accelerator kernels that never store the T x T scores.
 
 `model.attention` names a kernel. `config.rules.ATTENTION` lists the limits of each kernel, and the
 config refuses a combination that a kernel cannot compute. All kernels compute the same function as
-`softmax.attend`, which decoding uses, and tests compare them with it.
+`softmax.attend`, which decoding uses. Tests compare each kernel with `softmax.attend`.
 """
 
 import functools
@@ -27,8 +27,8 @@ def self_attention(
 ) -> Queries:
     """Returns causal softmax(q k^T / sqrt(H)) v within segments, computed by the kernel `name`.
 
-    Under a mesh each device runs the kernel on its rows and heads, because the compiler cannot
-    split the inside of a kernel.
+    Under a mesh, each device runs the kernel on its own batch rows and heads, because the compiler
+    cannot split the inside of a kernel.
     """
     kernel = _KERNELS[name]
     mesh = jax.sharding.get_abstract_mesh()
@@ -42,7 +42,7 @@ def self_attention(
         kernel,
         in_specs=(heads, kv_heads, kv_heads, rows),
         out_specs=heads,
-        check_vma=False,  # a Pallas call does not state the mesh axes over which its results vary
+        check_vma=False,  # A Pallas call does not declare over which mesh axes its results vary.
     )
     return local(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
@@ -63,12 +63,12 @@ def tokamax(
     *,
     implementation: str = "mosaic_gpu",
 ) -> Queries:
-    """Calls Tokamax's Hopper kernel with the first key that every query may see.
+    """Calls Tokamax's Hopper kernel with, for each query, the first key that the query may see.
 
-    Tokamax describes packed documents by its private `Mask`, with one number per query instead of T
+    Tokamax's private class `Mask` describes packed documents by one number per query instead of T
     booleans. The public `tokamax.dot_product_attention` takes dense masks only (0.0.12 and 0.0.17),
     so this function uses private names: https://github.com/openxla/tokamax. Use the public function
-    once it accepts segments or the first key of each query.
+    as soon as it accepts segments or the first key of each query.
     """
     from tokamax._src.ops.attention import api, base
 
@@ -85,21 +85,22 @@ def splash(
     *,
     interpret: bool = False,
 ) -> Queries:
-    """Calls the TPU kernel that comes with JAX, which skips blocks above the diagonal.
+    """Calls JAX's own TPU kernel, which skips blocks of scores above the diagonal.
 
-    The sequence is the minor axis of its inputs. A head of 64 channels as the minor axis would fill
-    only half of a tile of 128. XLA lets the projections write the layout that the kernel reads.
-    Compiled for v5e, the rest of a 125M step takes 270 M cycles with the sequence as the minor
-    axis, and 360 M cycles with the head.
+    The kernel reads inputs whose minor axis (the last axis in memory) is the sequence. A minor axis
+    of 64 head channels would fill only half of a tile of 128. XLA makes the projections write this
+    layout directly. Compiled for v5e, a step of the 125M model takes 270 M cycles outside the
+    kernel if the sequence is the minor axis, and 360 M cycles if the head channels are the minor
+    axis.
 
-    `interpret` runs the kernel on any device, slowly.
+    With `interpret`, the kernel runs on any device, but slowly.
     """
-    # The import takes half a second, and only TPUs need it.
+    # Only TPUs need this import, which takes half a second.
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     length, num_heads, head_dim = q_BTNH.shape[1:]
-    # MaxText's default is 512 too. At length 2048, blocks of 1024 compute a quarter more of the
-    # masked scores.
+    # MaxText's default is 512 too. At length 2048, blocks of 512 compute a quarter of the masked
+    # scores, and blocks of 1024 compute half of them.
     block = next(b for b in range(min(_SPLASH_BLOCK, length), 0, -128) if length % b == 0)
     minor = library.QKVLayout.SEQ_MINOR
     kernel = library.make_splash_mha(
@@ -120,8 +121,9 @@ def splash(
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
-    # The kernel does not scale the scores. The keys are scaled, because there are fewer keys than
-    # queries. If head_dim is a power of four, the scaling rounds nothing.
+    # The kernel does not scale the scores by 1 / sqrt(H). This function scales the keys instead,
+    # because there are fewer key heads than query heads. If head_dim is a power of four, the factor
+    # is a power of two, and the scaling causes no rounding error.
     k_BTKH = (k_BTKH.astype(jnp.float32) * head_dim**-0.5).astype(k_BTKH.dtype)
     segments = None if segments_BT is None else library.SegmentIds(q=segments_BT, kv=segments_BT)
     heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))

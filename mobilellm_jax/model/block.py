@@ -2,7 +2,8 @@
 
 This is the only decoder block in JAX. Training and prefill scan over it (`layer_sharing.py`).
 Decoding and the StableHLO export call it layer after layer (`decoding.py`). The callers differ only
-in the `attend` that they pass: it says which keys and values a query sees and where new ones go.
+in the function `attend` that they pass. This function determines which keys and values a query
+sees, and where new keys and values are stored.
 
 A block is the unit that layer sharing repeats (paper Fig. 6: attention and feed-forward together).
 """
@@ -24,15 +25,15 @@ from mobilellm_jax.model.products import Kernel, matrix, product
 from mobilellm_jax.model.rope import Rotation
 
 _ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    "swiglu": jax.nn.silu,  # of the gate
+    "swiglu": jax.nn.silu,  # Applied to the gate.
     "relu": jax.nn.relu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
-_JOINED = "gate_up"  # in the layout for decoding
+_JOINED = "gate_up"  # Name in the layout for decoding.
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), before each part and the head."""
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
     eps: float
 
@@ -49,11 +50,11 @@ class RMSNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Widens to ffn_dim, applies the activation and narrows again; no biases.
+    """Projects to `ffn_dim`, applies the activation and projects back, without biases.
 
     SwiGLU (Shazeer 2020, arXiv:2002.05202) is the first step of the paper's roadmap (Sec. 2.1,
-    Table 10): silu(x gate) * (x up), then down. The paper's baselines `relu` and `gelu` have no
-    gate: act(x up), then down.
+    Table 10): (silu(x gate) * (x up)) down, with the matrices gate, up and down. The paper's
+    baselines `relu` and `gelu` have no gate matrix: activation(x up) down.
     """
 
     config: ModelConfig
@@ -96,7 +97,7 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], turn: Rotation, attend: Attend
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Returns the residual stream after the block, and the second result of `attend`."""
+        """Returns the residual stream after the block, and the memory that `attend` returns."""
         out_BTD, kept = self.attention(self.attention_norm(x_BTD), turn, attend)
         x_BTD = x_BTD + out_BTD
         x_BTD = x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
@@ -104,7 +105,7 @@ class Block(nn.Module):
 
 
 def for_decoding(block: dict[str, Any]) -> dict[str, Any]:
-    """Lays a block's matrices out for decoding; one matrix replaces gate and up, if both exist."""
+    """Returns a block's matrices in the layout for decoding; joins gate and up if both exist."""
     feed_forward = dict(block["feed_forward"])
     if "gate" in feed_forward:
         parts = [feed_forward.pop(name) for name in ("gate", "up")]

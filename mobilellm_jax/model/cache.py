@@ -1,11 +1,12 @@
-"""Keys and values of earlier tokens, with one slot per block APPLICATION.
+"""Keys and values of earlier tokens, with one slot for each application of a block.
 
 A shared block sees different inputs at each of its applications, so each application needs its own
-keys and values. The cache therefore has U * R slots, in order of application, like the unshared
-model with copied layers. (The paper's own code writes both applications of a block into one slot.
-That is why its shared models decode without a cache.)
+keys and values. The cache therefore has U * R slots in the order of application, like the cache of
+a model with U * R layers that share no weights. (The paper's own code writes both applications of a
+block into one slot. So that code decodes its models with shared layers without a cache.)
 
-`KVCache` serves prefill, where a scan carries it. `AlignedCache` serves decoding.
+`KVCache` is for reading prompts (prefill), where the scan over the blocks carries the cache.
+`AlignedCache` is for decoding.
 """
 
 import dataclasses
@@ -34,9 +35,9 @@ from mobilellm_jax.model.softmax import (
 class KVCache:
     """Rotated keys and values, and the number of valid tokens of each row."""
 
-    k_LBSKH: Rows
-    v_LBSKH: Rows
-    length_B: Int[Array, "B"]
+    k_LBSKH: Rows  # Rotated keys.
+    v_LBSKH: Rows  # Values.
+    length_B: Int[Array, "B"]  # Number of valid tokens of each row.
 
     @property
     def capacity(self) -> int:
@@ -63,9 +64,10 @@ def attend_with_cache(
     positions_BT: Int[Array, "B T"],
     mask_BTS: Bool[Array, "B T S"],
 ) -> Attend:
-    """Returns attention to a slot of the cache, after writing the new keys and values to it.
+    """Returns an `Attend` that writes new keys and values to a cache slot and reads the slot.
 
-    The caller keeps `positions_BT` within the capacity. The second result is the longer cache.
+    The caller keeps `positions_BT` within the capacity. The second result of the `Attend` is the
+    cache with the new tokens.
     """
     rows_B1 = jnp.arange(positions_BT.shape[0])[:, None]
 
@@ -87,26 +89,27 @@ def attend_with_cache(
 
 @struct.dataclass
 class AlignedCache:
-    """A cache for decoding, in which all rows end at the same place.
+    """A cache for decoding, in which all rows end at the same index of the axis S.
 
-    Every slot is a separate array, so appending a token is one write per slot at the same place in
-    all rows. A slot has the shape that the products of attention need, with one axis W = B * K for
-    batch and key heads. A reshape between the two would make XLA copy the slot at every token.
+    Every slot is a separate array. So a new token takes one write per slot, at the same index of
+    all rows. A slot has the shape that the matrix multiplications of attention need, in which one
+    axis W = B * K combines batch and key heads. With separate axes B and K, a reshape before
+    attention would make XLA copy the slot at every token.
     """
 
-    k_WSH: tuple[Rows, ...]
-    v_WSH: tuple[Rows, ...]
-    start_B: Int[Array, "B"]  # place of each row's first token
-    length: Int[Array, ""]  # place after the last token of all rows
+    k_WSH: tuple[Rows, ...]  # Rotated keys of every slot.
+    v_WSH: tuple[Rows, ...]  # Values of every slot.
+    start_B: Int[Array, "B"]  # Index of each row's first token.
+    length: Int[Array, ""]  # Index after the last token of all rows.
 
     @property
     def capacity(self) -> int:
-        """Number of places for tokens in a row, including the unused places before its start."""
+        """Length of the axis S, including the unused entries before the start of a row."""
         return int(jax.tree.leaves(self.k_WSH)[0].shape[1])
 
 
 def align(cache: KVCache) -> AlignedCache:
-    """Moves every row to the end of the longest row; places before a row's start are unused."""
+    """Shifts every row so that all rows end at the same index; entries before a row are unused."""
     length = jnp.max(cache.length_B)
     start_B = length - cache.length_B
 
@@ -129,10 +132,10 @@ def align(cache: KVCache) -> AlignedCache:
 def attend_with_slot(
     k_WSH: Rows, v_WSH: Rows, at: Int[Array, ""], mask_W11S: Bool[Array, "W 1 1 S"]
 ) -> Attend:
-    """Returns attention of one new token per row to a slot of an `AlignedCache`.
+    """Returns an `Attend` of one new token per row to a slot of an `AlignedCache`.
 
-    The new keys and values are written at place `at` first. The second result is the slot's new
-    keys and values.
+    The `Attend` first writes the new keys and values at index `at` of the slot. Its second result
+    is the updated keys and values of the slot.
     """
 
     def write(old: Rows, new_B1KH: Float[Array, "B 1 K H"], products: AttentionProducts) -> Rows:

@@ -1,19 +1,22 @@
 """Decoding: the model reads one more token for every row of a batch.
 
-`decode` computes the same function as `Transformer`, with the same `Block`. A test compares the two
-at every position and for every sharing order. Only the layout differs, because decoding is bound by
-the time to read the weights, and XLA on a CPU must not copy them:
+`decode` computes the same function as `Transformer`, with the same `Block`. A test compares both
+functions at every position and for every sharing order. Only the layout of the weights differs.
+Decoding is bound by the time to read the weights, so XLA on a CPU must not copy the weights:
 
-- Each block's parameters are separate arrays. A scan would copy them out of the stack at every
-  token.
-- Matrices with the same input are joined into one product, and the output matrix of attention has
-  two axes. XLA copied a matrix with three axes at every token, because it sums over two of them. At
-  125M and batch 1 on two cores, this alone made a token 19% slower.
-- The output matrix is stored transposed, in the order in which the product reads it.
-- The layers are unrolled. Each layer has its own slot in the cache (`cache.AlignedCache`).
+- Each block's parameters are separate arrays. A scan over stacked parameters would copy the
+  parameters at every token.
+- Matrices with the same input are joined into one matrix, so one multiplication replaces several.
+  The output matrix of attention has two axes. When it had three axes, two of them summed, XLA
+  copied the matrix at every token. For the 125M model at batch 1 on two cores, this copy alone made
+  a token 19% slower.
+- The output matrix of the vocabulary (head) is stored in the order in which its multiplication
+  reads it.
+- The loop over the layers is unrolled. Each layer has its own slot in the cache
+  (`cache.AlignedCache`).
 
-In jaxlib 0.10, XLA's CPU backend copies the slices of a scan inside a `while_loop`. Once a later
-version of jaxlib does not copy the slices, use the stacked parameters here.
+In jaxlib 0.10, XLA's CPU backend copies the parameters of each block if a scan over blocks runs
+inside a `while_loop`. When a later jaxlib makes no such copies, use the stacked parameters here.
 `benchmarks/generate.py` measures the speed.
 """
 
@@ -46,7 +49,7 @@ class DecodingWeights:
     """
 
     table_VD: Kernel
-    blocks: tuple[Params, ...]  # the unique blocks; shared weights are stored once
+    blocks: tuple[Params, ...]  # The unique blocks; shared weights are stored once.
     final_norm_D: Float[Array, "D"]
     head_DV: Kernel
 
@@ -54,8 +57,8 @@ class DecodingWeights:
 def in_compute_dtype(params: Params, config: ModelConfig) -> Params:
     """Converts every matrix to the compute dtype once, instead of at every use.
 
-    An array that has the dtype already is not copied. Norm scales stay float32, because the model
-    multiplies them in float32.
+    The function does not copy an array that already has the compute dtype. Norm scales stay
+    float32, because the model multiplies them in float32.
     """
     dtype = compute_dtype(config)
 
@@ -68,7 +71,7 @@ def in_compute_dtype(params: Params, config: ModelConfig) -> Params:
 
 
 def decoding_weights(params: Params, config: ModelConfig) -> DecodingWeights:
-    """Lays the parameters out for `decode`; on a mesh every array stays divided as it was."""
+    """Returns the parameters in the layout for `decode`; keeps their division over a mesh."""
     params = in_compute_dtype(params, config)
     return DecodingWeights(
         table_VD=params["embedding"]["table"],
@@ -78,7 +81,8 @@ def decoding_weights(params: Params, config: ModelConfig) -> DecodingWeights:
     )
 
 
-# One program serves every block. A program for all blocks would compile for seconds.
+# One compiled program handles one block at a time. A program for all blocks at once would take
+# seconds to compile.
 @jax.jit
 def _block(blocks: Params, u: Int[Array, ""]) -> Params:
     return for_decoding(jax.tree.map(lambda stacked: stacked[u], blocks))
@@ -92,7 +96,7 @@ def _transposed(matrix: Kernel) -> Kernel:
 def decode(
     config: ModelConfig, weights: DecodingWeights, token_B: Int[Array, "B"], cache: AlignedCache
 ) -> tuple[Float[Array, "B V"], AlignedCache]:
-    """Reads one token per row; returns float32 logits of the next token and the longer cache."""
+    """Reads one token per row; returns float32 logits of the next token and the extended cache."""
     keys_1S = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :]
     mask_BS = (keys_1S >= cache.start_B[:, None]) & (keys_1S <= cache.length)
     mask_W11S = jnp.repeat(mask_BS, config.num_kv_heads, axis=0)[:, None, None, :]
@@ -122,7 +126,7 @@ def apply_unrolled(
 ) -> tuple[Float[Array, "B T V"], list[Any]]:
     """Applies the model layer after layer.
 
-    `attend_in_slot` returns the attention of the layer with this place in the application order.
+    `attend_in_slot(slot)` returns the `Attend` of layer number `slot` in the order of application.
 
     Returns:
       The float32 logits, and the second result of every layer's attention.

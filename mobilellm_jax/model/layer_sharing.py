@@ -1,4 +1,4 @@
-"""Layer sharing (paper Sec. 2.5 and Fig. 6): every block applied R times, in one of three orders.
+"""Layer sharing (paper Sec. 2.5 and Fig. 6): each block is applied R times, in one of 3 orders.
 
 One scan runs over the stacked weights of the unique blocks. Under `immediate` (1 1 2 2) the body of
 the scan applies its block R times. Under `repeat_all` (1 2 1 2) the scan itself runs R times. Under
@@ -27,17 +27,18 @@ Carry = tuple[Float[Array, "B T D"], Any]
 
 _BLOCK_INPUT = "block_input"
 _KEPT: dict[str, tuple[str, ...]] = {
-    # Queries, keys and values are computed again. On a v5e, writing and reading them takes longer.
+    # Queries, keys and values are recomputed. On a v5e, to store and read them takes longer.
     "dots": (SAVED, "gate", "up"),
     "attention": (SAVED,),
     "full": (),
 }
-# cuDNN's backward pass needs a second result of its forward pass, and JAX gives it no name.
+# cuDNN's backward pass needs a second result of its forward pass. JAX gives this result no
+# checkpoint name, so the policy selects the primitive by name.
 _CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 
 
 def application_order(num_blocks: int, num_repeats: int, sharing: Sharing) -> tuple[int, ...]:
-    """Returns the number of the block of every applied layer, from first to last.
+    """Returns the block number of every applied layer, from the first layer to the last.
 
     >>> application_order(3, 2, "immediate")
     (0, 0, 1, 1, 2, 2)
@@ -55,7 +56,7 @@ def application_order(num_blocks: int, num_repeats: int, sharing: Sharing) -> tu
 
 
 def _policy(remat: Remat) -> Any:
-    """Returns JAX's policy for the results of a block that wait for its backward pass."""
+    """Returns JAX's policy that selects which results of a block are kept for its backward pass."""
     policies = jax.checkpoint_policies
     if remat == "offload":
         return policies.save_and_offload_only_these_names(
@@ -80,11 +81,10 @@ def apply_blocks(
     attend_in_slot: Callable[[Any, Int[Array, ""]], Attend],
     memory: Any = None,
 ) -> Carry:
-    """Runs all applied layers; returns the residual stream and the memory after them.
+    """Runs all applied layers; returns the residual stream and the memory after the last layer.
 
-    `blocks` holds the stacked parameters of the unique blocks. `attend_in_slot` returns the
-    attention of a layer, given the memory and the layer's slot in it: its place in
-    `application_order`.
+    `blocks` holds the stacked parameters of the unique blocks. `attend_in_slot(memory, slot)`
+    returns the `Attend` of a layer. The slot of a layer is its index in `application_order`.
     """
 
     def apply_block(block: Block, carry: Carry, slot: Int[Array, ""]) -> Carry:
@@ -93,7 +93,8 @@ def apply_blocks(
         return block(x_BTD, turn, attend_in_slot(memory, slot))
 
     if config.remat != "none":
-        # The scan already keeps XLA from merging the recomputation with the forward pass.
+        # `prevent_cse` is not needed, because in a scan XLA cannot merge the recomputation with the
+        # forward pass.
         apply_block = nn.remat(apply_block, policy=_policy(config.remat), prevent_cse=False)
 
     def body(block: Block, carry: Carry, slots_R: Int[Array, "R"]) -> tuple[Carry, None]:

@@ -4,9 +4,9 @@
 matrix units (NVIDIA from 8.0, AMD from MI200), and on CPUs with bfloat16 instructions if the model
 has a width of at least 512. It is float32 elsewhere. Parameters are always float32.
 
-`model.attention=auto` takes the first kernel in this table that the device has and that supports
-the config. The choice does not depend on a measurement, so a config is the same program on every
-device of a kind:
+`model.attention=auto` selects the first kernel in this table that the device can run and that
+supports the config. The choice depends on no measurement, so a config gives the same program on all
+devices of a kind:
 
 | device     | first choice | second choice                              | else  |
 |------------|--------------|--------------------------------------------|-------|
@@ -27,13 +27,14 @@ from mobilellm_jax.startup.cpu import cpu_features
 
 INSTALL_TOKAMAX = 'pip install "mobilellm-jax[tokamax]"'
 
-_CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # instructions for bfloat16 products
-# A step of a narrower model mostly passes over activations, and bfloat16 does not speed that up.
+_CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16"}  # CPU flags of bfloat16 instructions.
+# A narrower model spends most of a step on reading and writing activations, which bfloat16 does not
+# speed up.
 _CPU_LEAST_WIDTH = 512
 _CHOICES: dict[str, tuple[Attention, ...]] = {"tpu": ("splash",), "gpu": ("cudnn", "tokamax")}
-_AMPERE, _HOPPER = 8.0, 9.0  # compute capabilities
+_AMPERE, _HOPPER = 8.0, 9.0  # Compute capabilities of NVIDIA GPUs.
 _CUDNN_HEAD_DIM = {_AMPERE: 128, _HOPPER: 256}
-_WITH_A_HOST = ("gpu", "tpu")  # on CPUs, JAX ignores the transfers silently
+_WITH_A_HOST = ("gpu", "tpu")  # On CPUs, JAX silently ignores transfers to the host.
 
 
 def settle(config: Config, device: jax.Device) -> Config:
@@ -60,8 +61,9 @@ def settle(config: Config, device: jax.Device) -> Config:
 def compute_dtype(config: ModelConfig) -> jax.typing.DTypeLike:
     """Returns the JAX type of activations.
 
-    An "auto" that training did not resolve means bfloat16 on TPUs and on GPUs with bfloat16 matrix
-    units. On CPUs it means float32, because users compare scores on CPUs with other programs.
+    If the config still has "auto", the type is bfloat16 on TPUs and on GPUs with bfloat16 matrix
+    units. On CPUs the type is float32, because users compare scores from CPUs with scores of other
+    programs.
     """
     if config.compute_dtype != "auto":
         return jnp.dtype(config.compute_dtype)
@@ -94,7 +96,7 @@ def _multiplies_bfloat16(device: jax.Device) -> bool:
 
 
 def _attention_violation(name: str, model: ModelConfig, device: jax.Device) -> str | None:
-    """Returns the reason why the device cannot compute the attention `name`, if there is one."""
+    """Returns why the device cannot run the attention kernel `name`, or None if it can."""
     rules, field = ATTENTION.get(name), f"model.attention={name!r}"
     if rules is None or not rules.device:
         return None

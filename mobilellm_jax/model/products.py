@@ -1,19 +1,20 @@
-"""Weight matrices, and products of activations with them.
+"""Weight matrices, and matrix multiplications of activations with weights.
 
-The gradient of `product` is written out, and its bfloat16 form asks for float32 sums. Both are
+`product` defines its own gradient, and asks XLA for float32 sums of bfloat16 operands. Both are
 workarounds for XLA's CPU backend, measured on two Zen 4 cores with a block of the 125M model:
 
-- JAX's own gradient of einsum("BTD,DF->BTF") computes every weight's gradient transposed, and the
-  CPU backend then copies it. The backward pass of a block took 165 ms, and takes 115 ms with the
-  gradient written out. See https://github.com/jax-ml/jax/issues/19327.
-- The CPU backend has fast bfloat16 kernels only for products that return float32 sums: 400 GFLOP/s.
-  A product that returns bfloat16 reached 100 to 170 GFLOP/s, because a compiler pass converts its
-  operands to float32 (https://github.com/jax-ml/jax/pull/22055 describes the pass). Other devices
-  sum in float32 for every result type, so their products stay as they are.
+- JAX's own gradient of einsum("BTD,DF->BTF") computes the gradient of every weight transposed, and
+  the CPU backend then copies the result. The backward pass of a block took 165 ms with JAX's
+  gradient, and takes 115 ms with the gradient of this module. See
+  https://github.com/jax-ml/jax/issues/19327.
+- The CPU backend has fast bfloat16 kernels only for multiplications that return float32 sums: 400
+  GFLOP/s. A multiplication that returns bfloat16 reached 100 to 170 GFLOP/s, because a compiler
+  pass converts its operands to float32 (https://github.com/jax-ml/jax/pull/22055 describes the
+  pass). Other devices sum in float32 for every result type, so they need no workaround.
 
-Remove the written-out gradient when `jax.grad` of a plain einsum is as fast in
-`benchmarks/train_step.py`. Remove `_einsum` when a bfloat16 product on a CPU is as fast as one that
-returns float32.
+Remove the gradient of this module when `jax.grad` of a plain einsum is as fast in
+`benchmarks/train_step.py`. Remove `_einsum` when a bfloat16 multiplication on a CPU is as fast with
+a bfloat16 result as with a float32 result.
 """
 
 import abc
@@ -28,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 
 class SpecialKernel(abc.ABC):
-    """A weight matrix with a product of its own, such as integers (`quantize/kernels.py`)."""
+    """A weight matrix with its own multiplication, such as integers (`quantize/kernels.py`)."""
 
     integer_products: Any
     """Whether activations are rounded to 8 bits before the product."""
@@ -39,7 +40,7 @@ class SpecialKernel(abc.ABC):
 
     @abc.abstractmethod
     def astype(self, dtype: jax.typing.DTypeLike) -> "SpecialKernel":
-        """Converts the floating-point values; integers stay as they are."""
+        """Converts floating-point values; does not change integers."""
 
     @abc.abstractmethod
     def __getitem__(self, rows: Int[Array, "*rows"]) -> Float[Array, "*rows columns"]:
@@ -47,10 +48,10 @@ class SpecialKernel(abc.ABC):
 
     @abc.abstractmethod
     def operands(self, spec: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the two arrays that a floating-point product multiplies."""
+        """Returns the two floating-point arrays whose einsum is the product."""
 
     def multiply(self, spec: str, x: jax.Array, multiply: Callable[..., jax.Array]) -> jax.Array:
-        """Returns einsum(spec, x, matrix); `multiply` is the caller's product of float arrays."""
+        """Returns einsum(spec, x, matrix); `multiply` is the caller's einsum of float arrays."""
         return multiply(spec, *self.operands(spec, x))
 
 
@@ -70,7 +71,7 @@ def matrix(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]
 
 
 def product(spec: str, x: jax.Array, kernel: Kernel) -> jax.Array:
-    """Returns einsum(spec, x, kernel) in the type of x, with float32 sums in both directions.
+    """Returns einsum(spec, x, kernel) in the type of x; sums are float32, also in the gradient.
 
     `spec` names two inputs and an output, such as "BTD,DF->BTF". Every letter of an input occurs in
     the other input or in the output.

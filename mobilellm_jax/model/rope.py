@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-A rotated pair consists of the channels i and i + H/2, as in Hugging Face's Llama. So query and key
-weights pass between the two programs unchanged.
+A rotated pair consists of the channels i and i + H/2, as in Hugging Face's Llama. So conversion
+between the two programs does not change query and key weights.
 """
 
 import jax.numpy as jnp
@@ -26,11 +26,12 @@ def rotation(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> Ro
 
 
 def rotate(x_BTNH: Num[Array, "B T N H"], turn: Rotation) -> Num[Array, "B T N H"]:
-    """Rotates every head of queries or keys, in float32; returns the type of x."""
+    """Rotates every head of queries or keys in float32; the result has the type of x."""
     first_BTNP, second_BTNP = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     halves = (
         first_BTNP * turn.cos_BT1P - second_BTNP * turn.sin_BT1P,
         second_BTNP * turn.cos_BT1P + first_BTNP * turn.sin_BT1P,
     )
-    # Joining is a pass over memory, so each half gets its final, narrower type before.
+    # Concatenation reads and writes all numbers, so each half is first converted to its final,
+    # narrower type.
     return jnp.concatenate([half.astype(x_BTNH.dtype) for half in halves], axis=-1)

@@ -1,8 +1,9 @@
-"""Parameters and FLOPs of an architecture, by formula.
+"""Computes the parameters and FLOPs of an architecture by formulas.
 
 Model FLOPs per token, forward and backward, are 6 * weights + 6 * applied depth * N * H * T. The
-weights are those of all matrix products, with the head, counted once per application. The second
-term is the causal half of the products of attention. Every report of MFU names this convention.
+weights are those of all matrix multiplications, including the head. A shared weight counts once for
+each application. The second term is the causal half of the two matrix multiplications in attention.
+Every report of MFU names this convention.
 """
 
 from mobilellm_jax.config import ModelConfig
@@ -18,7 +19,7 @@ def block_matrix_parameters(config: ModelConfig) -> int:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Returns the number of parameters, with norms; shared parameters count once."""
+    """Returns the number of parameters, including norms; shared parameters count once."""
     embeddings = config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
     block = block_matrix_parameters(config) + 2 * config.embed_dim
     return embeddings + config.num_blocks * block + config.embed_dim

@@ -1,21 +1,22 @@
-"""Softmax attention in plain JAX, over two products that a quantized model replaces.
+"""Softmax attention in plain JAX; a quantized model replaces its two matrix multiplications.
 
-`attend` is the one definition of softmax(q k^T / sqrt(H)) v for any mask. It serves decoding with a
-cache, scoring, 8-bit attention and the StableHLO export. `causal_attention` (named `xla` in the
-config) and `attention_kernels.py` compute the same faster for whole sequences, and tests compare
-them with `attend`.
+`attend` is the one definition of softmax(q k^T / sqrt(H)) v for any mask. Decoding with a cache,
+scoring, 8-bit attention and the StableHLO export use this function. `causal_attention` (named `xla`
+in the config) and `attention_kernels.py` compute the same function faster for whole sequences.
+Tests compare their results with `attend`.
 
-The softmax is normalised after the product with v, so the division works on T x H numbers instead
-of T x S. On a CPU a pass over the T x S scores costs more than the products that made them.
+The code normalises the softmax after the multiplication with v. So it divides T x H numbers instead
+of T x S numbers. On a CPU, one pass over the T x S scores takes longer than the multiplications
+that computed the scores.
 
 `causal_attention` takes one block of queries at a time. A block of queries sees only the keys up to
-its own last token, so nearly half of the scores are never computed. The scores of one block exist
-at a time. The backward pass computes them again from the normaliser that the forward pass kept (Dao
-et al. 2022, arXiv:2205.14135). The blocks are shaped for XLA's CPU backend. Forward and backward of
-the 125M model's attention at 2 x 512 tokens took 41 ms in float32 and 66 ms in bfloat16 with
-`attend`, and take 22 ms and 20 ms with `causal_attention` (two Zen 4 cores). Remove it when
-`jax.nn.dot_product_attention` has an implementation for CPUs that is as fast and keeps no T x T
-scores.
+its own last token, so nearly half of the scores are never computed. Memory holds the scores of one
+block at a time. The backward pass recomputes the softmax weights with the normaliser that the
+forward pass kept (Dao et al. 2022, arXiv:2205.14135). The block sizes suit XLA's CPU backend.
+Forward and backward pass of the 125M model's attention at 2 x 512 tokens take 41 ms in float32 and
+66 ms in bfloat16 with `attend`, but only 22 ms and 20 ms with `causal_attention` (two Zen 4 cores).
+Remove `causal_attention` when `jax.nn.dot_product_attention` has an implementation for CPUs that is
+as fast and keeps no T x T scores.
 """
 
 from typing import Any
@@ -33,11 +34,11 @@ SAVED = "attention"
 ATTENTION_PRODUCTS = "products"
 """The name under which quantized parameters hold the `AttentionProducts` of their attention."""
 
-_LOWEST = np.finfo(np.float32).min  # the score of a hidden key
+_LOWEST = np.finfo(np.float32).min  # The score of a key that the mask hides.
 _MOST_BLOCKS, _SMALLEST_BLOCK = 8, 128
 
 Queries = Float[Array, "B T N H"]
-Keys = Float[Array, "B T K H"]  # or values
+Keys = Float[Array, "B T K H"]  # Keys or values.
 Rows = Any
 """Keys or values in a cache: an array, or a pytree of arrays with the method `astype`."""
 
@@ -46,14 +47,15 @@ _Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array,
 
 @struct.dataclass
 class AttentionProducts:
-    """The products of attention in floating point, and the form in which a cache keeps its rows.
+    """The matrix multiplications of attention in floating point, and the format of cache rows.
 
-    `quantize/attention.py` has the 8-bit version. A quantized model carries it in its parameters.
+    `quantize/attention.py` has the 8-bit version, which a quantized model carries in its
+    parameters.
     """
 
     @property
     def fast_attention(self) -> bool:
-        """Whether kernels and blockwise attention compute the same products."""
+        """Whether kernels and `causal_attention` compute the same numbers as these methods."""
         return True
 
     def scores(
@@ -65,11 +67,11 @@ class AttentionProducts:
     def average(
         self, weights_GTS: Float[Array, "*lead G T S"], v_SH: Float[Array, "*lead S H"]
     ) -> Float[Array, "*lead G T H"]:
-        """Returns the sums of v over S in float32, weighted."""
+        """Returns the sums of weights * v over the keys in float32."""
         return _per_query(weights_GTS.astype(v_SH.dtype), v_SH)
 
     def rounded(self, x_BTKH: Keys) -> Keys:
-        """Returns keys or values as a cache would return them."""
+        """Returns keys or values with the rounding of a cache."""
         return x_BTKH
 
     def rows(self, x: Float[Array, "*rows H"]) -> Rows:
@@ -89,7 +91,8 @@ def attend(
 ) -> Float[Array, "*lead G T H"]:
     """Returns softmax(q k^T / sqrt(H)) v, where G query heads share a key head.
 
-    The leading axes are batch and key heads, or both as one axis. Scores and softmax are float32.
+    `*lead` stands for the axes of batch and key heads, or for one axis that combines both. Scores
+    and softmax are float32.
     """
     out_GTH, _, _ = _softmax_average(q_GTH, k_SH, v_SH, mask_GTS, products)
     return out_GTH.astype(q_GTH.dtype)
@@ -111,9 +114,10 @@ def attend_by_token(
 def causal_mask(
     length: int, segments_BT: Int[Array, "B T"] | None, first: int = 0
 ) -> Bool[Array, "#B C S"]:
-    """Returns the mask of the tokens before each token and in its segment, itself included.
+    """Returns the mask that lets a query see itself and the earlier tokens of its segment.
 
-    The queries are those from `first` to `length`, and the keys are those up to `length`.
+    The queries are at positions `first` to `length` - 1, and the keys are at positions 0 to
+    `length` - 1.
     """
     keys_S, queries_C = jnp.arange(length), jnp.arange(first, length)
     mask_BCS = (keys_S[None, :] <= queries_C[:, None])[None]
@@ -165,7 +169,8 @@ def _backward(
     q_BKGTH = _by_kv_head(q_BTNH, num_kv_heads)
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     grad_out_BKGTH = _by_kv_head(grad_out_BTNH.astype(dtype), num_kv_heads)
-    # The sum over the keys of weights * grad_weights equals the sum over H of out * grad_out.
+    # Two sums are equal: weights * grad_weights over the keys, and out * grad_out over H. The
+    # second sum needs no T x T array.
     product_BTNH = grad_out_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)
     mean_BKGT1 = _by_kv_head(jnp.sum(product_BTNH, axis=-1, keepdims=True), num_kv_heads)
 
@@ -193,10 +198,11 @@ causal_attention.defvjp(_forward, _backward)
 
 
 def _blocks(length: int) -> list[slice]:
-    """Cuts the queries into blocks; more blocks waste fewer scores and make a larger program."""
+    """Cuts the queries into blocks; more blocks waste fewer scores, but enlarge the program."""
     mesh = jax.sharding.get_abstract_mesh()
     split = not mesh.empty and mesh.shape.get("sequence", 1) > 1
-    # On a mesh that splits the sequence, one block would be the work of one device alone.
+    # If the mesh splits the sequence, all queries form one block, because one device alone would
+    # compute a smaller block.
     count = 1 if split else max(1, min(_MOST_BLOCKS, length // _SMALLEST_BLOCK))
     size = -(-length // count)
     return [slice(start, min(length, start + size)) for start in range(0, length, size)]
@@ -209,7 +215,7 @@ def _softmax_average(
     mask_GTS: jax.Array,
     products: AttentionProducts,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns softmax(q k^T / sqrt(H)) v, the highest score, and the sum of the weights."""
+    """Returns softmax(q k^T / sqrt(H)) v, the highest score and the softmax denominator."""
     scores_GTS = _masked(products.scores(q_GTH, k_SH), mask_GTS)
     highest_GT1 = jax.lax.stop_gradient(jnp.max(scores_GTS, axis=-1, keepdims=True))
     weights_GTS = jnp.exp((scores_GTS - highest_GT1) * q_GTH.shape[-1] ** -0.5)
@@ -234,23 +240,24 @@ def _by_token(x_BKGTH: Float[Array, "B K G T H"]) -> Queries:
     return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, head_dim)
 
 
-# The G heads of a group and their T queries are the rows (M) of one matrix product per key head.
+# In the next functions, the T queries of the G heads of a group are the rows (M) of one matrix
+# multiplication per key head.
 
 
 def _per_pair(a_GTH: jax.Array, b_SH: jax.Array) -> jax.Array:
-    """Returns the products [*lead, G, T, S] of every query and every key, summed over H."""
+    """Returns the dot products [*lead, G, T, S] of every query with every key."""
     pairs_MS = _product("...MH,...SH->...MS", _as_rows(a_GTH), b_SH)
     return pairs_MS.reshape(*a_GTH.shape[:-1], b_SH.shape[-2])
 
 
 def _per_query(a_GTS: jax.Array, b_SH: jax.Array) -> jax.Array:
-    """Returns the sums [*lead, G, T, H] over the keys, for every query."""
+    """Returns, for every query, the sums [*lead, G, T, H] of a * b over the keys."""
     sums_MH = _product("...MS,...SH->...MH", _as_rows(a_GTS), b_SH)
     return sums_MH.reshape(*a_GTS.shape[:-1], b_SH.shape[-1])
 
 
 def _per_key(a_GTS: jax.Array, b_GTH: jax.Array) -> jax.Array:
-    """Returns the sums [*lead, S, H] over the queries of all heads of a group, for every key."""
+    """Returns, for every key, the sums [*lead, S, H] of a * b over all queries of a group."""
     return _product("...MS,...MH->...SH", _as_rows(a_GTS), _as_rows(b_GTH))
 
 

@@ -1,8 +1,8 @@
-"""The whole decoder: it embeds tokens, applies the blocks, norms, and scores the vocabulary.
+"""The whole decoder: embeds tokens, applies the blocks and the last norm, computes logits.
 
-The model has three entry points. `hidden` serves training, where the loss scores the vocabulary
-itself, in chunks. `__call__` returns the logits of whole sequences. `extend` reads prompts into a
-cache. `decoding.py` then applies the same blocks to one token at a time.
+The model has three entry points. `hidden` is for training, where the loss computes the logits in
+chunks. `__call__` returns the logits of whole sequences. `extend` reads prompts into a cache.
+`decoding.py` then applies the same blocks to one token at a time.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class VocabularyMatrix(nn.Module):
 
     config: ModelConfig
     parameter: str
-    axes: tuple[str, str]  # logical
+    axes: tuple[str, str]  # Logical axes.
 
     @nn.compact
     def __call__(self) -> Kernel:
@@ -48,7 +48,7 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        # With tied embeddings (paper Sec. 2.3) the token table is the output matrix too.
+        # With tied embeddings (paper Sec. 2.3) the token table is also the output matrix.
         self.embedding = VocabularyMatrix(self.config, "table", ("vocab", "embed"))
         self.blocks = Block(self.config)
         self.final_norm = RMSNorm(self.config.norm_eps)
@@ -74,12 +74,12 @@ class Transformer(nn.Module):
         positions_BT: Int[Array, "B T"] | None = None,
         mask_BTS: Bool[Array, "#B T S"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the normed last hidden states, in the compute dtype.
+        """Returns the hidden states after the last norm, in the compute dtype.
 
         `segments_BT` is the document of each token, and a token attends only within its document.
         None means one document per row. `positions_BT` are for RoPE; None means 0, 1, 2, ...
-        `mask_BTS` is True where a query may attend to a key. It replaces the causal mask and the
-        segments, and attention kernels do not take it.
+        `mask_BTS` is True where a query may attend to a key. This mask replaces the causal mask and
+        the segments. No attention kernel accepts `mask_BTS`.
         """
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
@@ -90,11 +90,11 @@ class Transformer(nn.Module):
     def extend(
         self, tokens_BT: Int[Array, "B T"], cache: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Reads T more tokens per row; returns their hidden states and the longer cache.
+        """Reads T more tokens per row; returns their hidden states and the extended cache.
 
         The tokens of row b get the positions `cache.length_B[b] + 0 ... T - 1`, which must fit into
-        the cache. If a row was padded on the right, the caller sets its `length_B` back to the true
-        length afterwards.
+        the cache. If the caller padded a row on the right, it must then set `length_B` of this row
+        back to the true length.
         """
         length = tokens_BT.shape[1]
         positions_BT = cache.length_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         return x_BTD, dataclasses.replace(extended, length_B=cache.length_B + length)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores the vocabulary with float32 sums; tied embeddings are not scaled."""
+        """Returns the logits, summed in float32; does not scale tied embeddings."""
         head_DV = self.embedding().T if self.config.tie_embeddings else self.head()
         return scores("BTD,DV->BTV", x_BTD, head_DV)
 
@@ -126,10 +126,11 @@ class Transformer(nn.Module):
         return self.final_norm(x_BTD), memory
 
     def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # The table is gathered over `fsdp` before the lookup. Otherwise GSPMD would copy the result
-        # to every device.
+        # The devices gather the table over `fsdp` before the lookup. Otherwise the compiler (GSPMD)
+        # would copy the looked-up rows to every device.
         table_VD = gathered(self.embedding())
-        # Converting the rows after the lookup sums the gradients of a frequent token in float32.
+        # The rows are converted after the lookup, so that the gradients of a frequent token are
+        # summed in float32.
         x_BTD = table_VD[tokens_BT].astype(compute_dtype(self.config))
         axes = ("batch", "length", "activation_embed")
         return cast(jax.Array, nn.with_logical_constraint(x_BTD, axes))
@@ -143,7 +144,7 @@ def head_matrix(params: Params, config: ModelConfig) -> Kernel:
 
 
 def gathered(table_VD: Table) -> Table:
-    """Returns a table whose arrays are whole over `fsdp`."""
+    """Returns the table with arrays that are not split over `fsdp`."""
     axes = ("vocab", "activation_embed")
     return cast(Table, jax.tree.map(lambda x: nn.with_logical_constraint(x, axes), table_VD))
 
@@ -151,7 +152,7 @@ def gathered(table_VD: Table) -> Table:
 def init_boxed(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Returns a random parameter tree whose leaves carry their logical axes (flax boxes)."""
     tokens_11 = jnp.zeros((1, 1), jnp.int32)
-    config = dataclasses.replace(config, attention="xla")  # kernels take no sequence of one token
+    config = dataclasses.replace(config, attention="xla")  # Kernels take no sequence of one token.
     return cast(Params, Transformer(config).init(key, tokens_11)["params"])
 
 

@@ -1,9 +1,9 @@
 """Attention with 8-bit integer products, and caches that keep 8-bit rows.
 
-Queries and keys have one scale per token and head. The values have a scale per token too, but the
-product sums over the tokens, so these scales cannot be moved out of the sum. They are multiplied
-into the weights of the softmax, and the products then share one scale per query. Tokens that the
-mask hides change no scale.
+Queries, keys and values have one scale per token and head. The multiplication of softmax weights
+with values sums over the tokens, so the scales of the values cannot be moved out of the sum. The
+code multiplies the softmax weights by these scales before it quantizes the weights. Each query then
+needs only one scale. Tokens that the mask hides change no scale.
 """
 
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from mobilellm_jax.quantize.integers import integer_einsum, to_rows, tokens_on_l
 
 @struct.dataclass
 class QuantizedAttention(AttentionProducts):
-    """The parts of attention that a model computes in 8 bits; it has no arrays."""
+    """Says which parts of attention a model computes in 8 bits; holds no arrays."""
 
     products: bool = struct.field(pytree_node=False, default=False)
     cache: bool = struct.field(pytree_node=False, default=False)

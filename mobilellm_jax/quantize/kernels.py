@@ -1,8 +1,8 @@
 """Weight matrices in 8 or 4 bits, as integers or as floats on the levels of the integers.
 
-A quantized model consists of the same modules with other leaves in its parameter tree. A module
-calls `product`, which finds one of these kernels in the place of an array. So sharing, the scan,
-meshes and decoding work like in the float32 model.
+A quantized model has the same modules as the float32 model, but other leaves in its parameter tree.
+The modules call `product`, which receives one of these kernels instead of an array. So layer
+sharing, the scan, meshes and decoding work as in the float32 model.
 
 A weight shares its scale with the other weights of its output channel, or with a group of them
 along the inputs. An activation shares its scale with the other activations of its token.
@@ -34,15 +34,15 @@ _TYPES = {8: jnp.int8, 4: jnp.int4}
 class QuantizedKernel(SpecialKernel):
     """A matrix as integers and scales.
 
-    `scale` has as many axes as `values`. Its first axis counts the groups, its other input axes
-    have size 1, and its output axes are those of the matrix. A group consists of `group_size`
-    neighbouring inputs, where all input axes count as one. The last group is shorter if
-    `group_size` does not divide the number of inputs.
+    `scale` has as many axes as `values`. The first axis of `scale` counts the groups. The other
+    input axes of `scale` have size 1, and its output axes equal those of the matrix. A group
+    consists of `group_size` neighbouring inputs, after all input axes have been flattened into one.
+    The last group is shorter if `group_size` does not divide the number of inputs.
     """
 
-    values: Leaf  # int8 or int4
-    scale: Leaf  # float32
-    group_size: int = struct.field(pytree_node=False, default=0)  # inputs; 0 = one group
+    values: Leaf  # Integers, int8 or int4.
+    scale: Leaf  # Scales, float32.
+    group_size: int = struct.field(pytree_node=False, default=0)  # Inputs per group; 0: one group.
     integer_products: bool = struct.field(pytree_node=False, default=True)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> "QuantizedKernel":
@@ -60,7 +60,7 @@ class QuantizedKernel(SpecialKernel):
 
 @struct.dataclass
 class TrainedKernel(SpecialKernel):
-    """A float matrix of quantization-aware training, whose numbers are already on their levels."""
+    """A float matrix of quantization-aware training, already rounded to its levels."""
 
     values: Leaf
     integer_products: bool = struct.field(pytree_node=False, default=True)
@@ -87,7 +87,7 @@ def to_kernel(
     group_size: int = 0,
     integer_products: bool = True,
 ) -> QuantizedKernel:
-    """Quantizes a matrix whose first `num_inputs` axes are its inputs."""
+    """Quantizes a matrix whose first `num_inputs` axes are its input axes."""
     groups, scale = _groups_and_scale(kernel, num_inputs, bits, group_size)
     values = jnp.round(groups / scale).astype(_TYPES[bits])
     outputs = kernel.shape[num_inputs:]
@@ -100,7 +100,7 @@ def to_kernel(
 
 
 def dequantized(kernel: QuantizedKernel, *, num_inputs: int) -> Float[Array, "..."]:
-    """Returns the float32 matrix value * scale; the inverse of `to_kernel`."""
+    """Returns the float32 matrix value * scale; inverts `to_kernel` except for rounding."""
     groups = _groups(kernel.values.astype(jnp.float32), num_inputs, kernel.group_size)
     scaled = groups * kernel.scale.reshape(groups.shape[0], 1, *kernel.values.shape[num_inputs:])
     return _ungrouped(scaled, kernel.values.shape, num_inputs)
@@ -124,10 +124,10 @@ def _quantized_product(spec: str, x: jax.Array, kernel: QuantizedKernel) -> jax.
     """Returns einsum(spec, x, kernel) in float32.
 
     With `integer_products`, x is quantized too, and int8 x int8 is summed in int32. Otherwise the
-    weights are dequantized, and the product has the type of x.
+    weights are dequantized to the type of x.
 
     `spec` is the same as for `product`. The summed axes are the last axes of x, and the first axes
-    of the kernel. A matrix of two axes may also have its summed axis last.
+    of the kernel. A kernel with two axes may have its summed axis last instead.
     """
     inputs, out_axes = spec.split("->")
     x_axes, kernel_axes = inputs.split(",")
@@ -151,8 +151,8 @@ def _quantized_product(spec: str, x: jax.Array, kernel: QuantizedKernel) -> jax.
         sums = integer_einsum(f"{batch}i,i{channels}->{out_axes}", x_group, kernel_group)
         return total + sums.astype(jnp.float32) * scale, None
 
-    # The groups follow one another. A single product with an axis for the groups took 50 times as
-    # long on a CPU. It also kept a copy of the result per group in memory.
+    # The scan multiplies one group after another. A single einsum with an axis for the groups took
+    # 50 times as long on a CPU, and kept one result per group in memory.
     zeros = jnp.zeros((*lead, *outputs), jnp.float32)
     total, _ = jax.lax.scan(add, zeros, (x_groups, groups, scales))
     return total * rows.scale.reshape(*lead, *(1,) * len(outputs))

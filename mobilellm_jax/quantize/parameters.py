@@ -1,7 +1,7 @@
-"""Quantizes a model's parameters: after training to integers, in training to floats on levels.
+"""Quantizes parameters: to integers after training, to floats on levels during training.
 
-Only float parameters are saved. `quantized` and `on_levels` are pure functions that jax traces like
-the model, on a mesh too. The matrices of the blocks are stacked, and each block's matrix is
+Checkpoints hold only float parameters. `quantized` and `on_levels` are pure functions that jax can
+trace, also on a mesh. The parameters stack the matrices of all blocks, but each block's matrix is
 quantized separately.
 """
 
@@ -24,7 +24,7 @@ from mobilellm_jax.quantize.schemes import Scheme, check_scheme, trained_scheme
 
 NUM_INPUTS = {
     **dict.fromkeys(("query", "key", "value", "gate", "up", "down"), 1),
-    "output": 2,  # heads and their channels
+    "output": 2,  # Heads and their channels.
 }
 """The number of leading axes of a block's matrix that are its inputs."""
 
@@ -32,7 +32,7 @@ NUM_INPUTS = {
 def quantized(params: Params, scheme: Scheme) -> Params:
     """Returns the parameters with integers and scales for the matrices of the scheme.
 
-    Norms, and parts that the scheme does not name, stay as they are.
+    The function does not change norms, nor parts that the scheme does not name.
     """
     return _replaced(params, scheme, to_kernel)
 
@@ -51,19 +51,20 @@ def on_levels(params: Params, scheme: Scheme) -> Params:
 
 
 def training_transform(config: Config) -> Callable[[Params], Params]:
-    """Returns the function that the step applies to the parameters before the model.
+    """Returns the function that a training step applies to the parameters first.
 
-    It rounds to the levels of the run's scheme, and gradients pass straight through to the float
-    parameters. It is the identity if the run is trained for no scheme.
+    The function rounds the parameters to the levels of the run's scheme. Gradients pass through the
+    rounding unchanged, to the float parameters. If the run has no scheme, the function returns the
+    parameters unchanged.
     """
     scheme = trained_scheme(config)
     return functools.partial(on_levels, scheme=scheme) if scheme else lambda params: params
 
 
 def derivation(config: Config) -> Callable[[Params], Params]:
-    """Returns the function from a run's parameters to the model in integers that is evaluated.
+    """Returns the function that converts a run's parameters to the integers that evaluation uses.
 
-    It is the identity if the run is trained for no scheme.
+    If the run has no scheme, the function returns the parameters unchanged.
     """
     scheme = trained_scheme(config)
     return jax.jit(functools.partial(quantized, scheme=scheme)) if scheme else lambda params: params
@@ -77,7 +78,7 @@ def _replaced(params: Params, scheme: Scheme, to_kernel: Callable[..., Kernel]) 
         return jax.vmap(functools.partial(make, num_inputs=NUM_INPUTS[name], **how))(matrix_U)
 
     def rows(matrix: jax.Array) -> Kernel:
-        # Every token has a scale: a row of the table, or a column of the head.
+        # Each token has one scale, for its row of the table or its column of the head.
         return make(matrix, num_inputs=1, bits=8, group_size=0)
 
     blocks = dict(params["blocks"])
@@ -103,7 +104,7 @@ def stored_bytes(params: object) -> int:
 
 
 def bits_per_weight(params: Params) -> float:
-    """Returns the bits of all values and scales, divided by the parameters of the model."""
+    """Returns the bits of all values and scales, divided by the number of parameters."""
     numbers: int = sum(
         leaf.values.size if isinstance(leaf, QuantizedKernel) else leaf.size
         for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedKernel))
@@ -114,8 +115,8 @@ def bits_per_weight(params: Params) -> float:
 def as_arrays(kernel: QuantizedKernel, num_inputs: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns a matrix for files: int8 values [inputs, outputs], float32 scales [groups, outputs].
 
-    Row i of the values uses row i // group_size of the scales. 4-bit values are int8 too. The input
-    axis of the embedding table is its last axis, so pass the transposed table.
+    Row i of the values uses row i // group_size of the scales. The result is int8 for 4-bit values
+    too. The embedding table has its input axis last, so the caller passes the transposed table.
     """
     values = np.asarray(kernel.values.astype(jnp.int8))
     inputs = math.prod(values.shape[:num_inputs])

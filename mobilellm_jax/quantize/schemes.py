@@ -7,17 +7,18 @@
 | w4g32, w4g128     | 4 bits, the same                             | floating point     |
 | w4a8g32, w4a8g128 | 4 bits, the same                             | 8 bits, per token  |
 
-w8, w4 and w4a8 are short names for groups of 32. The paper's W8A8 (Sec. 3.4) gives no granularity
-and no parts. Our w8a8 follows LLM-QAT by the same first author (Liu et al. 2023, arXiv:2305.17888).
+w8, w4 and w4a8 are short names for groups of 32. For W8A8, the paper (Sec. 3.4) says neither which
+numbers share a scale nor which parts are quantized. Our w8a8 follows LLM-QAT, a paper by the same
+first author (Liu et al. 2023, arXiv:2305.17888).
 
-A scheme always quantizes the matrices of the blocks. These other parts can be in 8 bits under every
-scheme; the default is `embedding,head`:
+A scheme always quantizes the matrices of the blocks. Under every scheme, the following parts can
+also be quantized to 8 bits. The default is `embedding,head`:
 
 | part      | in 8 bits                                                          |
 |-----------|--------------------------------------------------------------------|
 | embedding | the token table, with one scale for each token                     |
 | head      | the output matrix, with one scale for each token                   |
-| attention | queries, keys, values and softmax weights, so both products        |
+| attention | queries, keys, values and softmax weights in both multiplications  |
 | cache     | keys and values, with one scale for each token and head            |
 
 Tied embeddings are one matrix, so a scheme names both `embedding` and `head`, or neither.
@@ -40,9 +41,9 @@ class Scheme:
     """How a model is quantized."""
 
     name: str
-    weight_bits: int  # bits per weight of the blocks
-    group_size: int  # inputs that share a scale; 0 = all inputs of an output channel
-    integer_products: bool  # whether activations have 8 bits too
+    weight_bits: int  # Bits per weight of the blocks.
+    group_size: int  # Inputs that share a scale; 0 means all inputs of an output channel.
+    integer_products: bool  # Whether activations are quantized to 8 bits too.
     parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -78,7 +79,7 @@ ALIASES = {name: f"{name}g32" for name in _GROUPED}
 
 
 def find_scheme(name: str, parts: str = QuantizeConfig.parts) -> Scheme:
-    """Returns the scheme with these parts, separated by commas; raises `ConfigError` if unknown."""
+    """Returns a scheme with parts separated by commas; unknown names raise a `ConfigError`."""
     known = [*SCHEMES, *ALIASES]
     if name not in known:
         raise ConfigError(
@@ -95,7 +96,7 @@ def check_scheme(scheme: Scheme, model: ModelConfig) -> None:
 
 
 def trained_scheme(config: Config) -> Scheme | None:
-    """Returns the scheme of a quantization-aware run, or None."""
+    """Returns the scheme of a quantization-aware run, or None for another run."""
     chosen = config.quantize
     if chosen.scheme == "none":
         return None
