@@ -8,7 +8,7 @@ The command reads every file and checks its checksum. For each split and source,
 documents, tokens, bytes of text, unknown tokens and byte tokens. Then it shows --sample windows,
 beginning with window --first_sample. The windows are numbered from 0 in the order in which a
 training run with the same data.seq_len, data.boundaries and data.seed reads them. Step s (from 1)
-of this run trains on train.global_batch windows; the first one is window (s - 1) *
+of this run trains on train.global_batch windows. Their numbers begin with (s - 1) *
 train.global_batch. If a file is damaged, the command names the file and ends with exit code 2.
 """
 

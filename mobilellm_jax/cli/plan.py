@@ -9,8 +9,8 @@ needs libtpu, but no TPU. If the step does not fit into memory, the command sear
 smallest change of the config that makes the step fit, and prints this change. Without --topology,
 the command only calculates the needs for the devices of this machine.
 
-Exit codes: 0 if the step fits, if a change of the config makes it fit, or without --topology; 1 if
-no change makes it fit.
+Exit codes: 0 if the step fits, if a changed config fits, or if --topology is not given; 1 if no
+change of the config makes the step fit.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ A larger --config.train.steps extends a finished run. JAX keeps compiled program
 
 On SIGTERM, on Ctrl-C and at the end of --max_walltime, the command saves the run and ends with exit
 code 75. A scheduler may then start the same command again, and the run continues. A second Ctrl-C,
-or a Ctrl-C before the first step, ends the command at once.
+or a Ctrl-C before the first step, ends the command immediately.
 
 Several processes can train one run: start the same command in each process. On Slurm, Kubernetes
 JobSet and TPU VMs, the processes find each other. Elsewhere, give --coordinator_address,

@@ -77,7 +77,7 @@ def averages(lines: list[Line]) -> dict[str, float]:
 
 
 def nearest_size(config: ModelConfig) -> tuple[str, bool]:
-    """Returns the nearest size in the paper, and whether that model has the shape of `config`."""
+    """Returns the size of the nearest model in the paper, and whether the shapes are equal."""
     for size, model in MOBILELLM.items():
         if all(getattr(model, field) == getattr(config, field) for field in _SHAPE):
             return size, True

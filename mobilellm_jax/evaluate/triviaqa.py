@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _ARTICLES = frozenset(("a", "an", "the"))
-_PUNCTUATION = string.punctuation + "\u2018\u2019\u00b4`"  # The set of TriviaQA's own script.
+_PUNCTUATION = string.punctuation + "\u2018\u2019\u00b4`"  # As in TriviaQA's own script.
 _TO_SPACES = str.maketrans(dict.fromkeys(_PUNCTUATION, " "))
 _DELETED = str.maketrans("", "", string.punctuation)
 

@@ -2,8 +2,8 @@
 
 The loss of a component is the mean over its targets. If `train.eval_batches` is set, the mean is
 taken only over the first `train.eval_batches` batches. The loss of a mixture is the mean of the
-components' losses, weighted by their numbers of targets. It equals the loss over all held-out data,
-or estimates this loss if `train.eval_batches` is set.
+components' losses, weighted by their numbers of targets. This is the loss over all held-out data,
+or an estimate of that loss if `train.eval_batches` is set.
 
 Bits per byte are loss * targets / (ln 2 * bytes of text) over the whole split. If a loss mask
 removes targets, the bytes of the other targets are not known, and bits per byte are left out.

@@ -69,7 +69,7 @@ def prepare(config: ModelConfig, params: Params) -> Prepared:
 
 
 def generate(config: ModelConfig, params: Params | Prepared, request: Request) -> list[list[int]]:
-    """Returns the new tokens of each prompt, without the prompt and without EOS.
+    """Continues each prompt; returns the new tokens, without the prompt and without EOS.
 
     A greedy continuation depends only on its prompt. A sampled continuation also depends on the
     seed and on the index of its row in the batch. No row depends on the other rows.

@@ -28,7 +28,7 @@ class Sampling:
     Of these, the likeliest tokens are kept until their total probability reaches `top_p`.
     """
 
-    temperature: float = 0.8  # If 0, always the likeliest token (greedy).
+    temperature: float = 0.8  # If 0, the likeliest token is always taken (greedy).
     top_k: int = 0  # Number of tokens to keep; 0 keeps all.
     top_p: float = 0.95  # Probability in (0, 1]; 1 keeps all tokens.
     seed: int = 0  # In [0, 2^32). Row b of a batch draws with a key from (seed, b).
