@@ -1,1 +1,1 @@
-"""Several processes as one run: start, watch each other, lock the folder, stop early."""
+"""Several processes of one run: connect, watch each other, lock the folder, stop early."""

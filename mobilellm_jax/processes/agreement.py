@@ -1,4 +1,4 @@
-"""Lets all processes of a run act in the same step on what one of them asks for."""
+"""Lets all processes of a run react in the same step to a request of one process."""
 
 import jax
 import jax.numpy as jnp
@@ -9,32 +9,32 @@ from mobilellm_jax.processes.jax_private import delay_aborts, process_state
 
 
 class Agreement:
-    """Tells all processes in the same step whether one of them asks for something.
+    """Tells all processes in the same step whether one of them has made a request.
 
-    A signal or a clock reaches each process at a different time. A process that leaves the loop
-    alone makes the others wait in a collective. So every step reduces one flag per device over all
-    devices. The answer is read one step later, when reading it takes no wait.
+    A signal or a time limit reaches each process at a different time. If only one process leaves
+    the training loop, the others wait for it in a collective. So every step reduces one flag per
+    device over all devices. The object reads the result one step later, because it then is ready.
 
     Args:
-      step: the step of the run, from which this object also watches for preemption notices; None
-        watches for none. jax's coordination service passes a notice to all processes and chooses
-        the step from the numbers that they report. Only one object of a process may report them.
+      step: current step of the run; with a step, the object also reacts to preemption notices.
+        jax's coordination service sends a notice to all processes. It chooses the step from the
+        step numbers that they report. So only one object of a process may have a step.
     """
 
     def __init__(self, step: int | None = None) -> None:
         self._pending: jax.Array | None = None
         self._step = step
-        # None if a setting of jax turns it off.
+        # The manager is None if a setting of jax turns it off.
         self._preemption = None if step is None else process_state().preemption_sync_manager
         self._several = jax.process_count() > 1
         if self._several:
-            delay_aborts()  # again, because libtpu sets a handler when the devices start
+            delay_aborts()  # again, because libtpu sets its own handler at its start
             mesh = Mesh(np.array(jax.devices()), ("device",))
             self._split = NamedSharding(mesh, PartitionSpec("device"))
             self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, asked: bool) -> bool:
-        """Returns whether a process asked in the last call; one process alone hears at once."""
+        """Returns whether any process asked in its last call; a single process gets `asked`."""
         if not self._several:
             return asked
         if self._step is not None:

@@ -1,4 +1,4 @@
-"""Finds the other processes of a run, as flags, Slurm, Kubernetes, a TPU or Open MPI tell them."""
+"""Finds the launcher of this process: flags, Slurm, Kubernetes, a TPU or Open MPI."""
 
 import dataclasses
 import importlib.util
@@ -12,17 +12,17 @@ from mobilellm_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """A launcher of processes, and what it says about this run."""
+    """The launcher that started this process, and its facts about the run."""
 
     name: str
-    several: bool
-    devices: list[int] | None = None  # GPUs of this process; None leaves the choice to jax
+    several: bool  # Whether jax must connect several processes.
+    devices: list[int] | None = None  # GPUs of this process; None = jax chooses.
 
 
 def check_flags(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> tuple[str, int, int]:
-    """Returns the three flags; raises a `ConfigError` if one is missing or impossible."""
+    """Returns the three flags; raises a `ConfigError` if a flag is missing or wrong."""
     if coordinator_address is None or num_processes is None or process_id is None:
         values = {
             "--coordinator_address": coordinator_address,
@@ -49,13 +49,13 @@ def check_flags(
 
 
 def find_cluster(env: Mapping[str, str]) -> Cluster:
-    """Returns the launcher of this process; the order of the checks is jax's own.
+    """Returns the launcher of this process; checks the launchers in the same order as jax.
 
-    jax asks every launcher that seems present, and therefore fails in the pod of a notebook or in a
-    shell under Slurm. Here a launcher counts only if it started several processes.
+    jax uses a launcher whenever its variables exist, and therefore fails in the Kubernetes pod of a
+    notebook or in a Slurm shell. This function requires that it has started several processes.
 
     Raises:
-      ConfigError: if there are several processes that jax cannot connect.
+      ConfigError: if there are several processes, but jax cannot connect them.
     """
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         if "OMPI_MCA_orte_hnp_uri" not in env:
@@ -93,8 +93,9 @@ def find_cluster(env: Mapping[str, str]) -> Cluster:
 def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
     """Returns the GPUs of this task, as indices into `CUDA_VISIBLE_DEVICES`.
 
-    jax takes one GPU per task: the GPU with the task's number on its node. With one task per node
-    that leaves seven of eight GPUs idle, and it fails where Slurm shows each task only its GPUs.
+    jax uses one GPU per task: the GPU whose number is the number of the task on its node. With one
+    task per node, seven of eight GPUs then stay idle. If Slurm shows each task only its own GPUs,
+    the number of the GPU may not exist.
     """
     visible = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if not visible:
@@ -108,7 +109,7 @@ def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
 
 
 def _slurm_tasks_here(env: Mapping[str, str]) -> int:
-    """Returns the number of tasks on this node; "2(x3),1" means 2 tasks on 3 nodes, then 1."""
+    """Returns the number of tasks on this node; "2(x3),1" means that nodes have 2, 2, 2, 1."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         tasks, _, times = part.partition("(x")

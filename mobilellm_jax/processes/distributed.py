@@ -1,10 +1,10 @@
-"""Connects the processes of one run, and passes their short messages.
+"""Connects the processes of one run, and sends short messages between them.
 
-Every process runs the same training program on its part of the same global arrays, without this
-file. This file serves the code on the hosts. Processes meet through `jax.distributed` (Slurm,
-Kubernetes JobSet, TPU metadata, Open MPI or flags). Process 0 alone writes files and tells the
-others the results. A check that fails in one process ends all processes with the same message.
-Every wait has a time limit. A run of one process needs no coordinator.
+jax itself runs the compiled training program in every process. This file serves the Python code
+around that program. `jax.distributed` connects the processes (Slurm, Kubernetes JobSet, TPU
+metadata, Open MPI or flags). Only process 0 writes files, and it sends its results to the others. A
+check that fails in one process ends all processes with the same message. Every wait has a time
+limit. A run with a single process needs no coordinator.
 """
 
 import atexit
@@ -32,29 +32,29 @@ from mobilellm_jax.processes.jax_private import delay_aborts, process_state
 from mobilellm_jax.processes.peers import Parting, Peers
 from mobilellm_jax.processes.source_digest import source_digest
 
-_START_SEC = 300  # for all processes to connect
-PEER_TIMEOUT_SEC = 60.0  # a process that is silent for so long counts as gone and ends the run
-_JAX_HEARTBEAT_SEC = 100  # the same limit in jax, which aborts without a name
-_SHUTDOWN_SEC = 120  # a process waits so long for the others at its end
-_AGREE_SEC = 600  # for all processes to pass a check
-_POLL_SEC = 5  # Python handles signals only between two polls
+_START_SEC = 300  # Time limit for all processes to connect.
+PEER_TIMEOUT_SEC = 60.0  # A process that sends no message for this time ends the run.
+_JAX_HEARTBEAT_SEC = 100  # Lowest such limit for jax, which names no process.
+_SHUTDOWN_SEC = 120  # Time limit of a process that waits for the others at its end.
+_AGREE_SEC = 600  # Time limit for all processes to pass a check.
+_POLL_SEC = 5  # Longest single wait; Python handles signals only between waits.
 
 _PROGRAMS_DEPEND_ON = ("jax", "jaxlib", "flax", "optax")
 
 
 class DistributedError(RuntimeError):
-    """A process could not find another process of the run, or lost it."""
+    """A process could not connect to another process of the run, or that process is gone."""
 
 
 class _Membership:
-    """The part of this process in its run; a process has one, like the state of jax itself."""
+    """The connections of this process in its run; there is one instance per process."""
 
     def __init__(self) -> None:
-        self.peers: Peers | None = None  # watches the other processes
+        self.peers: Peers | None = None  # Watches the other processes.
         self._numbers = itertools.count()
 
     def key(self, what: str) -> str:
-        """Returns a new key of the coordinator's store; the processes make equal calls."""
+        """Returns a new key for the coordinator; all processes make the same calls in order."""
         return f"mobilellm/{next(self._numbers)}/{what}"
 
 
@@ -67,21 +67,21 @@ def start(
     process_id: int | None = None,
     peer_timeout_sec: float = PEER_TIMEOUT_SEC,
 ) -> str:
-    """Connects this process with the others of the run; returns one line that describes the result.
+    """Connects this process with the others of the run; returns a line about the connection.
 
-    Call this function before a backend starts. Afterwards this process ends with a message when
-    another process is gone. The first three arguments come together or not at all. Without them the
-    environment tells the same facts.
+    Call this function before a backend starts. After the call, this process ends with a message if
+    another process is gone. Give all of the first three arguments or none. Without them, the
+    function reads the same facts from the environment.
 
     Args:
       coordinator_address: HOST:PORT of process 0.
-      num_processes: number of processes; 1 alone means that the environment is not asked.
+      num_processes: number of processes; 1 without the others ignores the environment.
       process_id: number of this process, from 0.
-      peer_timeout_sec: a process that is silent for so long counts as gone; with 0, only jax
-        watches the processes.
+      peer_timeout_sec: a process that sends no message for this time counts as gone; with 0, only
+        jax watches the processes.
 
     Raises:
-      ConfigError: if arguments are missing or impossible, or if process 0 runs other code.
+      ConfigError: if arguments are missing or wrong, or if process 0 runs other code.
       DistributedError: if this process cannot reach process 0.
     """
     coordinator_address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -108,16 +108,16 @@ def start(
 
 
 def is_first() -> bool:
-    """Returns whether this is process 0, which writes the files; the call starts no backend."""
+    """Returns whether this is process 0, which writes the files; starts no backend."""
     return int(process_state().process_id) == 0
 
 
 def from_first(what: str, compute: Callable[[], Any], timeout_sec: float = _AGREE_SEC) -> Any:
-    """Returns what `compute` returns in process 0, as JSON; the other processes wait for it.
+    """Runs `compute` in process 0, and returns its result (as JSON) in all processes.
 
     Raises:
       ConfigError: in all processes, if process 0 found a mistake of the user.
-      DistributedError: in the others, if process 0 failed otherwise or took too long.
+      DistributedError: in the other processes, if process 0 failed otherwise or took too long.
     """
     client = _client()
     if client is None:
@@ -138,7 +138,7 @@ def from_first(what: str, compute: Callable[[], Any], timeout_sec: float = _AGRE
 
 @contextlib.contextmanager
 def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
-    """Completes the block in all processes or in none: an error in one is raised in all.
+    """Waits until all processes have run the block; an error in one is raised in all.
 
     Raises:
       ConfigError: in all processes, if a process found a mistake of the user.
@@ -159,7 +159,7 @@ def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
         raise
     client.key_value_set(f"{key}/{own}", "{}")
     if own == 0:
-        # Only process 0 reads the answers of all. That makes n reads for n processes, not n^2.
+        # Only process 0 reads all answers: n reads for n processes, and not n^2 reads.
         answers = [json.loads(_read(client, f"{key}/{p}", what, timeout_sec)) for p in range(count)]
         failed = [{"process": p, **answer} for p, answer in enumerate(answers) if answer]
         client.key_value_set(f"{key}/all", json.dumps(failed[0] if failed else {}))
@@ -169,17 +169,17 @@ def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
 
 
 def leave(how: Parting, why: str = "") -> None:
-    """Tells the other processes that this process ends now, and how (see `Peers.leave`)."""
+    """Tells the other processes that this process ends, and why (see `Peers.leave`)."""
     if _membership.peers is not None:
         _membership.peers.leave(how, why)
 
 
 @contextlib.contextmanager
 def telling_failures() -> Iterator[None]:
-    """Tells the other processes why the block ended in this process, also after SIGTERM.
+    """If an error or SIGTERM ends the block, tells the other processes the reason.
 
     Raises:
-      DistributedError: if an error of the devices came from another process that is gone.
+      DistributedError: if a jax error in the block came from another process that is gone.
     """
     try:
         with FAREWELLS.during(lambda: leave("stopped", signal.SIGTERM.name)):
@@ -197,15 +197,15 @@ def telling_failures() -> Iterator[None]:
 def _at_exit() -> None:
     leave("done")
     if getattr(sys, "last_value", None) is not None:
-        # Python has printed the traceback. jax would now wait for the other processes, which wait
-        # for this process at another place, and then abort.
+        # Python has printed the traceback. jax would now wait for the other processes. They wait
+        # for this process elsewhere in the program, so jax would abort after its time limit.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(FAILED)
 
 
 def _wait_for(address: str) -> None:
-    """Waits until process 0 listens; jax would wait as well, but abort without a reason."""
+    """Waits until process 0 listens; after a wait of its own, jax would abort with no reason."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + _START_SEC
     while True:
@@ -227,12 +227,12 @@ def _initialize(peer_timeout_sec: float, **known: Any) -> None:
     jax.distributed.initialize(
         **known,
         initialization_timeout=_START_SEC,
-        # Longer than our own limit, because our message has the name of the process.
+        # This limit is longer than that of `Peers`, whose message names the process.
         heartbeat_timeout_seconds=max(_JAX_HEARTBEAT_SEC, math.ceil(2 * peer_timeout_sec)),
         shutdown_timeout_seconds=_SHUTDOWN_SEC,
     )
-    # jax has installed a handler that only records SIGTERM. The training loop has its own handler.
-    # Outside the loop, for example during a long compilation, SIGTERM has to end the process.
+    # jax has installed a handler that only records SIGTERM. Outside the training loop, which has
+    # its own handler, SIGTERM must end the process, for example during a long compilation.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
     if peer_timeout_sec and _client() is not None:
@@ -264,7 +264,7 @@ def _watch_peers(timeout_sec: float) -> None:
 
 
 def _check_code() -> None:
-    """Checks that all processes run the same code; different programs would wait for ever."""
+    """Checks that all processes run the same code; different code could wait for ever."""
     with together("comparing versions"):
         own = _code()
         first = from_first("versions", lambda: own)

@@ -1,8 +1,8 @@
-"""Ends a process on SIGTERM while no training step runs.
+"""Ends a process on SIGTERM outside the training loop.
 
-The training loop has its own handler, which finishes a step and saves. Before the first step the
-process prepares data, restores or compiles, and after the last step it only writes records. Ending
-the process then loses nothing, because every file is whole or absent.
+The training loop has its own handler, which finishes a step and saves. Before the first step, a
+process prepares data, restores or compiles. After the last step, it only writes records. The end of
+the process at such a time loses nothing, because no file is ever incomplete under its name.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 
 
 class Farewells:
-    """The calls that a process makes, the oldest first, when SIGTERM ends it.
+    """The functions that a process calls, the oldest first, when SIGTERM ends it.
 
-    The run registers its message to the other processes before it takes its lock. So the others
-    hear that this process was stopped, and only then another run can take the folder.
+    A run registers its last message to the other processes before it registers the release of its
+    lock. So the others receive the message before another run can lock the folder.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Farewells:
 
     @contextlib.contextmanager
     def during(self, call: Callable[[], None]) -> Iterator[None]:
-        """Registers `call` for the `with` block; another thread may call it at any moment."""
+        """Registers `call` for the `with` block; another thread may run `call` at any time."""
         self._calls.append(call)
         try:
             yield
@@ -39,7 +39,7 @@ class Farewells:
             self._calls.remove(call)
 
     def say(self) -> None:
-        """Makes the calls; the log shows what a call raises, and the next call follows."""
+        """Runs the registered functions; logs an error in one and goes on with the next."""
         for call in list(self._calls):
             try:
                 call()
@@ -47,18 +47,18 @@ class Farewells:
                 _log.warning(f"While stopping: {type(error).__name__}: {error}")
 
 
-FAREWELLS = Farewells()  # of this process
+FAREWELLS = Farewells()  # The functions of this process.
 
 
 class EarlyStop:
-    """Ends the process with exit code 75 on SIGTERM in the `with` block.
+    """Ends the process with exit code 75 if SIGTERM comes during the `with` block.
 
-    A thread ends the process. A Python signal handler runs only when the main thread returns from
-    C, which can take minutes in a compiler. Libraries may swallow an exception of a handler.
+    A thread ends the process. Python runs a signal handler only when the main thread returns from C
+    code, which can take minutes in a compiler. Libraries may also catch a handler's exception.
     """
 
     def __enter__(self) -> Self:
-        self._asked = False  # the handler of this class has run
+        self._asked = False  # whether the handler of this class has run
         self._ending = threading.Event()
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
@@ -80,9 +80,9 @@ class EarlyStop:
 
     def _watch(self) -> None:
         while number := os.read(self._read_end, 1):
-            # The training loop installs a handler of its own while it runs steps. If SIGTERM comes
-            # just before, this thread may look only after the change. `signal.signal` runs pending
-            # handlers before it changes one, so `_asked` is set then.
+            # The training loop installs its own handler. If SIGTERM comes just before that, this
+            # thread may find only the new handler. `_asked` is then True, because `signal.signal`
+            # runs the pending handlers before it installs a new one.
             ours = self._asked or signal.getsignal(signal.SIGTERM) == self._take_note
             if number[0] == signal.SIGTERM and ours:
                 self._ending.set()

@@ -1,6 +1,6 @@
-"""The names of jax that are not public, and a workaround for jax's abort.
+"""Uses the private names of jax that this package needs, and delays aborts of jax.
 
-No other file of this room may use them.
+No other file of this folder may use private names of jax.
 """
 
 import ctypes
@@ -9,11 +9,11 @@ from typing import Any
 
 
 def process_state() -> Any:
-    """Returns jax's record of the processes: own number, their number, client of the coordinator.
+    """Returns jax's data about the run: process number, process count, coordinator client.
 
     `jax.process_index` starts a backend, and no public function returns the client. Orbax and Flax
-    use the same name, https://github.com/jax-ml/jax/blob/main/jax/_src/distributed.py. This
-    function can go when jax publishes the client's key-value store.
+    use the same name, https://github.com/jax-ml/jax/blob/main/jax/_src/distributed.py. Remove
+    this function when jax has a public key-value store.
     """
     from jax._src import distributed
 
@@ -21,14 +21,14 @@ def process_state() -> Any:
 
 
 def delay_aborts() -> None:
-    """Delays every abort by a few seconds, so that `Peers` can name the process that is gone.
+    """Delays every abort by a few seconds, so that `Peers` can first name the process that is gone.
 
-    The client of jax aborts as soon as process 0 does not answer. A thread in C calls `abort`, and
+    The client of jax aborts as soon as process 0 does not answer. A C++ thread calls `abort`, and
     no Python code can prevent that: jax's `missed_heartbeat_callback` fails with `std::bad_cast`
-    (jax 0.10.2, https://github.com/jax-ml/jax/blob/main/jaxlib/_jax.cc). So libc's `sleep` becomes
-    the handler of SIGABRT, which POSIX allows in a handler. The aborting thread then sleeps for the
-    number of the signal, 6 seconds, and ends the process afterwards. This function can go when the
-    callback of jax calls Python code.
+    (jax 0.10.2, https://github.com/jax-ml/jax/blob/main/jaxlib/_jax.cc). This
+    function makes libc's `sleep` the handler of SIGABRT; POSIX allows `sleep` in a handler. Its
+    argument is the number of the signal, so the aborting thread sleeps for 6 seconds and then ends
+    the process. Remove this function when the callback of jax works.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p

@@ -1,10 +1,10 @@
-"""Watches the processes of a run, and names a process that is gone.
+"""Watches the processes of a run, and ends them if one is gone; the message names it.
 
-When a process dies or hangs, the others wait in a collective, or jax aborts them without a name. So
-every process keeps a connection to process 0, and both ends send a short message (a beat) in equal
-intervals. Process 0 tells the others which process is gone. A process whose connection closes
-without a parting message is gone at once. A process that sends nothing for `timeout_sec` is gone as
-well. No wall clock is used.
+When a process dies or hangs, the others wait in a collective, or jax aborts them without naming it.
+So every process keeps a connection to process 0, and both ends send a short message (a beat) in
+equal intervals. Process 0 tells the others which process is gone. A process counts as gone if its
+connection closes without a parting message, or if it sends nothing for `timeout_sec`. All times are
+from monotonic clocks.
 """
 
 import asyncio
@@ -23,17 +23,17 @@ from typing import Any, Literal, NamedTuple
 from mobilellm_jax.errors import FAILED, SAVED_REQUEUE_ME
 from mobilellm_jax.storage import strict_json
 
-_BEATS = 12  # in `timeout_sec`
-_LONGEST_BEAT_SEC = 5.0
-_PARTING_SEC = 2.0  # a leaving process waits so long for the others to read its message
-_MAX_BYTES = 1 << 14  # of a message
-_MAX_WHY = 2000  # characters
+_BEATS = 12  # Number of beats per `timeout_sec`.
+_LONGEST_BEAT_SEC = 5.0  # Longest time between two beats.
+_PARTING_SEC = 2.0  # Longest wait of a leaving process until others read its message.
+_MAX_BYTES = 1 << 14  # Largest size of a message.
+_MAX_WHY = 2000  # Largest length of a reason in characters.
 
 Parting = Literal["done", "stopped", "failed"]
 
 
 class Member(NamedTuple):
-    """A process of the run, as messages name it."""
+    """A process of the run, with the facts that name it in messages."""
 
     process: int
     host: str
@@ -44,15 +44,15 @@ class Member(NamedTuple):
 
 
 def end_at_once(code: int, text: str) -> None:
-    """Ends this process from any thread; a file that is being written keeps no final name."""
+    """Ends this process from any thread; files that are not complete get no final name."""
     os.write(2, f"\n{text}\n".encode())
     os._exit(code)
 
 
 class Peers:
-    """Watches the other processes in a thread, from `start` until `leave`.
+    """Watches the other processes in a thread, from the call of `start` to that of `leave`.
 
-    Process `own` of `count` calls `end` with an exit code and a message when another one is gone.
+    This is process `own` of `count`. If another process is gone, the thread calls `end`.
     """
 
     def __init__(
@@ -65,23 +65,23 @@ class Peers:
         self._me = Member(own, socket.gethostname(), os.getpid())
         self._count, self._timeout_sec, self._end = count, timeout_sec, end
         self._beat_sec = min(_LONGEST_BEAT_SEC, timeout_sec / _BEATS)
-        self._socket: socket.socket | None = None  # process 0 listens; others connect to it
+        self._socket: socket.socket | None = None  # Process 0 listens; others connect.
         self._token = secrets.token_hex(16)
-        self._writers: dict[int, asyncio.StreamWriter] = {}  # process -> its connection
+        self._writers: dict[int, asyncio.StreamWriter] = {}  # Connection of each process.
         self._talks: set[asyncio.Task[None]] = set()
         self._members: dict[int, Member] = {}
-        self._heard: dict[int, float] = {}  # process -> time of its last message; no parted ones
-        self._all_heard = 0.0  # a time after which every process was heard, as process 0 says
+        self._heard: dict[int, float] = {}  # Time of each process's last message.
+        self._all_heard = 0.0  # Process 0 has heard every process after this time.
         self._ends_at: float | None = None
         self._ending = (FAILED, "")
-        self._parting: dict[str, Any] = {}  # the last message of this process
+        self._parting: dict[str, Any] = {}  # The last message of this process.
         self._leaving = asyncio.Event()
         self._leave_once = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
 
     def listen(self) -> tuple[int, str]:
-        """Accepts connections in process 0; returns the port and the secret of a greeting."""
+        """Accepts connections in process 0; returns the port and the secret for connecting."""
         if socket.has_dualstack_ipv6():
             self._socket = socket.create_server(
                 ("", 0), family=socket.AF_INET6, dualstack_ipv6=True
@@ -101,7 +101,7 @@ class Peers:
         self._thread.start()
 
     def leave(self, how: Parting, why: str = "") -> None:
-        """Sends the parting message: done, stopped (all stop and resume later) or failed."""
+        """Sends the last message of this process; with "stopped", the other processes stop too."""
         with self._leave_once:
             if self._thread.is_alive():
                 self._parting = _parting(self._me, how, why)
@@ -109,10 +109,10 @@ class Peers:
                 self._thread.join()
 
     def explain(self) -> str | None:
-        """Returns what happened to another process, or None if all of them are alive.
+        """Returns a message about a process that is gone, or None if all are alive.
 
-        The call waits for a new message of every process. If a process sends no message, it counts
-        as lost, and this process ends as well.
+        The method waits for a new message of every process. A process that sends no message counts
+        as gone, and its absence also ends this process.
         """
         began = time.monotonic()
         while time.monotonic() < began + 2 * self._timeout_sec:
@@ -140,7 +140,7 @@ class Peers:
         while not self._leaving.is_set():
             now = time.monotonic()
             if now - woke > self._timeout_sec / 2:
-                # This process itself was paused, and has not read the messages of the others.
+                # This process was paused and could not read messages, so no one counts as gone.
                 self._heard = dict.fromkeys(self._heard, now)
             woke = now
             self._judge(now)
@@ -148,13 +148,13 @@ class Peers:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), self._beat_sec)
         self._send_all(self._parting)
-        # The other side closes the connection when it has read the message. The kernel may discard
-        # the message if this side closes first.
+        # The other process closes the connection after it has read the message. If this process
+        # closed the connection first, the kernel could discard the message.
         if self._talks:
             await asyncio.wait(self._talks, timeout=_PARTING_SEC)
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Accepts a connection in process 0 if its first message is the greeting of a process."""
+        """Accepts a connection in process 0 if it begins with the secret and a new number."""
         match await _next_message(reader):
             case {"token": str(token), "hello": [int(process), str(host), int(pid)]} if (
                 hmac.compare_digest(token, self._token)
@@ -207,7 +207,7 @@ class Peers:
         for writer in self._writers.values():
             if (
                 writer.transport.get_write_buffer_size() < _MAX_BYTES
-            ):  # otherwise it reads too slowly
+            ):  # a process that reads too slowly gets no message
                 writer.write(_line(message))
 
     def _part(self, who: Member, how: Parting, why: str) -> None:
@@ -218,7 +218,7 @@ class Peers:
         self._send_all(_parting(who, how, why))
         if self._ends_at is not None:
             return
-        # This process may finish its work alone. A collective without the other process never ends.
+        # This process has `timeout_sec` to end its work. A collective with the other never ends.
         self._ends_at = time.monotonic() + self._timeout_sec
         if how == "stopped":
             self._ending = SAVED_REQUEUE_ME, f"PEERS: {who} stopped: {why}."

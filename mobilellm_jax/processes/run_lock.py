@@ -1,10 +1,10 @@
-"""Gives one process the right to write in a run folder, and names the holder to others.
+"""Lets only one process write in a run folder, and tells others which process that is.
 
-`run.lock` in the folder is locked with `flock` and contains a line about its holder. The kernel
-releases the lock when the holder dies. NFS 4, and Lustre mounted with flock, hold it across hosts.
-Some file systems have no such lock or keep it on each host. There the line decides: the holder
-raises a count in the line every few seconds, and a count that stands still means that the holder is
-gone. No clock is compared with the clock of another host.
+The process that may write (the holder) locks `run.lock` in the folder with `flock`, and writes a
+line about itself there. The kernel releases the lock when the holder dies. On NFS 4, and on Lustre
+mounted with flock, the lock works across hosts. Other file systems have no such lock, or one that
+other hosts do not see. There the line decides: every few seconds, the holder raises a count in the
+line. A constant count means that the holder is gone. No host reads the clock of another host.
 """
 
 import contextlib
@@ -25,34 +25,34 @@ from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
 LOCK = "run.lock"
-BEAT_SEC = 5.0  # between two counts of a holder
-SILENT_SEC = 60.0  # without a new count for so long, a holder on another host counts as gone
-_FAREWELL_SEC = 5.0  # a process that stops waits so long for its main thread to leave `_take`
+BEAT_SEC = 5.0  # Time between two counts of a holder.
+SILENT_SEC = 60.0  # A holder on another host with no new count for this time is gone.
+_FAREWELL_SEC = 5.0  # Longest wait of a stopping process for `_take` in its main thread.
 
 _log = logging.getLogger(__name__)
 
 
 class LockLostError(RuntimeError):
-    """Another run has taken over the folder of this run, because this run was silent too long."""
+    """Another run has taken over the folder, because this run wrote no count for too long."""
 
 
 class RunLock:
-    """The right of this process to write in a run folder during the `with` block.
+    """Lets only this process write in a run folder during the `with` block.
 
-    On entering, a `ConfigError` names host, process, time and command of another holder.
+    If another process holds the folder, the block raises a `ConfigError` that names the process.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / LOCK
         self._me = _this_process()
         self._stop = threading.Event()
-        self._changing = threading.Lock()  # held while the file is taken or removed
+        self._changing = threading.Lock()  # Held while a thread takes or removes the file.
         self._lock: FileLock | None = None
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> "RunLock":
         with contextlib.ExitStack() as stack:
-            # SIGTERM may come at any moment from here on, and must not leave the file behind.
+            # SIGTERM can end the process at any time from here on, and must not leave the file.
             stack.enter_context(FAREWELLS.during(self._let_go))
             with self._changing:
                 lock = self._lock = self._take()
@@ -68,7 +68,7 @@ class RunLock:
         self._exits.close()
 
     def check(self) -> None:
-        """Raises `LockLostError` if another run has taken over, and `OSError` without a folder."""
+        """Raises `LockLostError` if another run holds the folder, `OSError` if it is missing."""
         if not self._is_ours():
             taker = _name(_parsed(self._path.read_bytes()))
             raise LockLostError(
@@ -77,7 +77,7 @@ class RunLock:
             )
 
     def _let_go(self) -> None:
-        """Removes the file if it is ours; the early stop may call this in another thread."""
+        """Removes the file if this process holds it; a thread of `EarlyStop` may call this."""
         self._stop.set()
         free = self._changing.acquire(timeout=_FAREWELL_SEC)
         try:
@@ -117,7 +117,7 @@ class RunLock:
                 lock = FileLock(self._path, required=False)
             except HeldError as error:
                 raise self._held(_parsed(error.text.encode())) from None
-            # The earlier holder may remove the file after we open it and before we lock it.
+            # The earlier holder may remove the file between our opening and our locking.
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self._path).st_ino == os.fstat(lock.descriptor).st_ino:
                     return lock
@@ -148,7 +148,7 @@ class RunLock:
         count = 0
         while not self._stop.wait(BEAT_SEC):
             count += 1
-            # The code that writes results reports a full or missing disk.
+            # Other code, which writes the results, reports a full or missing disk.
             with contextlib.suppress(OSError):
                 if self._is_ours():
                     lock.write(self._line(count))
@@ -167,7 +167,7 @@ def _this_process() -> dict[str, Any]:
         "boot": _boot(),
         "pid": os.getpid(),
         "started": _started(os.getpid()),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),  # only messages show it
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),  # only for messages
         "command": shlex.join(sys.orig_argv),
     }
 
@@ -196,7 +196,7 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """Returns when a process started, in ticks of the kernel, or "". The kernel reuses pids."""
+    """Returns the start time of a process in kernel ticks, or ""; the kernel reuses pids."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return ""

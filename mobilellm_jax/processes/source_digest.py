@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def source_digest(rooms: Sequence[str] = (".",)) -> str:
-    """Returns the SHA-256 of the Python files in `rooms`, files or folders of the package."""
+    """Returns the SHA-256 of the Python files in `rooms` (files or folders of the package)."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for room in rooms:

@@ -6,8 +6,8 @@ that are not finite or beyond 64 bits, and deep nesting. `as_type` converts the 
 an annotated type, such as a dataclass, and refuses a text with half a surrogate pair.
 
 The package msgspec also checks types and names the path of a wrong field. But msgspec accepts a key
-that occurs twice, and its limit of depth is the recursion limit of Python. The tests of this file
-check both properties.
+that occurs twice, and it limits the depth only by the recursion limit of Python. Tests of this file
+check both properties of msgspec.
 """
 
 import collections
