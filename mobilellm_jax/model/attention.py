@@ -102,7 +102,7 @@ def attend_within(
     segments_BT: Int[Array, "B T"] | None,
     mask_BTS: Bool[Array, "#B T S"] | None = None,
 ) -> Attend:
-    """Returns an `Attend` among the given tokens, without a cache.
+    """Returns an `Attend` in which the given tokens see only each other, without a cache.
 
     If `model.attention` is still `auto`, the function uses `xla`, because plain JAX runs on every
     device. `segments_BT` is the document of each token; None means one document per row. `mask_BTS`

@@ -3,7 +3,7 @@
 This is the only decoder block in JAX. Training and prefill scan over it (`layer_sharing.py`).
 Decoding and the StableHLO export call it layer after layer (`decoding.py`). The callers differ only
 in the function `attend` that they pass. This function determines which keys and values a query
-sees, and where new keys and values are stored.
+sees, and where it stores new keys and values.
 
 A block is the unit that layer sharing repeats (paper Fig. 6: attention and feed-forward together).
 """

@@ -64,7 +64,7 @@ def attend_with_cache(
     positions_BT: Int[Array, "B T"],
     mask_BTS: Bool[Array, "B T S"],
 ) -> Attend:
-    """Returns an `Attend` that writes new keys and values to a cache slot and reads the slot.
+    """Returns an `Attend` that writes new keys and values to a cache slot and then reads the slot.
 
     The caller keeps `positions_BT` within the capacity. The second result of the `Attend` is the
     cache with the new tokens.
@@ -132,7 +132,7 @@ def align(cache: KVCache) -> AlignedCache:
 def attend_with_slot(
     k_WSH: Rows, v_WSH: Rows, at: Int[Array, ""], mask_W11S: Bool[Array, "W 1 1 S"]
 ) -> Attend:
-    """Returns an `Attend` of one new token per row to a slot of an `AlignedCache`.
+    """Returns an `Attend` for one new token per row, which sees a slot of an `AlignedCache`.
 
     The `Attend` first writes the new keys and values at index `at` of the slot. Its second result
     is the updated keys and values of the slot.

@@ -45,7 +45,7 @@ from mobilellm_jax.model.transformer import Params, head_matrix
 class DecodingWeights:
     """A model's parameters for `decode`: matrices in the compute dtype, norms in float32.
 
-    Quantized matrices stay quantized.
+    Quantized matrices remain quantized.
     """
 
     table_VD: Kernel

@@ -32,7 +32,7 @@ class SpecialKernel(abc.ABC):
     """A weight matrix with its own multiplication, such as integers (`quantize/kernels.py`)."""
 
     integer_products: Any
-    """Whether activations are rounded to 8 bits before the product."""
+    """Whether activations are rounded to 8 bits before the multiplication."""
 
     @property
     def T(self) -> Any:  # noqa: N802  # the name that arrays use
@@ -56,7 +56,7 @@ class SpecialKernel(abc.ABC):
 
 
 Kernel = Array | SpecialKernel
-"""A weight matrix in any form that `product` takes."""
+"""A weight matrix in any form that `product` accepts."""
 
 
 def matrix(module: Any, name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Kernel:

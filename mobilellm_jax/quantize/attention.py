@@ -1,4 +1,4 @@
-"""Attention with 8-bit integer products, and caches that keep 8-bit rows.
+"""Attention with 8-bit integer multiplications, and caches that keep 8-bit rows.
 
 Queries, keys and values have one scale per token and head. The multiplication of softmax weights
 with values sums over the tokens, so the scales of the values cannot be moved out of the sum. The

@@ -32,7 +32,7 @@ class Hooks:
     # Waits until the checkpoint is complete; raises errors of the save.
     finish_saving: Callable[[], None]
     validate: Callable[[TrainState], Mapping[str, float]]  # Returns the validation metrics.
-    sample: Callable[[int, TrainState], None]  # Runs the periodic evaluation of `evaluate.every`.
+    sample: Callable[[int, TrainState], None]  # Writes samples and scores of the model.
     # Returns whether a save failed and has to be repeated now; all processes get the same value.
     retry_is_due: Callable[[], bool] = lambda: False
     # Receives whether this process wants to stop, and returns whether all processes stop.
@@ -69,9 +69,9 @@ def train_loop(
     train, first, steps = config.train, int(state.step), config.train.steps
     watch = _Watch(config, hooks, Reporter(config, writer), walltime)
     report, stop = watch.report, StopRequest()
-    # The loop first evaluates the restored step, because an earlier process may have saved this
-    # step and ended before its evaluation. The loop saves each step before its evaluation, so that
-    # a failed evaluation loses no training.
+    # The loop first evaluates the given state, because an earlier process may have saved the state
+    # and ended before the evaluation. The loop saves each state before its evaluation, so that a
+    # failed evaluation loses no training.
     watch.look(first, state)
     with contextlib.ExitStack() as stack:
         placed = stack.enter_context(contextlib.closing(prefetch(batches, hooks.put)))

@@ -12,7 +12,7 @@ from mobilellm_jax.storage import rundir
 def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draws training and validation loss (nats per token) over the steps as a PNG file.
 
-    Without matplotlib the function draws nothing; `MetricsWriter` warns of this once per run.
+    Without matplotlib the function draws nothing; `MetricsWriter` warns that the package is absent.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return

@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 WINDOW_STEPS = 128
-"""Number of finite steps that the guard remembers; no spike before half of them are seen."""
+"""Number of finite steps that the guard remembers; it finds no spike before half of them."""
 
 
 @struct.dataclass
@@ -42,7 +42,7 @@ def judge(
 
     A step is a spike if its loss or gradient norm exceeds a limit: `factor` standard deviations
     above the mean of the recent values. With `factor` 0, no step is a spike. The buffers store the
-    limit in place of a higher value, so that one spike does not hide the next spike. If the values
+    limit instead of a higher value, so that one spike does not hide the next spike. If the values
     stay high, the limit rises from step to step. The buffers ignore steps that are not finite.
     """
     place = recent.seen % WINDOW_STEPS
