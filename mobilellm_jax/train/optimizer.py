@@ -16,9 +16,7 @@ import optax
 from mobilellm_jax.config import OptimizerConfig
 
 ParamsOrPlaceholder = Any
-"""A tree of parameters, or a placeholder that Optax uses to find the arrays of parameters in a
-state.
-"""
+"""A tree of parameters, or a placeholder by which Optax finds parameter arrays in a state."""
 
 _WSD_DECAY_SHARE = 0.2  # The last share of the steps, in which the learning rate falls.
 # The root mean square of AdamW's updates. Muon's updates are scaled to the same root mean square,
