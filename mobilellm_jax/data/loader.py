@@ -1,9 +1,10 @@
 """Reads batches from token folders with Grain.
 
-A training sample depends only on `data.seed` and the global sample index. The index determines the
-component of the mixture and the index among the component's samples (`mixture.py`). In a component
-with W windows, sample i is window `permuted(i mod W)` of epoch i // W. A run can therefore continue
-at any index, on any number of hosts, with the same order.
+A training sample depends only on `data.seed` and the global sample index. From this index,
+`mixture.py` computes a component of the mixture and the number i of the sample within the
+component. In a component with W windows, sample i is window `permuted(i mod W)` of epoch i // W. A
+training run can therefore continue at any sample index, on any number of hosts, with the same order
+of samples.
 """
 
 import functools
@@ -22,10 +23,11 @@ from mobilellm_jax.data.token_stream import TokenStream
 from mobilellm_jax.data.windows import NO_WINDOW, Batch, count_windows, read_windows
 from mobilellm_jax.errors import UserError
 
-# One thread copies while the other waits for a page from the disk. Four threads compete for the GIL
-# and read half as much.
+# With two threads, one thread copies while the other waits for the disk. Four threads compete for
+# the GIL, and together read half as much as two.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-# The windows of so many samples are computed together, hardly slower than those of one batch.
+# Number of samples whose windows are computed together. This takes hardly longer than the
+# computation for one batch.
 _PLACED_TOGETHER = 4096
 # Grain needs a length. At a million batches per second, this length lasts 146,000 years.
 _ENDLESS = 1 << 62
@@ -40,10 +42,11 @@ def train_batches(
     num_batches: int | None = None,
     rows: NDArray[np.int64] | slice | None = None,
 ) -> Iterator[Batch]:
-    """Returns training batches from global sample `first_sample` on; None means without end.
+    """Returns `num_batches` training batches from global sample `first_sample` on.
 
-    Batch k contains the samples from first_sample + k * global_batch on. `rows` selects the rows of
-    the batch that this host feeds. `read_windows` describes the arrays.
+    Batch k contains `global_batch` samples from sample first_sample + k * global_batch on. If
+    `num_batches` is None, the batches never end. `rows` selects the rows of the batch that this
+    host reads. `read_windows` describes the arrays of a batch.
 
     Raises:
       UserError: if a component has no token to predict.
@@ -55,10 +58,10 @@ def train_batches(
 
     together = max(1, _PLACED_TOGETHER // max(1, len(row_B)))
 
-    # Grain's threads read ahead, so a few blocks of batches are kept.
+    # Grain's threads read batches ahead, so the cache keeps a few blocks of batches.
     @functools.lru_cache(maxsize=4)
     def places(block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns component and window of every row of `together` batches."""
+        """Returns the component and window of every row in a block of `together` batches."""
         index_N1 = np.arange(block * together, (block + 1) * together)[:, None]
         sample_S = (first_sample + index_N1 * global_batch + row_B).ravel()
         component_S, index_S = mixture.place(sample_S, data.seed)
@@ -88,8 +91,9 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Returns each window of the validation split once, in at most `num_batches` batches.
 
-    A component without a validation split is left out, and each component starts a new batch. Rows
-    after the last window have weight 0, so every batch has the same shape.
+    The batches leave out components without a validation split. A batch contains windows of only
+    one component. If too few windows remain for a batch, it is filled with rows of weight 0, so
+    every batch has the same shape.
 
     Raises:
       UserError: if no component has validation tokens to predict.
@@ -113,12 +117,13 @@ def validation_batches(
 
 
 def required_streams(mixture: Mixture, split: str) -> list[TokenStream]:
-    """Returns the stream of every component for the split.
+    """Returns the token stream of every component in the split `split`.
 
-    For validation, components without held-out documents are left out.
+    For the validation split, the list leaves out components without validation documents.
 
     Raises:
-      UserError: if a component that is needed has no token to predict.
+      UserError: if a component has no training token to predict, or no component has a validation
+        token to predict.
     """
     streams = []
     for component in mixture.components:

@@ -1,14 +1,16 @@
-"""The data of a run: one token folder, or several components in exact proportions.
+"""The data of a training run: one token folder, or several components in exact proportions.
 
 `data.path` names a folder that `prepare` wrote, or a mixture such as `DIR:0.7,DIR:0.3`. A folder
-whose sources were prepared with weights is itself a mixture of these sources. In a mixture of
-folders, the weight of a source is the weight of its folder times its own weight.
+whose sources were prepared with weights is itself a mixture of these sources. If such a folder is
+in a mixture of folders, the share of a source in the samples is the share of its folder times the
+share of the source within the folder.
 
-The order of samples needs no state. Weights are exact fractions, so a smallest block of D samples
-exists with a whole number n_c of samples of each component c. Sample i has place i mod D in block i
-// D. A permutation of the places, different in each block, gives the component of the sample and
-its index among the component's samples. Every block has exactly the requested proportions, and each
-component has its own epochs.
+The order of samples is computed from the sample index, without state. The weights are exact
+fractions, so there is a smallest block of D samples that contains an integer number n_c of samples
+of each component c. Sample i has position i mod D in block i // D. Each block has its own
+permutation of the positions. The permuted position determines the component of the sample and the
+number of the sample within the component. Every block has exactly the requested proportions, and
+each component has its own epochs.
 """
 
 import dataclasses
@@ -32,23 +34,25 @@ from mobilellm_jax.data.shards import Counts, Dataset, open_tokens
 from mobilellm_jax.data.token_stream import TokenStream
 
 MAX_BLOCK = 100_000
-# A number within the exponents of a float. The exact number 1e999999999 would fill the memory.
+# A decimal number with at most two digits in the exponent. An exact fraction with a larger
+# exponent, such as 1e999999999, would fill the memory.
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,2})?")
-# Stream number for `permuted`. Component c permutes its windows with stream c.
+# Value of the argument `stream` of `permuted` for blocks. For the windows of component c, the value
+# is c.
 _BLOCKS = -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Component:
-    """A folder, or one source of a folder; `share` is its part of the samples."""
+    """A folder, or one source of a folder; `share` is the fraction of samples that come from it."""
 
     name: str
     share: Fraction
     dataset: Dataset
-    source: int | None  # number of the source; None: the whole folder
+    source: int | None  # Index of the source, or None for the folder.
 
     def stream(self, split: str) -> TokenStream | None:
-        """Returns the component's part of a split, or None if this part has no token to predict."""
+        """Returns the component's tokens in a split, or None if there is no token to predict."""
         whole = self.dataset.splits.get(split)
         if whole is None:
             return None
@@ -64,14 +68,14 @@ class Component:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Components whose shares add up to 1; `path` is the text of `data.path`."""
+    """Components whose shares add up to 1; `path` is the value of `data.path`."""
 
     path: str
     components: tuple[Component, ...]
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
-        """The folders in order, each once."""
+        """All folders of the mixture in order, without repetitions."""
         return tuple({c.dataset.path: c.dataset for c in self.components}.values())
 
     @property
@@ -81,7 +85,7 @@ class Mixture:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A checksum of the data and the shares; it does not depend on where the folders are."""
+        """A checksum of the data and the shares, which does not depend on the folders' paths."""
         if len(self.components) == 1:
             return self.components[0].dataset.fingerprint
         parts = [[c.dataset.fingerprint, c.source, str(c.share)] for c in self.components]
@@ -102,7 +106,7 @@ class Mixture:
     def place(
         self, sample_B: NDArray[np.int64], seed: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns each global sample's component, and its index in the component."""
+        """Returns the component of each global sample, and the sample's number in the component."""
         ends = np.cumsum(self.block_counts)
         block_B, place_B = np.divmod(sample_B, ends[-1])
         place_B = permuted(place_B, int(ends[-1]), seed, block_B, _BLOCKS)
@@ -112,7 +116,7 @@ class Mixture:
 
 
 def mixture_of(dataset: Dataset) -> Mixture:
-    """Returns the mixture of the sources of a folder, or of the folder alone without weights."""
+    """Returns the mixture of a folder's sources, or of the folder alone if it has no weights."""
     return _mixture(str(dataset.path), [(dataset, Fraction(1))])
 
 
@@ -120,7 +124,7 @@ def open_mixture(path: str) -> Mixture:
     """Opens the folder or the folders that `data.path` names.
 
     Raises:
-      ConfigError: if a weight is bad, tokenizers differ, or a block is too long.
+      ConfigError: if a weight is invalid, tokenizers differ, or a block would be too long.
       MissingFileError: if a folder or file is missing.
       UserError: if a folder is damaged.
     """
@@ -142,8 +146,9 @@ def open_mixture(path: str) -> Mixture:
 def split_path(path: str) -> list[tuple[Path, Fraction]]:
     """Returns the folders and the weights that a `data.path` names.
 
-    An existing folder counts as that folder, whatever its name contains. In a mixture, the weight
-    follows the last colon, and a folder cannot have a comma in its name.
+    If `path` is the path of an existing folder, the result is this folder, even if the path
+    contains commas or colons. In a mixture, the weight of a folder follows the last colon, and a
+    folder's path cannot contain a comma.
 
     Raises:
       ConfigError: if a weight is missing or bad, or a folder is named twice.
@@ -161,7 +166,7 @@ def split_path(path: str) -> list[tuple[Path, Fraction]]:
 
 
 def is_mixture(path: str) -> bool:
-    """Returns whether `data.path` is not a folder and has the form of a mixture."""
+    """Returns whether `path` has the form of a mixture; does not check if `path` is a folder."""
     return "," in path or _weight(path.rpartition(":")[2]) is not None
 
 
@@ -178,7 +183,7 @@ def _weighted(path: str, item: str) -> tuple[Path, Fraction]:
 
 
 def _weight(text: str) -> Fraction | None:
-    """Returns a decimal number exactly, so that 0.1 + 0.2 is 0.3, or None if it is not a number."""
+    """Returns the exact value of a decimal number (0.1 + 0.2 is 0.3), or None for another text."""
     return Fraction(text) if _DECIMAL.fullmatch(text) else None
 
 
@@ -217,7 +222,7 @@ def _parts(dataset: Dataset, share: Fraction) -> Iterator[Component]:
 
 
 def _unique_names(components: Sequence[Component]) -> list[str]:
-    """Returns a short name per folder; equal names get the path or a number."""
+    """Returns a name for each component; adds the path or a number to equal names."""
     names = [component.name for component in components]
     paths = [
         str(c.dataset.path) if c.source is None else f"{c.dataset.path}/{c.name}"

@@ -1,10 +1,11 @@
-"""A seeded permutation of 0..n-1 that is computed per index and needs no memory.
+"""A seeded permutation of 0..n-1, which is computed for single indices without a table.
 
-A Feistel network permutes the 2h-bit numbers. An index whose image is n or larger goes through the
-network again until its image is below n (cycle walking; Black and Rogaway 2002, "Ciphers with
-arbitrary finite domains"). This takes fewer than four rounds on average, because 2^(2h) < 4n. The
-round function is the finalizer of SplitMix64 (Steele et al. 2014). Checkpoints depend on this
-order, so it must never change.
+A Feistel network permutes the numbers of 2h bits. If the image of an index is n or larger, the
+network is applied to the image again, until the image is less than n (cycle walking; Black and
+Rogaway 2002, "Ciphers with arbitrary finite domains"). On average, this takes fewer than four
+applications, because 2^(2h) < 4n. The round function is the finalizer of SplitMix64 (Steele et al.
+2014). The permutation must never change, because a run that continues from a checkpoint depends on
+the same order of samples.
 """
 
 import numpy as np
@@ -22,7 +23,8 @@ def permuted(
 ) -> NDArray[np.int64]:
     """Returns the images of indices in [0, n) under the permutation of (seed, epoch, stream).
 
-    `epoch` may differ per index. Different purposes use different streams.
+    `epoch` is one number, or one number per index. Different values of `stream` give independent
+    permutations.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low_bits = np.uint64((1 << int(half)) - 1)
@@ -47,7 +49,7 @@ def _uint64(value: int) -> NDArray[np.uint64]:
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    value = value + np.uint64(0x9E3779B97F4A7C15)  # the multiplication wraps around on purpose
+    value = value + np.uint64(0x9E3779B97F4A7C15)  # The operations wrap around on purpose.
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

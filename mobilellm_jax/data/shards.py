@@ -1,13 +1,14 @@
 """Token shards: the folder that `prepare` writes and training reads.
 
-    manifest.json                   description; written last, so it makes the folder complete
+    manifest.json                   Description; written last, so it completes the folder.
     tokenizer.model | tokenizer.json
-    SPLIT-00000-of-000NN.tokens     ids, little-endian uint16 (uint32 from vocabulary 65,536)
-    SPLIT-00000-of-000NN.offsets    start of each document in the shard, little-endian uint64
-    SPLIT-00000-of-000NN.loss_mask  uint8 per token, 0 if the token is not a target; may be absent
+    SPLIT-00000-of-000NN.tokens     Token ids, little-endian uint16 (uint32 from 65,536 ids).
+    SPLIT-00000-of-000NN.offsets    Start of each document in the shard, little-endian uint64.
+    SPLIT-00000-of-000NN.loss_mask  uint8 per token, 0 if it is not a target; may be absent.
 
-A document is in one shard, as BOS, tokens and EOS. The shards of a split, one after another, are
-its stream (`token_stream.py`). The sources follow one another in the order of the manifest.
+A document is stored in one shard, as BOS, its tokens and EOS. The shards of a split, in order, are
+the token stream of the split (`token_stream.py`). Within a split, the documents of the sources
+follow each other in the order of the manifest.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ _SPLIT_NAME = re.compile("[a-z_]{1,40}")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-    """`text_bytes` counts the UTF-8 bytes of the documents; `tokens` includes BOS and EOS."""
+    """Numbers of documents, tokens (BOS and EOS included) and UTF-8 bytes of the documents."""
 
     documents: int = 0
     tokens: int = 0
@@ -65,14 +66,14 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split(Counts):
-    """The totals of a split, and its shards in the order of the stream."""
+    """The counts of a split, and the shards of the split in the order of its stream."""
 
     shards: tuple[Shard, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceRecord:
-    """The result of one source; `weight` is its share of training, or None without weights.
+    """A source in the manifest; `weight` is None if the user gave no weights.
 
     `bad_lines` lists the lines that `--on_bad_line=skip` left out, with file, line, byte_offset and
     reason.
@@ -111,7 +112,7 @@ class Dataset:
     splits: Mapping[str, TokenStream]
 
     def source_stream(self, split: str, source: int) -> TokenStream:
-        """Returns the part of a split's stream that source number `source` gave."""
+        """Returns the part of a split's stream that contains the documents of source `source`."""
         counts = [record.splits.get(split, Counts()) for record in self.manifest.sources]
         start = sum(each.tokens for each in counts[:source])
         stop = start + counts[source].tokens
@@ -119,7 +120,7 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A checksum of the data that training reads; the folder's place and date do not count."""
+        """A checksum of the data that training reads; independent of the folder's path and date."""
         manifest = self.manifest
         content = {
             "tokenizer": manifest.tokenizer_sha256,
@@ -137,21 +138,21 @@ class Dataset:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Returns the dtype of ids on disk."""
+    """Returns the dtype of token ids on disk."""
     return np.dtype("<u2" if vocab_size < UINT32_VOCABULARY else "<u4")
 
 
 def shard_name(split: str, index: int, count: int) -> str:
-    """Returns the name of a shard's files without the suffix."""
+    """Returns the common name of a shard's files, without a suffix."""
     return f"{split}-{index:05d}-of-{count:05d}"
 
 
 def open_tokens(path: Path) -> Dataset:
-    """Opens a complete folder, and checks the sizes of files and the tokenizer's checksum.
+    """Opens a complete folder; checks the sizes of its files and the checksum of the tokenizer.
 
     Raises:
       MissingFileError: if the folder, its manifest or a listed file is missing.
-      UserError: if a file has another size or checksum than the manifest says.
+      UserError: if the size or the checksum of a file differs from the manifest.
     """
     manifest = read_manifest(path)
     itemsize = np.dtype(manifest.dtype).itemsize
@@ -181,7 +182,7 @@ def open_tokens(path: Path) -> Dataset:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Returns the manifest of a folder after a check of its form; listed files are not checked.
+    """Checks and returns the manifest of a folder; does not check the files that it lists.
 
     Raises:
       MissingFileError: if the manifest is missing.
@@ -216,10 +217,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 class ShardWriter(contextlib.ExitStack):
-    """Writes documents in the layout of a shard; `complete` gives the files their names.
+    """Writes documents to the files of a shard; `complete` gives these files their final names.
 
-    If the `with` block ends without a call of `complete`, the files are deleted. The shard has a
-    loss mask as soon as a batch has one; in other batches, every token is a target.
+    If the `with` block ends without a call of `complete`, the files are deleted. If any call of
+    `add` gets a mask, the shard has a loss mask. In calls without a mask, every token is a target.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
@@ -231,7 +232,7 @@ class ShardWriter(contextlib.ExitStack):
     def add(
         self, ids_N: NDArray[Any], start_D: NDArray[np.int64], mask_N: NDArray[np.uint8] | None
     ) -> None:
-        """Appends documents, which start at `start_D` of the ids."""
+        """Appends the documents in `ids_N`, which start at the indices `start_D`."""
         if mask_N is not None and LOSS_MASK not in self._files:
             self._write(LOSS_MASK, np.ones(self.tokens, LOSS_MASK_DTYPE))
         self._write(TOKENS, ids_N.astype(self._dtype, copy=False))
@@ -243,7 +244,7 @@ class ShardWriter(contextlib.ExitStack):
         self.tokens += len(ids_N)
 
     def complete(self) -> Shard:
-        """Puts the shard on disk and returns its description."""
+        """Completes the files of the shard on disk, and returns the shard's description."""
         suffixes = [s for s in (TOKENS, OFFSETS, LOSS_MASK) if s in self._files]
         files = {suffix: self._files[suffix].record() for suffix in suffixes}
         return Shard(name=self._name, documents=self.documents, tokens=self.tokens, files=files)
@@ -284,7 +285,7 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         if not 0 <= getattr(manifest, name) < manifest.vocab_size:
             yield f"{name}={getattr(manifest, name)} is no id below vocab_size"
     for name, split in manifest.splits.items():
-        # A name with a slash could point outside of the folder.
+        # A name that contains a slash could refer to a file outside the folder.
         if not _SPLIT_NAME.fullmatch(name):
             yield f"{shown(name)} is no name of a split"
         yield from _impossible(f"split {name}", split)

@@ -1,4 +1,4 @@
-"""The tokens of a split as one stream over all its shards, which are mapped into memory."""
+"""The tokens of all shards of a split as one stream; the shards are mapped into memory."""
 
 import bisect
 import dataclasses
@@ -18,7 +18,8 @@ OFFSET_DTYPE = np.dtype("<u8")
 LOSS_MASK_DTYPE = np.dtype("u1")
 
 _FILES_PER_SHARD = 3
-# Files that the process opens for other purposes: checkpoints, logs, libraries, sockets.
+# Number of files that the process may open for other purposes: checkpoints, logs, libraries,
+# sockets.
 _FILES_LEFT_FREE = 256
 
 
@@ -32,12 +33,12 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shard:
-    """The files `name`.tokens, `name`.offsets and, with a mask, `name`.loss_mask."""
+    """A shard: the files `name`.tokens, `name`.offsets and, if it has a mask, `name`.loss_mask."""
 
     name: str
     documents: int
     tokens: int
-    files: Mapping[str, FileRecord]  # by suffix
+    files: Mapping[str, FileRecord]  # Records by suffix.
 
 
 class _Arrays(NamedTuple):
@@ -47,7 +48,7 @@ class _Arrays(NamedTuple):
 
 
 class TokenStream:
-    """A stream of `tokens` tokens in `documents` documents; `view` returns a part of it."""
+    """A stream of `tokens` tokens in `documents` documents; `view` returns a part of the stream."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], dtype: np.dtype[Any]) -> None:
         self.documents = sum(shard.documents for shard in shards)
@@ -58,13 +59,14 @@ class TokenStream:
         self._bounds: list[int] = [0, *(int(end) for end in ends)]
         self._first, self.tokens = 0, self._bounds[-1]
 
-        # The cache must not refer to `self`: the last user of a stream then closes its files.
+        # The cache must not refer to `self`, because a cycle of references would keep the files
+        # open after the last use of the stream.
         @functools.lru_cache(maxsize=_shards_open_at_once(len(shards)))
         def arrays(index: int) -> _Arrays:
             shard = shards[index]
 
             def mapped(suffix: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-                # A plain array slices faster than the np.memmap below it.
+                # Slicing is faster for a plain array than for an np.memmap.
                 return np.asarray(np.memmap(folder / f"{shard.name}.{suffix}", dtype, mode="r"))
 
             return _Arrays(
@@ -76,7 +78,7 @@ class TokenStream:
         self._arrays = arrays
 
     def view(self, start: int, stop: int, documents: int) -> "TokenStream":
-        """Returns tokens [start, stop), which are `documents` whole documents, as a stream."""
+        """Returns tokens [start, stop) as a stream; they must be `documents` complete documents."""
         assert 0 <= start <= stop <= self.tokens, f"[{start}, {stop}) not in [0, {self.tokens})"
         part = object.__new__(TokenStream)
         part.__dict__.update(self.__dict__)
@@ -84,7 +86,7 @@ class TokenStream:
         return part
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Returns tokens [start, stop) of the stream, as a copy only if they span shards."""
+        """Returns tokens [start, stop); copies them only if they span several shards."""
         parts = [
             self._arrays(shard).tokens[low - base : high - base]
             for shard, base, low, high in self._overlaps(start, stop)
@@ -92,13 +94,13 @@ class TokenStream:
         return _joined(parts, self._dtype)
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Returns the positions in [start, stop) at which documents start, ascending."""
+        """Returns the positions in [start, stop) at which documents start, in ascending order."""
         found = []
         for shard, base, low, high in self._overlaps(start, stop):
             offsets = self._arrays(shard).offsets
             first, last = np.searchsorted(offsets, np.array([low - base, high - base], np.uint64))
             starts = offsets[first:last].astype(np.int64) + base
-            # With data.verify=false, nothing has checked the offsets.
+            # If data.verify=false, no earlier step has checked the offsets.
             if len(starts) and not (
                 low <= starts[0] and starts[-1] < high and (starts[1:] > starts[:-1]).all()
             ):
@@ -110,7 +112,7 @@ class TokenStream:
         return _joined(found, np.dtype(np.int64))
 
     def loss_mask(self, start: int, stop: int) -> NDArray[np.uint8] | None:
-        """Returns 1 for each token of [start, stop) that may be a target, else 0.
+        """Returns 1 for each token in [start, stop) that may be a target, and 0 for other tokens.
 
         Returns None if the stream has no mask, so that every token may be a target.
         """
@@ -125,9 +127,10 @@ class TokenStream:
         return _joined(parts, LOSS_MASK_DTYPE)
 
     def _overlaps(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-        """Returns (shard, its first position, low, high) for every shard that overlaps the range.
+        """Returns (shard, its first position, low, high) for each shard that overlaps the range.
 
-        All positions count from the start of the whole split, also in a view.
+        The returned positions count from the start of the split, even if this stream is a view.
+        [low, high) is the part of the range that the shard contains.
         """
         assert 0 <= start <= stop <= self.tokens, f"[{start}, {stop}) not in [0, {self.tokens})"
         start, stop = self._first + start, self._first + stop
@@ -147,10 +150,10 @@ def _joined(parts: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _shards_open_at_once(shards: int) -> int:
-    """Returns how many shards may stay mapped; it may raise the process's limit of open files.
+    """Returns how many shards may stay mapped; raises the limit of open files if necessary.
 
-    A mapping keeps its file open. A trillion tokens are 16,000 shards, and the usual soft limit of
-    open files is 1,024.
+    Every mapped file stays open. A trillion tokens are about 16,000 shards, but the usual soft
+    limit of open files is 1,024.
     """
     wanted = shards * _FILES_PER_SHARD + _FILES_LEFT_FREE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

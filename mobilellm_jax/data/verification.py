@@ -1,7 +1,8 @@
 """Reads all files of a token folder once, and checks their checksums and their contents.
 
-A checksum finds damage. It does not find a misleading folder with valid checksums, in which ids
-exceed the vocabulary or documents overlap. Training on such a folder would learn nonsense silently.
+A checksum finds a damaged file. It does not find a file that was written with wrong contents: ids
+that exceed the vocabulary, or documents that overlap. Without the check of contents, training on
+such a file would learn nonsense and report no error.
 """
 
 import functools
@@ -29,14 +30,15 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.sealing import sha256_of
 
 _Check = Callable[[NDArray[Any]], str]
-"""Returns the fault of the next chunk of an array, or ""."""
+"""Checks the next chunk of an array, and returns a description of the fault or ""."""
 
 
 def verify_files(dataset: Dataset) -> None:
     """Reads every shard on all cores, with a progress bar on a terminal.
 
     Raises:
-      UserError: naming the first file with another checksum or with impossible contents.
+      UserError: if a file has the wrong checksum or impossible contents; the message names the
+        first such file.
     """
     jobs = [
         (dataset.path / f"{shard.name}.{suffix}", record, *_rule(suffix, shard, dataset.manifest))
@@ -57,7 +59,7 @@ def verify_files(dataset: Dataset) -> None:
 
 
 def _rule(suffix: str, shard: Shard, manifest: Manifest) -> tuple[np.dtype[Any], _Check]:
-    """Returns the dtype of an array of a shard, and the check of its chunks."""
+    """Returns the dtype of the shard's array `suffix`, and the function that checks its chunks."""
     if suffix == TOKENS:
         beyond = functools.partial(_beyond, "token id", manifest.vocab_size)
         return np.dtype(manifest.dtype).newbyteorder("<"), beyond
@@ -95,7 +97,7 @@ class _Ascending:
     def __call__(self, starts: NDArray[Any]) -> str:
         first, last = int(starts[0]), int(starts[-1])
         begins = first == 0 if self._last < 0 else first > self._last
-        # Differences of unsigned integers would wrap around.
+        # A comparison replaces np.diff, because differences of unsigned integers wrap around.
         if not begins or last >= self._tokens or not bool((starts[1:] > starts[:-1]).all()):
             return "does not ascend from 0 to less than the number of tokens"
         self._last = last

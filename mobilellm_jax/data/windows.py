@@ -1,10 +1,10 @@
 """Windows of token streams as the rows of a batch.
 
 Window w of a stream contains its tokens [w * seq_len, w * seq_len + seq_len + 1). The first seq_len
-tokens are inputs, and the last seq_len tokens are targets. Neighbouring windows share one token,
-and the last window is padded with weight 0. Every token except the stream's first is therefore a
-target exactly once per epoch. Under `document_mask`, the first token of each document is not a
-target. A loss mask can exclude more targets.
+tokens are inputs, and the last seq_len tokens are targets. Two successive windows share one token,
+and the last window is padded with tokens of weight 0. Every token except the stream's first is
+therefore a target exactly once per epoch. Under `document_mask`, the first token of each document
+is not a target. A loss mask can exclude more targets.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,17 @@ from mobilellm_jax.data.token_stream import TokenStream
 Batch = dict[str, NDArray[Any]]
 
 NO_WINDOW = -1
-# Number of tokens whose mask is read at once.
+# Number of tokens whose mask `count_targets` reads in one step.
 _CHUNK = 1 << 24
 
 
 def count_windows(stream: TokenStream, seq_len: int) -> int:
-    """Returns the number of windows, the padded last window included."""
+    """Returns the number of windows in `stream`, including the padded last window."""
     return -(-(stream.tokens - 1) // seq_len)
 
 
 def count_targets(stream: TokenStream, boundaries: Boundaries) -> int:
-    """Returns the sum of the weights over an epoch; it reads the loss mask, if there is one."""
+    """Returns the sum of all weights in an epoch; reads the whole loss mask if there is one."""
     documents = boundaries == "document_mask"
     if not stream.has_loss_mask:
         return stream.tokens - (stream.documents if documents else 1)
@@ -52,12 +52,13 @@ def read_windows(
     seq_len: int,
     boundaries: Boundaries,
 ) -> Batch:
-    """Returns the batch whose row b is a window of stream `stream_B[b]`.
+    """Returns a batch; row b is window `window_B[b]` of stream number `stream_B[b]`.
 
-    A row of NO_WINDOW is all padding. The arrays have shape [B, T]: "tokens" and "targets" are
-    int32, and "weights" are float32 with 0 where there is no target. Under `document_mask`,
-    "segments" are int32 from 1, with 0 for padding, and "positions" are int32. Both count within
-    the window.
+    A row whose window is NO_WINDOW contains only padding. All arrays have shape [B, T]. "tokens"
+    and "targets" are int32. "weights" are float32, and 0 where there is no target. Under
+    `document_mask`, the batch also has "segments" and "positions", both int32. Segments number the
+    documents of each window from 1, and padding has segment 0. Positions count from 0 in each
+    document.
     """
     shape = (len(window_B), seq_len)
     tokens_BT, targets_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -87,7 +88,7 @@ def read_windows(
     if boundaries == "document_mask":
         start_S = np.concatenate(starts) if starts else np.empty(0, np.int64)
         row_S, at_S = np.divmod(start_S, seq_len + 1)
-        weights_BT[row_S[at_S > 0], at_S[at_S > 0] - 1] = 0  # the targets that start a document
+        weights_BT[row_S[at_S > 0], at_S[at_S > 0] - 1] = 0  # Targets that begin a document.
         batch["segments"], batch["positions"] = _number_documents(row_S, at_S, inputs_B, seq_len)
     return batch
 
@@ -95,23 +96,23 @@ def read_windows(
 def _may_be_target(stream: TokenStream, start: int, stop: int) -> NDArray[np.bool_]:
     mask = stream.loss_mask(start, stop)
     assert mask is not None, "the caller asks streams that have a mask"
-    # The conversion to bool maps any other value in an unverified file to 1.
+    # An unverified file may contain values other than 0 and 1. The conversion makes them True.
     return mask.astype(np.bool_)
 
 
 def _number_documents(
     row_S: NDArray[np.int64], at_S: NDArray[np.int64], inputs_B: NDArray[np.int64], seq_len: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Returns segments and positions; documents start at `at_S` of the rows `row_S`.
+    """Returns segments and positions; document s starts at position `at_S[s]` of row `row_S[s]`.
 
-    In each row, documents are numbered from 1, and positions count from 0 in each document. The
-    first document may start before the window; its positions then count from the start of the
-    window. Padding starts at `inputs_B` and has number 0.
+    In each row, segments number the documents from 1, and positions count from 0 in each document.
+    If the first document of a row starts before the window, its positions count from the start of
+    the window. The padding of row b starts at position `inputs_B[b]` and has segment 0.
     """
     rows = np.arange(len(inputs_B))
     inside_S = (at_S > 0) & (at_S < inputs_B[row_S])
     padded_B = inputs_B < seq_len
-    # The flat positions where runs of equal segments start, ascending.
+    # The positions in the flattened batch at which a new segment starts, in ascending order.
     begins = np.concatenate(
         [
             rows * seq_len,
@@ -126,7 +127,7 @@ def _number_documents(
     number_R = np.arange(1, len(begins) + 1) - first_B[row_R]
     number_R[at_R >= inputs_B[row_R]] = 0
     segments_BT = np.repeat(number_R.astype(np.int32), lengths).reshape(-1, seq_len)
-    # Positions count within a row, so a batch of any size fits the dtype.
+    # These positions count from the start of a row, so they fit int32 for any batch size.
     begin_BT = np.repeat(at_R.astype(np.int32), lengths).reshape(-1, seq_len)
     positions_BT = np.subtract(np.arange(seq_len, dtype=np.int32), begin_BT, out=begin_BT)
     return segments_BT, positions_BT

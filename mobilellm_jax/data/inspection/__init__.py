@@ -1,1 +1,1 @@
-"""Shows a person the contents of a folder of token shards."""
+"""Shows the contents of a folder of token shards to the user."""

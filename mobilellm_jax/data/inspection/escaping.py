@@ -1,4 +1,4 @@
-"""Escapes text for a terminal, so that nothing in it moves the cursor or reverses the writing."""
+"""Escapes text for a terminal, so that no character moves the cursor or reverses the text."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -7,10 +7,10 @@ _NEWLINE = r"\n"
 
 
 def escaped(text: str, also: str = "") -> Iterator[str]:
-    r"""Yields the characters of `text`, some of them escaped as Python does: \n, \x1b, \u202e, \\.
+    r"""Yields the characters of `text`, and escapes some of them as Python does: \n, \x1b, \u202e.
 
-    Escaped are control and format characters, separators except the space, unassigned characters,
-    the backslash, and the characters of `also`.
+    The function escapes control and format characters, separators except the space, unassigned
+    characters, the backslash, and the characters of `also`.
     """
     for character in text:
         if character == "\\" or character in also or not character.isprintable():
@@ -20,7 +20,7 @@ def escaped(text: str, also: str = "") -> Iterator[str]:
 
 
 def wrapped(parts: Iterable[str], columns: int) -> Iterator[str]:
-    """Yields whole parts in lines of at most `columns`; an escaped newline also ends a line."""
+    """Joins parts into lines of at most `columns` columns; an escaped newline also ends a line."""
     line, width = "", 0
     for part in parts:
         added = sum(map(_columns, part))
@@ -36,7 +36,7 @@ def wrapped(parts: Iterable[str], columns: int) -> Iterator[str]:
 
 
 def _columns(character: str) -> int:
-    """Returns a character's columns on a terminal; for joined emoji, an upper bound."""
+    """Returns how many terminal columns a character takes; an upper bound for joined emoji."""
     if unicodedata.category(character) in ("Mn", "Me"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -1,6 +1,7 @@
-"""Checks and counts a folder of token shards; this is the text of `mobilellm inspect`.
+"""Checks and counts folders of token shards, and writes the output of `mobilellm inspect`.
 
-Documents and bytes of text come from the manifest. Tokens, lengths and shares are counted again.
+The numbers of documents and of text bytes come from the manifest. The numbers of tokens, the
+lengths and the shares are computed from the shards.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +48,7 @@ def inspect(
 
 
 def count_sources(dataset: Dataset) -> Mapping[str, Sequence[TokenCounts]]:
-    """Returns the result of each source by split, in one pass over the tokens."""
+    """Counts the tokens of each split and source in one pass over the tokens."""
     manifest = dataset.manifest
     total = sum(split.tokens for split in manifest.splits.values())
     counts: dict[str, list[TokenCounts]] = {}
@@ -122,7 +123,7 @@ def _row(name: str, counts: Counts, found: TokenCounts, tokenizer: Tokenizer) ->
 
 
 def _share(found: TokenCounts, ids: Sequence[int]) -> str:
-    """Returns how many of the tokens have one of `ids`, or "-" if there are no such ids."""
+    """Returns the share of tokens whose id is in `ids` in percent, or "-" if `ids` is empty."""
     return f"{found.of_id[list(ids)].sum() / max(1, found.tokens):.2%}" if ids else "-"
 
 
@@ -135,7 +136,7 @@ def _length_lines(lengths: Lengths) -> Iterator[str]:
     )
     most = max((documents for _, documents in bins), default=1)
     for low, documents in bins:
-        # A bin that is not empty gets a visible bar.
+        # Rounding up gives a visible bar to every bin that is not empty.
         bar = "█" * -(-documents * _BAR_COLUMNS // most)
         yield f"  {low:>13,} to {2 * low - 1:<13,}{documents:>13,}  {bar}".rstrip()
 

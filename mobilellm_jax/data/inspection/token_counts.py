@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from mobilellm_jax.data.token_stream import TokenStream
 from mobilellm_jax.errors import UserError
 
-# Number of tokens that are counted together; this takes a few arrays of 8 bytes per token.
+# Number of tokens that are counted in one step. Counting needs a few arrays with 8 bytes per token.
 _CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """The number of documents of each length in tokens, with ascending lengths."""
+    """The number of documents of each length; lengths are in tokens and in ascending order."""
 
     lengths: NDArray[np.int64]
     documents: NDArray[np.int64]
@@ -28,12 +28,12 @@ class Lengths:
 
     @property
     def mean(self) -> float:
-        """Tokens per document; 0 without documents."""
+        """Mean number of tokens per document, or 0 if there are no documents."""
         return float(self.lengths @ self.documents) / max(1, int(self.documents.sum()))
 
     @property
     def median(self) -> float:
-        """The median length; for an even count, the mean of the two middle lengths."""
+        """The median length; for an even number of documents, the mean of the middle two."""
         upto = np.cumsum(self.documents)
         if not len(upto):
             return 0.0
@@ -41,17 +41,17 @@ class Lengths:
         return float(self.lengths[np.searchsorted(upto, middle, side="right")].mean())
 
     def by_doubling(self) -> list[tuple[int, int]]:
-        """Returns (2^k, documents of 2^k to 2^(k+1) - 1 tokens), from the first k to the last."""
+        """Returns (2^k, number of documents with 2^k to 2^(k+1) - 1 tokens) in the order of k."""
         if not len(self.lengths):
             return []
-        exponents = np.frexp(self.lengths.astype(np.float64))[1] - 1  # exact, unlike a logarithm
+        exponents = np.frexp(self.lengths.astype(np.float64))[1] - 1  # Exact, unlike a logarithm.
         counts = np.bincount(exponents, self.documents)
         return [(1 << k, int(counts[k])) for k in range(int(exponents[0]), len(counts))]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """How often each id occurs (`of_id` has an entry per id), and the lengths of documents."""
+    """The lengths of documents, and in `of_id` the number of occurrences of each id."""
 
     of_id: NDArray[np.int64]
     lengths: Lengths
@@ -61,7 +61,7 @@ class TokenCounts:
 
     @property
     def tokens(self) -> int:
-        """All tokens, with BOS and EOS."""
+        """Number of all tokens, including BOS and EOS."""
         return int(self.of_id.sum())
 
 
@@ -74,13 +74,13 @@ def no_tokens(vocab_size: int) -> TokenCounts:
 def count_tokens(
     stream: TokenStream, vocab_size: int, progress: Callable[[int], object]
 ) -> TokenCounts:
-    """Reads the stream once in bounded memory; `progress` gets the number of counted tokens.
+    """Counts a stream in bounded memory; calls `progress` with the number of tokens in each step.
 
     Raises:
       UserError: if an id is not below `vocab_size`.
     """
     counts = no_tokens(vocab_size)
-    document = 0  # start of the current document
+    document = 0  # Start of the current document.
     for start in range(0, stream.tokens, _CHUNK):
         stop = min(start + _CHUNK, stream.tokens)
         of_id = np.bincount(stream.read(start, stop), minlength=vocab_size)

@@ -1,4 +1,4 @@
-"""Shows windows as text: the decoded input of training, with the borders of documents."""
+"""Shows training windows as text: the decoded inputs, with the borders of documents."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,8 @@ LEGEND = (
 
 _OUR_MARKS = "⟨⟩⟦⟧"
 _INDENT = "  "
-# These tokens are decoded before a cut document, because a tokenizer would drop its first space.
+# If a document begins before the window, the tokens of this text are decoded before it, because a
+# tokenizer would drop a space at the start.
 _CONTEXT = "a"
 
 
@@ -32,16 +33,18 @@ def window_lines(
     columns: int,
     first_sample: int = 0,
 ) -> Iterator[str]:
-    """Yields lines that show `count` windows of training with this `data.seed`.
+    """Yields lines that show `count` windows that training with `data.seed` reads.
 
-    The windows are the samples from `first_sample` on. Step s trains on `train.global_batch`
-    samples from (s - 1) * `train.global_batch` on.
+    The windows are the global samples from `first_sample` on. Training step s reads
+    `train.global_batch` samples, from sample (s - 1) * `train.global_batch` on.
 
-    A line with positions starts each document. Under `document_mask`, positions start from 0 in
-    each document. The lines do not show whether the first token of a window is a target.
+    Before each document, a line shows the positions of its tokens. Under `document_mask`, positions
+    count from 0 in each document. The lines do not show whether the first token of a window is a
+    target.
     """
     batch = _windows(mixture, data, first_sample, count)
-    # The segments separate the documents, also if the model does not read them.
+    # Only `document_mask` gives segments. They separate the documents here, even if training does
+    # not use them.
     apart = dataclasses.replace(data, boundaries="document_mask")
     masked = _windows(mixture, apart, first_sample, count)
     component_B, _ = mixture.place(first_sample + np.arange(count), data.seed)
@@ -72,7 +75,7 @@ def _windows(mixture: Mixture, data: DataConfig, first_sample: int, count: int) 
 
 
 def _documents(segments_T: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
-    """Yields the start and the stop of each document in a window."""
+    """Yields the start and the end of each document in a window."""
     borders = np.flatnonzero(np.diff(segments_T, prepend=0, append=0)).tolist()
     return itertools.pairwise(borders)
 
@@ -85,7 +88,7 @@ def _heading(tokens: list[int], first: int, tokenizer: Tokenizer, columns: int) 
 
 
 def _shown(tokens: list[int], is_target: NDArray[np.bool_], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yields a document's part of a window in parts that a line must not divide."""
+    """Yields the text of a document in a window, in pieces that a line must not divide."""
     special = {tokenizer.bos_id: "⟨BOS⟩", tokenizer.eos_id: "⟨EOS⟩"}
     context = [] if tokens[0] in special else tokenizer.encode(_CONTEXT)
     text = tokenizer.decode(context)
@@ -99,7 +102,7 @@ def _shown(tokens: list[int], is_target: NDArray[np.bool_], tokenizer: Tokenizer
                 at += 1
                 continue
             end = next((i for i in range(at, stop) if tokens[i] in special), stop)
-            # The text before is decoded too, because the reading of a piece depends on it.
+            # The preceding tokens are decoded too, because the text of a token depends on them.
             longer = tokenizer.decode([*context, *tokens[:end]])
             yield from escaped(longer[_common_prefix(text, longer) :], _OUR_MARKS)
             text, at = longer, end

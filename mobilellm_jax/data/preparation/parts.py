@@ -96,7 +96,7 @@ class PieceEncoder:
 
         Raises:
           UserError: if the tokenizer or the source refuses a document and the job does not skip bad
-              lines.
+            lines.
         """
         job = self._job
         skipped: list[dict[str, Any]] = []

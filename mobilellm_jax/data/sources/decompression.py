@@ -57,7 +57,7 @@ def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
 
     Raises:
       DamageError: if data are damaged or end too early. The contents before the damage are yielded
-          first.
+        first.
     """
     gzip = path.endswith(".gz")
     if gzip:

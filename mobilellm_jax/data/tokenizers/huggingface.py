@@ -1,4 +1,4 @@
-"""`tokenizer.json` files of Hugging Face's `tokenizers` library as tokenizers."""
+"""Tokenizers from the `tokenizer.json` files of Hugging Face's `tokenizers` library."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,8 @@ from mobilellm_jax.storage.strict_json import plain, shown
 
 _SHOWN_TOKENS = 20
 
-# Names of BOS and EOS without a tokenizer_config.json: Llama 1 and 2, Llama 3, Gemma, GPT-2, NeoX.
+# Names of BOS and EOS that are tried if there is no tokenizer_config.json. In this order,
+# they come from Llama 1 and 2, from Llama 3, from Gemma, and from GPT-2 and NeoX.
 _USUAL_BOS_EOS = (
     ("<s>", "</s>"),
     ("<|begin_of_text|>", "<|end_of_text|>"),
@@ -32,7 +33,7 @@ _USUAL_BOS_EOS = (
 
 
 class _Description(NamedTuple):
-    """The fields of a tokenizer.json that this module reads itself."""
+    """The fields of a tokenizer.json that this module reads without the library."""
 
     kind: str
     unknown: str | None
@@ -58,7 +59,7 @@ class _Description(NamedTuple):
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`, used unchanged, but without truncation and padding."""
+    """The tokenizer of a `tokenizer.json` file, without its truncation and padding."""
 
     def __init__(self, file: Path) -> None:
         try:
@@ -76,7 +77,7 @@ class HuggingFaceTokenizer:
             raise UserError(f"{file}: {error}") from error
         self._model.no_truncation()
         self._model.no_padding()
-        # A literal "<s>" in a text is plain text and not the BOS token.
+        # With this setting, "<s>" in a text is encoded as plain text and not as the BOS token.
         self._model.encode_special_tokens = True
         self.file = file
         self.kind = f"Hugging Face {described.kind}".rstrip()
@@ -88,7 +89,8 @@ class HuggingFaceTokenizer:
                 f"{file} has a vocabulary of {self.vocab_size:,} ids (largest id + 1); it must "
                 f"have 1 to {MAX_VOCABULARY:,}."
             )
-        # A Unigram model names its unknown token by id, and other models by text.
+        # The file of a Unigram model contains the id of the unknown token. The files of other
+        # models contain its text.
         self.unknown_id = vocabulary.get(described.unknown or "", described.unknown_id)
         if self.unknown_id is not None and not 0 <= self.unknown_id < self.vocab_size:
             raise UserError(
@@ -108,7 +110,7 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         check_unicode(text)
-        # Texts are encoded one by one, because a batch would start the library's threads.
+        # Texts are encoded one by one, because the library would use several threads for a batch.
         ids: list[int] = self._encoding(text).ids
         if self.unknown_id is not None and self.unknown_id in ids:
             raise self._unknown(text)
@@ -147,18 +149,19 @@ class HuggingFaceTokenizer:
 
 
 def _refused(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Returns the result of the library's call; the library's refusal becomes a `JsonError`."""
+    """Calls a function of the library, and turns the library's errors into a `JsonError`."""
     try:
         return call(*args, **options)
     except BaseException as error:
-        # The library raises plain Exception, and its panics have a class that cannot be imported.
+        # The library raises `Exception` or `PanicException`, and the class of the latter cannot be
+        # imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise strict_json.JsonError(f"the `tokenizers` library says: {error}") from error
 
 
 def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
-    """Returns BOS and EOS as text: from tokenizer_config.json beside `file`, else common names."""
+    """Returns the texts of BOS and EOS: from tokenizer_config.json, otherwise the usual names."""
     config = file.parent / TOKENIZER_CONFIG
     if config.is_file():
         try:
@@ -167,7 +170,8 @@ def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
         except strict_json.JsonError as error:
             raise UserError(f"{config}: {error}") from error
         if eos:
-            # Qwen and other models have no BOS; EOS alone separates their documents.
+            # Qwen and some other models have no BOS, and separate documents by EOS. EOS then also
+            # serves as BOS.
             return bos or eos, eos
     for bos, eos in _USUAL_BOS_EOS:
         if bos in special and eos in special:
@@ -181,7 +185,7 @@ def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
 
 
 def _token_text(config: Any, key: str) -> str:
-    """tokenizer_config.json contains a token as text, or as an object with `content`."""
+    """Returns the text of a token, which `config` stores as a string or as an object."""
     token = strict_json.get(config, key, Any, "")
     if isinstance(token, dict):
         return str(strict_json.get(token, "content", str, name=key))

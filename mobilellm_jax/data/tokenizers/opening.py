@@ -1,7 +1,8 @@
-"""Opens a tokenizer file, and copies one.
+"""Opens and copies tokenizer files.
 
-A `*.model` file is a SentencePiece model (`sentencepiece.py`). A `tokenizer.json` file comes from
-the Hugging Face library (`huggingface.py`). Each library is imported when such a file is opened.
+A `*.model` file is a SentencePiece model (`sentencepiece.py`). A `tokenizer.json` file belongs to
+the Hugging Face library (`huggingface.py`). This module imports each library only when it opens
+such a file.
 """
 
 import shutil
@@ -39,9 +40,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
-    """Copies the tokenizer into `folder` under its usual name and returns the copy.
+    """Copies the tokenizer file into `folder` under the usual file name, and returns the copy.
 
-    A `tokenizer_config.json` beside a `tokenizer.json` is copied too; it may name BOS and EOS.
+    If a `tokenizer_config.json` is beside a `tokenizer.json`, it is copied too, because it may name
+    BOS and EOS.
     """
     model = tokenizer.file.suffix == ".model"
     copy = folder / (rundir.SENTENCEPIECE_MODEL if model else rundir.TOKENIZER_JSON)

@@ -1,7 +1,8 @@
-"""SentencePiece models (`*.model`) as tokenizers that lose nothing.
+"""Tokenizers from SentencePiece models (`*.model`) that preserve the character U+2581.
 
-SentencePiece writes spaces as U+2581, and would turn a U+2581 in a text into a space. Here, a
-U+2581 in a text becomes the tokens of its three bytes, which decode to the character.
+SentencePiece represents spaces by U+2581, so decoding would turn a U+2581 of a text into a space.
+This module encodes a U+2581 of a text as the tokens of its three UTF-8 bytes, which decode to
+U+2581.
 """
 
 import hashlib
@@ -17,16 +18,17 @@ from numpy.typing import NDArray
 from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, check_unicode, join_documents
 from mobilellm_jax.errors import UserError
 
-_PRIVATE_USE = range(0xE000, 0xF900)  # it has three bytes in UTF-8, as U+2581 has
+_PRIVATE_USE = range(0xE000, 0xF900)  # Each has three bytes in UTF-8, as U+2581 has.
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; the module's docstring explains U+2581."""
+    """The tokenizer of a SentencePiece model."""
 
     def __init__(self, file: Path) -> None:
         content = file.read_bytes()
         if not content:
-            # SentencePiece would read this file as a model without pieces and answer with defaults.
+            # SentencePiece would accept an empty file as a model without pieces and use default
+            # values.
             raise UserError(f"{file} is not a SentencePiece model: it is empty.")
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -57,7 +59,8 @@ class SentencePieceTokenizer:
                 "bytes or for none."
             )
         self.byte_ids = [byte_ids[piece] for piece in bytes_of] if byte_ids else []
-        # This character stands for U+2581. No piece contains it, so it becomes its own three bytes.
+        # This character replaces U+2581 before encoding. No piece of the vocabulary contains it, so
+        # SentencePiece encodes it as its three bytes.
         used = frozenset("".join(pieces))
         self._stand_in = next((chr(c) for c in _PRIVATE_USE if chr(c) not in used), None)
 
@@ -80,7 +83,7 @@ class SentencePieceTokenizer:
     def _encode(self, texts: Sequence[str], *, outer: bool = False) -> list[NDArray[np.int32]]:
         for text in texts:
             check_unicode(text)
-        # Arrays need no Python object per token.
+        # NumPy arrays need no Python object for each token.
         rows: list[NDArray[np.int32]] = self._model.encode(
             [self._without_space_mark(text) for text in texts],
             out_type="numpy",
@@ -103,11 +106,12 @@ class SentencePieceTokenizer:
         return text.replace(SPACE_MARK, self._stand_in)
 
     def _with_space_mark(self, ids: NDArray[np.int32], text: str) -> NDArray[np.int32]:
-        """Replaces the bytes of the stand-in by the bytes of U+2581 where `text` has U+2581."""
+        """Replaces the stand-in's bytes by the bytes of U+2581 wherever `text` has U+2581."""
         assert self._stand_in is not None, "_without_space_mark was called before"
         first, second, third = self._bytes(self._stand_in)
         stands = (ids[:-2] == first) & (ids[1:-1] == second) & (ids[2:] == third)
-        # `text` may contain the stand-in itself; the order of the characters tells the two apart.
+        # `text` itself may contain the stand-in. The order of both characters in `text` shows which
+        # occurrences replaced U+2581.
         found = re.findall(f"[{SPACE_MARK}{self._stand_in}]", text)
         positions = np.flatnonzero(stands)
         assert len(positions) == len(found), f"{self.file} lost {self._stand_in!r}"

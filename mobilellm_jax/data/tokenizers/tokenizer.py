@@ -12,7 +12,7 @@ from mobilellm_jax.errors import UserError
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 MAX_VOCABULARY = 1 << 24
-"""Largest vocabulary of a tokenizer and of tokens, 60 times the largest vocabulary in use."""
+"""Largest permitted vocabulary size, 60 times the largest vocabulary in use."""
 
 SPACE_MARK = "\u2581"
 
@@ -26,65 +26,65 @@ class Tokenizer(Protocol):
 
     @property
     def kind(self) -> str:
-        """Kind of the tokenizer, for messages."""
+        """The kind of tokenizer, as text for messages."""
 
     @property
     def vocab_size(self) -> int:
-        """Largest id + 1."""
+        """The largest id plus 1."""
 
     @property
     def bos_id(self) -> int:
-        """Id before every document."""
+        """The id of BOS, which is stored before every document."""
 
     @property
     def eos_id(self) -> int:
-        """Id after every document."""
+        """The id of EOS, which is stored after every document."""
 
     @property
     def unknown_id(self) -> int | None:
-        """Id for unknown text in documents that others encoded, or None."""
+        """The id of the unknown token, or None; `encode` never returns this id."""
 
     @property
     def byte_ids(self) -> Sequence[int]:
-        """Ids of the bytes 0 to 255, for characters without an id; empty without byte fallback."""
+        """The ids of bytes 0 to 255 for characters without an id; empty without byte fallback."""
 
     @property
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of the file."""
 
     def encode(self, text: str) -> list[int]:
-        """Returns ids without BOS and EOS; a literal "<s>" in `text` is plain text.
+        """Returns the ids of `text` without BOS and EOS; "<s>" in `text` is plain text.
 
         Raises:
-          UserError: if ids cannot express `text`.
+          UserError: if the vocabulary cannot express `text`.
         """
 
     def encode_documents(
         self, texts: Sequence[str], dtype: np.dtype[Any]
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Returns BOS, `encode(text)`, EOS of all texts as one array, and the start of each text.
+        """Returns BOS, `encode(text)` and EOS of all texts as one array, and the texts' starts.
 
         An empty text gives BOS and EOS. `dtype` must hold `vocab_size - 1`. The method uses one
-        thread, because `prepare` runs it in a process per core.
+        thread, because `prepare` runs one process per core.
 
         Raises:
-          UserError: if ids cannot express one of the texts.
+          UserError: if the vocabulary cannot express one of the texts.
         """
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text without BOS and EOS."""
+        """Returns the text of `ids`, without BOS and EOS."""
 
 
 def changes_text(tokenizer: Tokenizer) -> bool:
-    """Returns whether the tokenizer normalizes, so that decoding does not give the text back."""
-    # The probes contain spaces at the edges and in a row, line ends, NFC, NFKC of a ligature and of
-    # a wide letter, and characters that some tokenizers drop silently.
+    """Returns whether the tokenizer normalizes text, so that decoding gives another text."""
+    # The probes contain spaces at both ends and several spaces in a row, line ends, characters that
+    # NFC or NFKC would change, and characters that some tokenizers drop without an error.
     for probe in ("  a  b  ", "a\t\r\n\nb", "e\u0301", "\ufb01", "\uff21", "\x00", "\U0001f600"):
         try:
             if tokenizer.decode(tokenizer.encode(probe)) != probe:
                 return True
         except ValueError:
-            continue  # a refused text is not changed silently
+            continue  # A text that is refused is not changed.
     return False
 
 
@@ -103,7 +103,7 @@ def check_unicode(text: str) -> None:
 def join_documents(
     rows: Sequence[NDArray[Any]], dtype: np.dtype[Any], vocab_size: int
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Returns the rows as one array, and the start of each row, as for `encode_documents`."""
+    """Joins rows into one array; returns it and the start of each row, for `encode_documents`."""
     assert vocab_size - 1 <= np.iinfo(dtype).max, f"{dtype} cannot hold ids below {vocab_size}"
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     joined = np.concatenate(rows, dtype=dtype, casting="unsafe") if rows else np.empty(0, dtype)

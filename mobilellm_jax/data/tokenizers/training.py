@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer that loses nothing: BPE, byte fallback, no normalization."""
+"""Trains a SentencePiece tokenizer with BPE, byte fallback and no normalization."""
 
 import io
 import re
@@ -12,19 +12,21 @@ from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, check_unicode
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir
 
-# SentencePiece ignores sentences beyond its length limit, so lines are cut well below this limit.
+# SentencePiece ignores sentences that exceed its length limit, so `_lines` divides long lines into
+# shorter ones.
 _MAX_LINE_CHARACTERS = 8192
 _MAX_SENTENCE_BYTES = 4 * _MAX_LINE_CHARACTERS
 _BYTES_AND_SPECIAL = 256 + 3
-# Share of all characters in the text; byte fallback expresses the rarest characters.
+# Share of the text's characters that get a token. Byte fallback expresses the rarest characters.
 _CHARACTER_COVERAGE = 0.9995
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> Tokenizer:
-    """Trains SentencePiece BPE on `texts` and writes the whole file `output`, or no file.
+    """Trains SentencePiece BPE on `texts` and writes the model to `output`.
 
-    Equal texts in equal order give an equal file. The ids are 0 for unknown (never produced), 1 for
-    BOS, 2 for EOS, and 3 to 258 for bytes. Memory holds all texts.
+    An error never leaves an incomplete file. Equal texts in equal order give an equal file. Id 0 is
+    the unknown token (never produced), 1 is BOS, 2 is EOS, and 3 to 258 are bytes. All texts are in
+    memory during training.
 
     Raises:
       UserError: if `vocab_size` is too large or too small for the texts, or the texts are empty.
@@ -66,9 +68,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, output: Path) -> Toke
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Yields the text's lines for training, with long lines in parts.
+    """Yields the lines of `text` for training, and divides long lines.
 
-    The newline has its own byte token, so pieces never span two lines.
+    A newline is encoded as a byte token, so no piece of the vocabulary spans two lines.
     """
     check_unicode(text)
     for line in text.split("\n"):
@@ -77,7 +79,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _vocabulary_error(vocab_size: int, error: RuntimeError) -> Exception:
-    """Returns our message for SentencePiece's errors about the size, or else `error` itself."""
+    """Returns a UserError if `error` is about the vocabulary size, otherwise `error` itself."""
     if match := re.search(r"Vocabulary size too high.*<= (\d+)", str(error)):
         return UserError(
             f"vocab_size={vocab_size} is too large for this text, which supports at most "
