@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 _DATA_SEC = 24 * 3600.0  # Longest wait for processes that prepare or read the data.
 
-# A resumed run may change these fields: its length, its intervals, and how it computes the same
+# A resumed run may change these settings: its length, its intervals, and how it computes the same
 # numbers. Other changes are errors, because they would make the earlier records of the run wrong.
 MAY_CHANGE = frozenset(
     {

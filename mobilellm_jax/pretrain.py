@@ -57,10 +57,10 @@ def pretrain(
     """Starts or resumes the run in `workdir`; no other run can use the folder at the same time.
 
     After `train.max_bad_steps` consecutive steps with nan or inf, the run returns to its last good
-    checkpoint. It returns to a checkpoint only once, because it would then repeat the same steps.
+    checkpoint. It returns there only once, because a second return would repeat the same steps.
 
     Returns:
-      True if the run reached `train.steps`; False if a signal or `walltime` stopped it earlier.
+      True if the run reached `train.steps`; False if it saved and ended on a signal or `walltime`.
 
     Raises:
       TrainingDivergedError: if steps have nan or inf again after the return.
@@ -117,7 +117,7 @@ class _Run:
         state, outcome = self._train_from(state, checkpoints)
         back_at: int | None = None
         while outcome.bad:
-            del state  # the devices may lack memory for two states
+            del state  # The devices may lack memory for two states.
             found = self._newest_good(checkpoints)
             if found is None or int(found.step) == back_at:
                 raise TrainingDivergedError(
@@ -187,8 +187,8 @@ class _Run:
     def _newest_good(self, checkpoints: CheckpointWriter) -> TrainState | None:
         """Returns the newest saved state from which the run can recover, or None.
 
-        The function skips a checkpoint that was saved between bad steps (on a signal), and a
-        checkpoint whose state has nan or inf.
+        The function skips a checkpoint that a signal caused between bad steps, and a checkpoint
+        whose state has nan or inf.
         """
         checkpoints.wait()
         steps: list[int] = distributed.from_first(

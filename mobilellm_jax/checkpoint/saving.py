@@ -98,7 +98,7 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=False)  # the thread still finishes a save
+        self._pool.shutdown(wait=False)  # The thread still finishes its save.
         if kind is None:
             self._settle()
             if self._failures:
@@ -159,7 +159,7 @@ class CheckpointWriter:
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         self._settle()
-        self._last = None  # frees the arrays of the earlier state
+        self._last = None  # Frees the arrays of the earlier state.
         return restore_state(self._run, step, abstract)
 
     def _make_room(self, step: int) -> bool:
@@ -213,7 +213,7 @@ class CheckpointWriter:
                     f"checkpoint {step} in {self._folder} could not be saved in "
                     f"{self._failures + 1} attempts: {error} Earlier checkpoints are unchanged."
                 ) from error
-            if self._retry_at == math.inf:  # the save failed in another process
+            if self._retry_at == math.inf:  # The save failed in another process.
                 self._retry_at = time.monotonic() + RETRY_SEC[self._failures]
             self._failures += 1
         else:

@@ -67,9 +67,9 @@ class ModelConfig:
     norm_eps: Positive = 1e-5  # Number added to the mean square in RMSNorm.
     init_std: Positive = 0.02  # Standard deviation of initial matrices; narrow models need more.
     attention: Attention = "auto"  # A name in ATTENTION; auto = the first that fits the device.
-    # The values that a block keeps for the backward pass; it computes the other values again.
-    # none: all values. dots: outputs of attention and of wide matrix multiplications. attention:
-    # outputs of attention. full: the block's input. offload: the block's input, in host memory.
+    # The values that a block keeps for the backward pass; it computes the other values again. With
+    # none, it keeps all values; with dots, the outputs of attention and of wide matmuls; with
+    # attention, outputs of attention; with full, its input; with offload, its input in host memory.
     remat: Remat = "none"
     scan_unroll: Count = 1  # Blocks per iteration of the layer loop; num_blocks = no loop.
     compute_dtype: ComputeDtype = "auto"  # Data type of activations; parameters are float32.

@@ -13,10 +13,10 @@ class Agreement:
 
     A signal or a time limit reaches each process at a different time. If only one process leaves
     the training loop, the others wait for it in a collective. So every step reduces one flag per
-    device over all devices. The object reads the result one step later, because it then is ready.
+    device over all devices. The object reads the result one step later, because it is ready then.
 
     Args:
-      step: current step of the run; with a step, the object also reacts to preemption notices.
+      step: first step of the loop; with a step, the object also reacts to preemption notices.
         jax's coordination service sends a notice to all processes. It chooses the step from the
         step numbers that they report. So only one object of a process may have a step.
     """
@@ -28,7 +28,7 @@ class Agreement:
         self._preemption = None if step is None else process_state().preemption_sync_manager
         self._several = jax.process_count() > 1
         if self._several:
-            delay_aborts()  # again, because libtpu sets its own handler at its start
+            delay_aborts()  # Again, because libtpu sets its own handler at its start.
             mesh = Mesh(np.array(jax.devices()), ("device",))
             self._split = NamedSharding(mesh, PartitionSpec("device"))
             self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -52,7 +52,7 @@ def find_cluster(env: Mapping[str, str]) -> Cluster:
     """Returns the launcher of this process; checks the launchers in the same order as jax.
 
     jax uses a launcher whenever its variables exist, and therefore fails in the Kubernetes pod of a
-    notebook or in a Slurm shell. This function requires that it has started several processes.
+    notebook or in a Slurm shell. Here, the launcher must also have started several processes.
 
     Raises:
       ConfigError: if there are several processes, but jax cannot connect them.
@@ -109,7 +109,7 @@ def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
 
 
 def _slurm_tasks_here(env: Mapping[str, str]) -> int:
-    """Returns the number of tasks on this node; "2(x3),1" means that nodes have 2, 2, 2, 1."""
+    """Returns the number of tasks on this node; "2(x3),1" stands for 2, 2, 2 and 1 tasks."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         tasks, _, times = part.partition("(x")

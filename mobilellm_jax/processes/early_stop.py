@@ -1,8 +1,8 @@
 """Ends a process on SIGTERM outside the training loop.
 
 The training loop has its own handler, which finishes a step and saves. Before the first step, a
-process prepares data, restores or compiles. After the last step, it only writes records. The end of
-the process at such a time loses nothing, because no file is ever incomplete under its name.
+process prepares data, restores or compiles. After the last step, it only writes records. If it
+ends at such a time, nothing is lost, because no file has its final name before it is complete.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ class EarlyStop:
     """
 
     def __enter__(self) -> Self:
-        self._asked = False  # whether the handler of this class has run
+        self._asked = False  # Whether the handler of this class has run.
         self._ending = threading.Event()
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
@@ -70,7 +70,7 @@ class EarlyStop:
 
     def __exit__(self, *_: object) -> None:
         if self._ending.is_set():
-            self._thread.join()  # the thread ends the process, with its exit code
+            self._thread.join()  # The thread ends the process with exit code 75.
         signal.signal(signal.SIGTERM, self._old)
         signal.set_wakeup_fd(self._old_wakeup)
         os.close(self._write_end)

@@ -118,7 +118,7 @@ class Peers:
         while time.monotonic() < began + 2 * self._timeout_sec:
             if self._ends_at is not None:
                 return self._ending[1]
-            heard = list(self._heard.values())  # the thread may change the dictionary
+            heard = list(self._heard.values())  # The thread may change the dictionary.
             if not heard or (self._all_heard if self._me.process else min(heard)) > began:
                 return None
             time.sleep(min(0.05, self._beat_sec))
@@ -154,7 +154,7 @@ class Peers:
             await asyncio.wait(self._talks, timeout=_PARTING_SEC)
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Accepts a connection in process 0 if it begins with the secret and a new number."""
+        """Accepts a connection in process 0 if its first message is valid and its number is new."""
         match await _next_message(reader):
             case {"token": str(token), "hello": [int(process), str(host), int(pid)]} if (
                 hmac.compare_digest(token, self._token)
@@ -207,7 +207,7 @@ class Peers:
         for writer in self._writers.values():
             if (
                 writer.transport.get_write_buffer_size() < _MAX_BYTES
-            ):  # a process that reads too slowly gets no message
+            ):  # A process that reads too slowly gets no message.
                 writer.write(_line(message))
 
     def _part(self, who: Member, how: Parting, why: str) -> None:
@@ -222,7 +222,7 @@ class Peers:
         self._ends_at = time.monotonic() + self._timeout_sec
         if how == "stopped":
             self._ending = SAVED_REQUEUE_ME, f"PEERS: {who} stopped: {why}."
-            os.kill(os.getpid(), signal.SIGTERM)  # stop this process as well
+            os.kill(os.getpid(), signal.SIGTERM)  # Stop this process as well.
         else:
             self._ending = FAILED, f"PEERS: {who} failed; see its log: {why}"
 

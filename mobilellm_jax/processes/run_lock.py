@@ -4,7 +4,7 @@ The process that may write (the holder) locks `run.lock` in the folder with `flo
 line about itself there. The kernel releases the lock when the holder dies. On NFS 4, and on Lustre
 mounted with flock, the lock works across hosts. Other file systems have no such lock, or one that
 other hosts do not see. There the line decides: every few seconds, the holder raises a count in the
-line. A constant count means that the holder is gone. No host reads the clock of another host.
+line. A constant count means that the holder is gone. The processes do not compare clocks of hosts.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ class RunLock:
         self._stop.set()
         free = self._changing.acquire(timeout=_FAREWELL_SEC)
         try:
-            with contextlib.suppress(OSError):  # a folder that is gone holds no lock
+            with contextlib.suppress(OSError):  # A folder that is gone holds no lock.
                 if self._lock is not None and self._is_ours():
                     self._path.unlink()
         finally:
@@ -101,7 +101,7 @@ class RunLock:
             self._check_running()
             lock.write(self._line(0))
         except BaseException:
-            if not lock.read():  # this process has created the file
+            if not lock.read():  # This process has created the file.
                 self._path.unlink()
             lock.release()
             raise
@@ -167,7 +167,7 @@ def _this_process() -> dict[str, Any]:
         "boot": _boot(),
         "pid": os.getpid(),
         "started": _started(os.getpid()),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),  # only for messages
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),  # Only for messages.
         "command": shlex.join(sys.orig_argv),
     }
 

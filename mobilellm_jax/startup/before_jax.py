@@ -8,8 +8,8 @@ from mobilellm_jax.startup.xla_flags import set_xla_flags
 def before_jax(*, deterministic: bool) -> str:
     """Sets the allocator, XLA's flags and the compilation cache; returns a line about them.
 
-    Call this function before `distributed.start`, which connects the processes of a run. It raises
-    the errors of `set_xla_flags`.
+    Call this function before `distributed.start`, which connects the processes of a run. This
+    function raises the errors of `set_xla_flags`.
     """
     share_one_heap()
     flags = set_xla_flags(deterministic=deterministic)

@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-INFORMATION = Path("/proc/cpuinfo")  # only Linux has this file
+INFORMATION = Path("/proc/cpuinfo")  # Only Linux has this file.
 
 
 @functools.cache

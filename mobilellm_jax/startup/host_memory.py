@@ -29,7 +29,7 @@ def keep_freed_memory() -> bool:
 def _set(*settings: tuple[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has no mallopt
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # The C library musl has no mallopt.
     if mallopt is None:
         return False
     return all(mallopt(name, value) == 1 for name, value in settings)

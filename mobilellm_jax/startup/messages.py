@@ -28,6 +28,6 @@ def show_messages() -> None:
     """Sends messages of this package with level INFO or higher to standard error."""
     logger = logging.getLogger("mobilellm_jax")
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # a handler of the root logger would repeat each line
+    logger.propagate = False  # A root handler would repeat each line.
     if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
         logger.addHandler(_StandardError())

@@ -23,7 +23,7 @@ from mobilellm_jax.config import ConfigError
 
 _GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
 _GPU_DETERMINISTIC = {"xla_gpu_deterministic_ops": "true"}
-_TESTED_JAXLIB = ("0.10.", "0.11.")  # tests/startup/test_xla_flags.py uses the installed version
+_TESTED_JAXLIB = ("0.10.", "0.11.")  # tests/startup/test_xla_flags.py uses the installed one.
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
 
 
@@ -64,4 +64,4 @@ def is_deterministic() -> bool:
 def _given() -> dict[str, str]:
     words = os.environ.get("XLA_FLAGS", "").split()
     pairs = (word.removeprefix("--").partition("=") for word in words)
-    return {name: value for name, _, value in pairs}  # like XLA, the last of two equal flags wins
+    return {name: value for name, _, value in pairs}  # As in XLA, the last of equal names wins.

@@ -100,7 +100,7 @@ def verify(
                 return f"{path} has SHA-256 {found}, but its manifest says {record['sha256']}"
         except FileNotFoundError:
             return f"{path} is missing"
-        except (OSError, ValueError) as error:  # for example, a name that no file can have
+        except (OSError, ValueError) as error:  # For example, a name that no file can have.
             return f"{strict_json.plain(str(path))} cannot be read: {error}"
         return ""
 
