@@ -44,7 +44,7 @@ class Planner:
             self.made.append(read_record(file, Shard))
         self._job, self._split = job, split
         self._planned = len(self.made)
-        self._waiting: list[Shard] = []  # Parts with documents that are not planned.
+        self._waiting: list[Shard] = []  # Parts with documents that no plan contains yet.
         self._start = sum(shard.tokens for shard in self.made)  # Planned tokens in `_waiting`.
         self._used: list[Shard] = []
 
@@ -91,7 +91,7 @@ class Planner:
 
 
 def assemble(job: Job, plan: ShardPlan) -> Shard:
-    """Copies the documents of `plan` into a shard, then marks the shard complete by a record."""
+    """Copies the documents of `plan` into a shard, then writes the record of the complete shard."""
     stream = TokenStream(job.parts, plan.parts, job.dtype)
     with ShardWriter(job.shards, plan.name, job.dtype) as writer:
         for start in range(plan.start, plan.stop, _COPIED_AT_ONCE):

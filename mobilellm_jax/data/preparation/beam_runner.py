@@ -27,7 +27,8 @@ def encode_and_assemble(
     `options` are Beam's own flags, such as `--runner=DirectRunner` or `--direct_num_workers=8`.
 
     Raises:
-      UserError: if Beam is not installed, or as for `PieceEncoder.encode`.
+      UserError: if Beam is not installed, or if the encoding of a piece raises it (see
+        `PieceEncoder.encode`).
     """
     try:
         beam = importlib.import_module("apache_beam")

@@ -73,8 +73,8 @@ def prepare(
     made with equal settings, it stays unchanged.
 
     Raises:
-      UserError: if a setting is bad, a source has no text, a document is refused, or `output`
-        contains something else.
+      UserError: if a setting is invalid, the sources have no text, a document is refused, or
+        `output` contains other data.
       MissingFileError: if the tokenizer file is missing, or a pattern matches nothing.
     """
     _check_settings(

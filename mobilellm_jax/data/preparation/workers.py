@@ -77,7 +77,7 @@ def encode_pieces(
     number. If `workers` is 1, a thread of this process encodes the pieces.
 
     Raises:
-      UserError: as for `PieceEncoder.encode`.
+      UserError: if the encoding of a piece raises it (see `PieceEncoder.encode`).
       RuntimeError: if a worker process was killed.
     """
     if not tasks:

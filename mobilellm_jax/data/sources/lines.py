@@ -29,7 +29,7 @@ _JSON_TYPES = {
 }
 
 
-class _Fault(Exception):  # noqa: N818  # never leaves this file
+class _Fault(Exception):  # noqa: N818  # Only this module uses it.
     """The reason why bytes are not a document, and the position `at` of the fault in them."""
 
     def __init__(self, reason: str, at: int = 0) -> None:

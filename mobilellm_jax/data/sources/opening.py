@@ -13,8 +13,8 @@ local paths, in which `**` matches folders of any depth, or of URLs that fsspec 
 gs://, file://). The files of text, jsonl and tokens may be compressed; their names then end in .gz
 or .zst.
 
-A source imports its library (TFDS, PyArrow, fsspec, zstandard) only when it uses the library. A
-worker that reads one piece therefore starts in milliseconds.
+A source imports its library (TFDS, PyArrow, fsspec, zstandard) only when it uses this library. The
+start of a worker that reads one piece therefore takes only milliseconds.
 """
 
 import re

@@ -12,7 +12,7 @@ from mobilellm_jax.data.sources import files
 from mobilellm_jax.data.sources.source import BadLine, Document, OnBadLine, Piece, decoded_record
 from mobilellm_jax.errors import UserError, require
 
-# Several footers are read together, because each is small and a network may delay each read.
+# Number of threads that read footers. A footer is small, but reading it may wait for a network.
 _FOOTERS_AT_ONCE = 16
 _BATCH_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 20

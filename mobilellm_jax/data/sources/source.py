@@ -71,7 +71,7 @@ OnBadLine = Callable[[BadLine], None]
 
 
 def stop(bad: BadLine) -> NoReturn:
-    """Raises an error for a bad line; `on_bad` of the commands that do not skip bad lines."""
+    """Raises an error for a bad line; used as `on_bad` by commands that do not skip bad lines."""
     raise BadLineError(
         f"{bad}. Correct it, or leave such lines out with --on_bad_line=skip, which counts them."
     )

@@ -68,7 +68,7 @@ class _RecordSource(Source):
         whole = sum(int(known.num_bytes) for known in splits.values())
         return records, whole * records // max(1, splits.total_num_examples)
 
-    @functools.cache  # noqa: B019  # a source lives as long as its process
+    @functools.cache  # noqa: B019  # A source lives as long as its process.
     def _records(self, split: str) -> Any:
         builder = self._builder
         try:
