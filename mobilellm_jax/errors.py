@@ -1,4 +1,4 @@
-"""Errors for mistakes that the user can correct, and the exit codes of processes.
+"""Defines errors for mistakes that the user can correct, and the exit codes of processes.
 
 The command line prints a `UserError` as one message and ends with exit code 2. Any other exception
 is a bug of this package, and the command line prints its traceback.

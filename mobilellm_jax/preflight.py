@@ -1,6 +1,6 @@
 """Checks and prepares everything that a run needs, before anything compiles.
 
-`config/rules.py` has the rules that need neither files nor devices. The functions here check the
+`config/rules.py` checks the rules that need neither files nor devices. The functions here check the
 other rules. They raise a `ConfigError` with the field, its value, the rule and the remedy.
 """
 

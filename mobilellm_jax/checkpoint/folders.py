@@ -1,8 +1,9 @@
 """Lists, chooses and deletes the step folders of a run.
 
-`STEP/` is a checkpoint. `STEP.saving-N/` is a save that is running or was cut off. On an object
-store, which cannot rename, such a save is a folder `STEP/` without a manifest. `STEP.damaged-N/` is
-a damaged checkpoint whose step was saved again. This file never deletes a damaged checkpoint.
+`STEP/` is a checkpoint. `STEP.saving-N/` is a save that is running or was cut off. An object
+store cannot rename, so an incomplete save there is a folder `STEP/` without a manifest.
+`STEP.damaged-N/` is a damaged checkpoint of a step that was saved again. This file never deletes a
+damaged checkpoint.
 """
 
 import logging
@@ -113,7 +114,7 @@ def commit(folder: epath.Path, work: epath.Path, step: int) -> None:
 
 
 def delete_old(folder: epath.Path, keep: int, keep_every: int) -> None:
-    """Deletes all steps except the newest `keep` and the multiples of `keep_every` (0 = none).
+    """Deletes all steps but the newest `keep` and multiples of `keep_every` (0 = no multiples).
 
     The function neither counts nor deletes a step with a missing file or a wrong file size.
     """

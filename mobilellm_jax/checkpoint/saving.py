@@ -184,7 +184,7 @@ class CheckpointWriter:
                 _log.warning(f"Old checkpoints in {self._folder} cannot be deleted: {error}")
 
     def _fail(self, step: int, work: epath.Path, error: BaseException) -> None:
-        """Logs a failure at once and plans the next attempt; `_settle` counts the failure later."""
+        """Logs a failed save and plans the next attempt; `_settle` counts the failure later."""
         # The log omits the pages of settings at the end of a message of TensorStore.
         why = f"{type(error).__name__}: {str(error).split(' [tensorstore_spec')[0]}"
         if self._failures < len(RETRY_SEC):

@@ -1,9 +1,9 @@
 """The settings of a run: frozen dataclasses with defaults and limits.
 
 The defaults are MobileLLM-125M and its recipe (Liu et al. 2024, arXiv:2402.14905, Table 9 and
-Sec. 3.1). Only `configs/*.py` and the command line use a `ConfigDict`. A `Config` checks the rules
-of `config/rules.py`, and its error lists all broken rules. `preflight.py` checks the rules that
-need files or devices.
+Sec. 3.1). Only `configs/*.py` and the command line use a `ConfigDict`. The constructor of `Config`
+checks the rules of `config/rules.py`, and its error lists all broken rules. `preflight.py` checks
+the rules that need files or devices.
 """
 
 import dataclasses

@@ -12,8 +12,9 @@ class Agreement:
     """Tells all processes in the same step whether one of them has made a request.
 
     A signal or a time limit reaches each process at a different time. If only one process leaves
-    the training loop, the others wait for it in a collective. So every step reduces one flag per
-    device over all devices. The object reads the result one step later, because it is ready then.
+    the training loop, the others wait for it in a collective. So in every step, each process sets a
+    flag per device, and a reduction over all devices finds out whether any flag is set. The object
+    reads the result one step later, because the result is ready by then.
 
     Args:
       step: first step of the loop; with a step, the object also reacts to preemption notices.

@@ -11,9 +11,10 @@ from typing import Any
 def process_state() -> Any:
     """Returns jax's data about the run: process number, process count, coordinator client.
 
-    `jax.process_index` starts a backend, and no public function returns the client. Orbax and Flax
-    use the same name, https://github.com/jax-ml/jax/blob/main/jax/_src/distributed.py. Remove
-    this function when jax has a public key-value store.
+    The public `jax.process_index` starts a backend, and no public function returns the client.
+    Orbax and Flax use the same private name,
+    https://github.com/jax-ml/jax/blob/main/jax/_src/distributed.py. Remove this function when jax
+    has a public key-value store.
     """
     from jax._src import distributed
 
