@@ -42,6 +42,10 @@ def get_config():
 """
 
 
+# Runs that need neither validation nor samples do not trace and compile them.
+TRAINING_ALONE = ("--config.train.eval_every=0", "--config.evaluate.every=0")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.prepared_words(tmp_path_factory.mktemp("text"))
@@ -241,7 +245,8 @@ def test_a_text_is_measured_after_saving_and_again_if_that_was_lost(
 
 def test_profile_of_chosen_steps(config_file: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    result = run(config_file, workdir, "--config.train.steps=4", "--profile_steps=2:3")
+    flags = [*TRAINING_ALONE, "--config.train.steps=4", "--profile_steps=2:3"]
+    result = run(config_file, workdir, *flags)
     assert result.returncode == 0, result.stderr
     assert list((workdir / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))
     assert (workdir / "profile" / "memory-step-3.prof").stat().st_size
@@ -249,12 +254,13 @@ def test_profile_of_chosen_steps(config_file: Path, tmp_path: Path) -> None:
 
 def test_finished_run_is_extended_by_more_steps(config_file: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    assert run(config_file, workdir, "--config.train.steps=4").returncode == 0
-    again = run(config_file, workdir, "--config.train.steps=4")
+    four = [*TRAINING_ALONE, "--config.train.steps=4"]
+    assert run(config_file, workdir, *four).returncode == 0
+    again = run(config_file, workdir, *four)
     assert again.returncode == 0, again.stderr
     assert "boundaries concat: attention crosses document borders" in again.stderr
     assert checkpoint.latest_step(workdir) == 4
-    assert run(config_file, workdir, "--config.train.steps=6").returncode == 0
+    assert run(config_file, workdir, *TRAINING_ALONE, "--config.train.steps=6").returncode == 0
     assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
 
 
@@ -281,7 +287,10 @@ def test_quantized_training_goes_on_exactly_and_says_what_it_is(
     )
     optimizer = dataclasses.replace(base.optimizer, schedule="constant")
     quantize = QuantizeConfig(scheme="w4a8")
-    config = dataclasses.replace(base, train=train, optimizer=optimizer, quantize=quantize)
+    evaluate = dataclasses.replace(base.evaluate, every=0)
+    config = dataclasses.replace(
+        base, train=train, optimizer=optimizer, quantize=quantize, evaluate=evaluate
+    )
     assert pretrain.pretrain(config, tmp_path / "whole")
     half = dataclasses.replace(config, train=dataclasses.replace(train, steps=3))
     assert pretrain.pretrain(half, tmp_path / "run")

@@ -16,12 +16,33 @@ import pytest
 from mobilellm_jax import checkpoint, pretrain
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Config
+from mobilellm_jax.evaluate import validation
 from mobilellm_jax.startup.messages import show_messages
 from mobilellm_jax.train.state import TrainState
 from mobilellm_jax.train.step import StepMetrics
 from tests.faults.records import assert_same_run, log
 
 STEPS = 16
+
+
+def once(make: Callable[..., Any]) -> Callable[..., Any]:
+    made: dict[Config, Any] = {}
+
+    def made_once(config: Config, *rest: Any) -> Any:
+        if config not in made:
+            made[config] = make(config, *rest)
+        return made[config]
+
+    return made_once
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """The runs of this file have one config, so they can share their jitted functions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "make_train_step", once(pretrain.make_train_step))
+        patch.setattr(validation, "make_loss_sums", once(validation.make_loss_sums))
+        yield
 
 
 @pytest.fixture(scope="module")
