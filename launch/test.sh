@@ -10,4 +10,5 @@ install test,dev torch==2.13.0
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/pytest -n 2 "$@"
+# Each process takes whole files while it can, so the fixtures of a file are made once.
+.venv/bin/pytest -n 2 --dist worksteal "$@"
