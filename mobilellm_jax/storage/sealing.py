@@ -101,7 +101,8 @@ def verify(
         except FileNotFoundError:
             return f"{path} is missing"
         except (OSError, ValueError) as error:  # For example, a name that no file can have.
-            return f"{strict_json.plain(str(path))} cannot be read: {error}"
+            name = strict_json.plain(str(path.relative_to(folder)))
+            return f"{folder}/{name} cannot be read: {error}"
         return ""
 
     with _threads(len(wanted)) as pool:

@@ -126,5 +126,5 @@ def test_file_that_cannot_be_read_is_damage(
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(sealing, "sha256_of", fail)
-    with pytest.raises(DamagedError, match=r"params/two' cannot be read: .*Input/output error"):
+    with pytest.raises(DamagedError, match=r"params/two cannot be read: .*Input/output error"):
         sealing.verify(folder)
