@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -17,36 +17,71 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["mobilellm_jax.cli.train", "mobilellm_jax.pretrain", __name__])
 
 
-def start(arguments: Sequence[str], output: Path, cache: Path | None = None) -> ForkServerProcess:
-    """Starts `mobilellm` with these arguments on one device; appends what it says to `output`.
+def start(
+    arguments: Sequence[str],
+    output: Path,
+    cache: Path | None = None,
+    *,
+    devices: int = 1,
+    before: Callable[[], object] = bool,
+) -> ForkServerProcess:
+    """Starts `mobilellm` with these arguments, and appends what it says to `output`.
 
     Args:
       arguments: The command and its flags.
       output: A file. The process creates it.
       cache: A folder of compiled programs; None means that of the session.
+      devices: The number of CPU devices of the process.
+      before: The process calls this function first. It must be picklable.
     """
     folder = str(cache or os.environ["MOBILELLM_TEST_CACHE"])
-    process = _server.Process(target=_live, args=(list(arguments), str(output), folder))
+    life = (list(arguments), str(output), folder, devices, before)
+    process = _server.Process(target=_live, args=life)
     process.start()
     return process
 
 
 def run(arguments: Sequence[str], output: Path) -> "subprocess.CompletedProcess[str]":
     """Runs `mobilellm` to its end; `stderr` of the result is all that this process said."""
-    before = output.stat().st_size if output.exists() else 0
+    begin = output.stat().st_size if output.exists() else 0
     process = start(arguments, output)
     process.join()
     assert process.exitcode is not None
-    said = output.read_bytes()[before:].decode()
+    said = output.read_bytes()[begin:].decode()
     return subprocess.CompletedProcess(list(arguments), process.exitcode, stderr=said)
 
 
-def _live(arguments: list[str], output: str, cache: str) -> None:
+def run_as_two(
+    commands: Sequence[Sequence[str]],
+    folder: Path,
+    befores: Sequence[Callable[[], object]] = (bool, bool),
+) -> "list[subprocess.CompletedProcess[str]]":
+    """Runs two processes of four devices together; one that hangs is killed after 240 s."""
+    outputs = [folder / f"process{own}.log" for own in range(len(commands))]
+    for output in outputs:
+        output.unlink(missing_ok=True)
+    processes = [
+        start(command, output, devices=4, before=before)
+        for command, output, before in zip(commands, outputs, befores, strict=True)
+    ]
+    for process in processes:
+        process.join(240)
+        process.kill()
+        process.join()
+    return [
+        subprocess.CompletedProcess(command, process.exitcode or 0, stderr=output.read_text())
+        for command, process, output in zip(commands, processes, outputs, strict=True)
+    ]
+
+
+def _live(
+    arguments: list[str], output: str, cache: str, devices: int, before: Callable[[], object]
+) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    quick = os.environ["XLA_FLAGS"].split()[1:]  # without the flag for eight devices
-    os.environ["XLA_FLAGS"] = " ".join(quick)
+    flags = os.environ["XLA_FLAGS"]
+    os.environ["XLA_FLAGS"] = flags.replace("device_count=8", f"device_count={devices}")
     import jax
 
     from mobilellm_jax.cli.main import main
@@ -58,6 +93,7 @@ def _live(arguments: list[str], output: str, cache: str) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     code = 1
     try:
+        before()
         code = main(arguments)
     finally:
         atexit._run_exitfuncs()  # multiprocessing does not call these functions

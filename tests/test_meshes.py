@@ -6,9 +6,10 @@ step.
 """
 
 import dataclasses
+import functools
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +29,15 @@ from mobilellm_jax.config import (
     to_json,
 )
 from mobilellm_jax.data.preparation.prepare import prepare
+from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.sharding import make_mesh
-from tests.together import free_port, run_together
+from tests import lives
+from tests.together import free_port
 
 STEPS = 20
 # The tolerance is relative for losses and absolute for parameters.
 TOLERANCE = 1e-5
 FSDP4_TENSOR2 = MeshConfig(data=1, fsdp=4, tensor=2)
-# The program is one process of the run. It gets a config, a folder, and the step to stop after.
-PROCESS = """
-import signal, sys
-from pathlib import Path
-from mobilellm_jax import pretrain
-from mobilellm_jax.config import from_json
-from mobilellm_jax.processes import distributed
-from mobilellm_jax.startup.messages import show_messages
-from tests.test_meshes import stopping_after
-
-config, workdir, address, own, stop = sys.argv[1:]
-show_messages()
-print(distributed.start(address, 2, int(own)), file=sys.stderr)
-pretrain.make_train_step = stopping_after(int(stop))
-pretrain.pretrain(from_json(Path(config).read_text()), Path(workdir))
-"""
 
 
 def stopping_after(step: int) -> Callable[..., Any]:
@@ -69,6 +56,10 @@ def stopping_after(step: int) -> Callable[..., Any]:
         return stepping
 
     return make
+
+
+def stop_after(step: int) -> None:
+    pretrain.make_train_step = stopping_after(step)  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module")
@@ -154,19 +145,30 @@ def go_on_as_two(
     config: Config, mesh: MeshConfig, workdir: Path, stops: tuple[int, int]
 ) -> list[str]:
     """Trains in two processes of four devices. Returns what each process printed on stderr."""
-    file = workdir.parent / "config.json"
-    file.write_text(to_json(dataclasses.replace(config, mesh=mesh)))
-    address = f"localhost:{free_port()}"
-    results = run_together(
-        [
-            ["-c", PROCESS, str(file), str(workdir), address, str(own), str(stop)]
-            for own, stop in enumerate(stops)
-        ],
-        devices=4,
-    )
+    two = dataclasses.replace(config, mesh=mesh)
+    commands = commands_of([two, two], [workdir, workdir], workdir.parent)
+    befores = [functools.partial(stop_after, stop) for stop in stops]
+    results = lives.run_as_two(commands, workdir.parent, befores)
     for result in results:
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == (SAVED_REQUEUE_ME if any(stops) else 0), result.stderr
     return [result.stderr for result in results]
+
+
+def commands_of(
+    configs: Sequence[Config], workdirs: Sequence[Path], folder: Path
+) -> list[list[str]]:
+    """Returns the command of each process of a run; writes its config file into the folder."""
+    together = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
+    commands = []
+    for own, (config, workdir) in enumerate(zip(configs, workdirs, strict=True)):
+        file = folder / f"config{own}.py"
+        file.write_text(
+            "from mobilellm_jax.config import from_json, to_config_dict\n"
+            f"def get_config():\n    return to_config_dict(from_json({to_json(config)!r}))\n"
+        )
+        flags = [f"--config={file}", f"--workdir={workdir}", f"--process_id={own}"]
+        commands.append(["train", *flags, *together])
+    return commands
 
 
 @pytest.mark.slow
@@ -216,20 +218,10 @@ def test_processes_that_do_not_mean_the_same_run_are_refused(
 ) -> None:
     other = dataclasses.replace(config.optimizer, peak_lr=0.5)
     configs = [config, dataclasses.replace(config, optimizer=other)]
+    workdirs = [tmp_path / "run", tmp_path / "run"]
     if mistake == "another folder":
-        configs = [config, config]
-    address, commands = f"localhost:{free_port()}", []
-    for own, each in enumerate(configs):
-        file = tmp_path / f"{own}.py"
-        file.write_text(
-            "from mobilellm_jax.config import from_json, to_config_dict\n"
-            f"def get_config():\n    return to_config_dict(from_json({to_json(each)!r}))\n"
-        )
-        folder = tmp_path / (f"run{own}" if mistake == "another folder" else "run")
-        run = ["-m", "mobilellm_jax", "train", f"--config={file}", f"--workdir={folder}"]
-        processes = [f"--coordinator_address={address}", "--num_processes=2"]
-        commands.append([*run, *processes, f"--process_id={own}"])
-    results = run_together(commands, devices=4)
+        configs, workdirs = [config, config], [tmp_path / "run0", tmp_path / "run1"]
+    results = lives.run_as_two(commands_of(configs, workdirs, tmp_path), tmp_path)
     expected = {
         "another config": "optimizer.peak_lr: 0.001 there, 0.5 here",
         "another folder": f"workdir='{tmp_path}/run1' is not the folder in which process 0 writes",
