@@ -1,4 +1,8 @@
-"""Tests that runs which are killed at any moment give the same results as an undisturbed run."""
+"""Tests that runs which are killed at any moment give the same results as an undisturbed run.
+
+`tests/test_pretrain.py` kills runs after chosen steps. The long test here kills runs at random
+moments; `launch/test_soak.sh` runs it.
+"""
 
 import collections
 import dataclasses
@@ -189,16 +193,14 @@ def kill_and_compare(undisturbed: Undisturbed, folder: Path, kills: int, seed: i
     return f"{done} kills of {runs} runs, seed {seed}: all equal to the bit ({counts})"
 
 
-def test_killed_runs_give_the_same_results(undisturbed: Undisturbed, tmp_path: Path) -> None:
-    said = kill_and_compare(undisturbed, tmp_path, kills=3, seed=0)
-    assert said.startswith("3 kills of "), said
-
-
-def test_sigterm_while_a_run_starts_asks_for_another_start(
-    undisturbed: Undisturbed, tmp_path: Path
-) -> None:
-    harness, expected, _ = undisturbed
-    workdir = tmp_path / "run"
+def test_sigterm_while_a_run_starts_asks_for_another_start(config: Config, tmp_path: Path) -> None:
+    harness = Harness(
+        write_config(config, tmp_path / "config.py", steps=8),
+        Path(os.environ["MOBILELLM_TEST_CACHE"]),
+        random.Random(0),
+    )
+    expected, workdir = tmp_path / "expected", tmp_path / "run"
+    harness.uninterrupted(expected)
     for seconds in (0.0, 0.5):
         process = harness.start(workdir)
         while not catches_sigterm(process.pid):
@@ -212,7 +214,7 @@ def test_sigterm_while_a_run_starts_asks_for_another_start(
         assert all(name.startswith(".") for name in left), (left, said(workdir))
     assert "SIGTERM: no step is running; stopping." in said(workdir, whole=True)
     harness.uninterrupted(workdir)
-    assert_same_run(workdir, expected, STEPS)
+    assert_same_run(workdir, expected, 8)
 
 
 @pytest.mark.soak

@@ -196,10 +196,19 @@ WAYS = [(v, how) for how in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM) for
 
 
 @pytest.mark.slow
-def test_either_of_two_processes_may_be_hurt(config_file: Path, tmp_path: Path) -> None:
-    plan = iter([(0, signal.SIGKILL)])
-    said = hurt_and_compare(config_file, tmp_path, plan, seed=0)
-    assert said.startswith("one of two processes hurt 1 times in "), said
+def test_a_killed_process_is_named_by_the_other(config: Config, tmp_path: Path) -> None:
+    config_file = write_config(config, tmp_path / "config.py", steps=5000)  # it never finishes
+    pair = Pair(config_file, Path(os.environ["MOBILELLM_TEST_CACHE"]), random.Random(0))
+    workdir = tmp_path / "run"
+    killed, other = pair.start_both(workdir)
+    deadline = time.monotonic() + _WAIT_SEC
+    while checkpoint.latest_step(workdir) is None:
+        assert killed.is_alive() and time.monotonic() < deadline, all_said(workdir)
+        time.sleep(0.001)
+    killed.kill()
+    for process in (killed, other):
+        process.join(_WAIT_SEC)
+    pair._check_pair(killed, other, 0, signal.SIGKILL, said_by(workdir, 1), workdir)
 
 
 @pytest.mark.soak
