@@ -37,7 +37,7 @@ if "MOBILELLM_TEST_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["MOBILELLM_TEST_CACHE"], ignore_errors=True)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["MOBILELLM_TEST_CACHE"]
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2 << 30)
 # A program's operations carry no call stacks: collecting them takes a tenth of the suite's time.
 os.environ["JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS"] = "false"
@@ -77,7 +77,7 @@ def _memory_of_a_module() -> Iterator[None]:
     """Collects the garbage of a module; drops compiled programs if they take much memory."""
     yield
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    if "jax" in sys.modules and pages * resource.getpagesize() > 3e9:
+    if "jax" in sys.modules and pages * resource.getpagesize() > 2e9:
         sys.modules["jax"].clear_caches()
     gc.collect()
     gc.freeze()  # later collections skip what is left

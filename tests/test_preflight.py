@@ -138,7 +138,7 @@ def test_verifying_can_be_turned_off(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "parts"),
     [
-        ("@/one:0.5,@/third:0.5", ["@/one", "@/third", "only under one", "--tokenizer"]),
+        ("@/one:0.5,@/third:0.5", ["@/one", "@/third", "the same tokenizer", "--tokenizer"]),
         ("@/one:0.5,@/none:0.5", ["@/none", "does not exist", "mobilellm prepare"]),
         ("@/one:0.5,@/two", ["'@/two' must be a folder and its weight", "data/web:0.7"]),
     ],

@@ -249,7 +249,9 @@ def test_what_is_wrong_with_tokens(tmp_path: Path, line: str, reason: str) -> No
 def test_a_file_that_is_cut_off_is_no_bad_line(tmp_path: Path, scheme: str) -> None:
     content = gzip.compress(lines_of([{"text": "a" * 100, "token_ids": [1]}] * 3))
     (tmp_path / "a.gz").write_bytes(content[:-1])
-    with pytest.raises(BadLineError, match=r"a\.gz, line 4, .*the file is cut off: .* cannot be read"):
+    with pytest.raises(
+        BadLineError, match=r"a\.gz, line 4, .*the file is cut off: .* cannot be read"
+    ):
         bad_lines(f"{scheme}:{tmp_path}/a.gz")
 
 
