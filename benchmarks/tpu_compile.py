@@ -21,12 +21,9 @@ import jax
 from mobilellm_jax.config import Config, DataConfig, TrainConfig
 from mobilellm_jax.model.on_device import settle
 from mobilellm_jax.paper.architectures import MOBILELLM
-from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import TooLarge, compile_step
 from mobilellm_jax.plan.prediction import predict
 from mobilellm_jax.plan.topology import parse_topology, topology_devices
-from mobilellm_jax.train.metrics import peak_flops
-from mobilellm_jax.train.state import mesh_of
 
 _GIB = 2**30
 # Limits for a step of the 125M model with 8 rows on a v5e. At least one policy must keep both
@@ -66,18 +63,13 @@ def main() -> None:
             ),
             devices[0],
         )
-        mesh, rules = mesh_of(config, devices)
-        step = compile_step(config, mesh, rules)
+        step = compile_step(config, devices)
         if isinstance(step, TooLarge):
             print(f"{remat:12}needs {step.needed_bytes / _GIB:.2f} GiB, does not fit")
             continue
         cycles = step.program.estimated_cycles
-        peak = peak_flops(devices[0])
-        assert cycles is not None and peak is not None, (
-            "libtpu estimates cycles, and we know the peaks of its chips"
-        )
-        account = account_of(config, mesh, rules)
-        prediction = predict(config, account, step, topology.chip, peak)
+        assert cycles is not None, "libtpu estimates cycles"
+        prediction = predict(config, step, topology.chip, devices)
         calls = sum(step.program.kernels.values())
         print(
             f"{remat:12}{cycles / 1e6:10.1f}{step.temporary_bytes / _GIB:10.2f}"

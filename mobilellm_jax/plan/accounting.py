@@ -3,18 +3,18 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from mobilellm_jax.config import Config, DataConfig, ModelConfig
 from mobilellm_jax.model.size import flops_per_token, parameter_count
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
-from mobilellm_jax.sharding import Rules, batch_shards, bytes_per_device
+from mobilellm_jax.sharding import batch_shards, bytes_per_device
 from mobilellm_jax.train.optimizer import make_optimizer
-from mobilellm_jax.train.state import abstract_state
+from mobilellm_jax.train.state import abstract_state, mesh_of
 from mobilellm_jax.train.step import chunk_positions
 
 
@@ -45,8 +45,9 @@ class Account:
         return self.flops_per_token * self.tokens_per_step // self.num_devices
 
 
-def account_of(config: Config, mesh: Mesh, rules: Rules) -> Account:
+def account_of(config: Config, devices: Sequence[jax.Device]) -> Account:
     """Returns the sizes of a run; `settle` must have replaced every "auto" in `config`."""
+    mesh, rules = mesh_of(config, devices)
     train, model, seq_len = config.train, config.model, config.data.seq_len
     optimizer = make_optimizer(config.optimizer, train.steps)
     state = abstract_state(config, optimizer, mesh, rules)

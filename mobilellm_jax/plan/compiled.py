@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ from jax.sharding import Mesh
 from mobilellm_jax.config import Config
 from mobilellm_jax.plan.hlo import Program, read_program
 from mobilellm_jax.quantize.parameters import training_transform
-from mobilellm_jax.sharding import Rules, batch_sharding
+from mobilellm_jax.sharding import batch_sharding
 from mobilellm_jax.train.optimizer import make_optimizer
-from mobilellm_jax.train.state import abstract_state
+from mobilellm_jax.train.state import abstract_state, mesh_of
 from mobilellm_jax.train.step import make_train_step
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -44,8 +45,9 @@ class TooLarge:
     compile_sec: float
 
 
-def lower_step(config: Config, mesh: Mesh, rules: Rules) -> jax.stages.Lowered:
+def lower_step(config: Config, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
     """Lowers the step that `train` runs."""
+    mesh, rules = mesh_of(config, devices)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = abstract_state(config, optimizer, mesh, rules)
     step = make_train_step(config, optimizer, mesh, rules, state, training_transform(config))
@@ -62,9 +64,9 @@ def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return {n: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for n, d in names.items()}
 
 
-def compile_step(config: Config, mesh: Mesh, rules: Rules) -> CompiledStep | TooLarge:
+def compile_step(config: Config, devices: Sequence[jax.Device]) -> CompiledStep | TooLarge:
     """Compiles the training step; `settle` must have replaced every "auto" in `config`."""
-    lowered = lower_step(config, mesh, rules)
+    lowered = lower_step(config, devices)
     began = time.perf_counter()
     try:
         program = lowered.compile()
@@ -91,7 +93,4 @@ def needed_and_available(message: str) -> tuple[int, int] | None:
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None
     needed, unit, available, available_unit = found.groups()
-    return (
-        round(float(needed) * _UNITS[unit]),
-        round(float(available) * _UNITS[available_unit]),
-    )
+    return round(float(needed) * _UNITS[unit]), round(float(available) * _UNITS[available_unit])

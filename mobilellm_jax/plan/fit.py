@@ -17,7 +17,6 @@ import jax
 from mobilellm_jax.config import Config, ConfigError, Remat, changed
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge, compile_step
-from mobilellm_jax.train.state import mesh_of
 
 _log = logging.getLogger(__name__)
 # The search skips a change if the computed bytes exceed this multiple of the memory. The computed
@@ -44,20 +43,18 @@ def smallest_fit(config: Config, devices: Sequence[jax.Device], failed: TooLarge
     `failed` is the result of `compile_step` for the unchanged `config`. `settle` must have replaced
     every "auto" in `config`.
     """
-    mesh, rules = mesh_of(config, devices)
     # The compiled step needs more bytes than computed, mostly for the compiler's own buffers.
-    missing = failed.needed_bytes - account_of(config, mesh, rules).total_bytes
+    missing = failed.needed_bytes - account_of(config, devices).total_bytes
     for change in candidates(config, len(devices)):
         try:
             candidate = changed(config, change)
-            mesh, rules = mesh_of(candidate, devices)
+            expected = account_of(candidate, devices).total_bytes + max(0, missing)
         except ConfigError:
             continue
-        expected = account_of(candidate, mesh, rules).total_bytes + max(0, missing)
         if expected > _HOPELESS * failed.available_bytes:
             continue
         _log.info(f"compiling with {written(change)} ...")  # Compiling can take minutes.
-        step = compile_step(candidate, mesh, rules)
+        step = compile_step(candidate, devices)
         if isinstance(step, CompiledStep):
             return Fit(change, candidate, step)
     return None

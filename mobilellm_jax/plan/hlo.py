@@ -35,9 +35,10 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 # Several fusions may share one transfer. All of these fusions have the same chain_id or name.
 _SAME_TRANSFER = re.compile(r'(?:chain_id|async_collective_name)="([^"]*)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_GROUPS_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_GROUPS_COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
-_GROUPS_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+# XLA writes groups of devices as lists, as a number and a size, or as axes of a mesh.
+_GROUPS = re.compile(
+    r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\][^{]*\{([^}]*)\})"
+)
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0}
 
 
@@ -83,37 +84,37 @@ class Program:
 def read_program(text: str) -> Program:
     """Reads the text of a compiled program (`jax.stages.Compiled.as_text`)."""
     computations, entry = _computations(text)
-    collectives: list[Collective] = []
-    seen: set[tuple[str, str]] = set()
+    collectives: dict[tuple[str, str], Collective] = {}
     kernels: collections.Counter[str] = collections.Counter()
-    cycles, any_cycles, unknown = 0, False, 0
+    cycles: int | None = None
+    unknown = 0
+    for instruction, times, in_fusion in _executed(computations, entry):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            transfer = _SAME_TRANSFER.search(instruction.text)
+            key = (kind, transfer.group(1) if transfer else instruction.name)
+            collectives.setdefault(key, _collective(kind, instruction, times))
+        if 'custom_call_target="tpu_custom_call"' in instruction.text:
+            kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times
+        estimate = _CYCLES.search(instruction.text)
+        if estimate and not in_fusion:
+            cycles = (cycles or 0) + int(estimate.group(1)) * times
+        unknown += instruction.opcode == "while" and _trips(instruction, computations) is None
+    return Program(tuple(collectives.values()), cycles, dict(kernels), unknown)
 
-    def visit(computation: str, times: int, in_fusion: bool) -> None:
-        nonlocal cycles, any_cycles, unknown
-        for instruction in computations[computation]:
-            kind = _collective_kind(instruction.opcode)
-            if kind is not None:
-                transfer = _SAME_TRANSFER.search(instruction.text)
-                key = (kind, transfer.group(1) if transfer else instruction.name)
-                if key not in seen:
-                    seen.add(key)
-                    collectives.append(_collective(kind, instruction, times))
-            if 'custom_call_target="tpu_custom_call"' in instruction.text:
-                kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times
-            estimate = _CYCLES.search(instruction.text)
-            if estimate and not in_fusion:
-                any_cycles = True
-                cycles += int(estimate.group(1)) * times
-            inner = times
-            if instruction.opcode == "while":
-                trips = _trips(instruction, computations)
-                unknown += trips is None
-                inner = times * (1 if trips is None else trips)
-            for called in _called(instruction):
-                visit(called, inner, in_fusion or instruction.opcode == "fusion")
 
-    visit(entry, 1, False)
-    return Program(tuple(collectives), cycles if any_cycles else None, dict(kernels), unknown)
+def _executed(
+    computations: dict[str, list[Instruction]], name: str, times: int = 1, in_fusion: bool = False
+) -> Iterator[tuple[Instruction, int, bool]]:
+    """Yields each instruction, how often it runs, and whether it is part of a fusion."""
+    for instruction in computations[name]:
+        yield instruction, times, in_fusion
+        trips = _trips(instruction, computations) if instruction.opcode == "while" else 1
+        inside = in_fusion or instruction.opcode == "fusion"
+        for called in _called(instruction):
+            yield from _executed(
+                computations, called, times * (1 if trips is None else trips), inside
+            )
 
 
 def _array_bytes(dtype: str, dims: str) -> int:
@@ -163,11 +164,6 @@ def _trips(instruction: Instruction, computations: dict[str, list[Instruction]])
     return int(constants[0]) if len(constants) == 1 else None
 
 
-def _collective_kind(opcode: str) -> str | None:
-    kind = opcode.removesuffix("-start")
-    return kind if kind in COLLECTIVES else None
-
-
 def _collective(kind: str, instruction: Instruction, times: int) -> Collective:
     arrays = _ARRAY.findall(instruction.shape)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
@@ -190,13 +186,13 @@ def _collective(kind: str, instruction: Instruction, times: int) -> Collective:
 
 
 def _group_size(text: str) -> int:
-    listed, counted = _GROUPS_LISTED.search(text), _GROUPS_COUNTED.search(text)
-    if listed:
-        return len(listed.group(1).split(","))
-    if counted:
-        return int(counted.group(1))
-    mesh = _GROUPS_OF_MESH.search(text)
-    if mesh:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
-    return 1
+    found = _GROUPS.search(text)
+    if found is None:
+        return 1
+    listed, counted, mesh, axes = found.groups()
+    if listed is not None:
+        return len(listed.split(","))
+    if counted is not None:
+        return int(counted)
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", axes))

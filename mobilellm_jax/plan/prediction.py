@@ -7,11 +7,15 @@ uses no measurement.
 """
 
 import dataclasses
+from collections.abc import Sequence
+
+import jax
 
 from mobilellm_jax.config import Config
-from mobilellm_jax.plan.accounting import Account
+from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep
 from mobilellm_jax.plan.topology import Chip
+from mobilellm_jax.train.metrics import peak_flops
 
 # Number of matrix multiplications in each attention kernel. `fwd` computes scores and output. `dkv`
 # computes scores and the gradients of attention weights, keys and values. `dq` computes scores and
@@ -24,7 +28,7 @@ _BLOCK = 512  # Number of queries and of keys in a block. Diagonal blocks are co
 class Prediction:
     """Predicted seconds per step, which are the same for all chips."""
 
-    peak_flops: float
+    peak_flops: float  # Dense bfloat16 peak of a chip in FLOP/s.
     flops_sec: float  # Time of the model FLOPs at the peak rate.
     memory_sec: float  # Time to read and write all memory of the step once.
     network_sec: float  # Time to send all bytes over all links at the same time.
@@ -49,35 +53,32 @@ class Prediction:
 
 
 def predict(
-    config: Config, account: Account, step: CompiledStep, chip: Chip, peak_flops: float
+    config: Config, step: CompiledStep, chip: Chip, devices: Sequence[jax.Device]
 ) -> Prediction:
-    """Predicts the time of a step; `peak_flops` is a chip's dense bfloat16 peak in FLOP/s."""
+    """Predicts the time of a step; `devices` are the devices of a topology of this chip."""
+    account, peak = account_of(config, devices), peak_flops(devices[0])
+    assert peak is not None, "the table of peaks has every chip of a topology"
     cycles = step.program.estimated_cycles
-    cycles_per_sec = peak_flops / chip.flops_per_cycle
     sent = sum(collective.wire_bytes for collective in step.program.collectives)
+    fill = min(1.0, config.model.head_dim / chip.matrix_unit)  # Share of a side that a head fills.
     return Prediction(
-        peak_flops=peak_flops,
-        flops_sec=account.flops_per_step / peak_flops,
+        peak_flops=peak,
+        flops_sec=account.flops_per_step / peak,
         memory_sec=2 * step.peak_bytes / chip.memory_bytes_per_sec,
         network_sec=sent / chip.ici_bytes_per_sec,
-        estimated_sec=None if cycles is None else cycles / cycles_per_sec,
-        kernels_sec=_kernel_flops(config, account, step) / (peak_flops * _fill(config, chip)),
+        estimated_sec=None if cycles is None else cycles / (peak / chip.flops_per_cycle),
+        kernels_sec=_kernel_flops(config, account.rows, step) / (peak * fill),
     )
 
 
-def _kernel_flops(config: Config, account: Account, step: CompiledStep) -> float:
+def _kernel_flops(config: Config, rows: int, step: CompiledStep) -> float:
     model, length = config.model, config.data.seq_len
     blocks = max(1, length // _BLOCK)
     computed = (blocks + 1) / (2 * blocks)  # Share of (query, key) pairs that are computed.
-    product = 2 * account.rows * model.num_heads * model.head_dim * length**2 * computed
+    product = 2 * rows * model.num_heads * model.head_dim * length**2 * computed
     return sum(
         calls * products * product
         for kernel, calls in step.program.kernels.items()
         for part, products in _PRODUCTS.items()
         if f"_{part}" in kernel
     )
-
-
-def _fill(config: Config, chip: Chip) -> float:
-    """Returns the share of a matrix unit's side that the `head_dim` channels of a head fill."""
-    return min(1.0, config.model.head_dim / chip.matrix_unit)

@@ -1,21 +1,26 @@
 """Formats the plan as lines of text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import jax
 
 from mobilellm_jax.config import Config
 from mobilellm_jax.model.size import FLOP_CONVENTION
-from mobilellm_jax.plan.accounting import Account
+from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge
 from mobilellm_jax.plan.hlo import COLLECTIVES, Program
 from mobilellm_jax.plan.prediction import Prediction
+from mobilellm_jax.plan.topology import Chip
+from mobilellm_jax.train.state import mesh_of
 
 _GIB = 2**30
 _WIDTH = 20
 _LARGEST = 6  # Number of collectives that are listed one by one.
 
 
-def account_lines(config: Config, account: Account, mesh: dict[str, int]) -> list[str]:
+def account_lines(config: Config, devices: Sequence[jax.Device]) -> list[str]:
     """Returns lines about the run and its computed sizes."""
+    account, mesh = account_of(config, devices), mesh_of(config, devices)[0].shape
     model, train = config.model, config.train
     sharing = f" x {model.num_repeats} ({model.sharing})" if model.num_repeats > 1 else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
@@ -45,19 +50,18 @@ def too_large_lines(failed: TooLarge) -> list[str]:
     return _lines({"does not fit": text})
 
 
-def step_lines(step: CompiledStep, available_bytes: int) -> list[str]:
-    """Returns lines about the compiled step's memory and communication."""
+def step_lines(config: Config, step: CompiledStep, prediction: Prediction, chip: Chip) -> list[str]:
+    """Returns lines about the compiled step's memory and communication, and its predicted time."""
     memory = (
-        f"{_gib(step.peak_bytes)} of {_gib(available_bytes)} at the peak; state "
+        f"{_gib(step.peak_bytes)} of {_gib(chip.memory_bytes)} at the peak; state "
         f"{_gib(step.state_bytes)}, temporaries {_gib(step.temporary_bytes)} with gaps "
         f"(compiled in {step.compile_sec:.0f} s)"
     )
     lines = [*_lines({"fits": memory}), *_collective_lines(step.program)]
-    if step.program.unknown_loops:
-        lines += _lines(
-            {"note": f"{step.program.unknown_loops} loops of unknown length counted once"}
-        )
-    return lines
+    if loops := step.program.unknown_loops:
+        lines += _lines({"note": f"{loops} loops of unknown length counted once"})
+    cycles = step.program.estimated_cycles
+    return lines + _prediction_lines(config.tokens_per_step, prediction, chip.name, cycles)
 
 
 def _collective_lines(program: Program) -> list[str]:
@@ -76,11 +80,9 @@ def _collective_lines(program: Program) -> list[str]:
     ]
 
 
-def prediction_lines(
-    account: Account, prediction: Prediction, chip_name: str, cycles: int | None
+def _prediction_lines(
+    tokens: int, prediction: Prediction, chip_name: str, cycles: int | None
 ) -> list[str]:
-    """Returns lines about the predicted time of a step."""
-    tokens = account.tokens_per_step
     roofline = prediction.roofline_sec
     rows = {
         "roofline": f"{_ms(roofline)} a step at least: model FLOPs {_ms(prediction.flops_sec)} at "

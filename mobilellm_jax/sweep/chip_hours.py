@@ -18,7 +18,6 @@ import jax
 from mobilellm_jax.config import Config, changed, to_json
 from mobilellm_jax.model.on_device import settle
 from mobilellm_jax.model.size import parameter_count
-from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, compile_step
 from mobilellm_jax.plan.fit import smallest_fit, written
 from mobilellm_jax.plan.prediction import predict
@@ -26,8 +25,6 @@ from mobilellm_jax.plan.topology import Topology, topology_devices
 from mobilellm_jax.processes.source_digest import source_digest
 from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.runs import Run
-from mobilellm_jax.train.metrics import peak_flops
-from mobilellm_jax.train.state import mesh_of
 
 _log = logging.getLogger(__name__)
 _GIB = 2**30
@@ -131,10 +128,8 @@ def _model_name(runs: Sequence[Run]) -> str:
 
 
 def _compile(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Compiled:
-    peak = peak_flops(devices[0])
-    assert peak is not None, "the peak of every chip is known"
     config = settle(config, devices[0])
-    step = compile_step(config, *mesh_of(config, devices))
+    step = compile_step(config, devices)
     compile_sec, change = step.compile_sec, ""
     if not isinstance(step, CompiledStep):
         fit = smallest_fit(config, devices, step)
@@ -142,8 +137,7 @@ def _compile(config: Config, topology: Topology, devices: Sequence[jax.Device]) 
             return Compiled("", 0, 0.0, 0.0, compile_sec)
         config, step, change = fit.config, fit.step, written(fit.change)
         compile_sec += step.compile_sec
-    account = account_of(config, *mesh_of(config, devices))
-    prediction = predict(config, account, step, topology.chip, peak)
+    prediction = predict(config, step, topology.chip, devices)
     return Compiled(
         change=change,
         peak_bytes=step.peak_bytes,

@@ -7,6 +7,7 @@ import pytest
 from mobilellm_jax import plan as planning
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import changed
+from mobilellm_jax.plan import prediction
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge
 from mobilellm_jax.plan.fit import Fit
 from mobilellm_jax.plan.hlo import Collective, Program
@@ -76,7 +77,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
         import jax
 
         monkeypatch.setattr(planning, "topology_devices", lambda topology: jax.devices()[:4])
-        monkeypatch.setattr(planning, "peak_flops", lambda device: 197e12)
+        monkeypatch.setattr(prediction, "peak_flops", lambda device: 197e12)
         monkeypatch.setattr(planning, "compile_step", lambda *_: step)
         monkeypatch.setattr(
             planning,

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from mobilellm_jax.cli.main import main
+from mobilellm_jax.plan import prediction
 from mobilellm_jax.plan.compiled import CompiledStep
 from mobilellm_jax.plan.hlo import Program
 from mobilellm_jax.processes import source_digest
@@ -83,9 +84,9 @@ def test_a_grid_is_priced_for_a_slice_that_is_not_there(
         return CompiledStep(2**30, 2**30, 2**31, Program((), 3 * 10**8, {}, 0), 61.0)
 
     monkeypatch.setattr(chip_hours, "topology_devices", lambda topology: jax.devices()[:4])
-    monkeypatch.setattr(chip_hours, "peak_flops", lambda device: 197e12)
+    monkeypatch.setattr(prediction, "peak_flops", lambda device: 197e12)
     monkeypatch.setattr(chip_hours, "compile_step", compile_step)
-    monkeypatch.setattr(chip_hours, "account_of", _account)
+    monkeypatch.setattr(prediction, "account_of", _account)
     command = ["sweep", "--grid=embedding", "--scale=paper", "--plan", "--topology=v5e:2x2"]
     command += [f"--workdir={tmp_path}", "--seeds=2", "--mfu=0.5"]
     assert main(command) == 0

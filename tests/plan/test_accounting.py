@@ -7,7 +7,6 @@ import pytest
 
 from mobilellm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from mobilellm_jax.plan.accounting import Account, account_of, activation_bytes_per_row
-from mobilellm_jax.train.state import mesh_of
 
 # Attention has 32 x 8 x (2 + 1 + 1) + 2 x 8 x 32 weights, the feed-forward 3 x 32 x 48, norms 64.
 BLOCK = 1024 + 512 + 4608 + 64
@@ -36,7 +35,7 @@ def account(devices: int = 1, **groups: Any) -> Account:
         for group, fields in groups.items()
     }
     config = dataclasses.replace(CONFIG, **changed)
-    return account_of(config, *mesh_of(config, jax.devices()[:devices]))
+    return account_of(config, jax.devices()[:devices])
 
 
 def test_one_device_holds_everything() -> None:

@@ -48,7 +48,7 @@ def test_auto_is_settled_for_the_device() -> None:
 
 def test_a_step_of_this_machine() -> None:
     config = settle(CONFIG, jax.devices()[0])
-    step = compile_step(config, *mesh_of(config, jax.devices()))
+    step = compile_step(config, jax.devices())
     assert isinstance(step, CompiledStep)
     parameters = 128 * 32 + 2 * (32 * 16 * 4 + 32 * 32 + 3 * 32 * 48 + 64) + 32
     batch = 3 * 128 * 4  # a row of tokens, targets and weights
@@ -66,7 +66,7 @@ def test_documents_are_inputs_of_the_step_that_masks_them(boundaries: Any) -> No
         dataclasses.replace(CONFIG, data=DataConfig(seq_len=128, boundaries=boundaries)),
         jax.devices()[0],
     )
-    lowered = lower_step(config, *mesh_of(config, jax.devices()))
+    lowered = lower_step(config, jax.devices())
     names = set(lowered.args_info[0][1])
     documents = {"segments", "positions"} if boundaries == "document_mask" else set()
     assert names == {"tokens", "targets", "weights"} | documents
@@ -115,12 +115,11 @@ def test_a_step_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, message: str)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     config = settle(CONFIG, jax.devices()[0])
-    mesh, rules = mesh_of(config, jax.devices())
     if message == "bug":
         with pytest.raises(jax.errors.JaxRuntimeError, match="bug"):
-            compile_step(config, mesh, rules)
+            compile_step(config, jax.devices())
         return
-    failed = compile_step(config, mesh, rules)
+    failed = compile_step(config, jax.devices())
     assert isinstance(failed, TooLarge)
     assert (failed.needed_bytes, failed.available_bytes) == (3 * 2**30, 2 * 2**30)
 
@@ -136,7 +135,7 @@ def test_a_step_for_tpus(boundaries: Any) -> None:
     model = dataclasses.replace(CONFIG.model, remat="dots")
     config = settle(dataclasses.replace(CONFIG, data=data, model=model), devices[0])
     assert (config.model.compute_dtype, config.model.attention) == ("bfloat16", "splash")
-    step = compile_step(config, *mesh_of(config, devices))
+    step = compile_step(config, devices)
     assert isinstance(step, CompiledStep)
     assert {c.kind for c in step.program.collectives} == {"all-reduce"}
     # Each of two blocks calls one kernel forward and two kernels backward.

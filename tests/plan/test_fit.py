@@ -12,7 +12,6 @@ from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge
 from mobilellm_jax.plan.fit import candidates, smallest_fit, written
 from mobilellm_jax.plan.hlo import Program
-from mobilellm_jax.train.state import mesh_of
 
 CONFIG = Config(
     model=ModelConfig(
@@ -32,12 +31,12 @@ CONFIG = Config(
 )
 
 
-DEVICES = jax.devices()[:2]
+DEVICES = tuple(jax.devices()[:2])
 count = functools.cache(account_of)  # the tests of this file count the same configs
 
 
 def needed(config: Config) -> int:
-    return count(config, *mesh_of(config, DEVICES)).total_bytes
+    return count(config, DEVICES).total_bytes
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def test_fsdp_is_tried_if_the_state_alone_is_too_large(compiles: Any) -> None:
     width = {"model.embed_dim": 64, "model.ffn_dim": 256}
     tokens = {"data.seq_len": 32, "train.global_batch": 8}
     large = changed(CONFIG, {**width, **tokens, "model.remat": "full"})
-    account = account_of(large, *mesh_of(large, DEVICES))
+    account = account_of(large, DEVICES)
     available = account.weight_bytes + account.optimizer_bytes
     assert available < account.total_bytes < 2 * available
     asked = compiles(available)

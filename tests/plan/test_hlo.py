@@ -12,7 +12,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mobilellm_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from mobilellm_jax.plan.compiled import lower_step
 from mobilellm_jax.plan.hlo import Collective, Program, read_program
-from mobilellm_jax.train.state import mesh_of
 
 DEVICES = 8
 CONFIG = Config(
@@ -105,7 +104,7 @@ def test_a_loop_of_unknown_length_is_counted_once_and_reported() -> None:
 @functools.cache
 def step_on(**mesh: int) -> tuple[Collective, ...]:
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(**mesh))
-    lowered = lower_step(config, *mesh_of(config, jax.devices()))
+    lowered = lower_step(config, jax.devices())
     return read_program(lowered.compile().as_text()).collectives
 
 

@@ -1,8 +1,10 @@
 import dataclasses
 
+import jax
 import pytest
 
 from mobilellm_jax.config import Config, DataConfig, ModelConfig
+from mobilellm_jax.plan import prediction
 from mobilellm_jax.plan.accounting import Account
 from mobilellm_jax.plan.compiled import CompiledStep
 from mobilellm_jax.plan.hlo import Collective, Program
@@ -32,9 +34,17 @@ SENT = Collective("all-reduce", "f32[1]", payload_bytes=10**6, group=4, times=10
 KERNELS = {"splash_mha_fwd_residuals": 30, "splash_mha_dkv_x": 30, "splash_mha_dq_x": 30}
 STEP = CompiledStep(1, 1, 3 * 10**7, Program((SENT,), 10**9, KERNELS, 0), 1.0)
 
+DEVICES = jax.devices()[:1]
+
+
+@pytest.fixture(autouse=True)
+def _count_and_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "account_of", lambda *_: ACCOUNT)
+    monkeypatch.setattr(prediction, "peak_flops", lambda device: PEAK)
+
 
 def test_bounds_and_estimate_by_hand() -> None:
-    found = predict(CONFIG, ACCOUNT, STEP, CHIP, PEAK)
+    found = predict(CONFIG, STEP, CHIP, DEVICES)
     assert found.flops_sec == 1000 * 10**9 / 4 / PEAK
     assert found.memory_sec == 2 * 3e7 / 1e9
     assert found.network_sec == pytest.approx(10 * 2 * 10**6 * 3 / 4 / 1e8)
@@ -50,12 +60,12 @@ def test_bounds_and_estimate_by_hand() -> None:
 
 def test_heads_of_the_units_width_fill_it() -> None:
     wide = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, head_dim=128))
-    narrow_sec = predict(CONFIG, ACCOUNT, STEP, CHIP, PEAK).kernels_sec
-    assert predict(wide, ACCOUNT, STEP, CHIP, PEAK).kernels_sec == pytest.approx(narrow_sec)
+    narrow_sec = predict(CONFIG, STEP, CHIP, DEVICES).kernels_sec
+    assert predict(wide, STEP, CHIP, DEVICES).kernels_sec == pytest.approx(narrow_sec)
 
 
 def test_no_estimate_leaves_the_roofline() -> None:
     program = Program((SENT,), None, {}, 0)
-    found = predict(CONFIG, ACCOUNT, dataclasses.replace(STEP, program=program), CHIP, PEAK)
+    found = predict(CONFIG, dataclasses.replace(STEP, program=program), CHIP, DEVICES)
     assert found.estimated_sec is None
     assert found.fastest_sec == found.slowest_sec == found.roofline_sec
