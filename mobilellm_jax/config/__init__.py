@@ -194,7 +194,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """Returns the checked `Config` in the text of a `config.json`; raises as `from_object` does."""
+    """Returns the checked `Config` of a `config.json`; raises the same errors as `from_object`."""
     try:
         values = strict_json.parse(text)
     except strict_json.JsonError as error:

@@ -32,7 +32,7 @@ class JaxEngine:
 
     scorer: Scorer
     params: Params
-    prompts_at_once: int = 32  # Largest number of prompts in one call of the writer.
+    prompts_at_once: int = 32  # The largest number of prompts in one call of the text generator.
 
     @property
     def config(self) -> ModelConfig:

@@ -24,7 +24,8 @@ from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.rundir import write_whole
 
 _FORMAT = 1
-# Config fields that do not identify a trained model. `identity` adds the actual compute dtype.
+# Config fields that may differ between runs of the same model. `identity` adds the actual compute
+# dtype.
 _NOT_THE_MODEL = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype")
 
 
@@ -75,7 +76,7 @@ class Journal:
         write_whole(path, f"{first}\n{_lines(self.answers)}")
 
     def add(self, answers: Iterable[tuple[str, Any]]) -> None:
-        """Adds the answers of a batch in memory and, before returning, to the file."""
+        """Adds the answers of a batch to the memory, and then appends them to the file."""
         new = dict(answers)
         self.answers |= new
         if self._path is not None:

@@ -146,7 +146,8 @@ def _byte_lengths(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     The number is exact for SentencePiece. A token of a byte-level BPE may end with a part of a
     character. Such a part counts as one byte, although it may have two or three.
     """
-    # The decoder drops a text's first space, so another token is put before each token.
+    # The decoder drops the space at the start of a text, so each token is decoded after another
+    # token.
     before = tokenizer.encode("a")[-1]
     start = len(tokenizer.decode([before]))
     texts = {i: tokenizer.decode([before, i])[start:] for i in set(ids)}

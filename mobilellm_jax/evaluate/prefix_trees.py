@@ -175,7 +175,7 @@ def make_batches(rows: Sequence[Row], batch_tokens: int, multiple: int) -> Itera
     A batch has about `batch_tokens` tokens. Empty rows are added until the number of rows of the
     batch is a multiple of `multiple`.
     """
-    # A batch is padded to the row with the most targets, so rows are sorted by this number too.
+    # A batch is padded to its largest number of targets, so rows are sorted by that number too.
     ordered = sorted(rows, key=lambda row: (-row.length, -row.scored))
     for length, alike in itertools.groupby(ordered, key=lambda row: row.length):
         size = max(1, batch_tokens // length // multiple) * multiple

@@ -24,7 +24,8 @@ class ArtifactInfo:
     file: str  # Name of the model file in the folder.
     precision: str  # Precision of the weights: float32, q8_0, ...
     model: ModelConfig
-    loss: float | None  # Loss of the runtime on the verification text, in nats per token.
+    # The loss that the runtime computes on the verification text, in nats per token.
+    loss: float | None
     origin: str  # The checkpoint that was exported.
 
 

@@ -119,7 +119,7 @@ def _likeliest(
     weight_BV: Float[Array, "B V"],
     amount: Float[Array, ""] | Float[Array, "B 1"],
 ) -> Bool[Array, "B V"]:
-    """Returns a mask of the fewest likeliest tokens whose total weight reaches `amount`.
+    """Returns a mask of the fewest tokens, the likeliest first, whose weights reach `amount`.
 
     If all weights together are less than `amount`, every token is needed. A binary search over the
     32 bits of a logit finds the lowest needed logit, so nothing is sorted. For 32,000 logits on a

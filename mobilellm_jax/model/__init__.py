@@ -20,5 +20,5 @@ these letters:
 
 Two axes of one array never share a letter. A digit in a suffix is a fixed size. Scalars, pytrees
 and modules have no suffix. Packages without model arrays, such as `mobilellm_jax/data`, define
-their own letters.
+their own letters for axes.
 """

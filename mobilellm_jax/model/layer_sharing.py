@@ -2,8 +2,8 @@
 
 One scan runs over the stacked weights of the unique blocks. Under `immediate` (1 1 2 2) the body of
 the scan applies its block R times. Under `repeat_all` (1 2 1 2) the scan itself runs R times. Under
-`reverse` (1 2 2 1) every second scan runs backwards. The parameters have the same shapes for every
-order and every number of repeats.
+`reverse` (1 2 2 1) every second scan runs backwards. The shapes of the parameters do not depend on
+the order and the number of a block's applications.
 """
 
 from collections.abc import Callable

@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         return x_BTD, dataclasses.replace(extended, length_B=cache.length_B + length)
 
     def logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Returns the logits, summed in float32; does not scale tied embeddings."""
+        """Returns the logits in float32; does not scale tied embeddings."""
         head_DV = self.embedding().T if self.config.tie_embeddings else self.head()
         return scores("BTD,DV->BTV", x_BTD, head_DV)
 
@@ -129,8 +129,8 @@ class Transformer(nn.Module):
         # The devices gather the table over `fsdp` before the lookup. Otherwise the compiler (GSPMD)
         # would copy the looked-up rows to every device.
         table_VD = gathered(self.embedding())
-        # The rows are converted after the lookup, so that the gradients of a frequent token are
-        # summed in float32.
+        # The rows are looked up in the float32 table and then converted, so that the gradients of a
+        # frequent token are summed in float32.
         x_BTD = table_VD[tokens_BT].astype(compute_dtype(self.config))
         axes = ("batch", "length", "activation_embed")
         return cast(jax.Array, nn.with_logical_constraint(x_BTD, axes))

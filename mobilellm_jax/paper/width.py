@@ -24,11 +24,11 @@ def solve_ffn(model: ModelConfig, parameters: int) -> ModelConfig:
 def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
     """Returns the model at the width that gives `parameters` parameters; the depth stays the same.
 
-    As in the paper's Table 11, all heads keep their number of channels. The width is therefore a
-    multiple of the width of one group of query heads. For each width, the function chooses the
-    feed-forward width that brings the parameter count closest to `parameters`. A width is a
-    candidate if this count is within 3% of `parameters`. The function returns the candidate whose
-    ratio of feed-forward width to embedding width is closest to the ratio in `model`.
+    As in the paper's Table 11, the number of channels per head is the same in all rows. The width
+    is therefore a multiple of the width of one group of query heads. For each width, the function
+    chooses the feed-forward width that brings the parameter count closest to `parameters`. A width
+    is a candidate if this count is within 3% of `parameters`. The function returns the candidate
+    whose ratio of feed-forward width to embedding width is closest to the ratio in `model`.
 
     Raises:
       ConfigError: if no width is a candidate.

@@ -88,7 +88,7 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> CompiledStep 
 
 
 def needed_and_available(message: str) -> tuple[int, int] | None:
-    """Returns the needed and the available bytes in an error message, or None for other errors."""
+    """Reads the needed and available bytes from an out-of-memory error; None for other errors."""
     found = _EXCEEDS.search(message) or _USED.search(message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None

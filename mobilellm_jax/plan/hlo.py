@@ -144,7 +144,7 @@ def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _called(instruction: Instruction) -> Iterator[str]:
-    """Yields the computations that the instruction runs, except the functions of reductions."""
+    """Yields the computations that the instruction calls, except the function of a reduction."""
     if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start"):
         return
     for one, several in _CALLED.findall(instruction.text):

@@ -9,7 +9,7 @@ from mobilellm_jax.processes.jax_private import delay_aborts, process_state
 
 
 class Agreement:
-    """Tells all processes in the same step whether one of them has made a request.
+    """Tells all processes whether one of them has made a request; all hear it in the same step.
 
     A signal or a time limit reaches each process at a different time. If only one process leaves
     the training loop, the others wait for it in a collective. So in every step, each process sets a

@@ -52,7 +52,8 @@ def find_cluster(env: Mapping[str, str]) -> Cluster:
     """Returns the launcher of this process; checks the launchers in the same order as jax.
 
     jax uses a launcher whenever its variables exist, and therefore fails in the Kubernetes pod of a
-    notebook or in a Slurm shell. Here, the launcher must also have started several processes.
+    notebook or in a Slurm shell. This function also requires that the launcher has started several
+    processes.
 
     Raises:
       ConfigError: if there are several processes, but jax cannot connect them.

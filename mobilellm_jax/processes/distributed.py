@@ -34,7 +34,8 @@ from mobilellm_jax.processes.source_digest import source_digest
 
 _START_SEC = 300  # Time limit for all processes to connect.
 PEER_TIMEOUT_SEC = 60.0  # A process that sends no message for this time ends the run.
-_JAX_HEARTBEAT_SEC = 100  # Shortest such time in jax, whose message names no process.
+# The shortest time limit that jax has. Its error message does not name the lost process.
+_JAX_HEARTBEAT_SEC = 100
 _SHUTDOWN_SEC = 120  # Longest wait of a process for the others when it ends.
 _AGREE_SEC = 600  # Time limit for all processes to pass a check.
 _POLL_SEC = 5  # Longest single wait; Python handles signals only between waits.

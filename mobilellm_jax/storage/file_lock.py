@@ -21,7 +21,7 @@ class HeldError(RuntimeError):
 
 
 class FileLock:
-    """A lock that this process holds until `release` or its end; creates a missing file.
+    """A file lock. The process holds it until it calls `release` or ends.
 
     Args:
       shared: several processes can hold a shared lock, but not while one holds an exclusive lock.

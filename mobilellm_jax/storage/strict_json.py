@@ -5,9 +5,9 @@ JSON that Python's reader accepts and that causes errors later: a key twice in o
 that are not finite or beyond 64 bits, and deep nesting. `as_type` converts the values to
 an annotated type, such as a dataclass, and refuses a text with half a surrogate pair.
 
-The package msgspec also checks types and names the path of a wrong field. But msgspec accepts a key
-that occurs twice, and it limits the depth only by the recursion limit of Python. Tests of this file
-check both properties of msgspec.
+The package msgspec also checks types, and its errors contain the path of the wrong field. But
+msgspec accepts a key that occurs twice, and it limits the depth only by the recursion limit of
+Python. Tests of this file check both properties of msgspec.
 """
 
 import collections

@@ -120,7 +120,10 @@ def in_words(seconds: float) -> str:
 
 
 def plan_lines(runs: Sequence[Run]) -> list[str]:
-    """Returns a table with one line per model, which counts all seeds and learning rates."""
+    """Returns a table with one line per model.
+
+    A line covers the runs of all seeds and learning rates.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         name = run.name.rpartition("-s")[0]

@@ -42,7 +42,7 @@ class Run:
 def grid_variants(
     base: Config, grids: Iterable[GridName], scale: ScaleName, group: str = ""
 ) -> Variants:
-    """Returns a config for each row of the grids, and only one for a row in several grids.
+    """Returns one config per row. A row that is in several grids gives only one config.
 
     The row sets the shape of the model. `base` sets the other fields, such as initialization,
     precision and `remat`. At the small scales, `base` also sets the vocabulary and the sequence

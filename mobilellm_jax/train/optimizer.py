@@ -18,7 +18,7 @@ from mobilellm_jax.config import OptimizerConfig
 ParamsOrPlaceholder = Any
 """A tree of parameters, or a placeholder by which Optax finds parameter arrays in a state."""
 
-_WSD_DECAY_SHARE = 0.2  # The last share of the steps, in which the learning rate falls.
+_WSD_DECAY_SHARE = 0.2  # The fraction of the steps, at the end, in which the learning rate falls.
 # The root mean square of AdamW's updates. Muon's updates are scaled to the same root mean square,
 # so that one learning rate fits both (Liu et al. 2025, arXiv:2502.16982).
 _ADAMW_RMS = 0.2

@@ -123,7 +123,7 @@ def _row(name: str, counts: Counts, found: TokenCounts, tokenizer: Tokenizer) ->
 
 
 def _share(found: TokenCounts, ids: Sequence[int]) -> str:
-    """Returns the share of tokens whose id is in `ids` in percent, or "-" if `ids` is empty."""
+    """Returns the percentage of tokens whose id is in `ids`, or "-" if `ids` is empty."""
     return f"{found.of_id[list(ids)].sum() / max(1, found.tokens):.2%}" if ids else "-"
 
 

@@ -49,7 +49,10 @@ class Planner:
         self._used: list[Shard] = []
 
     def add(self, part: Part) -> Iterator[ShardPlan]:
-        """Takes the next part in order, and yields the plans of the shards that this part fills."""
+        """Takes the next part; yields the plan of each shard that becomes full.
+
+        Parts come in their order.
+        """
         self._waiting += part.splits[self._split].shards
         while (goal := self._start + self._job.shard_tokens) <= self._end():
             # The shard ends with the first document that ends at `goal` or later.

@@ -66,7 +66,7 @@ class FileSource(Source):
 
     @abc.abstractmethod
     def _parts(self) -> Iterable[Part]:
-        """Returns the ranges of the files that can be read separately, in order."""
+        """Divides the files, in their order, into ranges that can be read separately."""
 
     @functools.cached_property
     def _files(self) -> list[File]:

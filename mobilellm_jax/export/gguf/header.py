@@ -120,7 +120,7 @@ def _describe_tokenizer(writer: Any, tokenizer: Tokenizer, vocabulary: Vocabular
 
 
 def _list_tensors(writer: Any, config: ModelConfig, precision: str) -> int:
-    """Adds the entries of all tensors; returns the number of bytes that the tensors take."""
+    """Writes an entry per tensor to the file's table; returns the size of all tensors in bytes."""
     layers = config.applied_depth
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     total = 0

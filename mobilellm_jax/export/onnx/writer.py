@@ -42,7 +42,8 @@ def write(source: Source, folder: Path, precision: str) -> int:
     """Writes `model.onnx` and its weights; returns how many blocks they contain.
 
     ONNX Runtime converts float16 and bfloat16 weights to float32 when it loads the file. 64 weights
-    share a scale in int8, and 32 in int4. In int4, the embeddings and the head are stored in int8.
+    share a scale in int8, and 32 in int4. With int4, only the blocks have 4 bits; the embeddings
+    and the head have 8 bits.
     """
     config = source.config
     with (folder / WEIGHTS).open("wb") as weights:
