@@ -29,7 +29,6 @@ def start(
         return
     model, train = config.model, config.train
     sharing = f" x {model.num_repeats} ({model.sharing})" if model.num_repeats > 1 else ""
-    tokens_per_step = train.global_batch * config.data.seq_len
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     slices = _describe_slices(config, mesh)
     lines = [
@@ -39,8 +38,8 @@ def start(
         f"{flops_per_token(model, config.data.seq_len) / 1e6:,.1f} MFLOP per token "
         f"({FLOP_CONVENTION})",
         *_describe_data(config, mixture),
-        f"batch   {train.global_batch} x {config.data.seq_len} = {tokens_per_step:,} tokens, "
-        f"{train.steps:,} steps",
+        f"batch   {train.global_batch} x {config.data.seq_len} = {config.tokens_per_step:,} "
+        f"tokens, {train.steps:,} steps",
         f"mesh    {axes} over {jax.device_count()} x {jax.devices()[0].device_kind}{slices}",
         f"state   {bytes_per_device(state.params) / 1e6:,.1f} MB of parameters and "
         f"{bytes_per_device(state.optimizer) / 1e6:,.1f} MB of optimizer state on each device",
@@ -57,7 +56,6 @@ def _describe_data(config: Config, mixture: Mixture) -> list[str]:
     crosses = "attention crosses document borders"
     apart = "attention and positions stay within a document"
     boundaries = config.data.boundaries
-    run_tokens = config.train.steps * config.train.global_batch * config.data.seq_len
     lines = [
         f"data    {mixture.path}, fingerprint {mixture.fingerprint[:12]}",
         f"        boundaries {boundaries}: {crosses if boundaries == 'concat' else apart}",
@@ -67,7 +65,7 @@ def _describe_data(config: Config, mixture: Mixture) -> list[str]:
         line = f"        {counts.tokens:,} tokens of {counts.documents:,} documents"
         if len(mixture.components) > 1:
             line += f" of {component.name}, {float(component.share):.2%} of the samples"
-        line += f", {float(run_tokens * component.share / counts.tokens):.2f} epochs"
+        line += f", {float(config.tokens * component.share / counts.tokens):.2f} epochs"
         if stream and stream.has_loss_mask:
             line += ", a loss mask on them"
         if not component.stream(VALIDATION):

@@ -157,8 +157,7 @@ def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
         return settle_for_device(config, device)
     old = config_lib.read_json(workdir / rundir.CONFIG)
     if config.model.compute_dtype == "auto":
-        model = dataclasses.replace(config.model, compute_dtype=old.model.compute_dtype)
-        config = dataclasses.replace(config, model=model)
+        config = config_lib.changed(config, {"model.compute_dtype": old.model.compute_dtype})
     config = settle_for_device(config, device)
     remedy = (
         "Use its values to resume it, or another --workdir. To start from its weights, set "

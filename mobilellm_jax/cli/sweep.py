@@ -29,8 +29,7 @@ were saved and stopped.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from mobilellm_jax.cli.config_flags import load_config, parse_value
 from mobilellm_jax.cli.errors import UsageError
@@ -38,9 +37,6 @@ from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.config import ConfigError, near_miss
 from mobilellm_jax.errors import FAILED, SAVED_REQUEUE_ME
 from mobilellm_jax.paper.grids import GRIDS, SCALES, GridName
-
-if TYPE_CHECKING:
-    from mobilellm_jax.sweep.runs import Run
 
 T = TypeVar("T", bound=str)
 
@@ -122,7 +118,9 @@ def main(flags: Flags, overrides: list[str]) -> int:
     runs = with_seeds(variants, flags.seeds, rates)
     plan(runs, sweep)
     if flags.topology:
-        return _price(runs, sweep, flags.topology, flags.mfu)
+        from mobilellm_jax.sweep.chip_hours import price
+
+        return 0 if price(runs, sweep, flags.topology, flags.mfu) else FAILED
     if flags.launcher == "slurm":
         if not flags.plan:
             submit(runs, sweep, flags.sbatch_args, flags.parallel)
@@ -131,24 +129,6 @@ def main(flags: Flags, overrides: list[str]) -> int:
     if done is None:
         return SAVED_REQUEUE_ME
     return 0 if done else FAILED
-
-
-def _price(runs: "list[Run]", sweep: Path, topology_name: str, mfu: float) -> int:
-    import jax
-
-    from mobilellm_jax.plan.topology import parse_topology
-    from mobilellm_jax.storage import rundir
-    from mobilellm_jax.sweep.chip_hours import price_all, price_table
-
-    jax.config.update("jax_platforms", "cpu")  # Leaves an attached TPU free.
-    topology = parse_topology(topology_name)
-    sweep.mkdir(parents=True, exist_ok=True)
-    name = topology.name.replace(":", "-")
-    prices = price_all(runs, topology, sweep / f"compiled-{name}.json")
-    table = price_table(prices, topology, mfu)
-    rundir.write_whole(sweep / f"chip-hours-{name}.md", table)
-    print(table, end="")
-    return 0 if all(price.compiled.peak_bytes for price in prices) else FAILED
 
 
 def _grids(asked: list[str]) -> list[GridName]:

@@ -182,6 +182,11 @@ class Config:
     def tokens_per_step(self) -> int:
         return self.train.global_batch * self.data.seq_len
 
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that the whole training reads."""
+        return self.train.steps * self.tokens_per_step
+
 
 def to_config_dict(config: Config | None = None) -> ConfigDict:
     """Returns `config` or the defaults as a `ConfigDict`, to which no key can be added."""

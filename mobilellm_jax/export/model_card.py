@@ -77,7 +77,7 @@ Exported by mobilellm-jax from `{source.origin}`.
 
 def _training(training: Training) -> str:
     config, step = training.config, training.step
-    tokens = step * config.train.global_batch * config.data.seq_len
+    tokens = step * config.tokens_per_step
     data = "".join(f"\n| data | {line} |" for line in _data(config.data.path))
     return f"""\
 | | |

@@ -28,17 +28,22 @@ QA_TASKS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+ABLATION_TOKENS = 250_000_000_000
+"""Number of training tokens of each ablation: the paper trains for 120,000 steps."""
+_TRILLION = 1_000_000_000_000  # Number of training tokens of the published models.
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One row of a table: a trained model and its scores."""
 
     tables: tuple[str, ...]  # Numbers of the tables that print the row.
     group: str  # Size of the models: 125M or 350M.
-    step: str = ""  # Step of the design roadmap in Table 10; "" in other tables.
     model: ModelConfig
     params_millions: float  # Number of parameters that the paper prints.
-    tokens: int  # Number of training tokens.
     scores: dict[str, float]  # Scores by their names in TASKS and QA_TASKS.
+    step: str = ""  # Step of the design roadmap in Table 10; "" in other tables.
+    tokens: int = ABLATION_TOKENS  # Number of training tokens.
 
 
 def ffn_width(embed_dim: int, activation: Activation = "swiglu") -> int:
@@ -108,9 +113,6 @@ MOBILELLM_SCORES = {
     "ls_350m": _scores("54.4 32.5 62.8 69.8 44.1 50.6 45.8 57.2 52.1 - - - 47.3 33.7"),
 }
 
-ABLATION_TOKENS = 250_000_000_000
-"""Number of training tokens of each ablation: the paper trains for 120,000 steps."""
-_TRILLION = 1_000_000_000_000  # Number of training tokens of the published models.
 _BLOCKS_AND_WIDTH = {"125M": (8, 896), "350M": (15, 1280)}  # Shapes in Tables 2, 13 and 14.
 
 # The string at the end of each row below holds the scores, in the order of TASKS and QA_TASKS.
@@ -231,57 +233,38 @@ _EMBEDDING_SHARING = (
 )
 
 
-def _row(
-    tables: str,
-    group: str,
-    model: ModelConfig,
-    params_millions: float,
-    scores: str,
-    *,
-    step: str = "",
-    tokens: int = ABLATION_TOKENS,
-) -> Row:
-    return Row(
-        tables=tuple(tables.split()),
-        group=group,
-        step=step,
-        model=model,
-        params_millions=params_millions,
-        tokens=tokens,
-        scores=_scores(scores),
-    )
-
-
 TABLE_ROWS: tuple[Row, ...] = (
     *(
-        _row("11 12", group, _model(blocks, heads, heads, dim), params, scores)
+        Row(("11", "12"), group, _model(blocks, heads, heads, dim), params, _scores(scores))
         for group, lines in _DEPTH_VERSUS_WIDTH.items()
         for blocks, dim, params, scores in lines
         for heads in [dim // 64]
     ),
     *(
-        _row("13", group, _model(blocks, heads, kv_heads, dim), params, scores)
+        Row(("13",), group, _model(blocks, heads, kv_heads, dim), params, _scores(scores))
         for group, heads, kv_heads, params, scores in _HEADS
         for blocks, dim in [_BLOCKS_AND_WIDTH[group]]
     ),
     *(
-        _row("10", group, model(*shape), params, scores, step=step, tokens=tokens)
+        Row(("10",), group, model(*shape), params, _scores(scores), step, tokens)
         for group, lines in _ROADMAP.items()
         for (step, model, tokens), (*shape, params, scores) in zip(
             _ROADMAP_STEPS, lines, strict=True
         )
     ),
     *(
-        _row(
-            *(tables, group),
+        Row(
+            tuple(tables.split()),
+            group,
             _model(blocks, 16, 16, dim, sharing=sharing, num_repeats=repeats),
-            *(params, scores),
+            params,
+            _scores(scores),
         )
         for tables, group, sharing, repeats, params, scores in _SHARING
         for blocks, dim in [_BLOCKS_AND_WIDTH[group]]
     ),
     *(
-        _row("1", "125M", _model(blocks, 8, 8, 512, tied=tied), params, scores)
+        Row(("1",), "125M", _model(blocks, 8, 8, 512, tied=tied), params, _scores(scores))
         for blocks, tied, params, scores in _EMBEDDING_SHARING
     ),
 )

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.paper import architectures
 from mobilellm_jax.paper.architectures import Row
-from mobilellm_jax.paper.small import SMALL_SCALES, small_model
+from mobilellm_jax.paper.sizes import SMALL_SCALES, small_model
 
 GridName = Literal["depth_width", "roadmap", "embedding", "heads", "sharing", "repeats"]
 ScaleName = Literal["paper", "small", "tiny"]

@@ -21,8 +21,9 @@ from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.plan.compiled import CompiledStep, compile_step
 from mobilellm_jax.plan.fit import smallest_fit, written
 from mobilellm_jax.plan.prediction import predict
-from mobilellm_jax.plan.topology import Topology, topology_devices
+from mobilellm_jax.plan.topology import Topology, parse_topology, topology_devices
 from mobilellm_jax.processes.source_digest import source_digest
+from mobilellm_jax.storage import rundir
 from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.runs import Run
 
@@ -44,36 +45,39 @@ class Compiled:
     compile_sec: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Price:
-    """The cost of all runs of one model."""
-
-    runs: Sequence[Run]
-    compiled: Compiled
-    num_chips: int
-
-    def chip_hours(self, step_sec: float) -> float:
-        """Returns the chip-hours of all runs if a step takes `step_sec` seconds."""
-        steps = self.runs[0].config.train.steps
-        return step_sec * steps * self.num_chips * len(self.runs) / 3600
+Models = list[tuple[list[Run], Compiled]]
+"""The runs of each model, which share one compiled step, and the results for this step."""
 
 
-def price_all(runs: Sequence[Run], topology: Topology, kept: Path) -> list[Price]:
-    """Compiles the step of each model once, shows a message per model, and returns the prices.
+def price(runs: Sequence[Run], sweep: Path, topology_name: str, utilization: float) -> bool:
+    """Compiles the step of each model, prints and saves the prices; returns whether all steps fit.
 
     Runs that differ only in seeds, length or learning rate share one compiled step. The function
-    saves the result of each compilation in the file `kept`. A later call compiles a step again only
-    if the code or a library has changed.
+    saves the result of each compilation in the folder `sweep`. A later call compiles a step again
+    only if the code or a library has changed. `utilization` is the assumed MFU of the first price.
 
     Raises:
-      ConfigError: if libtpu is missing, or if a model cannot be divided over the slice.
+      ConfigError: if there is no such topology, if libtpu is missing, or if a model cannot be
+        divided over the slice.
     """
+    jax.config.update("jax_platforms", "cpu")  # An attached TPU stays free.
+    topology = parse_topology(topology_name)
+    sweep.mkdir(parents=True, exist_ok=True)
+    name = topology.name.replace(":", "-")
+    models = _compile_all(runs, topology, sweep / f"compiled-{name}.json")
+    table = _table(models, topology, utilization)
+    rundir.write_whole(sweep / f"chip-hours-{name}.md", table)
+    print(table, end="")
+    return all(compiled.peak_bytes for _, compiled in models)
+
+
+def _compile_all(runs: Sequence[Run], topology: Topology, kept: Path) -> Models:
     devices = topology_devices(topology)
     known = files.read_results(kept, Compiled)
     models: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
         models.setdefault((_key(run.config, topology), run.config.train.steps), []).append(run)
-    prices = []
+    found: Models = []
     for number, ((key, _), members) in enumerate(models.items(), start=1):
         if key not in known:
             known[key] = _compile(members[0].config, topology, devices)
@@ -83,11 +87,11 @@ def price_all(runs: Sequence[Run], topology: Topology, kept: Path) -> list[Price
             f"  {number}/{len(models)} {_model_name(members)}: {compiled.peak_bytes / _GIB:.1f} "
             f"GiB, compiled in {compiled.compile_sec:.0f} s"
         )
-        prices.append(Price(members, compiled, topology.num_devices))
-    return prices
+        found.append((members, compiled))
+    return found
 
 
-def price_table(prices: Sequence[Price], topology: Topology, utilization: float) -> str:
+def _table(models: Models, topology: Topology, utilization: float) -> str:
     """Returns a Markdown table of the prices, and a paragraph about the assumptions."""
     lines = [
         "| model | runs | parameters | steps | change to fit | peak GiB | predicted MFU "
@@ -95,13 +99,14 @@ def price_table(prices: Sequence[Price], topology: Topology, utilization: float)
         "|---|---|---|---|---|---|---|---|---|",
     ]
     all_runs, all_stated, all_predicted = 0, 0.0, 0.0
-    for price in prices:
-        compiled, config = price.compiled, price.runs[0].config
+    for runs, compiled in models:
+        config = runs[0].config
         numbers = "| does not fit | | | |"
         if compiled.peak_bytes:
-            stated = price.chip_hours(compiled.flops_sec / utilization)
-            predicted = price.chip_hours(compiled.step_sec)
-            all_runs += len(price.runs)
+            chip_steps = config.train.steps * topology.num_devices * len(runs)
+            stated = compiled.flops_sec / utilization * chip_steps / 3600
+            predicted = compiled.step_sec * chip_steps / 3600
+            all_runs += len(runs)
             all_stated += stated
             all_predicted += predicted
             numbers = (
@@ -109,7 +114,7 @@ def price_table(prices: Sequence[Price], topology: Topology, utilization: float)
                 f" | {stated:,.0f} | {predicted:,.0f} |"
             )
         lines.append(
-            f"| {_model_name(price.runs)} | {len(price.runs)} | {parameter_count(config.model):,} "
+            f"| {_model_name(runs)} | {len(runs)} | {parameter_count(config.model):,} "
             f"| {config.train.steps:,} | {compiled.change or 'none'} {numbers}"
         )
     lines += [

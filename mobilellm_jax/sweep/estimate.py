@@ -134,7 +134,7 @@ def plan_lines(runs: Sequence[Run]) -> list[str]:
         run, flops = members[0], sum(run.flops for run in members) / 1e15
         lines.append(
             f"{name:{width}} {len(members):5} {parameter_count(run.config.model):14,} "
-            f"{run.tokens:16,} {flops:12,.3f}"
+            f"{run.config.tokens:16,} {flops:12,.3f}"
         )
     return lines
 

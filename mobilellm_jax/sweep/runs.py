@@ -9,7 +9,7 @@ from typing import Any
 from mobilellm_jax.config import Config, ConfigError, changed
 from mobilellm_jax.model.size import flops_per_token
 from mobilellm_jax.paper.grids import SHAPE, GridName, ScaleName, grid_rows, shape_name
-from mobilellm_jax.paper.width import SOLVED, solve_width
+from mobilellm_jax.paper.sizes import SOLVED, solve_width
 
 TUNED = "optimizer.peak_lr"
 """The field whose value a run with `tune_from` takes from another run."""
@@ -29,14 +29,10 @@ class Run:
     tune_from: tuple[str, ...] = ()
 
     @property
-    def tokens(self) -> int:
-        """The number of tokens that the run trains on."""
-        return self.config.train.steps * self.config.tokens_per_step
-
-    @property
     def flops(self) -> float:
         """The model FLOPs of the whole training."""
-        return float(self.tokens) * flops_per_token(self.config.model, self.config.data.seq_len)
+        per_token = flops_per_token(self.config.model, self.config.data.seq_len)
+        return float(self.config.tokens) * per_token
 
 
 def grid_variants(
@@ -56,13 +52,12 @@ def grid_variants(
     found: Variants = {}
     vocab_size = None if scale == "paper" else base.model.vocab_size
     for row in (row for grid in grids for row in grid_rows(grid, scale, group, vocab_size)):
-        shape = {name: getattr(row.model, name) for name in SHAPE}
+        change = {f"model.{name}": getattr(row.model, name) for name in SHAPE}
         # The value in `base` may exceed the number of blocks of this row.
-        unroll = min(base.model.scan_unroll, row.model.num_blocks)
-        model = dataclasses.replace(base.model, **shape, scan_unroll=unroll)
-        train = dataclasses.replace(base.train, steps=base.train.steps * row.length)
-        name = shape_name(model) + (f"-long{row.length}" if row.length > 1 else "")
-        found.setdefault(name, dataclasses.replace(base, model=model, train=train))
+        change["model.scan_unroll"] = min(base.model.scan_unroll, row.model.num_blocks)
+        change["train.steps"] = base.train.steps * row.length
+        name = shape_name(row.model) + (f"-long{row.length}" if row.length > 1 else "")
+        found.setdefault(name, changed(base, change))
     if not found:
         raise ConfigError(
             f"--group={group}: {', '.join(grids)} have no rows of this group; leave out --group."

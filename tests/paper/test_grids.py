@@ -16,7 +16,7 @@ from mobilellm_jax.paper.grids import (
     architecture,
     grid_rows,
 )
-from mobilellm_jax.paper.width import solve_width
+from mobilellm_jax.paper.sizes import solve_width
 from tests.paper.test_architectures import count  # counts without the formula of model/size.py
 
 SMALL: tuple[ScaleName, ...] = ("tiny", "small")
