@@ -32,8 +32,8 @@ from mobilellm_jax.quantize.parameters import derivation, training_transform
 from mobilellm_jax.sharding import local_rows, place, put_batch
 from mobilellm_jax.startup.host_memory import keep_freed_memory
 from mobilellm_jax.storage import rundir, strict_json
-from mobilellm_jax.train.loop import Hooks, Outcome, train_loop
-from mobilellm_jax.train.metrics import MetricsWriter, SilentWriter, read_metrics
+from mobilellm_jax.train.loop import Hooks, train_loop
+from mobilellm_jax.train.metrics import MetricsWriter, read_metrics
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.plots import plot_losses
 from mobilellm_jax.train.profiler import ProfiledSteps, Profiler
@@ -114,20 +114,20 @@ class _Run:
             state,
             training_transform(self._config),
         )
-        state, outcome = self._train_from(state, checkpoints)
+        state, bad = self._train_from(state, checkpoints)
         back_at: int | None = None
-        while outcome.bad:
+        while bad:
             del state  # The devices may lack memory for two states.
             found = self._newest_good(checkpoints)
             if found is None or int(found.step) == back_at:
                 raise TrainingDivergedError(
-                    announce.divergence(self._config, self._workdir, outcome.bad, back_at)
+                    announce.divergence(self._config, self._workdir, bad, back_at)
                 )
             back_at = int(found.step)
-            announce.going_back(outcome.bad, back_at)
+            announce.going_back(bad, back_at)
             checkpoints.forget_after(back_at)
-            state, outcome = self._train_from(found, checkpoints)
-        return outcome.kind == "finished"
+            state, bad = self._train_from(found, checkpoints)
+        return int(state.step) >= self._config.train.steps
 
     def plot(self) -> None:
         if distributed.is_first():
@@ -146,7 +146,7 @@ class _Run:
 
     def _train_from(
         self, state: TrainState, checkpoints: CheckpointWriter
-    ) -> tuple[TrainState, Outcome]:
+    ) -> tuple[TrainState, range]:
         first_step = int(state.step)
         train = self._config.train
         batches = train_batches(
@@ -157,10 +157,10 @@ class _Run:
             num_batches=train.steps - first_step,
             rows=local_rows(self._ready.mesh, train.global_batch),
         )
-        writer: MetricsWriter = SilentWriter()
-        if distributed.is_first():
+        is_first = distributed.is_first()
+        if is_first:
             self._cut_samples(first_step)
-            writer = MetricsWriter(self._workdir, first_step, train.steps)
+        writer = MetricsWriter(self._workdir, first_step, train.steps, silent=not is_first)
         with writer, contextlib.ExitStack() as stack:
             hooks = Hooks(
                 put=functools.partial(
@@ -174,7 +174,7 @@ class _Run:
                 agree=Agreement(first_step),
             )
             step_fn: TrainStep = self._step_fn
-            if self._profile is not None and distributed.is_first():
+            if self._profile is not None and is_first:
                 folder = self._workdir / rundir.PROFILE
                 step_fn = stack.enter_context(Profiler(step_fn, self._profile, first_step, folder))
             return train_loop(self._config, state, step_fn, batches, hooks, writer, self._walltime)
@@ -212,9 +212,7 @@ class _Run:
         self._write_samples(step, params, state.key_data)
         values = self._ready.evaluator(params)
         if values:
-            writer.write(step, values)
-            shown = "  ".join(f"{k.removeprefix('evaluate/')} {v:.4f}" for k, v in values.items())
-            writer.message(f"step {step}: {shown}")
+            writer.evaluation(step, values)
 
     def _write_samples(self, step: int, params: Params, key_data: jax.Array) -> None:
         model, tokenizer = self._config.model, self._ready.tokenizer

@@ -39,15 +39,6 @@ class Hooks:
     agree: Callable[[bool], bool] = lambda asked: asked
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How the loop ended; the loop does not save a diverged run."""
-
-    kind: Literal["finished", "stopped", "diverged"]
-    why: str = ""  # The reason why the loop stopped.
-    bad: range = range(0)  # The last steps of a diverged run, which were not finite.
-
-
 def train_loop(
     config: Config,
     state: TrainState,
@@ -56,9 +47,10 @@ def train_loop(
     hooks: Hooks,
     writer: MetricsWriter,
     walltime: Walltime | None = None,
-) -> tuple[TrainState, Outcome]:
-    """Trains from `state.step` to `train.steps`; returns the final state and the outcome.
+) -> tuple[TrainState, range]:
+    """Trains from `state.step` to `train.steps`; returns the last state and the bad steps.
 
+    The bad steps are the last steps of a diverged run, which were not finite; else there are none.
     If SIGTERM or SIGINT arrived or `walltime` is up, the loop saves at the end of the step and
     stops. With several processes, all of them save and stop one step later. Until the first step
     has been compiled, the caller handles signals. A run diverges if its last `train.max_bad_steps`
@@ -67,7 +59,7 @@ def train_loop(
     state.
     """
     train, first, steps = config.train, int(state.step), config.train.steps
-    watch = _Watch(config, hooks, Reporter(config, writer), walltime)
+    watch = _Watch(config, hooks, Reporter(config, writer), writer, walltime)
     report, stop = watch.report, StopRequest()
     # The loop first evaluates the given state, because an earlier process may have saved the state
     # and ended before the evaluation. The loop saves each state before its evaluation, so that a
@@ -94,16 +86,16 @@ def train_loop(
             if due:
                 report.flush()
             if report.diverged:
-                return state, Outcome("diverged", bad=report.bad)
+                return state, report.bad
             if last or (due and not report.bad):
                 if stopping:
                     why = why or "another process"
                     writer.message(f"step {step}: stopping ({why}); saving, then leaving")
                 watch.save(step, state, wait=last)
             if stopping:
-                return state, Outcome("stopped", why)
+                break
             watch.look(step, state)
-    return state, Outcome("finished")
+    return state, range(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +105,7 @@ class _Watch:
     config: Config
     hooks: Hooks
     report: Reporter
+    writer: MetricsWriter
     walltime: Walltime | None
 
     def measured(self, kind: Literal["step", "save", "look"], seconds: float) -> None:
@@ -133,10 +126,10 @@ class _Watch:
         self.report.flush()
         began = time.monotonic()
         if self._is_due(step, self.config.train.eval_every):
-            self.report.validation(step, self.hooks.validate(state))
+            self.writer.evaluation(step, self.hooks.validate(state), "validation ")
         if step and self._is_due(step, self.config.evaluate.every):
             self.hooks.sample(step, state)
-            self.report.meter.reset()
+        self.report.meter.reset()  # Training rates do not include the time of evaluations.
         self.measured("look", time.monotonic() - began)
 
     def save(self, step: int, state: TrainState, wait: bool) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from tqdm import tqdm
@@ -81,27 +81,19 @@ class MetricsWriter:
     `metrics.jsonl`, because the run will write them again. So a resumed run leaves the same records
     as an uninterrupted run. The constructor also removes evaluations of `first_step`, which may be
     incomplete; the loop repeats them. A warning names the optional packages that are not installed.
+    With `silent`, the writer writes and shows nothing, as in every process except the first.
     """
 
-    def __init__(self, run: Path, first_step: int, last_step: int) -> None:
-        path = run / rundir.METRICS
-        kept = [
-            r
-            for r in read_metrics(path)
-            if r["step"] < first_step
-            or (r["step"] == first_step and any(name.startswith("train/") for name in r))
-        ]
-        rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
-        _warn_of_absent_packages()
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _open_board(run / rundir.TENSORBOARD)
+    def __init__(self, run: Path, first_step: int, last_step: int, *, silent: bool = False) -> None:
+        self._file = None if silent else _open_records(run / rundir.METRICS, first_step)
+        self._board = None if silent else _open_board(run / rundir.TENSORBOARD)
         self._last_step = last_step
         self._bar = tqdm(
             total=last_step,
             initial=first_step,
             unit="step",
             file=sys.stderr,
-            disable=not sys.stderr.isatty(),
+            disable=silent or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
         self._printed = -math.inf
@@ -110,21 +102,24 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._board is not None:
-            self._board.close()
-        self._file.close()
+        for each in filter(None, (self._bar, self._board, self._file)):
+            each.close()
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Appends a record to `metrics.jsonl` at once, and sends its numbers to TensorBoard."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             if self._board is not None and not isinstance(value, str):
                 self._board.add_scalar(name, value, step)
+
+    def evaluation(self, step: int, values: Mapping[str, float], title: str = "") -> None:
+        """Writes a record of evaluations, and shows it without the first part of the names."""
+        self.write(step, values)
+        shown = "  ".join(f"{name.partition('/')[2]} {v:.4f}" for name, v in values.items())
+        self.message(f"step {step}: {title}{shown}")
 
     def progress(self, step: int, text: str, eta_sec: float, *, force: bool = False) -> None:
         """Shows the progress of the run: on a terminal as a bar, else as a line every 10 s."""
@@ -137,32 +132,23 @@ class MetricsWriter:
             self.message(f"step {step}/{self._last_step}  {text}  {left}")
 
     def message(self, text: str) -> None:
-        _log.info(text)
+        if self._file is not None:
+            _log.info(text)
 
 
-class SilentWriter(MetricsWriter):
-    """Writes and shows nothing; every process except the first uses this writer."""
-
-    def __init__(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def write(self, step: int, values: Mapping[str, float | str]) -> None: ...
-
-    def progress(self, step: int, text: str, eta_sec: float, *, force: bool = False) -> None: ...
-
-    def message(self, text: str) -> None: ...
+def _open_records(path: Path, first_step: int) -> TextIO:
+    kept = [
+        r
+        for r in read_metrics(path)
+        if r["step"] < first_step
+        or (r["step"] == first_step and any(name.startswith("train/") for name in r))
+    ]
+    rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
+    return path.open("a", encoding="utf-8")
 
 
 def _open_board(folder: Path) -> Any:
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from tensorboard.summary import Writer
-
-    return Writer(str(folder))
-
-
-def _warn_of_absent_packages() -> None:
+    """Opens TensorBoard's writer if it is installed; warns of absent optional packages."""
     absent = [name for name in _OPTIONAL if importlib.util.find_spec(name) is None]
     if absent:
         extras, files = zip(*map(_OPTIONAL.__getitem__, absent), strict=True)
@@ -170,3 +156,8 @@ def _warn_of_absent_packages() -> None:
             f"{' and '.join(files)} will not be written, because {' and '.join(absent)} "
             f"cannot be imported; pip install 'mobilellm-jax[{','.join(extras)}]'."
         )
+    if "tensorboard" in absent:
+        return None
+    from tensorboard.summary import Writer
+
+    return Writer(str(folder))

@@ -71,15 +71,6 @@ class Reporter:
             self._record(*self._pending)
             self._pending = None
 
-    def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Records an evaluation; training rates do not include its time."""
-        self._writer.write(step, values)
-        shown = "  ".join(
-            f"{name.removeprefix('validation/')} {v:.4f}" for name, v in values.items()
-        )
-        self._writer.message(f"step {step}: validation {shown}")
-        self.meter.reset()
-
     def _record(self, step: int, metrics: StepMetrics) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         train = self._config.train

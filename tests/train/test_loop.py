@@ -22,7 +22,7 @@ from mobilellm_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from mobilellm_jax.train.loop import Hooks, Outcome, train_loop
+from mobilellm_jax.train.loop import Hooks, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, read_metrics
 from mobilellm_jax.train.spikes import nothing_yet
 from mobilellm_jax.train.state import TrainState
@@ -55,7 +55,7 @@ class Rig:
     walltime: Walltime | None = None
     events: list[str] = dataclasses.field(default_factory=list)
 
-    def __call__(self) -> tuple[TrainState, Outcome]:
+    def __call__(self) -> tuple[TrainState, range]:
         rhythm = {"eval_every": 0, "checkpoint_every": 1000, "log_every": 1, "global_batch": 4}
         config = Config(
             model=ModelConfig(attention="xla"),
@@ -132,7 +132,7 @@ def state_at(step: int) -> TrainState:
 
 @pytest.mark.parametrize("own_signal_at", [None, 2])
 def test_processes_decide_together_when_to_stop(
-    make: Callable[..., Rig], own_signal_at: int | None
+    make: Callable[..., Rig], caplog: pytest.LogCaptureFixture, own_signal_at: int | None
 ) -> None:
     asked: list[bool] = []
 
@@ -145,9 +145,10 @@ def test_processes_decide_together_when_to_stop(
             os.kill(os.getpid(), signal.SIGTERM)
 
     rig = make({"steps": 9}, agree=agree, on_step=on_step)
-    state, outcome = rig()
-    assert (int(state.step), outcome.kind) == (4, "stopped")
-    assert outcome.why == ("SIGTERM" if own_signal_at else "another process")
+    state, bad = rig()
+    assert (int(state.step), bad) == (4, range(0))
+    why = "SIGTERM" if own_signal_at else "another process"
+    assert f"step 4: stopping ({why}); saving" in caplog.text
     assert rig.done("save") == ["save 4"]
     wanted = range(2, 5) if own_signal_at else ()
     assert asked == [step in wanted for step in range(1, 5)]
@@ -159,8 +160,8 @@ def send(number: signal.Signals) -> None:
 
 def test_rhythm_of_a_whole_run(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 7, "checkpoint_every": 3, "eval_every": 2}, every=5)
-    state, outcome = rig()
-    assert (int(state.step), outcome) == (7, Outcome("finished"))
+    state, bad = rig()
+    assert (int(state.step), bad) == (7, range(0))
     # A step is saved before it is evaluated. The last step is saved, validated and sampled.
     assert rig.done("step", "save", "validate", "sample") == [
         *("validate 0", "step 1", "step 2", "validate 2", "step 3", "save 3", "step 4"),
@@ -172,8 +173,8 @@ def test_rhythm_of_a_whole_run(make: Callable[..., Rig]) -> None:
 
 def test_resumed_run_goes_on_with_the_next_batch(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 6, "checkpoint_every": 4, "eval_every": 5}, first=3)
-    _, outcome = rig()
-    assert outcome.kind == "finished"
+    state, _ = rig()
+    assert int(state.step) == 6
     assert rig.done("step", "save", "validate") == [
         *("step 4", "save 4", "step 5", "validate 5", "step 6", "save 6", "validate 6"),
     ]
@@ -181,8 +182,8 @@ def test_resumed_run_goes_on_with_the_next_batch(make: Callable[..., Rig]) -> No
 
 def test_finished_run_takes_no_step_and_looks_once_more(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 3, "eval_every": 1}, first=3)
-    state, outcome = rig()
-    assert (int(state.step), outcome.kind, rig.events) == (3, "finished", ["validate 3"])
+    state, _ = rig()
+    assert (int(state.step), rig.events) == (3, ["validate 3"])
 
 
 def test_metrics_are_read_one_step_late_and_all_are(make: Callable[..., Rig]) -> None:
@@ -219,8 +220,8 @@ def test_the_next_batch_is_made_while_a_step_runs(make: Callable[..., Rig]) -> N
         assert read[step].wait(timeout=30)
 
     rig.batches, rig.on_step = batches, on_step  # type: ignore[method-assign]
-    _, outcome = rig()
-    assert outcome.kind == "finished"
+    state, _ = rig()
+    assert int(state.step) == 6
     assert [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")] == []
 
 
@@ -268,8 +269,8 @@ def test_signal_ends_the_run_saved_after_the_step(
         {"steps": 9, "checkpoint_every": 4},
         on_step=lambda step: send(number) if step == 2 else None,
     )
-    state, outcome = rig()
-    assert (int(state.step), outcome) == (2, Outcome("stopped", number.name))
+    state, bad = rig()
+    assert (int(state.step), bad) == (2, range(0))
     assert rig.done("step", "save", "saved") == ["step 1", "step 2", "save 2", "saved"]
     assert [r["step"] for r in rig.records()] == [1, 2]
     assert signal.getsignal(number) is before
@@ -284,17 +285,17 @@ def test_signal_before_the_first_step_is_done_is_left_to_the_caller(
     old = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     try:
         rig = make({"steps": 3}, on_step=lambda step: send(signal.SIGTERM) if step < 3 else None)
-        state, outcome = rig()
+        state, bad = rig()
     finally:
         signal.signal(signal.SIGTERM, old)
     assert came == [signal.SIGTERM]
-    assert (int(state.step), outcome) == (2, Outcome("stopped", "SIGTERM"))
+    assert (int(state.step), bad) == (2, range(0))
 
 
 def test_signal_in_the_last_step_finds_a_finished_run(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 2}, on_step=lambda step: send(signal.SIGTERM) if step == 2 else None)
-    _, outcome = rig()
-    assert outcome.kind == "finished"
+    state, _ = rig()
+    assert int(state.step) == 2
     assert rig.done("save") == ["save 2"]
 
 
@@ -344,8 +345,8 @@ def test_skipped_steps_are_reported_with_their_samples(
         bad={2: 1, 3: 2},
         spikes=(5,),
     )
-    _, outcome = rig()
-    assert outcome.kind == "finished"
+    state, _ = rig()
+    assert int(state.step) == 9
     told = [line for line in caplog.messages if "SKIPPED" in line]
     assert len(told) == 3
     assert told[0].startswith("SKIPPED step 2, not finite (1 of train.max_bad_steps=3 in a row)")
@@ -369,16 +370,16 @@ def test_diverged_run_ends_unsaved(make: Callable[..., Rig]) -> None:
         {"steps": 20, "checkpoint_every": 3, "max_bad_steps": 3},
         bad={4: 1, 5: 2, 6: 3},
     )
-    _, outcome = rig()
-    assert outcome == Outcome("diverged", bad=range(4, 7))
+    _, bad = rig()
+    assert bad == range(4, 7)
     assert rig.done("save") == ["save 3"]
     assert rig.done("step")[-1] == "step 6"
 
 
 def test_diverged_run_is_noticed_one_step_late(make: Callable[..., Rig]) -> None:
     rig = make({"steps": 20, "max_bad_steps": 2}, bad={1: 1, 2: 2, 3: 3})
-    _, outcome = rig()
-    assert outcome == Outcome("diverged", bad=range(1, 3))
+    _, bad = rig()
+    assert bad == range(1, 3)
     assert rig.done("step") == ["step 1", "step 2", "step 3"]
     assert rig.done("save") == []
 
@@ -387,13 +388,13 @@ def test_nothing_is_saved_after_a_bad_step_except_at_the_end_of_the_run(
     make: Callable[..., Rig],
 ) -> None:
     rig = make({"steps": 9, "checkpoint_every": 2}, bad={3: 1, 4: 2, 8: 1, 9: 2})
-    _, outcome = rig()
-    assert outcome.kind == "finished"
+    state, _ = rig()
+    assert int(state.step) == 9
     assert rig.done("save") == ["save 2", "save 6", "save 9"]
 
 
 def test_walltime_ends_the_run_saved_in_time(
-    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only steps (10 s), saves (25 s) and evaluations (100 s) move the clock."""
     now = [0.0]
@@ -414,8 +415,8 @@ def test_walltime_ends_the_run_saved_in_time(
     rig = make({"steps": 1000, "checkpoint_every": 3})
     limit = Walltime(400.0, now=lambda: now[0])
     slow = Slow(rig.folder, rig.train, on_step=on_step, walltime=limit)
-    state, outcome = slow()
-    assert outcome == Outcome("stopped", "--max_walltime=400 s")
+    state, _ = slow()
+    assert "stopping (--max_walltime=400 s)" in caplog.text
     # The loop reserves two steps (20 s), two saves (50 s) and a hundredth of the limit (4 s).
     assert slow.done("save", "saved")[:3] == ["save 3", "saved", "save 6"]
     assert slow.done("save", "saved")[-2:] == [f"save {int(state.step)}", "saved"]
@@ -428,6 +429,6 @@ def test_walltime_ends_the_run_saved_in_time(
     limit = Walltime(400.0, now=lambda: now[0])
     train = {"steps": 1000, "checkpoint_every": 3, "eval_every": 15}
     slow = Slow(rig.folder, train, on_step=on_step, walltime=limit)
-    state, outcome = slow()
-    assert (int(state.step), outcome.kind) == (14, "stopped")
+    state, _ = slow()
+    assert int(state.step) == 14
     assert slow.done("validate") == ["validate 0"]
