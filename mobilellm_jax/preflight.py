@@ -7,7 +7,7 @@ other rules. They raise a `ConfigError` with the field, its value, the rule and 
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from mobilellm_jax.processes import distributed
 from mobilellm_jax.sharding import Rules, logical_rules, make_mesh
 from mobilellm_jax.startup import xla_flags
 from mobilellm_jax.storage import rundir
+from mobilellm_jax.train.profiler import ProfiledSteps
 from mobilellm_jax.train.state import mesh_violations
 
 _log = logging.getLogger(__name__)
@@ -74,18 +75,18 @@ class Ready:
     evaluator: Evaluator  # Scores tasks and a text during training.
 
 
-def settle_run(config: Config, workdir: Path, check_start: Callable[[int], None]) -> Ready:
+def settle_run(config: Config, workdir: Path, profile: ProfiledSteps | None) -> Ready:
     """Checks and prepares all that the run in `workdir` needs, and writes its config there.
 
-    `check_start` gets the first step, and raises an error if the run cannot start there. A
-    `UserError` says what is missing or damaged, or which settings contradict each other.
+    A `UserError` says what is missing or damaged, or which settings contradict each other.
     """
     with distributed.together("checking the run"):
         resume_step: int | None = distributed.from_first(
             "the latest checkpoint", lambda: checkpoint.latest_step(workdir)
         )
         config = settle(config, workdir, resume_step)
-        check_start(resume_step or 0)
+        if profile is not None:
+            profile.check(resume_step or 0, config.train.steps)
         mixture, tokenizer = open_data(config)
         mesh, rules = check(config, mixture)
         ready = Ready(

@@ -33,10 +33,9 @@ from mobilellm_jax.sharding import local_rows, place, put_batch
 from mobilellm_jax.startup.host_memory import keep_freed_memory
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.loop import Hooks, train_loop
-from mobilellm_jax.train.metrics import MetricsWriter, read_metrics
+from mobilellm_jax.train.metrics import MetricsWriter, plot_losses, read_metrics
 from mobilellm_jax.train.optimizer import make_optimizer
-from mobilellm_jax.train.plots import plot_losses
-from mobilellm_jax.train.profiler import ProfiledSteps, Profiler
+from mobilellm_jax.train.profiler import ProfiledSteps, profiled
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state, is_finite
 from mobilellm_jax.train.step import TrainStep, make_train_step
 from mobilellm_jax.train.stopping import Walltime
@@ -66,18 +65,13 @@ def pretrain(
       TrainingDivergedError: if steps have nan or inf again after the return.
       UserError: if `settle_run` raises it, which happens before anything compiles.
     """
-
-    def check_start(step: int) -> None:
-        if profile is not None:
-            profile.check(step, config.train.steps)
-
     with distributed.telling_failures(), contextlib.ExitStack() as stack:
         lock = RunLock(workdir)
         with distributed.together("taking the run folder"):
             preflight.check_writable(workdir)
             if distributed.is_first():
                 stack.enter_context(lock)
-        ready = preflight.settle_run(config, workdir, check_start)
+        ready = preflight.settle_run(config, workdir, profile)
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         run = _Run(ready, workdir, profile, walltime)
@@ -176,7 +170,7 @@ class _Run:
             step_fn: TrainStep = self._step_fn
             if self._profile is not None and is_first:
                 folder = self._workdir / rundir.PROFILE
-                step_fn = stack.enter_context(Profiler(step_fn, self._profile, first_step, folder))
+                step_fn = stack.enter_context(profiled(step_fn, self._profile, first_step, folder))
             return train_loop(self._config, state, step_fn, batches, hooks, writer, self._walltime)
 
     def _data_after(self, step: int) -> DataState:

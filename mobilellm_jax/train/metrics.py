@@ -1,12 +1,13 @@
-"""Writes the numbers of a run to the terminal, to `metrics.jsonl` and to TensorBoard."""
+"""Writes the numbers of a run to the terminal, `metrics.jsonl` and TensorBoard, and draws them."""
 
 import importlib.util
+import io
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -161,3 +162,33 @@ def _open_board(folder: Path) -> Any:
     from tensorboard.summary import Writer
 
     return Writer(str(folder))
+
+
+def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draws training and validation loss (nats per token) over the steps as a PNG file.
+
+    Without matplotlib the function draws nothing; `MetricsWriter` warns of this.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    series = (
+        ("train/loss", "training", "tab:blue", "-"),
+        ("validation/loss", "validation", "tab:orange", "o-"),
+    )
+    for name, label, color, style in series:
+        points = [(r["step"], r[name]) for r in records if name in r]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, style, color=color, label=label, markersize=4, linewidth=1.2)
+            axes.annotate(f" {losses[-1]:.3f}", (steps[-1], losses[-1]), color=color, fontsize=8)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    rundir.write_whole(path, buffer.getvalue())

@@ -4,8 +4,10 @@ TensorBoard with the plugin `xprof` shows `RUN/profile/` (`tensorboard --logdir=
 folder holds the memory profile, a pprof file (`pprof -top RUN/profile/memory-step-N.prof`).
 """
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -46,42 +48,33 @@ class ProfiledSteps:
             )
 
 
-class Profiler:
-    """Wraps a training step and records a profile of some calls.
+@contextlib.contextmanager
+def profiled(
+    step_fn: TrainStep, steps: ProfiledSteps, first_step: int, folder: Path
+) -> Iterator[TrainStep]:
+    """Yields a training step that calls `step_fn`, and records a profile of some calls.
 
-    The profiler waits for the devices before the first and after the last profiled step, so that
-    the trace holds exactly the profiled steps. If the run ends earlier, the profile is kept.
+    The step waits for the devices before the first and after the last profiled step, so that the
+    trace holds exactly the profiled steps. If the run ends earlier, the profile is kept.
     """
+    number = first_step
 
-    def __init__(
-        self, step_fn: TrainStep, steps: ProfiledSteps, first_step: int, folder: Path
-    ) -> None:
-        self._step_fn, self._steps, self._folder = step_fn, steps, folder
-        self._step = first_step
-        self._tracing = False
+    def save_memory() -> None:
+        jax.profiler.save_device_memory_profile(folder / f"memory-step-{number}.prof")
 
-    def __enter__(self) -> "Profiler":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        self._step += 1
-        if self._step == self._steps.first:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        nonlocal number
+        number += 1
+        if number == steps.first:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder)
-            self._tracing = True
-        with jax.profiler.StepTraceAnnotation("train", step_num=self._step):
-            state, metrics = self._step_fn(state, batch)
-        if self._step == self._steps.last:
+            recording.callback(save_memory)
+            recording.enter_context(jax.profiler.trace(folder))
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            state, metrics = step_fn(state, batch)
+        if number == steps.last:
             jax.block_until_ready(state)
-            self._stop()
+            recording.close()
         return state, metrics
 
-    def _stop(self) -> None:
-        if self._tracing:
-            self._tracing = False
-            jax.profiler.stop_trace()
-            memory = self._folder / f"memory-step-{self._step}.prof"
-            jax.profiler.save_device_memory_profile(memory)
+    with contextlib.ExitStack() as recording:
+        yield step

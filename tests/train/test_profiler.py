@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mobilellm_jax.config import ConfigError
-from mobilellm_jax.train.profiler import ProfiledSteps, Profiler
+from mobilellm_jax.train.profiler import ProfiledSteps, profiled
 
 
 def test_range_of_steps() -> None:
@@ -43,9 +43,9 @@ def test_trace_holds_these_steps_and_no_others(
 ) -> None:
     run = prepare(1)
     state: Any = run.state()
-    with Profiler(run.step_fn, ProfiledSteps(3, 4), 1, tmp_path) as profiler:
+    with profiled(run.step_fn, ProfiledSteps(3, 4), 1, tmp_path) as step:
         for seed in range(2, 7):
-            state, _ = profiler(state, run.put(make_batch(seed)))
+            state, _ = step(state, run.put(make_batch(seed)))
             assert (tmp_path / "memory-step-4.prof").exists() == (seed >= 4)
     assert int(state.step) == 5
     assert trained_steps(tmp_path) == {"3", "4"}
@@ -60,9 +60,9 @@ def test_run_that_ends_meanwhile_keeps_its_profile(
     run = prepare(1)
     with (
         pytest.raises(KeyboardInterrupt),
-        Profiler(run.step_fn, ProfiledSteps(1, 9), 0, tmp_path) as profiler,
+        profiled(run.step_fn, ProfiledSteps(1, 9), 0, tmp_path) as step,
     ):
-        profiler(run.state(), run.put(make_batch(0)))
+        step(run.state(), run.put(make_batch(0)))
         raise KeyboardInterrupt
     assert trained_steps(tmp_path) == {"1"}
     assert (tmp_path / "memory-step-1.prof").exists()
