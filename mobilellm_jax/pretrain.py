@@ -229,9 +229,6 @@ class _Run:
         """Removes samples from `first_step` on, because the run will write them again."""
         path = self._workdir / rundir.SAMPLES
         if path.exists():
-            kept = [
-                json.dumps(record) + "\n"
-                for record in strict_json.read_lines(path)
-                if strict_json.get(record, "step", int, name=str(path)) < first_step
-            ]
+            records = strict_json.read_lines(path, lambda r: strict_json.get(r, "step", int))
+            kept = [json.dumps(record) + "\n" for record in records if record["step"] < first_step]
             rundir.write_whole(path, "".join(kept))

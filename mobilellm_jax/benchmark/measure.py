@@ -1,4 +1,4 @@
-"""Measures one model in a process that does nothing else.
+"""Measures models, each in several processes that do nothing else.
 
 `python -m mobilellm_jax.benchmark.measure` reads a `Request` as JSON from the standard input. It
 prints a `Measurement` as JSON on the last line of the standard output. Each runtime uses all CPU
@@ -17,11 +17,14 @@ cores.
 import dataclasses
 import json
 import resource
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
@@ -37,6 +40,10 @@ from mobilellm_jax.quantize.schemes import find_scheme
 from mobilellm_jax.storage import sealing, strict_json
 
 _STATUS = Path("/proc/self/status")
+
+
+class MeasuringError(RuntimeError):
+    """A process that measured a model failed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +105,22 @@ def check(request: Request) -> None:
         )
 
 
+def measure_all(requests: Sequence[Request], runs: int) -> list[list[Measurement]]:
+    """Returns all measurements of each request; every measurement is a new process.
+
+    All models are measured one after another, `runs` times in total. Other work on the machine
+    therefore affects all models alike.
+
+    Raises:
+      MeasuringError: if a process fails; the message holds the last lines that it wrote.
+    """
+    found: list[list[Measurement]] = [[] for _ in requests]
+    turns = [(i, request) for _ in range(runs) for i, request in enumerate(requests)]
+    for i, request in tqdm(turns, unit="process", disable=None):
+        found[i].append(_measured(request))
+    return found
+
+
 def measure(request: Request) -> Measurement:
     """Loads and measures a model; call `check` before."""
     path = Path(request.path)
@@ -143,6 +166,23 @@ def measure(request: Request) -> Measurement:
         memory_bytes=memory,
         loss=perplexity(engine, text).loss,
     )
+
+
+def _measured(request: Request) -> Measurement:
+    process = subprocess.run(
+        [sys.executable, "-m", "mobilellm_jax.benchmark.measure"],
+        input=json.dumps(dataclasses.asdict(request)),
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        # If a signal killed a runtime in C++, there is no message, so we report the signal.
+        end = f"signal {-process.returncode}" if process.returncode < 0 else process.returncode
+        last = process.stderr.strip().splitlines()[-12:]
+        raise MeasuringError(f"Measuring {request.path} ended with {end}:\n" + "\n".join(last))
+    answer = strict_json.parse(process.stdout.splitlines()[-1])
+    found: Measurement = strict_json.as_type(answer, Measurement, request.path)
+    return found
 
 
 def _open(request: Request) -> OpenedModel:

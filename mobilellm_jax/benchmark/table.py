@@ -8,6 +8,7 @@ phone: its battery holds about 50 kJ, and it decodes 10 tokens/s.
 import csv
 import dataclasses
 import io
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mobilellm_jax.benchmark.measure import Measurement
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.size import block_matrix_parameters, parameter_count
+from mobilellm_jax.storage.rundir import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,6 +71,18 @@ def summarize(measurements: Sequence[Measurement], prompt_tokens: int) -> Row:
         joules_per_token=joules,
         battery_hours=_BATTERY_JOULES / (joules * _TOKENS_PER_SEC) / 3600,
     )
+
+
+def write_results(
+    folder: Path, rows: Sequence[Row], measured: Sequence[Sequence[Measurement]]
+) -> None:
+    """Writes benchmark.md, .csv, .json and .png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = [dataclasses.asdict(each) for model in measured for each in model]
+    write_whole(folder / "benchmark.json", json.dumps(values, indent=1) + "\n")
+    write_whole(folder / "benchmark.csv", as_csv(rows))
+    write_whole(folder / "benchmark.md", markdown(rows))
+    write_whole(folder / "benchmark.png", plot(rows))
 
 
 def joules_per_token(config: ModelConfig) -> float:

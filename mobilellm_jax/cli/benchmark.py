@@ -25,7 +25,7 @@ from pathlib import Path
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import QUANTIZE_HELP
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, require
 from mobilellm_jax.quantize.schemes import find_scheme
 from mobilellm_jax.storage.text_file import read_text
 
@@ -52,11 +52,11 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """Measures the models, prints the table and writes the results."""
-    from mobilellm_jax.benchmark.measure import Request, check, is_artifact
-    from mobilellm_jax.benchmark.run import benchmark, write_results
-    from mobilellm_jax.benchmark.table import markdown
+    from mobilellm_jax.benchmark.measure import Request, check, is_artifact, measure_all
+    from mobilellm_jax.benchmark.table import markdown, summarize, write_results
     from mobilellm_jax.export.verify import TEXT
 
+    require("matplotlib", "report", "the picture of mobilellm benchmark")
     text = read_text("--text", Path(flags.text)) if flags.text else TEXT
     if not text.strip():
         raise UserError(f"--text={flags.text} is empty; name a file with text.")
@@ -83,7 +83,8 @@ def main(flags: Flags) -> None:
     output = Path(flags.output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file; name a folder.")
-    rows, measured = benchmark(requests, flags.runs)
+    measured = measure_all(requests, flags.runs)
+    rows = [summarize(each, flags.prompt_tokens) for each in measured]
     write_results(output, rows, measured)
     print(markdown(rows), end="")
     print(f"\n{output}/benchmark.md, .csv, .json, .png; energy and battery are estimates.")

@@ -50,19 +50,11 @@ def read_rows(file: Path, check: Check) -> list[Row]:
     """
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; it should hold JSON lines.")
-    rows = []
-    # We do not use str.splitlines(), which would also split at U+2028 inside a JSON string.
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = strict_json.as_type(strict_json.parse(line), dict[str, Any], "the row")
-            check(row)
-        except JsonError as error:
-            raise UserError(
-                f"{file}, line {number}: {error} Correct the line or delete it."
-            ) from error
-        rows.append(row)
+    rows = strict_json.read_lines(
+        file,
+        lambda row: check(strict_json.as_type(row, dict[str, Any], "the row")),
+        whole=True,
+    )
     if not rows:
         raise UserError(f"{file} has no rows; a task needs at least one row.")
     return rows

@@ -20,7 +20,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,20 +55,26 @@ def read(file: Path) -> Any:
         raise JsonError(f"{file}: {error}") from error
 
 
-def read_lines(file: Path, *, non_finite: bool = False) -> list[Any]:
+def read_lines(
+    file: Path, check: Callable[[Any], object], *, non_finite: bool = False, whole: bool = False
+) -> list[Any]:
     """Returns the values of a file of JSON lines, or an empty list if the file does not exist.
 
-    Empty lines are ignored. A crash may cut off the last line, so the function also ignores
-    an invalid last line without a line end. A `JsonError` names the file and the line.
+    `check` raises a `JsonError` for a wrong value. Empty lines are ignored. A crash may cut off the
+    last line, so the function also ignores an invalid last line without a line end, unless the file
+    must be `whole`. A `JsonError` names the file and the line.
     """
     values = []
+    # `str.splitlines` would also split at U+2028 inside a JSON string.
     lines = file.read_bytes().split(b"\n") if file.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
-                values.append(parse(line, non_finite=non_finite))
+                value = parse(line, non_finite=non_finite)
+                check(value)
+                values.append(value)
         except JsonError as error:
-            if number < len(lines):
+            if whole or number < len(lines):
                 raise JsonError(
                     f"{file}, line {number}: {error} Correct the line or delete it."
                 ) from error

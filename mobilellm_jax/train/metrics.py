@@ -15,7 +15,6 @@ import jax
 from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.size import flops_per_token
 from mobilellm_jax.storage import rundir, strict_json
 
@@ -64,15 +63,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     All values are numbers, except `train/attention`, which names the implementation of attention. A
     line that is not a record raises a `UserError`.
     """
-    records = strict_json.read_lines(path, non_finite=True)
-    for record in records:
-        try:
-            strict_json.get(record, "step", int)
-            for name, value in record.items():
-                strict_json.as_type(value, str if name == _ATTENTION else float, name)
-        except strict_json.JsonError as error:
-            raise UserError(f"{path}: {error} Correct the line or delete it.") from error
-    return records
+    return strict_json.read_lines(path, _check_record, non_finite=True)
+
+
+def _check_record(record: Any) -> None:
+    strict_json.get(record, "step", int)
+    for name, value in record.items():
+        strict_json.as_type(value, str if name == _ATTENTION else float, name)
 
 
 class MetricsWriter:

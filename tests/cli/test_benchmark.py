@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import pytest
 
-from mobilellm_jax.benchmark.measure import Request
-from mobilellm_jax.benchmark.run import MeasuringError, benchmark
+from mobilellm_jax.benchmark.measure import MeasuringError, Request, measure_all
+from mobilellm_jax.benchmark.table import summarize
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.engine import jax_engine
 from mobilellm_jax.evaluate.perplexity import CutText, perplexity
 from mobilellm_jax.model.size import parameter_count
@@ -92,21 +91,23 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, 0, f"a line\n{json.dumps(found)}\n", "")
 
     monkeypatch.setattr(subprocess, "run", answer)
-    rows, measured = benchmark([request_of("one"), request_of("two")], runs=3)
+    measured = measure_all([request_of("one"), request_of("two")], runs=3)
     assert asked == ["one", "two"] * 3
     assert [[each.memory_bytes for each in model] for model in measured] == [[1, 3, 5], [2, 4, 6]]
-    assert [row.memory_megabytes for row in rows] == [3e-6, 4e-6]
+    assert [summarize(each, 8).memory_megabytes for each in measured] == [3e-6, 4e-6]
 
 
-def test_the_picture_needs_the_report_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_needs_the_report_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'mobilellm-jax\[report\]'"):
-        benchmark([request_of("one")], runs=1)
+    assert cli.main(["benchmark", "--artifact=one", "--output=out"]) == 2
+    assert "pip install 'mobilellm-jax[report]'" in capsys.readouterr().err
 
 
 def test_the_message_of_a_failed_process_is_shown(tmp_path: Path) -> None:
     with pytest.raises(MeasuringError, match=r"gone ended with 1:\n(.|\n)*does not exist"):
-        benchmark([request_of(tmp_path / "gone")], runs=1)
+        measure_all([request_of(tmp_path / "gone")], runs=1)
 
 
 def test_bad_input_is_refused_before_anything_is_measured(
