@@ -74,11 +74,6 @@ class Model:
         return parameter_count(self.config.model)
 
     @property
-    def tokens(self) -> int:
-        """Tokens that each run was trained on."""
-        return self.config.train.steps * self.config.tokens_per_step
-
-    @property
     def loss(self) -> Mean:
         return mean([run.loss for run in self.runs])
 

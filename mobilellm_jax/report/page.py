@@ -2,44 +2,27 @@
 
 import base64
 import dataclasses
-from collections.abc import Sequence
+from typing import Any
 
 from mobilellm_jax.report.colors import DARK, LIGHT
-from mobilellm_jax.report.figures import Picture
-from mobilellm_jax.report.tables import TextTable
 
 _VERDICTS = {"same direction": "good", "opposite": "bad"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
-    """A part of the page under a heading."""
+def page(**values: Any) -> str:
+    """Returns the page as HTML; jinja2 escapes every value, so no file name can become markup.
 
-    anchor: str
-    title: str
-    paragraphs: tuple[str, ...] = ()
-    table: TextTable | None = None
-    pictures: tuple[Picture, ...] = ()
-    bullets: tuple[str, ...] = ()
-
-
-def page(title: str, lead: Sequence[str], sections: Sequence[Section], made: str) -> str:
-    """Returns the page as HTML; jinja2 escapes every text, so no file name can become markup."""
+    `values` are the names in the template below. The section `How to read it` is only on a page
+    `with_grids`, which compares runs with the paper.
+    """
     import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["data_url"] = _data_url
-    return environment.from_string(_TEMPLATE).render(
-        title=title,
-        lead=lead,
-        sections=sections,
-        made=made,
-        light=dataclasses.asdict(LIGHT),
-        dark=dataclasses.asdict(DARK),
-        verdicts=_VERDICTS,
-    )
+    themes = {"light": dataclasses.asdict(LIGHT), "dark": dataclasses.asdict(DARK)}
+    return environment.from_string(_TEMPLATE).render(**values, **themes, verdicts=_VERDICTS)
 
 
 def _data_url(png: bytes) -> str:
@@ -93,39 +76,77 @@ footer{margin-top:3rem;border-top:1px solid var(--line);overflow-wrap:anywhere}
 <body>
 <main>
 <h1>{{ title }}</h1>
+{% if with_grids %}
+<p>The paper MobileLLM (Liu et al. 2024, arXiv:2402.14905) compares small language models that
+differ in one thing: depth against width, kinds of attention heads, shared embeddings, shared
+layers. This page repeats those comparisons{% if smaller %} with much smaller models{% endif %} and
+shows the paper's numbers beside them.</p>
+{% endif %}
 {% for text in lead %}
 <p>{{ text }}</p>
 {% endfor %}
 <nav aria-label="Contents"><ul>
+{% if with_grids %}
+<li><a href="#reading">How to read it</a></li>
+<li><a href="#caveats">What it does not show</a></li>
+{% endif %}
 {% for section in sections %}
-<li><a href="#{{ section.anchor }}">{{ section.title }}</a></li>
+<li><a href="#{{ section.name }}">{{ section.title }}</a></li>
 {% endfor %}
+{% if unfinished %}<li><a href="#unfinished">Not finished</a></li>{% endif %}
 </ul></nav>
+{% if with_grids %}
+<section id="reading">
+<h2>How to read it</h2>
+<ul><li>Loss is the validation loss at the end of training in nats per token; lower is better. Each
+value is the mean over seeds, which set the initial weights and the order of the data. SE is the
+standard error of the mean.</li>
+<li>The difference is the loss of a row minus the loss of its reference row, taken seed by seed; a
+negative difference is better. The roadmap compares each step with the step before it. Every other
+table compares its rows with one reference row, which has no difference.</li>
+<li>The paper's score is the mean accuracy in percent on eight zero-shot tasks of the paper's row
+that our row stands for; higher is better. The paper's difference is taken the same way.</li>
+<li>Direction: 'same direction' or 'opposite' if the 95% interval of our difference (Student's t)
+does not contain zero, and 'within the spread' if it does. 'of one seed' tells no
+direction.</li></ul>
+</section>
+<section id="caveats">
+<h2>What it does not show</h2>
+<ul><li>Loss on a held-out text is not accuracy on tasks. The paper trains on 0.25 to 1 trillion
+tokens. Models of a few million parameters on a few million tokens may rank differently, and
+agreement on this page does not prove the paper's results.</li>
+<li>The paper gives one run per row and no spread. Two of its models differ only in having 14 or 16
+heads and are 1.6 points apart (Tables 11 and 13, 8 blocks). Most of its differences below one point
+may therefore be noise.</li>
+<li>The 125M baseline of Table 10 equals OPT-125M of Table 3 in all eight tasks. Its step to SwiGLU
+may therefore compare models that were trained on different data.</li>
+<li>With few seeds an interval is wide: with three seeds it is 4.3 standard errors to each side. One
+comparison in twenty excludes zero by chance.</li>
+<li>One learning rate for all shapes may favour some shapes. If rates were tuned, on the same
+validation text, the table shows the rate of each row.</li></ul>
+</section>
+{% endif %}
 {% for section in sections %}
-<section id="{{ section.anchor }}">
+<section id="{{ section.name }}">
 <h2>{{ section.title }}</h2>
-{% for text in section.paragraphs %}
+{% for text in section.texts %}
 <p>{{ text }}</p>
 {% endfor %}
-{% if section.bullets %}
-<ul>{% for text in section.bullets %}<li>{{ text }}</li>{% endfor %}</ul>
-{% endif %}
-{% if section.table %}
-<div class="scroll" tabindex="0" role="region" aria-label="{{ section.table.title }}"><table>
+<div class="scroll" tabindex="0" role="region" aria-label="{{ section.title }}"><table>
 <thead><tr>
-{%- for name in section.table.columns %}<th scope="col">{{ name }}</th>{% endfor -%}
+{%- for name in section.rows[0] %}<th scope="col">{{ name }}</th>{% endfor -%}
 </tr></thead>
 <tbody>
-{% for row in section.table.rows %}
-<tr><th scope="row">{{ row[0] }}</th>
-{%- for cell in row[1:] %}
+{% for row in section.rows %}
+{% set cells = row.values() | list %}
+<tr><th scope="row">{{ cells[0] }}</th>
+{%- for cell in cells[1:] %}
 <td{% if cell in verdicts %} class="{{ verdicts[cell] }}"{% endif %}>{{ cell }}</td>
 {%- endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
-<p class="files">This table as <a href="{{ section.table.name }}.csv">CSV</a> and
-<a href="{{ section.table.name }}.md">Markdown</a>.</p>
-{% endif %}
+<p class="files">This table as <a href="{{ section.name }}.csv">CSV</a> and
+<a href="{{ section.name }}.md">Markdown</a>.</p>
 {% if section.pictures %}
 <div class="figures">
 {% for picture in section.pictures %}
@@ -139,6 +160,12 @@ footer{margin-top:3rem;border-top:1px solid var(--line);overflow-wrap:anywhere}
 {% endif %}
 </section>
 {% endfor %}
+{% if unfinished %}
+<section id="unfinished">
+<h2>Not finished</h2>
+<ul>{% for text in unfinished %}<li>{{ text }}</li>{% endfor %}</ul>
+</section>
+{% endif %}
 <footer><p>{{ made }}</p></footer>
 </main>
 </body>
