@@ -19,7 +19,7 @@ from mobilellm_jax.data.token_stream import TokenStream
 Batch = dict[str, NDArray[Any]]
 
 NO_WINDOW = -1
-# Number of tokens whose mask `count_targets` reads in one step.
+# `count_targets` reads the mask in steps of this many tokens.
 _CHUNK = 1 << 24
 
 

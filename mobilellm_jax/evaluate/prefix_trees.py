@@ -7,12 +7,12 @@ end(s) - 1. Token t attends to token s if s <= t < end(s), and the position of a
 in the tree. With this mask, one forward pass over the tree gives each sequence the same result as a
 pass over this sequence alone.
 
-The mask also separates the trees in a row. If no tree of a batch has branches, all tokens of a tree
-have the same end. These ends then serve as document numbers (`segments`), because attention within
-documents is faster than attention with a mask. Row lengths are powers of two from 256 on, so few
-programs are compiled. On 600 rows of HellaSwag, the padded rows have 15% more tokens than the
-trees. On BoolQ they have 13% more, and on PIQA 9% more. With one tree per row, the padding would be
-about as large, and there would be 12 to 18 row lengths to compile.
+The mask also separates the trees in a row. If no tree of a batch has branches, the end index is the
+same for all tokens of a tree. These ends then serve as document numbers (`segments`), because
+attention within documents is faster than attention with a mask. Row lengths are powers of two from
+256 on, so few programs are compiled. On 600 rows of HellaSwag, the padded rows have 15% more tokens
+than the trees. On BoolQ they have 13% more, and on PIQA 9% more. With one tree per row, the padding
+would be about as large, and there would be 12 to 18 row lengths to compile.
 """
 
 import bisect
@@ -27,7 +27,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.generation.text_stream import common_prefix
 
 _SHORTEST_ROW = 256
-# One more token costs about as much compute as this number of attention scores. In a block of
+# The number of attention scores that cost as much compute as one more token. In a block of
 # MobileLLM-125M, a token needs 7 million operations and a score needs 2304. On a CPU, the
 # operations of a score take about three times as long as those of a token.
 _SCORES_PER_TOKEN = 1000

@@ -121,9 +121,9 @@ def _likeliest(
 ) -> Bool[Array, "B V"]:
     """Returns a mask of the fewest tokens, the likeliest first, whose weights reach `amount`.
 
-    If all weights together are less than `amount`, every token is needed. A binary search over the
-    32 bits of a logit finds the lowest needed logit, so nothing is sorted. For 32,000 logits on a
-    CPU, the search takes 0.2 ms, and sorting would take 7 ms.
+    If the sum of all weights is less than `amount`, the mask contains every token. A binary search
+    over the 32 bits of a logit finds the lowest needed logit, so nothing is sorted. For 32,000
+    logits on a CPU, the search takes 0.2 ms, and sorting would take 7 ms.
     """
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
     sign = jnp.uint32(1 << 31)

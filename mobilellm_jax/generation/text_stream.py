@@ -19,7 +19,8 @@ def decode_stream(
 
     The text of the prompt, followed by all pieces, is the text of all tokens. A piece never ends
     inside a character: if several byte tokens form a character, the character is yielded with its
-    last byte. If a run of bytes is not UTF-8, its bytes become U+FFFD when the run ends.
+    last byte. If a sequence of byte tokens is not UTF-8, each byte becomes U+FFFD when the sequence
+    ends.
     """
     ids = list(prompt)
     text = tokenizer.decode(ids)

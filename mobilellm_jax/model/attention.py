@@ -114,8 +114,8 @@ def attend_within(
     def attend(
         q_BTNH: Queries, k_BTKH: Keys, v_BTKH: Keys, products: AttentionProducts
     ) -> tuple[Queries, None]:
-        # A cache may hold rounded keys and values. The same rounding here gives a text the same
-        # scores without a cache.
+        # A cache may hold rounded keys and values. This line rounds in the same way, so a text gets
+        # equal scores with and without a cache.
         k_BTKH, v_BTKH = products.rounded(k_BTKH), products.rounded(v_BTKH)
         if mask_BTS is not None or not products.fast_attention:
             mask = causal_mask(q_BTNH.shape[1], segments_BT) if mask_BTS is None else mask_BTS

@@ -71,7 +71,7 @@ def in_compute_dtype(params: Params, config: ModelConfig) -> Params:
 
 
 def decoding_weights(params: Params, config: ModelConfig) -> DecodingWeights:
-    """Returns the parameters in the layout for `decode`; keeps their division over a mesh."""
+    """Returns the parameters in the layout for `decode`; their sharding over the mesh stays."""
     params = in_compute_dtype(params, config)
     return DecodingWeights(
         table_VD=params["embedding"]["table"],

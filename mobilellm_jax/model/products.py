@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 
 class SpecialKernel(abc.ABC):
-    """A weight matrix with its own multiplication, such as integers (`quantize/kernels.py`)."""
+    """A weight matrix that defines its own multiplication, such as an integer matrix."""
 
     integer_products: Any
     """Whether activations are rounded to 8 bits before the multiplication."""

@@ -47,7 +47,7 @@ _Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array,
 
 @struct.dataclass
 class AttentionProducts:
-    """The matrix multiplications of attention in floating point, and the format of cache rows.
+    """Multiplies the matrices of attention in floating point, and defines the format of cache rows.
 
     `quantize/attention.py` has the 8-bit version, which a quantized model carries in its
     parameters.

@@ -29,7 +29,10 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A kind of TPU chip (Cloud TPU documentation of July 2026; the memory is libtpu's number)."""
+    """A kind of TPU chip.
+
+    The values are from Cloud TPU's documentation, July 2026; the memory is from libtpu.
+    """
 
     name: str
     memory_bytes: int
@@ -39,7 +42,7 @@ class Chip:
     matrix_unit: int  # Number of rows, and of columns, of a matrix unit.
     dimensions: int  # Number of dimensions of a slice.
     most_chips: int  # Number of chips in the largest slice.
-    variant: str | None = None  # Name in libtpu of the mode with one device per chip.
+    variant: str | None = None  # libtpu's name for the mode in which each chip is one device.
 
 
 _CHIPS = {

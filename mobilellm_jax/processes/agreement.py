@@ -29,7 +29,7 @@ class Agreement:
         self._preemption = None if step is None else process_state().preemption_sync_manager
         self._several = jax.process_count() > 1
         if self._several:
-            delay_aborts()  # Again, because libtpu sets its own handler at its start.
+            delay_aborts()  # Install the handler again, because libtpu replaces it when it starts.
             mesh = Mesh(np.array(jax.devices()), ("device",))
             self._split = NamedSharding(mesh, PartitionSpec("device"))
             self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))

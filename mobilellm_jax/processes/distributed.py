@@ -33,7 +33,7 @@ from mobilellm_jax.processes.peers import Parting, Peers
 from mobilellm_jax.processes.source_digest import source_digest
 
 _START_SEC = 300  # Time limit for all processes to connect.
-PEER_TIMEOUT_SEC = 60.0  # A process that sends no message for this time ends the run.
+PEER_TIMEOUT_SEC = 60.0  # If a process sends no message for this time, the run ends.
 # The shortest time limit that jax has. Its error message does not name the lost process.
 _JAX_HEARTBEAT_SEC = 100
 _SHUTDOWN_SEC = 120  # Longest wait of a process for the others when it ends.

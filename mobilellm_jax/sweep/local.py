@@ -47,7 +47,7 @@ class Child:
 
 @contextlib.contextmanager
 def alone(sweep: Path) -> Iterator[FileLock]:
-    """Makes this process the only process that runs the sweep; yields a lock for its children.
+    """Ensures that no other process runs this sweep; yields the lock that its runs share.
 
     Raises:
       ConfigError: if another process runs the sweep.

@@ -38,7 +38,7 @@ def judge(
     finite: Bool[Array, ""],
     factor: float,
 ) -> tuple[Bool[Array, ""], Recent]:
-    """Returns whether the step is a spike, and the recent values after the step.
+    """Returns whether the step is a spike, and the list of recent values with this step in it.
 
     A step is a spike if its loss or gradient norm exceeds a limit: `factor` standard deviations
     above the mean of the recent values. With `factor` 0, no step is a spike. The buffers store the

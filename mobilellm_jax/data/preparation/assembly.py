@@ -62,7 +62,7 @@ class Planner:
         self._release()
 
     def end(self) -> Iterator[ShardPlan]:
-        """Yields the plan of the last shard, if there are documents that no shard contains."""
+        """If some documents are not in a shard yet, yields the plan of a last shard."""
         if self._waiting:
             yield self._plan(self._end())
 

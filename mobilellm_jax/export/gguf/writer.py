@@ -43,7 +43,7 @@ def write(source: Source, folder: Path, precision: str) -> int:
 
 
 def _neighbours(array_OD: np.ndarray, head_dim: int) -> np.ndarray:
-    """Moves the two channels of each pair that RoPE rotates next to each other."""
+    """Places the two channels of each pair side by side; RoPE rotates channels in pairs."""
     inputs = array_OD.shape[1]
     halves = array_OD.reshape(-1, 2, head_dim // 2, inputs)
     return halves.swapaxes(1, 2).reshape(-1, inputs)

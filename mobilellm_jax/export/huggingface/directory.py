@@ -167,8 +167,8 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> 
 def _open_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
     """Opens the tokenizer file that has as many tokens as the model.
 
-    If both files or none have this number, the SentencePiece model is preferred. The numbers differ
-    if tokens were added to the tokenizer: only its tokenizer.json contains them.
+    If both files or none have this number, the SentencePiece model is preferred. The two sizes
+    differ if tokens were added to the tokenizer, because only tokenizer.json contains them.
     """
     found = [
         load_tokenizer(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()

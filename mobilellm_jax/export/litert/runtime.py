@@ -46,7 +46,8 @@ class LitertRuntime(Runtime):
         self._calls.sort(key=lambda call: (call.length, call.span))
 
     def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        # For each length, the last call in the list covers the whole cache, so one call fits.
+        # For each length, the last call in the list can use the whole cache, so at least one call
+        # is large enough.
         call = next(
             call
             for call in self._calls

@@ -276,14 +276,14 @@ def _looked_up(graph: Graph, table: _Matrix, tokens: str) -> str:
 
 
 def _sliced(graph: Graph, x: str, start: str, *, axis: int, end: int = _END) -> str:
-    """Adds x[start:end] along `axis`; `start` is the name of a value in the graph."""
+    """Adds a node for x[start:end] along `axis`; `start` is the name of a value in the graph."""
     numbers = {f"end_{axis}": end, f"axis_{axis}": axis}
     names = [graph.constant(name, np.array([n], np.int64)) for name, n in numbers.items()]
     return graph.node("Slice", x, start, *names)
 
 
 def _score(graph: Graph, x_1TD: str, head: _Matrix) -> None:
-    """Adds the logits; the matrix `head` has one row per token of the vocabulary."""
+    """Adds the nodes that compute the logits; `head` has one row per token of the vocabulary."""
     if head.bits:
         shape = np.array([head.outputs, -1, _BLOCK[head.bits] * head.bits // 8], np.int64)
         codes = graph.node("Reshape", head.name, graph.constant("head_shape", shape))
