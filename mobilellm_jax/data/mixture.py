@@ -228,11 +228,7 @@ def _unique_names(components: Sequence[Component]) -> list[str]:
         str(c.dataset.path) if c.source is None else f"{c.dataset.path}/{c.name}"
         for c in components
     ]
-    short = Counter(names)
-    names = [
-        name if short[name] == 1 else longer for name, longer in zip(names, paths, strict=True)
-    ]
-    still = Counter(names)
-    return [
-        name if still[name] == 1 else f"{name}#{number}" for number, name in enumerate(names, 1)
-    ]
+    for longer in (paths, [f"{path}#{number}" for number, path in enumerate(paths, 1)]):
+        count = Counter(names)
+        names = [n if count[n] == 1 else other for n, other in zip(names, longer, strict=True)]
+    return names

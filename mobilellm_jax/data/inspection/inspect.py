@@ -9,9 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from tqdm import tqdm
 
 from mobilellm_jax.config import DataConfig
-from mobilellm_jax.data.inspection.escaping import escaped
-from mobilellm_jax.data.inspection.token_counts import Lengths, TokenCounts, count_tokens, no_tokens
-from mobilellm_jax.data.inspection.window_text import LEGEND, window_lines
+from mobilellm_jax.data.inspection.token_counts import (
+    TokenCounts,
+    by_doubling,
+    count_tokens,
+    median,
+    no_tokens,
+)
+from mobilellm_jax.data.inspection.window_text import LEGEND, escaped, window_lines
 from mobilellm_jax.data.mixture import Mixture, open_mixture
 from mobilellm_jax.data.shards import MANIFEST, Counts, Dataset, Manifest
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
@@ -106,7 +111,7 @@ def _split_lines(
         others = [i for byte, i in enumerate(tokenizer.byte_ids) if byte != ord("\n")]
         yield f"  Without newlines, byte tokens are {_share(total, others)} of the tokens."
     yield ""
-    yield from _length_lines(total.lengths)
+    yield from _length_lines(total)
     yield ""
 
 
@@ -127,13 +132,14 @@ def _share(found: TokenCounts, ids: Sequence[int]) -> str:
     return f"{found.of_id[list(ids)].sum() / max(1, found.tokens):.2%}" if ids else "-"
 
 
-def _length_lines(lengths: Lengths) -> Iterator[str]:
-    bins = lengths.by_doubling()
-    longest = f"{lengths.lengths[-1]:,}" if bins else "0"
+def _length_lines(counts: TokenCounts) -> Iterator[str]:
+    lengths = counts.documents
+    mean = counts.tokens / max(1, lengths.total())
     yield (
-        f"  Tokens per document: median {lengths.median:,g}, mean {lengths.mean:,.1f}, "
-        f"longest {longest}"
+        f"  Tokens per document: median {median(lengths):,g}, mean {mean:,.1f}, "
+        f"longest {max(lengths, default=0):,}"
     )
+    bins = by_doubling(lengths)
     most = max((documents for _, documents in bins), default=1)
     for low, documents in bins:
         # Rounding up gives a visible bar to every bin that is not empty.

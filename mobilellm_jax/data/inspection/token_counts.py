@@ -1,6 +1,9 @@
 """Counts the ids and the document lengths of a token stream in one pass."""
 
+import bisect
 import dataclasses
+import itertools
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -14,50 +17,14 @@ _CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
-class Lengths:
-    """The number of documents of each length; lengths are in tokens and in ascending order."""
-
-    lengths: NDArray[np.int64]
-    documents: NDArray[np.int64]
-
-    def __add__(self, other: "Lengths") -> "Lengths":
-        lengths, at = np.unique(np.concatenate([self.lengths, other.lengths]), return_inverse=True)
-        documents = np.zeros(len(lengths), np.int64)
-        np.add.at(documents, at, np.concatenate([self.documents, other.documents]))
-        return Lengths(lengths, documents)
-
-    @property
-    def mean(self) -> float:
-        """Mean number of tokens per document, or 0 if there are no documents."""
-        return float(self.lengths @ self.documents) / max(1, int(self.documents.sum()))
-
-    @property
-    def median(self) -> float:
-        """The median length; for an even number of documents, the mean of the middle two."""
-        upto = np.cumsum(self.documents)
-        if not len(upto):
-            return 0.0
-        middle = [(int(upto[-1]) - 1) // 2, int(upto[-1]) // 2]
-        return float(self.lengths[np.searchsorted(upto, middle, side="right")].mean())
-
-    def by_doubling(self) -> list[tuple[int, int]]:
-        """Returns (2^k, number of documents with 2^k to 2^(k+1) - 1 tokens) in the order of k."""
-        if not len(self.lengths):
-            return []
-        exponents = np.frexp(self.lengths.astype(np.float64))[1] - 1  # Exact, unlike a logarithm.
-        counts = np.bincount(exponents, self.documents)
-        return [(1 << k, int(counts[k])) for k in range(int(exponents[0]), len(counts))]
-
-
-@dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """The lengths of documents, and in `of_id` the number of occurrences of each id."""
+    """The occurrences of each id in `of_id`, and the number of documents of each length."""
 
     of_id: NDArray[np.int64]
-    lengths: Lengths
+    documents: Counter[int]
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
-        return TokenCounts(self.of_id + other.of_id, self.lengths + other.lengths)
+        return TokenCounts(self.of_id + other.of_id, self.documents + other.documents)
 
     @property
     def tokens(self) -> int:
@@ -65,10 +32,31 @@ class TokenCounts:
         return int(self.of_id.sum())
 
 
+def median(lengths: Counter[int]) -> float:
+    """Returns the median length, or 0 if there are no documents.
+
+    For an even number of documents, the median is the mean of the middle two.
+    """
+    if not lengths:
+        return 0.0
+    ordered = sorted(lengths)
+    upto = list(itertools.accumulate(lengths[length] for length in ordered))
+    low = bisect.bisect_right(upto, (upto[-1] - 1) // 2)
+    high = bisect.bisect_right(upto, upto[-1] // 2)
+    return (ordered[low] + ordered[high]) / 2
+
+
+def by_doubling(lengths: Counter[int]) -> list[tuple[int, int]]:
+    """Returns (2^k, number of documents with 2^k to 2^(k+1) - 1 tokens) in the order of k."""
+    bins = Counter[int]()
+    for length, documents in lengths.items():
+        bins[length.bit_length() - 1] += documents
+    return [(1 << k, bins[k]) for k in range(min(bins, default=0), max(bins, default=-1) + 1)]
+
+
 def no_tokens(vocab_size: int) -> TokenCounts:
     """Returns the counts of an empty stream."""
-    nothing = np.empty(0, np.int64)
-    return TokenCounts(np.zeros(vocab_size, np.int64), Lengths(nothing, nothing))
+    return TokenCounts(np.zeros(vocab_size, np.int64), Counter())
 
 
 def count_tokens(
@@ -94,6 +82,6 @@ def count_tokens(
             borders.append(np.array([stop]))
         border = np.concatenate(borders)
         document = int(border[-1])
-        counts += TokenCounts(of_id, Lengths(*np.unique(np.diff(border), return_counts=True)))
+        counts += TokenCounts(of_id, Counter(np.diff(border).tolist()))
         progress(stop - start)
     return counts

@@ -1,14 +1,17 @@
-"""Shows training windows as text: the decoded inputs, with the borders of documents."""
+"""Shows training windows as text: the decoded inputs, with the borders of documents.
+
+The text is escaped for a terminal, so that no character moves the cursor or reverses the text.
+"""
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import DataConfig
-from mobilellm_jax.data.inspection.escaping import escaped, wrapped
 from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.data.mixture import Mixture
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
@@ -20,6 +23,7 @@ LEGEND = (
 
 _OUR_MARKS = "⟨⟩⟦⟧"
 _INDENT = "  "
+_NEWLINE = r"\n"
 # If a document begins before the window, the tokens of this text are decoded before it, because a
 # tokenizer would drop a space at the start.
 _CONTEXT = "a"
@@ -114,3 +118,39 @@ def _common_prefix(one: str, other: str) -> int:
         return len(one)
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def escaped(text: str, also: str = "") -> Iterator[str]:
+    r"""Yields the characters of `text`, and escapes some of them as Python does: \n, \x1b, \u202e.
+
+    The function escapes control and format characters, separators except the space, unassigned
+    characters, the backslash, and the characters of `also`.
+    """
+    for character in text:
+        if character == "\\" or character in also or not character.isprintable():
+            yield character.encode("unicode_escape").decode("ascii")
+        else:
+            yield character
+
+
+def wrapped(parts: Iterable[str], columns: int) -> Iterator[str]:
+    """Joins parts into lines of at most `columns` columns; an escaped newline also ends a line."""
+    line, width = "", 0
+    for part in parts:
+        added = sum(map(_columns, part))
+        if line and width + added > columns:
+            yield line
+            line, width = "", 0
+        line, width = line + part, width + added
+        if part == _NEWLINE:
+            yield line
+            line, width = "", 0
+    if line:
+        yield line
+
+
+def _columns(character: str) -> int:
+    """Returns how many terminal columns a character takes; an upper bound for joined emoji."""
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

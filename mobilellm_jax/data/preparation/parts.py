@@ -30,7 +30,7 @@ from mobilellm_jax.data.sources.source import (
     stop,
 )
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, join_documents
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir, strict_json
 
@@ -223,54 +223,45 @@ def _encode(
 
 
 def _encode_all(tokenizer: Tokenizer, documents: Sequence[Document | TokenDocument]) -> _Encoded:
-    dtype = token_dtype(tokenizer.vocab_size)
-    if documents and isinstance(documents[0], TokenDocument):
-        return _encoded_already(tokenizer, documents, dtype)
     texts = [document.text for document in documents if isinstance(document, Document)]
-    ids, starts = tokenizer.encode_documents(texts, dtype)
-    return _Encoded(
-        documents,
-        ids,
-        np.diff(starts, append=len(ids)),
-        np.array([len(text.encode()) for text in texts], np.int64),
-        None,
-    )
+    given = [document for document in documents if isinstance(document, TokenDocument)]
+    dtype = token_dtype(tokenizer.vocab_size)
+    loss_mask = None
+    if given:
+        assert not texts, "a source gives documents of one kind"
+        rows, masks = zip(*(_with_bos_and_eos(tokenizer, each) for each in given), strict=True)
+        ids, starts = join_documents(rows, dtype, tokenizer.vocab_size)
+        if any(each.loss_mask is not None for each in given):
+            loss_mask = np.concatenate(masks, dtype=np.uint8)
+        texts = [tokenizer.decode(each.ids) for each in given]
+    else:
+        ids, starts = tokenizer.encode_documents(texts, dtype)
+    text_bytes = np.array([len(text.encode()) for text in texts], np.int64)
+    return _Encoded(documents, ids, np.diff(starts, append=len(ids)), text_bytes, loss_mask)
 
 
-def _encoded_already(
-    tokenizer: Tokenizer, documents: Sequence[Document | TokenDocument], dtype: np.dtype[Any]
-) -> _Encoded:
-    """Adds missing BOS and EOS to ids, and checks that the ids are in the vocabulary."""
-    rows, masks, text_bytes = [], [], []
-    for document in documents:
-        assert isinstance(document, TokenDocument), "a source gives documents of one kind"
-        ids = np.asarray(document.ids, np.int64)
-        if len(ids) and ids.max() >= tokenizer.vocab_size:
-            raise UserError(
-                f"token id {ids.max()} must be less than the tokenizer's vocabulary of "
-                f"{tokenizer.vocab_size}; give the --tokenizer that made these ids."
-            )
-        given = document.loss_mask
-        mask = np.ones(len(ids), np.uint8) if given is None else np.asarray(given, np.uint8)
-        begun = len(ids) > 0 and ids[0] == tokenizer.bos_id
-        ended = len(ids) > begun and ids[-1] == tokenizer.eos_id
-        before = [] if begun else [tokenizer.bos_id]
-        after = [] if ended else [tokenizer.eos_id]
-        rows.append(np.concatenate([before, ids, after]).astype(dtype))
-        # An added EOS is a target if the token before it is a target. An added BOS is a target if
-        # the document has no loss mask.
-        first = [0 if given is not None else 1] if before else []
-        last = list(mask[-1:] if len(mask) else [1]) if after else []
-        masks.append(np.concatenate([first, mask, last]).astype(np.uint8))
-        text_bytes.append(len(tokenizer.decode(ids.tolist()).encode()))
-    masked = any(isinstance(d, TokenDocument) and d.loss_mask is not None for d in documents)
-    return _Encoded(
-        documents,
-        np.concatenate(rows),
-        np.array([len(row) for row in rows], np.int64),
-        np.array(text_bytes, np.int64),
-        np.concatenate(masks) if masked else None,
-    )
+def _with_bos_and_eos(
+    tokenizer: Tokenizer, document: TokenDocument
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Returns the ids with BOS and EOS, and their mask; checks that the vocabulary has the ids."""
+    ids = np.asarray(document.ids, np.int64)
+    if len(ids) and ids.max() >= tokenizer.vocab_size:
+        raise UserError(
+            f"token id {ids.max()} must be less than the tokenizer's vocabulary of "
+            f"{tokenizer.vocab_size}; give the --tokenizer that made these ids."
+        )
+    given = document.loss_mask
+    mask = np.ones(len(ids), np.uint8) if given is None else np.asarray(given, np.uint8)
+    begun = len(ids) > 0 and ids[0] == tokenizer.bos_id
+    if not (len(ids) > begun and ids[-1] == tokenizer.eos_id):
+        # An added EOS is a target if the token before it is a target.
+        ids = np.append(ids, tokenizer.eos_id)
+        mask = np.append(mask, mask[-1:] if len(mask) else np.uint8(1))
+    if not begun:
+        # An added BOS is a target if the document has no loss mask.
+        ids = np.insert(ids, 0, tokenizer.bos_id)
+        mask = np.insert(mask, 0, given is None)
+    return ids, mask
 
 
 def _divided(encoded: _Encoded, task: Task) -> Iterator[tuple[str, _Encoded]]:

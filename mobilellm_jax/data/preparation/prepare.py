@@ -170,11 +170,17 @@ class _Preparation:
 
     def finish(self, job: Job, parts: Generator[Part, None, None]) -> Manifest:
         """Joins each part into shards when the part arrives, then writes the manifest."""
-        totals = [_SourceTotal() for _ in self.sources]
+        weights = self.weights or [None] * len(self.sources)
+        totals = [
+            SourceRecord(
+                spec=source.spec, weight=weight, splits={}, empty_documents=0, bad_lines=()
+            )
+            for source, weight in zip(self.sources, weights, strict=True)
+        ]
         planners = {split: assembly.Planner(job, split) for split in (TRAIN, VALIDATION)}
         with contextlib.closing(parts):
             for part in parts:
-                totals[part.source].add(part)
+                totals[part.source] = _added(totals[part.source], part)
                 if sum(len(total.bad_lines) for total in totals) > MOST_BAD_LINES:
                     raise UserError(
                         f"source={self.sources[part.source].spec!r}: more than {MOST_BAD_LINES:,} "
@@ -196,13 +202,12 @@ class _Preparation:
                 f"source={', '.join(source.spec for source in self.sources)}: no document with "
                 "text for training; check the pattern and --validation_fraction."
             )
-        if self.weights:
-            for source, total in zip(self.sources, totals, strict=True):
-                if total.splits[TRAIN].tokens < 2:
-                    raise UserError(
-                        f"source={source.spec!r} has a weight but no text for training; leave it "
-                        "out, or check its pattern."
-                    )
+        for total in totals:
+            if total.weight is not None and total.splits.get(TRAIN, Counts()).tokens < 2:
+                raise UserError(
+                    f"source={total.spec!r} has a weight but no text for training; leave it out, "
+                    "or check its pattern."
+                )
         tokenizer = load_tokenizer(job.tokenizer)
         manifest = Manifest(
             format_version=shards.FORMAT_VERSION,
@@ -213,16 +218,7 @@ class _Preparation:
             eos_id=tokenizer.eos_id,
             dtype=job.dtype.name,
             splits=splits,
-            sources=tuple(
-                SourceRecord(
-                    spec=source.spec,
-                    weight=self.weights[index] if self.weights else None,
-                    splits={n: c for n, c in total.splits.items() if c.documents},
-                    empty_documents=total.empty_documents,
-                    bad_lines=tuple(total.bad_lines),
-                )
-                for index, (source, total) in enumerate(zip(self.sources, totals, strict=True))
-            ),
+            sources=tuple(totals),
             settings=self.settings,
         )
         shards.write_manifest(self.work / "output", manifest)
@@ -246,17 +242,14 @@ def _encode(job: Job, tasks: Sequence[Task], workers: int | None) -> Generator[P
             yield done.pop(task.number) if task.number in done else next(encoded)
 
 
-class _SourceTotal:
-    def __init__(self) -> None:
-        self.splits = {TRAIN: Counts(), VALIDATION: Counts()}
-        self.empty_documents = 0
-        self.bad_lines: list[Mapping[str, Any]] = []
-
-    def add(self, part: Part) -> None:
-        for split, counts in part.splits.items():
-            self.splits[split] += counts
-        self.empty_documents += part.empty_documents
-        self.bad_lines += part.bad_lines
+def _added(total: SourceRecord, part: Part) -> SourceRecord:
+    splits = {name: total.splits.get(name, Counts()) + split for name, split in part.splits.items()}
+    return dataclasses.replace(
+        total,
+        splits={name: counts for name, counts in splits.items() if counts.documents},
+        empty_documents=total.empty_documents + part.empty_documents,
+        bad_lines=(*total.bad_lines, *part.bad_lines),
+    )
 
 
 def _log_summary(output: Path, manifest: Manifest) -> None:

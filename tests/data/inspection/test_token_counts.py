@@ -2,11 +2,10 @@ import random
 import statistics
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from mobilellm_jax.data.inspection import token_counts
-from mobilellm_jax.data.inspection.token_counts import Lengths, count_tokens, no_tokens
+from mobilellm_jax.data.inspection.token_counts import by_doubling, count_tokens, median, no_tokens
 from tests.data.conftest import WriteTokens
 
 
@@ -38,11 +37,8 @@ def test_counts_are_those_of_a_counter(
         assert {i: n for i, n in enumerate(counts.of_id.tolist()) if n} == ids
         assert len(counts.of_id) == vocab_size
         assert counts.tokens == ids.total()
-        lengths = Counter(map(len, expected))
-        found = zip(counts.lengths.lengths.tolist(), counts.lengths.documents.tolist(), strict=True)
-        assert list(found) == sorted(lengths.items())
-        assert counts.lengths.median == statistics.median(map(len, expected))
-        assert counts.lengths.mean == pytest.approx(statistics.mean(map(len, expected)), rel=1e-12)
+        assert counts.documents == Counter(map(len, expected))
+        assert median(counts.documents) == statistics.median(map(len, expected))
     assert sum(told) == sum(map(len, documents))
 
 
@@ -56,23 +52,21 @@ def test_sums_are_the_counts_of_both(write_tokens: WriteTokens) -> None:
     whole = count_tokens(dataset.splits["train"], 50, lambda _: None)
     total = sum(parts, no_tokens(50))
     assert total.of_id.tolist() == whole.of_id.tolist()
-    assert total.lengths.lengths.tolist() == whole.lengths.lengths.tolist()
-    assert total.lengths.documents.tolist() == whole.lengths.documents.tolist()
+    assert total.documents == whole.documents
 
 
 def test_documents_are_binned_by_the_bits_of_their_length() -> None:
     documents = {3: 5, 4: 1, 7: 2, 31: 1, 32: 4, 2**40 - 1: 1, 2**40: 6}
-    lengths = Lengths(np.array(list(documents)), np.array(list(documents.values())))
     bins = Counter[int]()
     for length, count in documents.items():
         bins[1 << (length.bit_length() - 1)] += count
     expected = [(1 << k, bins[1 << k]) for k in range(1, 41)]
-    assert lengths.by_doubling() == expected
+    assert by_doubling(Counter(documents)) == expected
 
 
 def test_nothing_has_no_lengths() -> None:
-    lengths = no_tokens(5).lengths
-    assert (lengths.mean, lengths.median, lengths.by_doubling()) == (0, 0, [])
+    lengths = no_tokens(5).documents
+    assert (median(lengths), by_doubling(lengths)) == (0, [])
 
 
 def test_an_id_past_the_vocabulary_is_refused(write_tokens: WriteTokens) -> None:
