@@ -170,7 +170,7 @@ class _Preparation:
 
     def finish(self, job: Job, parts: Generator[Part, None, None]) -> Manifest:
         """Joins each part into shards when the part arrives, then writes the manifest."""
-        weights = self.weights or [None] * len(self.sources)
+        weights: Sequence[float | None] = self.weights or [None] * len(self.sources)
         totals = [
             SourceRecord(
                 spec=source.spec, weight=weight, splits={}, empty_documents=0, bad_lines=()

@@ -44,9 +44,8 @@ def working_folder(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
     with lock:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         wait_for_workers(work / WORKERS_LOCK)
-        for name in ("parts", "shards", "output"):
-            (work / name).mkdir(exist_ok=True)
-        _remove_unfinished(work)
+        for unfinished in work.glob("*/.*"):  # A killed process left these temporary files behind.
+            unfinished.unlink()
         job = work / _JOB
         if not _has_parts(work):
             _empty(work)
@@ -57,6 +56,8 @@ def working_folder(work: Path, settings: Mapping[str, Any]) -> Iterator[None]:
             )
         else:
             _log.info(f"Going on with the interrupted preparation in {work}.")
+        for name in ("parts", "shards", "output"):
+            (work / name).mkdir(exist_ok=True)
         rundir.write_whole(job, json.dumps(settings, indent=2))
         try:
             yield
@@ -80,8 +81,7 @@ def settings_difference(there: Mapping[str, Any], asked: Mapping[str, Any]) -> s
 
 
 def _has_parts(work: Path) -> bool:
-    arrays = (file for name in ("parts", "shards", "output") for file in (work / name).iterdir())
-    return any(file.suffix == f".{TOKENS}" for file in arrays)
+    return any(work.glob(f"*/*.{TOKENS}"))
 
 
 def _empty(work: Path) -> None:
@@ -89,13 +89,5 @@ def _empty(work: Path) -> None:
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-            path.mkdir()
         elif path.name not in (_LOCK, WORKERS_LOCK):
             path.unlink()
-
-
-def _remove_unfinished(work: Path) -> None:
-    """Deletes temporary files that a killed process left behind."""
-    for folder in ("parts", "shards", "output"):
-        for file in (work / folder).glob(".*"):
-            file.unlink()

@@ -62,11 +62,12 @@ class FileSource(Source):
 
     def pieces(self, split: str) -> list[Piece]:
         assert split == TRAIN, f"{self.spec} has no split {split}"
-        return pack(self.spec, self._parts())
+        return pack(self.spec, self._parts)
 
+    @property
     @abc.abstractmethod
     def _parts(self) -> Iterable[Part]:
-        """Divides the files, in their order, into ranges that can be read separately."""
+        """Ranges of the files, in their order, that can be read separately."""
 
     @functools.cached_property
     def _files(self) -> list[File]:

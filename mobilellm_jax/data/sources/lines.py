@@ -2,7 +2,7 @@
 
 import abc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from mobilellm_jax import config
@@ -56,6 +56,7 @@ class TextSource(files.FileSource):
                 continue
             yield Document(path, text)
 
+    @property
     def _parts(self) -> Iterator[files.Part]:
         for file in self._files:
             yield files.Part((file.path, file.size_bytes), file.size_bytes, file.size_bytes)
@@ -95,6 +96,7 @@ class _LineSource(files.FileSource):
     def _document(self, name: str, line: bytes) -> Document | TokenDocument:
         """Returns the document of a line, or raises a `_Fault` if the line is not a document."""
 
+    @property
     def _parts(self) -> Iterator[files.Part]:
         for file in self._files:
             size = file.size_bytes
@@ -134,15 +136,10 @@ class TokensSource(_LineSource):
         record = _json_object(line)
         if "token_ids" not in record:
             raise _Fault(_missing("token_ids", record))
-        ids = _whole_numbers(record, "token_ids", lambda smallest, _: smallest >= 0, "0 or more")
+        ids = _whole_numbers(record, "token_ids", range(1 << 63), "0 or more")
         loss_mask = None
         if "loss_mask" in record:
-            loss_mask = _whole_numbers(
-                record,
-                "loss_mask",
-                lambda smallest, largest: smallest >= 0 and largest <= 1,
-                "0 or 1",
-            )
+            loss_mask = _whole_numbers(record, "loss_mask", range(2), "0 or 1")
             if len(loss_mask) != len(ids):
                 raise _Fault(
                     f"loss_mask has {len(loss_mask)} entries for {len(ids)} token_ids; it must "
@@ -174,19 +171,17 @@ def _missing(field: str, record: dict[str, Any]) -> str:
     return f"has no field {field!r}, only {shown}{more}{config.near_miss(field, names)}"
 
 
-def _whole_numbers(
-    record: dict[str, Any], field: str, in_range: Callable[[int, int], bool], rule: str
-) -> list[int]:
+def _whole_numbers(record: dict[str, Any], field: str, allowed: range, rule: str) -> list[int]:
     values = record[field]
     if not isinstance(values, list):
         raise _Fault(f"field {field!r} is {_JSON_TYPES[type(values)]}, not an array")
     # Checks of single numbers would take ten times as long as this check of all types together. A
     # boolean is not a number here.
-    if values and not ({*map(type, values)} == {int} and in_range(min(values), max(values))):
-        index, wrong = next(
-            (i, v) for i, v in enumerate(values) if type(v) is not int or not in_range(v, v)
-        )
-        shown = json.dumps(wrong)[:_SHOWN_CHARACTERS]
+    if values and not (
+        {*map(type, values)} == {int} and min(values) in allowed and max(values) in allowed
+    ):
+        index = next(i for i, v in enumerate(values) if type(v) is not int or v not in allowed)
+        shown = json.dumps(values[index])[:_SHOWN_CHARACTERS]
         raise _Fault(f"{field}[{index}] is {shown}; it must be a whole number, {rule}")
     return values
 

@@ -5,7 +5,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from mobilellm_jax import config
 from mobilellm_jax.data.sources import files
@@ -16,11 +16,6 @@ from mobilellm_jax.errors import UserError, require
 _FOOTERS_AT_ONCE = 16
 _BATCH_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 20
-
-
-class _RowGroup(NamedTuple):
-    rows: int
-    encoded_bytes: int  # Bytes of all columns before compression.
 
 
 class ParquetSource(files.FileSource):
@@ -44,15 +39,10 @@ class ParquetSource(files.FileSource):
                 for _, _, group, first_row in parts:
                     yield from self._rows(path, table, group, first_row, on_bad)
 
-    def _parts(self) -> list[files.Part]:
-        return self._cached_parts
-
     @functools.cached_property
-    def _cached_parts(self) -> list[files.Part]:
+    def _parts(self) -> list[files.Part]:
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-            row_groups = pool.map(self._row_groups, self._files)
-            together = zip(self._files, row_groups, strict=True)
-            return [part for file, groups in together for part in _parts(file, groups)]
+            return list(itertools.chain.from_iterable(pool.map(self._row_groups, self._files)))
 
     def _rows(
         self, path: str, table: Any, group: int, first_row: int, on_bad: OnBadLine
@@ -79,19 +69,26 @@ class ParquetSource(files.FileSource):
                 else:
                     yield from decoded_record(path, row, column, content, on_bad)
 
-    def _row_groups(self, file: files.File) -> list[_RowGroup]:
+    def _row_groups(self, file: files.File) -> list[files.Part]:
+        """Returns a part for every row group; their `stored_bytes` add up to the file's size."""
         with self._opened(file.path, file.size_bytes) as table:
             index = table.schema_arrow.get_field_index(self._field)
             if index < 0 or not _is_text(table.schema_arrow.field(index).type):
                 raise self._column_error(file.path, table.schema_arrow)
-            found = []
+            rows, encoded = [0], [0]  # Totals before each row group.
             for i in range(table.num_row_groups):
                 # The sizes include all columns. A request for the size of one column would be
                 # unsafe: if that part of the footer is damaged, PyArrow 26 aborts the process.
                 with _refused(file.path):
                     group = table.metadata.row_group(i)
-                found.append(_RowGroup(group.num_rows, max(0, group.total_byte_size)))
-            return found
+                rows.append(rows[-1] + group.num_rows)
+                encoded.append(encoded[-1] + max(0, group.total_byte_size))
+        parts = []
+        for i, (before, after) in enumerate(itertools.pairwise(encoded)):
+            first, last = (file.size_bytes * e // max(1, encoded[-1]) for e in (before, after))
+            where = (file.path, file.size_bytes, i, rows[i])
+            parts.append(files.Part(where, after - before, last - first))
+        return parts
 
     @contextlib.contextmanager
     def _opened(self, path: str, size_bytes: int) -> Iterator[Any]:
@@ -120,19 +117,6 @@ class ParquetSource(files.FileSource):
         )
 
 
-def _parts(file: files.File, groups: list[_RowGroup]) -> Iterator[files.Part]:
-    """Yields a part for every row group; their `stored_bytes` add up to the file's size."""
-    whole = sum(group.encoded_bytes for group in groups)
-    stored = rows = 0
-    for index, group in enumerate(groups):
-        before = file.size_bytes * stored // max(1, whole)
-        stored += group.encoded_bytes
-        after = file.size_bytes * stored // max(1, whole)
-        where = (file.path, file.size_bytes, index, rows)
-        yield files.Part(where, group.encoded_bytes, after - before)
-        rows += group.rows
-
-
 def _is_text(kind: Any) -> bool:
     import pyarrow
 
@@ -159,11 +143,8 @@ def _refused(path: str) -> Iterator[None]:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # This is an error of the disk, not of the format.
-        raise _damaged(path, " ".join(str(error).split())) from error
-
-
-def _damaged(path: str, why: str) -> UserError:
-    return UserError(
-        f"{path} is not a Parquet file, or it is damaged: {why}; download it again, or exclude it "
-        "from the pattern."
-    )
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is not a Parquet file, or it is damaged: {why}; download it again, or exclude "
+            "it from the pattern."
+        ) from error

@@ -10,6 +10,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from mobilellm_jax.data.tokenizers.tokenizer import (
+    BYTE_PIECES,
     MAX_VOCABULARY,
     SPACE_MARK,
     TOKENIZER_CONFIG,
@@ -97,9 +98,8 @@ class HuggingFaceTokenizer:
                 f"{file}: model.unk_id={self.unknown_id} must be at least 0 and less than "
                 f"the size of the vocabulary, {self.vocab_size}."
             )
-        bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
-        falls_back = described.byte_fallback and vocabulary.keys() >= {*bytes_of}
-        self.byte_ids = [vocabulary[piece] for piece in bytes_of] if falls_back else []
+        falls_back = described.byte_fallback and vocabulary.keys() >= {*BYTE_PIECES}
+        self.byte_ids = [vocabulary[piece] for piece in BYTE_PIECES] if falls_back else []
         bos, eos = _bos_eos(file, described.special)
         missing = [token for token in (bos, eos) if token not in vocabulary]
         if missing:

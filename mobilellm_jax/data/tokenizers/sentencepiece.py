@@ -15,7 +15,12 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, check_unicode, join_documents
+from mobilellm_jax.data.tokenizers.tokenizer import (
+    BYTE_PIECES,
+    SPACE_MARK,
+    check_unicode,
+    join_documents,
+)
 from mobilellm_jax.errors import UserError
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # Each has three bytes in UTF-8, as U+2581 has.
@@ -52,13 +57,12 @@ class SentencePieceTokenizer:
             raise UserError(f"{file} has a piece that is not UTF-8: {error.reason}.") from error
         self.unknown_id: int | None = self._model.unk_id()
         byte_ids = {piece: i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
-        bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
-        if byte_ids and byte_ids.keys() != {*bytes_of}:
+        if byte_ids and byte_ids.keys() != {*BYTE_PIECES}:
             raise UserError(
                 f"{file} has tokens for {len(byte_ids)} bytes; it must have tokens for all 256 "
                 "bytes or for none."
             )
-        self.byte_ids = [byte_ids[piece] for piece in bytes_of] if byte_ids else []
+        self.byte_ids = [byte_ids[piece] for piece in BYTE_PIECES] if byte_ids else []
         # This character replaces U+2581 before encoding. No piece of the vocabulary contains it, so
         # SentencePiece encodes it as its three bytes.
         used = frozenset("".join(pieces))

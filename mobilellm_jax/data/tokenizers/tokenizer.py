@@ -15,42 +15,20 @@ MAX_VOCABULARY = 1 << 24
 """Largest permitted vocabulary size, 60 times the largest vocabulary in use."""
 
 SPACE_MARK = "\u2581"
+BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 class Tokenizer(Protocol):
     """The interface of every tokenizer."""
 
-    @property
-    def file(self) -> Path:
-        """The file that the tokenizer was loaded from."""
-
-    @property
-    def kind(self) -> str:
-        """The kind of tokenizer, as text for messages."""
-
-    @property
-    def vocab_size(self) -> int:
-        """The largest id plus 1."""
-
-    @property
-    def bos_id(self) -> int:
-        """The id of BOS, which is stored before every document."""
-
-    @property
-    def eos_id(self) -> int:
-        """The id of EOS, which is stored after every document."""
-
-    @property
-    def unknown_id(self) -> int | None:
-        """The id of the unknown token, or None; `encode` never returns this id."""
-
-    @property
-    def byte_ids(self) -> Sequence[int]:
-        """The ids of bytes 0 to 255 for characters without an id; empty without byte fallback."""
-
-    @property
-    def sha256(self) -> str:
-        """Hexadecimal SHA-256 of the file."""
+    file: Path  # The tokenizer was loaded from this file.
+    kind: str  # Text for messages.
+    vocab_size: int  # The largest id plus 1.
+    bos_id: int  # BOS is stored before every document.
+    eos_id: int  # EOS is stored after every document.
+    unknown_id: int | None  # `encode` never returns the id of the unknown token.
+    byte_ids: list[int]  # Bytes 0 to 255 for characters without an id; empty without byte fallback.
+    sha256: str  # Hexadecimal SHA-256 of the file.
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text` without BOS and EOS; "<s>" in `text` is plain text.
