@@ -20,7 +20,7 @@ from mobilellm_jax import announce, checkpoint, preflight
 from mobilellm_jax.checkpoint import CheckpointWriter, DataState
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.loader import train_batches
-from mobilellm_jax.evaluate.validation import make_validator
+from mobilellm_jax.evaluate.in_training import make_validator
 from mobilellm_jax.generation.generate import Request, generate
 from mobilellm_jax.generation.sampling import Sampling
 from mobilellm_jax.model.transformer import Params

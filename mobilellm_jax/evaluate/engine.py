@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+import scipy.special
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import MeshConfig, ModelConfig
@@ -87,7 +88,10 @@ class RuntimeEngine:
         for number in order:
             query = queries[number]
             if query.tokens != tokens:
-                tokens, log_TV = query.tokens, log_softmax(self.runtime.read(query.tokens))
+                tokens = query.tokens
+                # With float64, large logits of a runtime lose no digits.
+                logits_TV = self.runtime.read(tokens).astype(np.float64)
+                log_TV = scipy.special.log_softmax(logits_TV, axis=-1)
             rows_SV = log_TV[len(tokens) - len(query.targets) :]
             found_S = rows_SV[np.arange(len(query.targets)), list(query.targets)]
             is_greedy = bool((rows_SV.argmax(axis=-1) == query.targets).all())
@@ -111,11 +115,3 @@ class RuntimeEngine:
 
 Engine = JaxEngine | RuntimeEngine
 """A model that scores continuations and continues prompts."""
-
-
-def log_softmax(logits_TV: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns log-probabilities in float64, so that large logits of a runtime lose no digits."""
-    wide_TV = logits_TV.astype(np.float64)
-    wide_TV -= wide_TV.max(axis=-1, keepdims=True)
-    shifted: NDArray[np.float64] = wide_TV - np.log(np.exp(wide_TV).sum(axis=-1, keepdims=True))
-    return shifted

@@ -23,8 +23,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilellm_jax.data.tokenizers.tokenizer import common_prefix
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.generation.text_stream import common_prefix
 
 _SHORTEST_ROW = 256
 # The number of attention scores that cost as much compute as one more token. In a block of

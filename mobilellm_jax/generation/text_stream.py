@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, common_prefix
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -50,9 +50,3 @@ def _lone_byte(tokenizer: Tokenizer) -> int | None:
     """Returns the lowest id of a token that is only a part of a character, or None."""
     ids = range(tokenizer.vocab_size)
     return next((i for i in ids if tokenizer.decode([i]) == _REPLACEMENT), None)
-
-
-def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
-    """Returns the length of the longest common prefix of two sequences."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -15,7 +15,7 @@ import pytest
 from mobilellm_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from mobilellm_jax.data.mixture import Component, Mixture, open_mixture
 from mobilellm_jax.data.preparation.prepare import prepare
-from mobilellm_jax.evaluate.validation import make_validator
+from mobilellm_jax.evaluate.in_training import make_validator
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 from mobilellm_jax.sharding import logical_rules, make_mesh
 from tests import tiny

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.data.mixture import Mixture
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, common_prefix
 from mobilellm_jax.data.windows import Batch
 
 LEGEND = (
@@ -108,16 +108,9 @@ def _shown(tokens: list[int], is_target: NDArray[np.bool_], tokenizer: Tokenizer
             end = next((i for i in range(at, stop) if tokens[i] in special), stop)
             # The preceding tokens are decoded too, because the text of a token depends on them.
             longer = tokenizer.decode([*context, *tokens[:end]])
-            yield from escaped(longer[_common_prefix(text, longer) :], _OUR_MARKS)
+            yield from escaped(longer[common_prefix(text, longer) :], _OUR_MARKS)
             text, at = longer, end
         yield from [] if target else "⟧"
-
-
-def _common_prefix(one: str, other: str) -> int:
-    if other.startswith(one):
-        return len(one)
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def escaped(text: str, also: str = "") -> Iterator[str]:

@@ -86,3 +86,9 @@ def join_documents(
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     joined = np.concatenate(rows, dtype=dtype, casting="unsafe") if rows else np.empty(0, dtype)
     return joined, np.cumsum(lengths) - lengths
+
+
+def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
+    """Returns the length of the longest common prefix of two texts or lists of tokens."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
