@@ -74,7 +74,7 @@ def pretrain(
         ready = preflight.settle_run(config, workdir, profile)
         if jax.default_backend() == "cpu":
             keep_freed_memory()
-        run = _Run(ready, workdir, profile, walltime)
+        run = _Run(ready, workdir, profile, walltime or Walltime())
         announce.start(ready.config, ready.mixture, ready.mesh, run.abstract, ready.resume_step)
         with CheckpointWriter(workdir, ready.config, ready.tokenizer, lock.check) as checkpoints:
             finished = run.train(checkpoints)
@@ -89,7 +89,7 @@ class _Run:
         ready: Ready,
         workdir: Path,
         profile: ProfiledSteps | None,
-        walltime: Walltime | None,
+        walltime: Walltime,
     ) -> None:
         self._ready, self._config = ready, ready.config
         self._workdir, self._profile, self._walltime = workdir, profile, walltime

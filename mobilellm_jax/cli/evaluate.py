@@ -33,7 +33,6 @@ scores N tokens, and the model also reads as many earlier tokens as fit into the
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -43,12 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
-from mobilellm_jax.cli.shared import (
-    CHECKPOINT_HELP,
-    PARTS_HELP,
-    QUANTIZE_HELP,
-    chosen_scheme,
-)
+from mobilellm_jax.cli.shared import CHECKPOINT_HELP, PARTS_HELP, QUANTIZE_HELP, chosen_scheme
 from mobilellm_jax.errors import MissingFileError, UserError, require
 from mobilellm_jax.quantize.schemes import Scheme
 from mobilellm_jax.storage.text_file import read_text
@@ -183,9 +177,7 @@ def _open(flags: Flags, scheme: Scheme | None) -> _Subject:
         opened.tokenizer,
         ", ".join([opened.origin, *how.values()]),
         {"checkpoint": opened.origin, **how},
-        functools.partial(
-            identity, opened.config, engine.params, opened.tokenizer, how.get("quantize")
-        ),
+        lambda: identity(opened.config, engine.params, opened.tokenizer, how.get("quantize")),
     )
 
 

@@ -25,12 +25,7 @@ from typing import TYPE_CHECKING
 
 from mobilellm_jax.cli.errors import UsageError, message
 from mobilellm_jax.cli.flags import flag
-from mobilellm_jax.cli.shared import (
-    CHECKPOINT_HELP,
-    PARTS_HELP,
-    QUANTIZE_HELP,
-    chosen_scheme,
-)
+from mobilellm_jax.cli.shared import CHECKPOINT_HELP, PARTS_HELP, QUANTIZE_HELP, chosen_scheme
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.text_file import read_text
 

@@ -244,17 +244,13 @@ _REPLACED = (
 def _quiet() -> Iterator[None]:
     """Hides the harness' warnings, and shows its progress bars only on a terminal."""
     logger = logging.getLogger("lm_eval")
-    level, shown = logger.level, datasets.is_progress_bar_enabled()
-    originals = [getattr(module, name) for module, name, _ in _REPLACED]
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    for module, name, ours in _REPLACED:
-        setattr(module, name, ours)
-    try:
+    with contextlib.ExitStack() as originals:
+        originals.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
+        if datasets.is_progress_bar_enabled():
+            originals.callback(datasets.enable_progress_bars)
+        datasets.disable_progress_bars()
+        for module, name, ours in _REPLACED:
+            originals.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, ours)
         yield
-    finally:
-        for (module, name, _), original in zip(_REPLACED, originals, strict=True):
-            setattr(module, name, original)
-        if shown:
-            datasets.enable_progress_bars()
-        logger.setLevel(level)

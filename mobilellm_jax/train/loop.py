@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal
 
 import numpy as np
 
@@ -46,7 +45,7 @@ def train_loop(
     batches: Iterator[Mapping[str, np.ndarray]],
     hooks: Hooks,
     writer: MetricsWriter,
-    walltime: Walltime | None = None,
+    walltime: Walltime,
 ) -> tuple[TrainState, range]:
     """Trains from `state.step` to `train.steps`; returns the last state and the bad steps.
 
@@ -78,7 +77,7 @@ def train_loop(
                 stack.enter_context(stop)
             report.step(step, metrics)
             if step > first + 1:  # The time of the first step includes compilation.
-                watch.measured("step", time.monotonic() - began)
+                walltime.measured("step", time.monotonic() - began)
             why = watch.reason_to_stop(step, stop)
             stopping = hooks.agree(bool(why)) and step < steps
             last = stopping or step == steps
@@ -106,18 +105,13 @@ class _Watch:
     hooks: Hooks
     report: Reporter
     writer: MetricsWriter
-    walltime: Walltime | None
-
-    def measured(self, kind: Literal["step", "save", "look"], seconds: float) -> None:
-        if self.walltime is not None:
-            self.walltime.measured(kind, seconds)
+    walltime: Walltime
 
     def reason_to_stop(self, step: int, stop: StopRequest) -> str:
         if stop.signal is not None:
             return stop.signal.name
-        limit = self.walltime
-        if limit is not None and limit.is_up(look_is_near=self._look_is_due(step + 1)):
-            return f"--max_walltime={limit.limit_sec:.0f} s"
+        if self.walltime.is_up(look_is_near=self._look_is_due(step + 1)):
+            return f"--max_walltime={self.walltime.limit_sec:.0f} s"
         return ""
 
     def look(self, step: int, state: TrainState) -> None:
@@ -130,17 +124,15 @@ class _Watch:
         if step and self._is_due(step, self.config.evaluate.every):
             self.hooks.sample(step, state)
         self.report.meter.reset()  # Training rates do not include the time of evaluations.
-        self.measured("look", time.monotonic() - began)
+        self.walltime.measured("look", time.monotonic() - began)
 
     def save(self, step: int, state: TrainState, wait: bool) -> None:
         """Saves the state; waits if `wait` is set or the time limit has to measure a save."""
         began = time.monotonic()
         self.hooks.save(step, state)
-        # `walltime` has to know how long a save takes, so the loop waits for the first save and
-        # measures it.
-        if wait or (self.walltime is not None and not self.walltime.knows_save):
+        if wait or self.walltime.needs_a_save:
             self.hooks.finish_saving()
-            self.measured("save", time.monotonic() - began)
+            self.walltime.measured("save", time.monotonic() - began)
 
     def _look_is_due(self, step: int) -> bool:
         intervals = (self.config.train.eval_every, self.config.evaluate.every)

@@ -8,15 +8,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
 
 import jax
 
 from mobilellm_jax.config import Config
 from mobilellm_jax.train.metrics import MetricsWriter, model_flops_utilization
-from mobilellm_jax.train.step import StepMetrics
-
-Item = TypeVar("Item")
+from mobilellm_jax.train.step import Batch, StepMetrics
 
 
 @dataclasses.dataclass
@@ -27,11 +24,11 @@ class Meter:
     waited_sec: float = 0.0
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def wait_for(self, items: Iterator[Item]) -> Item:
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
         began = time.perf_counter()
-        item = next(items)
+        batch = next(batches)
         self.waited_sec += time.perf_counter() - began
-        return item
+        return batch
 
     def read(self) -> tuple[float, float]:
         """Returns targets per second and the share of waiting time since the last `reset`."""

@@ -54,19 +54,22 @@ class StopRequest:
 class Walltime:
     """The time limit of a run, and the measured times of steps, saves and evaluations (`look`).
 
-    The processes of a run may measure different times. The loop stops all processes when the first
-    process reaches its limit.
+    With an infinite limit, the time is never up. The processes of a run may measure different
+    times. The loop stops all processes when the first process reaches its limit.
     """
 
-    def __init__(self, limit_sec: float, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, limit_sec: float = math.inf, now: Callable[[], float] = time.monotonic
+    ) -> None:
         self.limit_sec = limit_sec
         self._now = now
         self._began = now()
         self._taken: dict[str, deque[float]] = {}
 
     @property
-    def knows_save(self) -> bool:
-        return "save" in self._taken
+    def needs_a_save(self) -> bool:
+        """Whether the limit needs the time of a save, and none has been measured."""
+        return math.isfinite(self.limit_sec) and "save" not in self._taken
 
     def measured(self, what: Literal["step", "save", "look"], seconds: float) -> None:
         self._taken.setdefault(what, deque(maxlen=_LATEST)).append(seconds)
@@ -79,10 +82,9 @@ class Walltime:
         """
         unknown_save = min(_UNKNOWN_SAVE_MAX_SEC, _UNKNOWN_SAVE_SHARE * self.limit_sec)
         ahead = 2 * self._longest("step") + 2 * self._longest("save", unknown_save)
-        ahead += _EXIT_SHARE * self.limit_sec
         if look_is_near:
             ahead += self._longest("look")
-        return self._now() - self._began + ahead >= self.limit_sec
+        return self._now() - self._began + ahead >= (1 - _EXIT_SHARE) * self.limit_sec
 
     def _longest(self, what: str, unknown: float = 0.0) -> float:
         return max(self._taken.get(what, ()), default=unknown)

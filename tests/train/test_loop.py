@@ -52,7 +52,7 @@ class Rig:
     agree: Callable[[bool], bool] = bool
     bad: dict[int, int] = dataclasses.field(default_factory=dict)  # step -> bad steps in a row
     spikes: tuple[int, ...] = ()  # steps
-    walltime: Walltime | None = None
+    walltime: Walltime = dataclasses.field(default_factory=Walltime)
     events: list[str] = dataclasses.field(default_factory=list)
 
     def __call__(self) -> tuple[TrainState, range]:

@@ -38,12 +38,19 @@ def test_an_unknown_save_has_a_share_of_the_limit() -> None:
     assert not limit.is_up(look_is_near=True)
     now[0] = 780.0
     assert limit.is_up(look_is_near=False)
+    assert limit.needs_a_save
     limit.measured("save", 1.0)
-    assert limit.knows_save
+    assert not limit.needs_a_save
     assert not limit.is_up(look_is_near=False)
     limit.measured("look", 500.0)
     assert not limit.is_up(look_is_near=False)
     assert limit.is_up(look_is_near=True)
+
+
+def test_without_a_limit_the_time_is_never_up() -> None:
+    limit = Walltime(now=iter([0.0, 1e9]).__next__)
+    assert not limit.needs_a_save
+    assert not limit.is_up(look_is_near=True)
 
 
 def test_one_slow_step_is_forgotten_in_time() -> None:
