@@ -57,7 +57,14 @@ def encode_and_assemble(
 
     left = [task for task in tasks if read_part(job.parts, task.number) is None]
     run("encode", left, beam.ParDo(Encode(job)))
-    parts = [_read(job, task) for task in tasks]
+    parts = []
+    for task in tasks:
+        if (part := read_part(job.parts, task.number)) is None:
+            raise MissingFileError(
+                f"{job.parts} has no part {task.number} after Beam has run; all of its workers "
+                "must see this folder under this path, on a shared disk."
+            )
+        parts.append(part)
     plans: list[assembly.ShardPlan] = []
     for split in (TRAIN, VALIDATION):
         planner = assembly.Planner(job, split)
@@ -66,16 +73,6 @@ def encode_and_assemble(
         plans += planner.end()
     run("assemble", plans, beam.Map(functools.partial(assembly.assemble, job)))
     yield from parts
-
-
-def _read(job: Job, task: Task) -> Part:
-    part = read_part(job.parts, task.number)
-    if part is None:
-        raise MissingFileError(
-            f"{job.parts} has no part {task.number} after Beam has run; all of its workers must "
-            "see this folder under this path, on a shared disk."
-        )
-    return part
 
 
 def _counted(beam: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import io
 import logging
 import multiprocessing
 import os
@@ -108,7 +109,8 @@ def encode_pieces(
                     continue
                 waiting.popleft()
                 part = _result(job, task, future)
-                progress.finished(task, counts)
+                progress.update(task.piece.size_bytes)
+                progress.show(counts)
                 yield part
         finally:
             pool.shutdown(cancel_futures=True)
@@ -164,45 +166,30 @@ def _encode_in_process(task: Task) -> Part:
     return _encode(task)
 
 
-class _Progress:
+class _Progress(tqdm):  # type: ignore[type-arg]  # It takes no type argument at run time.
     """Shows encoded bytes, documents/s and tokens/s: as a bar on a terminal, else in the log."""
 
     def __init__(self, total: int, done: int) -> None:
         self._on_terminal = sys.stderr.isatty()
-        self._bar: Any = tqdm(
+        self._next_log_sec = _LOG_EVERY_SEC
+        super().__init__(
             desc="encoding",
             total=total,
             initial=done,
             unit="B",
             unit_scale=True,
-            disable=not self._on_terminal,
+            file=sys.stderr if self._on_terminal else io.StringIO(),
         )
-        self._total, self._done, self._before = total, done, done
-        self._started = self._logged = time.monotonic()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
     def show(self, counts: Sequence[int]) -> None:
-        now = time.monotonic()
-        if not self._on_terminal and now - self._logged < _LOG_EVERY_SEC:
-            return
-        elapsed = max(now - self._started, 1e-3)
+        elapsed = max(self.format_dict["elapsed"], 1e-3)
         documents, tokens, _ = counts
         rates = f"{documents / elapsed:,.0f} documents/s, {tokens / elapsed:,.0f} tokens/s"
         if self._on_terminal:
-            self._bar.set_postfix_str(rates)
-            return
-        self._logged = now
-        share = self._done / max(self._total, 1)
-        new = self._done - self._before
-        left = f"{(self._total - self._done) * elapsed / new / 60:,.1f}" if new else "?"
-        _log.info(f"Encoded {share:.1%} of the sources; {rates}; {left} minutes left.")
-
-    def finished(self, task: Task, counts: Sequence[int]) -> None:
-        self._done += task.piece.size_bytes
-        self._bar.update(task.piece.size_bytes)
-        self.show(counts)
+            self.set_postfix_str(rates)
+        elif elapsed >= self._next_log_sec:
+            self._next_log_sec = elapsed + _LOG_EVERY_SEC
+            total = self.total or 1
+            new = self.n - self.initial
+            left = f"{(total - self.n) * elapsed / new / 60:,.1f}" if new else "?"
+            _log.info(f"Encoded {self.n / total:.1%} of the sources; {rates}; {left} minutes left.")

@@ -88,7 +88,11 @@ def find(spec: str, pattern: str) -> list[File]:
         except FileNotFoundError:  # Some storage systems raise this for a folder or a bucket.
             found = {}
         files = [
-            File(filesystem.unstrip_protocol(name), _size(spec, name, info), _stamp(info))
+            File(
+                filesystem.unstrip_protocol(name),
+                _size(spec, name, info),
+                " ".join(f"{key}={info[key]}" for key in _STAMPS if key in info),
+            )
             for name, info in sorted(found.items())
             if info["type"] != "directory"
         ]
@@ -303,7 +307,3 @@ def _size(spec: str, name: str, info: dict[str, Any]) -> int:
             "name the local copy."
         )
     return int(info["size"])
-
-
-def _stamp(info: dict[str, Any]) -> str:
-    return " ".join(f"{key}={info[key]}" for key in _STAMPS if key in info)

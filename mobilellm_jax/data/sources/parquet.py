@@ -7,9 +7,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from mobilellm_jax import config
 from mobilellm_jax.data.sources import files
-from mobilellm_jax.data.sources.source import BadLine, Document, OnBadLine, Piece, decoded_record
+from mobilellm_jax.data.sources.source import (
+    BadLine,
+    Document,
+    OnBadLine,
+    Piece,
+    decoded_record,
+    field_error,
+)
 from mobilellm_jax.errors import UserError, require
 
 # Number of threads that read footers. A footer is small, but reading it may wait for a network.
@@ -72,9 +78,13 @@ class ParquetSource(files.FileSource):
     def _row_groups(self, file: files.File) -> list[files.Part]:
         """Returns a part for every row group; their `stored_bytes` add up to the file's size."""
         with self._opened(file.path, file.size_bytes) as table:
-            index = table.schema_arrow.get_field_index(self._field)
-            if index < 0 or not _is_text(table.schema_arrow.field(index).type):
-                raise self._column_error(file.path, table.schema_arrow)
+            schema = table.schema_arrow
+            index = schema.get_field_index(self._field)
+            if index < 0 or not _is_text(schema.field(index).type):
+                columns = {column.name: str(column.type) for column in schema}
+                texts = [column.name for column in schema if _is_text(column.type)]
+                place = f" in {file.path}"
+                raise field_error(self.spec, "column", self._field, columns, texts, place)
             rows, encoded = [0], [0]  # Totals before each row group.
             for i in range(table.num_row_groups):
                 # The sizes include all columns. A request for the size of one column would be
@@ -103,18 +113,6 @@ class ParquetSource(files.FileSource):
                     file, buffer_size=_BUFFER_BYTES, pre_buffer=False
                 )
             yield table
-
-    def _column_error(self, path: str, schema: Any) -> UserError:
-        columns = {field.name: str(field.type) for field in schema}
-        if self._field in columns:
-            problem = f"column {self._field!r} is {columns[self._field]}, not text"
-        else:
-            problem = f"there is no column {self._field!r}"
-        texts = [field.name for field in schema if _is_text(field.type)]
-        return UserError(
-            f"source={self.spec!r}: {problem} in {path}. Name a text column with #FIELD; "
-            f"text columns: {', '.join(texts) or 'none'}.{config.near_miss(self._field, texts)}"
-        )
 
 
 def _is_text(kind: Any) -> bool:

@@ -1,10 +1,11 @@
 """The interface of a source of documents, and the types of its pieces and bad lines."""
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
+from mobilellm_jax import config
 from mobilellm_jax.errors import UserError
 
 TRAIN = "train"
@@ -91,6 +92,21 @@ def decoded_record(
         on_bad(BadLine(file, record, None, reason))
     else:
         yield Document(f"{file}, record {record}", text)
+
+
+def field_error(
+    spec: str, noun: str, field: str, types: Mapping[str, str], texts: Sequence[str], place: str
+) -> UserError:
+    """Returns the error for a `field` that is not in `types`, or is not one of the text fields."""
+    problem = (
+        f"{noun} {field!r} is {types[field]}, not text"
+        if field in types
+        else f"there is no {noun} {field!r}"
+    )
+    return UserError(
+        f"source={spec!r}: {problem}{place}. Name a text {noun} with #FIELD; text {noun}s: "
+        f"{', '.join(texts) or 'none'}.{config.near_miss(field, texts)}"
+    )
 
 
 class Source(abc.ABC):

@@ -149,15 +149,7 @@ class TfdsSource(_RecordSource):
         features = builder.info.features
         texts = [name for name, feature in features.items() if _is_text(feature)]
         if self._field not in texts:
-            problem = (
-                f"feature {self._field!r} is {features[self._field]}, not text"
-                if self._field in features
-                else f"there is no feature {self._field!r}"
-            )
-            raise UserError(
-                f"source={self.spec!r}: {problem}. Name a text feature with #FIELD; text features: "
-                f"{', '.join(texts) or 'none'}.{config.near_miss(self._field, texts)}"
-            )
+            raise source.field_error(self.spec, "feature", self._field, features, texts, "")
         wanted = re.split(r"[\[+]", self._split or TRAIN)[0]
         if wanted not in builder.info.splits and wanted != "all":
             names = list(builder.info.splits)
