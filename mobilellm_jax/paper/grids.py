@@ -39,7 +39,6 @@ class Grid:
     title: str
     table: str  # Number of the paper's table.
     question: str
-    equal_parameters: bool  # Whether the rows of a small scale have equally many parameters.
 
 
 ABOUT: dict[GridName, Grid] = {
@@ -47,39 +46,25 @@ ABOUT: dict[GridName, Grid] = {
         "Depth against width",
         "11",
         "Is a deeper and thinner model better than a wider model with equally many parameters?",
-        equal_parameters=True,
     ),
     "roadmap": Grid(
         "Design roadmap",
         "10",
         "How much does each step from a plain baseline to MobileLLM-LS gain?",
-        equal_parameters=False,
     ),
     "embedding": Grid(
         "Embedding sharing",
         "1",
         "How much does it cost to use the input embeddings as output weights, and how much do more "
         "blocks gain with the saved parameters?",
-        equal_parameters=False,
     ),
     "heads": Grid(
-        "Heads and key-value heads",
-        "13",
-        "How many heads and how many key-value heads are best?",
-        equal_parameters=False,
+        "Heads and key-value heads", "13", "How many heads and how many key-value heads are best?"
     ),
     "sharing": Grid(
-        "Order of shared layers",
-        "2",
-        "Does applying every block twice help, and in which order?",
-        equal_parameters=True,
+        "Order of shared layers", "2", "Does applying every block twice help, and in which order?"
     ),
-    "repeats": Grid(
-        "Number of repeats",
-        "14",
-        "How often should a block be applied?",
-        equal_parameters=True,
-    ),
+    "repeats": Grid("Number of repeats", "14", "How often should a block be applied?"),
 }
 
 

@@ -55,13 +55,20 @@ def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot]) -> dict[str
         return known
     _log.info(f"trying {len(missing)} models for some steps each, to tell how long they take ...")
     free = list(slots)
+    nothing = subprocess.DEVNULL
+    pipes = {"stdin": nothing, "stdout": subprocess.PIPE, "stderr": nothing}
 
     def measure(run: Run) -> Speed | None:
         slot = free.pop()  # A slot is free, because there are as many slots as threads.
         try:
-            return _try(sweep, run, slot)
+            process = slot.start("trial", sweep, run.name, **pipes)
+            output, _ = process.communicate()
         finally:
             free.append(slot)
+        if process.returncode:
+            return None
+        speed: Speed = strict_json.as_type(strict_json.parse(output.splitlines()[-1]), Speed)
+        return speed
 
     with concurrent.futures.ThreadPoolExecutor(len(slots)) as pool:
         tried = zip(missing.items(), pool.map(measure, missing.values()), strict=True)
@@ -137,13 +144,3 @@ def plan_lines(runs: Sequence[Run]) -> list[str]:
             f"{run.config.tokens:16,} {flops:12,.3f}"
         )
     return lines
-
-
-def _try(sweep: Path, run: Run, slot: Slot) -> Speed | None:
-    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-    process = slot.start("trial", sweep, run.name, stdin=nothing, stdout=pipe, stderr=nothing)
-    output, _ = process.communicate()
-    if process.returncode:
-        return None
-    speed: Speed = strict_json.as_type(strict_json.parse(output.splitlines()[-1]), Speed)
-    return speed

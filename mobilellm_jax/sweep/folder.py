@@ -49,7 +49,16 @@ def record_runs(sweep: Path, runs: Sequence[Run]) -> None:
       ConfigError: if a run of the same name was started with another config.
     """
     for run in runs:
-        _check_started(sweep, run)
+        file = run_folder(sweep, run.name) / rundir.CONFIG
+        if not file.exists():
+            continue
+        free = MAY_CHANGE
+        if run.tune_from:
+            free |= {TUNED}
+        if run.config.model.compute_dtype == "auto":
+            free |= {"model.compute_dtype"}
+        remedy = "Use its values to continue the sweep, or another --workdir."
+        check_same_run(file.parent, config_lib.read_json(file), run.config, free, remedy)
     known = {run.name: run for run in [*read_runs(sweep), *runs]}
     for folder in (RUNS, LOGS):
         (sweep / folder).mkdir(parents=True, exist_ok=True)
@@ -180,17 +189,3 @@ def write_results(file: Path, results: Mapping[str, Any]) -> None:
 
 def _write_json(file: Path, value: Any) -> None:
     rundir.write_whole(file, json.dumps(value, indent=1) + "\n")
-
-
-def _check_started(sweep: Path, run: Run) -> None:
-    file = run_folder(sweep, run.name) / rundir.CONFIG
-    if not file.exists():
-        return
-    old = config_lib.read_json(file)
-    free = MAY_CHANGE
-    if run.tune_from:
-        free |= {TUNED}
-    if run.config.model.compute_dtype == "auto":
-        free |= {"model.compute_dtype"}
-    remedy = "Use its values to continue the sweep, or another --workdir."
-    check_same_run(file.parent, old, run.config, free, remedy)

@@ -8,7 +8,6 @@ import pytest
 from mobilellm_jax.config import ConfigError, ModelConfig
 from mobilellm_jax.paper.architectures import TABLE_ROWS
 from mobilellm_jax.paper.grids import (
-    ABOUT,
     GRIDS,
     GridName,
     GridRow,
@@ -40,7 +39,7 @@ def test_the_grids_of_the_paper_hold_all_its_rows() -> None:
 
 
 @pytest.mark.parametrize("scale", SMALL)
-@pytest.mark.parametrize("grid", [grid for grid in GRIDS if ABOUT[grid].equal_parameters])
+@pytest.mark.parametrize("grid", ["depth_width", "sharing", "repeats"])
 def test_small_rows_have_equally_many_parameters(grid: GridName, scale: ScaleName) -> None:
     budget, tolerance = BUDGETS[scale]
     rows = grid_rows(grid, scale)
