@@ -8,16 +8,15 @@ from typing import TypeVar
 Read = TypeVar("Read")
 Placed = TypeVar("Placed")
 
-AHEAD = 2
-"""Number of batches that wait on the devices; two, because some batches take longer to read."""
+_AHEAD = 2  # Batches that wait on the devices; two, because some batches take longer to read.
 
 
 def prefetch(
-    batches: Iterator[Read], put: Callable[[Read], Placed], ahead: int = AHEAD
+    batches: Iterator[Read], put: Callable[[Read], Placed]
 ) -> Generator[Placed, None, None]:
     """Yields `put(batch)` for every batch in order; a thread calls `put` while the caller computes.
 
-    The thread is at most `ahead` batches ahead. If reading or placing a batch fails, the generator
+    The thread is at most `_AHEAD` batches ahead. If reading or placing a batch fails, the generator
     raises the error when the caller asks for that batch. Close the generator to end the thread.
     """
 
@@ -29,7 +28,7 @@ def prefetch(
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")  # One thread keeps the order.
     try:
         waiting: deque[Future[tuple[Placed] | None]] = deque()
-        waiting.extend(pool.submit(place_next) for _ in range(ahead))
+        waiting.extend(pool.submit(place_next) for _ in range(_AHEAD))
         while (placed := waiting.popleft().result()) is not None:
             waiting.append(pool.submit(place_next))
             yield placed[0]
