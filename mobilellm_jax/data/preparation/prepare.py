@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mobilellm_jax.data import shards
-from mobilellm_jax.data.preparation import assembly
+from mobilellm_jax.data.preparation import assembly, beam_runner
 from mobilellm_jax.data.preparation.held_out import held_out_below, is_divided, tokenizer_sample
 from mobilellm_jax.data.preparation.parts import Job, Part, Task, read_part
 from mobilellm_jax.data.preparation.workers import available_cores, encode_pieces
@@ -92,15 +92,12 @@ def prepare(
         "shard_tokens": shard_tokens,
     }
     if made := _complete_output(output, settings):
-        _log.info(f"{output} is complete already, made with the same settings; nothing to do.")
         shutil.rmtree(work, ignore_errors=True)  # An earlier run was killed before it did this.
         return made
     with working_folder(work, settings):
         preparation = _Preparation(work, opened, weights, settings)
         job, tasks = preparation.plan(given, vocab_size)
         if runner == "beam":
-            from mobilellm_jax.data.preparation import beam_runner
-
             parts = beam_runner.encode_and_assemble(job, tasks, beam_options)
         else:
             parts = _encode(job, tasks, workers)
@@ -324,4 +321,5 @@ def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | No
             f"output={str(output)!r} holds data made with other settings ({differing}); "
             "name another folder or delete it."
         )
+    _log.info(f"{output} is complete already, made with the same settings; nothing to do.")
     return manifest

@@ -3,7 +3,7 @@
 import io
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from mobilellm_jax.errors import require
 
@@ -18,16 +18,6 @@ _ZSTD_WINDOW_BYTES = 1 << 31
 
 class DamageError(Exception):
     """Compressed data end too early, or are damaged."""
-
-
-class _Decompressor(Protocol):
-    """Decompresses one gzip member or one zstd frame."""
-
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, /) -> bytes: ...
 
 
 class ChunkedFile(io.RawIOBase):
@@ -68,7 +58,8 @@ def decompressed(file: BinaryIO, path: str) -> Iterator[bytes]:
 
         failures = zstandard.ZstdError
 
-    def member() -> _Decompressor:
+    def member() -> Any:
+        """Returns zlib's or zstandard's decompressor of the next member or frame."""
         if gzip:
             return zlib.decompressobj(_GZIP)
         return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
