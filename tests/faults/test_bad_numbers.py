@@ -16,7 +16,7 @@ import pytest
 from mobilellm_jax import checkpoint, pretrain
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Config
-from mobilellm_jax.evaluate import validation
+from mobilellm_jax.evaluate import in_training
 from mobilellm_jax.startup.messages import show_messages
 from mobilellm_jax.train.state import TrainState
 from mobilellm_jax.train.step import StepMetrics
@@ -41,7 +41,7 @@ def _traced_once() -> Iterator[None]:
     """The runs of this file have one config, so they can share their jitted functions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "make_train_step", once(pretrain.make_train_step))
-        patch.setattr(validation, "make_loss_sums", once(validation.make_loss_sums))
+        patch.setattr(in_training, "make_loss_sums", once(in_training.make_loss_sums))
         yield
 
 
