@@ -144,6 +144,7 @@ def fuzz(
     inputs: SearchStrategy[Any],
     folder: Path,
     *,
+    valid: Any,
     share: float = 1,
     refuses: bool = True,
 ) -> collections.Counter[str]:
@@ -153,6 +154,7 @@ def fuzz(
       parse: writes an input into `folder`, where the parser finds it, and calls the parser.
       inputs: the inputs of the parser.
       folder: the only folder that the parser may write to.
+      valid: an undamaged input, which the parser must take.
       share: less than 1 for a slow parser.
       refuses: whether the parser refuses anything. A few parsers leave damaged parts out instead.
 
@@ -177,6 +179,13 @@ def fuzz(
                 counts["refused"] += 1
 
     with _memory_limited():
+        with _watched(folder), _cpu_limited():
+            try:
+                parse(valid)
+            except (ValueError, OSError) as error:
+                if errors.is_bad_input(error):
+                    raise AssertionError("the parser refuses the undamaged input") from error
+                raise
         hostile()
     if refuses:
         assert counts["refused"], "nothing was refused: are these the parser's inputs?"

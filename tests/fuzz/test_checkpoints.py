@@ -59,7 +59,7 @@ def test_manifest_that_is_damaged(run: Path, tmp_path: Path) -> None:
         use(run)
 
     inputs = st.one_of(damaged_bytes(valid), damaged_json(json.loads(valid)))
-    fuzz(parse, inputs, tmp_path)
+    fuzz(parse, inputs, tmp_path, valid=valid)
 
 
 def test_manifest_that_is_sealed_on_purpose(run: Path, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_manifest_that_is_sealed_on_purpose(run: Path, tmp_path: Path) -> None:
             file.write_bytes(content)
         use(run)
 
-    counts = fuzz(parse, damaged_json(valid), tmp_path)
+    counts = fuzz(parse, damaged_json(valid), tmp_path, valid=json.dumps(valid))
     assert counts["refused"] > counts["taken"], "little that is changed fits the files"
     file.write_text(sealing._text(valid))
     use(run)  # no step was deleted because of a manifest
@@ -101,4 +101,5 @@ def test_names_that_a_manifest_gives(run: Path, tmp_path: Path) -> None:
         sealing.verify(folder, contents=False)
         use(run)
 
-    fuzz(parse, inputs(), tmp_path, share=0.5)
+    counts = fuzz(parse, inputs(), tmp_path, valid=valid, share=0.5)
+    assert not counts["taken"], "no file of the step has one of these names"

@@ -1,6 +1,7 @@
 """Tests config.json of a run and of a Hugging Face directory."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ def test_config_of_a_run(tmp_path: Path) -> None:
         file.write_bytes(content)
         assert isinstance(read_json(file), Config)
 
-    fuzz(parse, damaged_json(dataclasses.asdict(Config())), tmp_path)
+    valid = dataclasses.asdict(Config())
+    fuzz(parse, damaged_json(valid), tmp_path, valid=json.dumps(valid).encode())
 
 
 def test_config_of_a_hugging_face_directory(tmp_path: Path) -> None:
@@ -32,4 +34,4 @@ def test_config_of_a_hugging_face_directory(tmp_path: Path) -> None:
         found = from_config_json(as_type(read(file), dict[str, Any]), file)
         assert Config(model=found).model == found  # whose rules it keeps, or it would be refused
 
-    fuzz(parse, damaged_json(valid), tmp_path)
+    fuzz(parse, damaged_json(valid), tmp_path, valid=json.dumps(valid).encode())

@@ -17,8 +17,9 @@ from tests.fuzz.hostile import Forbidden, fuzz
 INPUTS = st.binary(min_size=1, max_size=4)
 
 
-def refuse(_: bytes) -> None:
-    strict_json.parse(b"{")
+def refuse(content: bytes) -> None:
+    if content:
+        strict_json.parse(b"{")
 
 
 def unpickle(_: bytes) -> None:
@@ -41,7 +42,7 @@ def unpickle(_: bytes) -> None:
 )
 def test_what_no_parser_may_do(parse: Callable[[Any], Any], noticed: str, tmp_path: Path) -> None:
     with pytest.raises(Forbidden, match=noticed):
-        fuzz(parse, INPUTS, tmp_path)
+        fuzz(parse, INPUTS, tmp_path, valid=b"")
 
 
 def test_what_every_parser_may_do(tmp_path: Path) -> None:
@@ -51,7 +52,7 @@ def test_what_every_parser_may_do(tmp_path: Path) -> None:
         Path(__file__).read_bytes()
         refuse(content)
 
-    assert set(fuzz(parse, INPUTS, tmp_path)) == {"refused"}
+    assert set(fuzz(parse, INPUTS, tmp_path, valid=b"")) == {"refused"}
     assert [file.name for file in tmp_path.iterdir()] == ["renamed"]
 
 
@@ -61,17 +62,17 @@ def test_other_errors_are_found(error: type[Exception], tmp_path: Path) -> None:
         raise error("x")
 
     with pytest.raises(error):
-        fuzz(parse, INPUTS, tmp_path)
+        fuzz(parse, INPUTS, tmp_path, valid=b"")
 
 
 def test_an_error_of_an_expression_is_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="invalid literal"):
-        fuzz(lambda _: int("x"), INPUTS, tmp_path)
+        fuzz(lambda _: int("x"), INPUTS, tmp_path, valid=b"")
 
 
 def test_gigabytes_are_found(tmp_path: Path) -> None:
     with pytest.raises(MemoryError):
-        fuzz(lambda _: np.empty(1 << 31, np.uint8), INPUTS, tmp_path)
+        fuzz(lambda _: np.empty(1 << 31, np.uint8), INPUTS, tmp_path, valid=b"")
 
 
 def test_a_hang_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +82,14 @@ def test_a_hang_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(hostile, "_CPU_SEC", 0.1)
     with pytest.raises(Forbidden, match="of computing"):
-        fuzz(parse, INPUTS, tmp_path)
+        fuzz(parse, INPUTS, tmp_path, valid=b"")
 
 
 def test_a_parser_that_refuses_nothing_is_not_tested(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="nothing was refused"):
-        fuzz(lambda _: None, INPUTS, tmp_path)
+        fuzz(lambda _: None, INPUTS, tmp_path, valid=b"")
+
+
+def test_a_parser_that_refuses_everything_is_not_tested(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="refuses the undamaged input"):
+        fuzz(lambda _: strict_json.parse(b"{"), INPUTS, tmp_path, valid=b"")

@@ -32,7 +32,7 @@ def test_metrics(tmp_path: Path) -> None:
         for record in read_metrics(tmp_path / "metrics.jsonl"):
             assert record["step"] - 1 < float("inf")
 
-    fuzz(parse, inputs(), tmp_path)
+    fuzz(parse, inputs(), tmp_path, valid=b"\n".join(lines))
 
 
 def test_journal(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_journal(tmp_path: Path) -> None:
                 likelihood, likeliest = answer
                 assert type(likelihood) is float and type(likeliest) is bool
 
-    fuzz(parse, inputs(), tmp_path, refuses=False)
+    fuzz(parse, inputs(), tmp_path, valid=first + b"\n" + valid, refuses=False)
 
 
 ROWS = {
@@ -97,8 +97,8 @@ def test_rows_of_a_task(task: str, tmp_path: Path) -> None:
         (tmp_path / "rows.jsonl").write_bytes(content)
         assert read_rows(tmp_path / "rows.jsonl", TASK_DATA[task].check)
 
-    assert not TASK_DATA[task].check(ROWS[task])
-    fuzz(parse, damaged_json(ROWS[task]), tmp_path, share=0.3)
+    valid = json.dumps(ROWS[task]).encode()
+    fuzz(parse, damaged_json(ROWS[task]), tmp_path, valid=valid, share=0.3)
 
 
 def test_literals_in_the_rows_of_race(tmp_path: Path) -> None:
@@ -124,4 +124,4 @@ def test_literals_in_the_rows_of_race(tmp_path: Path) -> None:
         (tmp_path / "rows.jsonl").write_bytes(content)
         assert read_rows(tmp_path / "rows.jsonl", TASK_DATA["race_middle"].check)
 
-    fuzz(parse, inputs(), tmp_path)
+    fuzz(parse, inputs(), tmp_path, valid=json.dumps(row).encode())

@@ -30,14 +30,16 @@ def read(spec: str, file: Path, content: bytes) -> tuple[int, list[BadLine]]:
     return documents, bad
 
 
-def fuzz_file(spec: str, name: str, inputs: SearchStrategy[bytes], folder: Path) -> None:
+def fuzz_file(
+    spec: str, name: str, inputs: SearchStrategy[bytes], folder: Path, valid: bytes
+) -> None:
     def parse(content: bytes) -> None:
         _, bad = read(spec, folder / name, content)
         for line in bad:
             assert len(str(line)) < 2_000
             stop(line)
 
-    fuzz(parse, inputs, folder)
+    fuzz(parse, inputs, folder, valid=valid)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,8 @@ def fuzz_file(spec: str, name: str, inputs: SearchStrategy[bytes], folder: Path)
 def test_lines(kind: str, documents: int, bad: int, tmp_path: Path) -> None:
     found, lines = read(kind, tmp_path / "file", LINES)
     assert (found, len(lines)) == (documents, bad)
-    fuzz_file(kind, "file", damaged_bytes(LINES), tmp_path)
+    valid = b'{"token_ids": [1]}\n' if kind == "tokens" else LINES
+    fuzz_file(kind, "file", damaged_bytes(LINES), tmp_path, valid)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +57,9 @@ def test_lines(kind: str, documents: int, bad: int, tmp_path: Path) -> None:
     [("jsonl", {"text": "a", "n": [1]}), ("tokens", {"token_ids": [1, 2], "loss_mask": [0, 1]})],
 )
 def test_records(kind: str, record: object, tmp_path: Path) -> None:
-    assert read(kind, tmp_path / "file", json.dumps(record).encode()) == (1, [])
-    fuzz_file(kind, "file", damaged_json(record), tmp_path)
+    valid = json.dumps(record).encode()
+    assert read(kind, tmp_path / "file", valid) == (1, [])
+    fuzz_file(kind, "file", damaged_json(record), tmp_path, valid)
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
@@ -64,7 +68,7 @@ def test_compressed(kind: str, ending: str, tmp_path: Path) -> None:
     valid = gzip.compress(LINES * 3) if ending == ".gz" else zstandard.compress(LINES * 3)
     documents = 1 if kind == "text" else 9
     assert read(kind, tmp_path / f"file{ending}", valid) == (documents, [])
-    fuzz_file(kind, f"file{ending}", damaged_bytes(valid), tmp_path)
+    fuzz_file(kind, f"file{ending}", damaged_bytes(valid), tmp_path, valid)
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
@@ -73,4 +77,6 @@ def test_parquet(compression: str, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer, compression=compression, row_group_size=2)
     assert read("parquet", tmp_path / "file.parquet", buffer.getvalue()) == (4, [])
-    fuzz_file("parquet", "file.parquet", damaged_bytes(buffer.getvalue()), tmp_path)
+    fuzz_file(
+        "parquet", "file.parquet", damaged_bytes(buffer.getvalue()), tmp_path, buffer.getvalue()
+    )

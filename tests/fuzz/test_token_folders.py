@@ -81,7 +81,6 @@ def use(dataset: shards.Dataset) -> None:
 
 def test_manifest(tmp_path: Path) -> None:
     manifest = write_folder(tmp_path / "data", {k: a.tobytes() for k, a in ARRAYS.items()})
-    use(shards.open_tokens(tmp_path / "data"))
 
     def parse(content: bytes) -> None:
         (tmp_path / "data" / "manifest.json").write_bytes(content)
@@ -89,8 +88,9 @@ def test_manifest(tmp_path: Path) -> None:
         verify_files(dataset)
         use(dataset)
 
-    assert fuzz(parse, damaged_json(manifest), tmp_path)["refused"]
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    valid = json.dumps(manifest)
+    fuzz(parse, damaged_json(manifest), tmp_path, valid=valid.encode())
+    (tmp_path / "data" / "manifest.json").write_text(valid)
     use(shards.open_tokens(tmp_path / "data"))  # what was refused has harmed nothing
 
 
@@ -115,7 +115,7 @@ def test_arrays(verify: bool, tmp_path: Path) -> None:
             assert tokens.max() < VOCABULARY
         use(dataset)
 
-    counts = fuzz(parse, damaged_bytes(joined), folder, share=0.5)
+    counts = fuzz(parse, damaged_bytes(joined), folder, valid=joined, share=0.5)
     assert counts["refused"] and counts["taken"], "an id may become another one of the vocabulary"
 
 
@@ -133,7 +133,7 @@ def test_records_of_an_interrupted_preparation(tmp_path: Path) -> None:
         # A damaged record is refused. The answer "not complete" would have the arrays overwritten.
         assert read_part(tmp_path, 0) is not None
 
-    fuzz(parse, damaged_json(record), tmp_path)
+    fuzz(parse, damaged_json(record), tmp_path, valid=json.dumps(record).encode())
 
 
 def test_path_of_a_mixture(tmp_path: Path) -> None:
@@ -150,4 +150,5 @@ def test_path_of_a_mixture(tmp_path: Path) -> None:
     )
     weighted = st.builds(lambda a, b: f"{tmp_path}/data:{a},{tmp_path}/more:{b}".encode(),
                          weights, weights)  # fmt: skip
-    fuzz(parse, st.one_of(damaged_bytes(valid.encode()), weighted), tmp_path)
+    inputs = st.one_of(damaged_bytes(valid.encode()), weighted)
+    fuzz(parse, inputs, tmp_path, valid=valid.encode())

@@ -71,7 +71,8 @@ def test_tokenizer_json(kind: str, tmp_path: Path) -> None:
         file.write_bytes(content)
         use(load_tokenizer(tmp_path))
 
-    fuzz(parse, damaged_json(json.loads(tokenizer.to_str())), tmp_path)
+    valid = tokenizer.to_str()
+    fuzz(parse, damaged_json(json.loads(valid)), tmp_path, valid=valid.encode())
 
 
 def test_tokenizer_config_json(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_tokenizer_config_json(tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_bytes(content)
         use(load_tokenizer(tmp_path))
 
-    fuzz(parse, damaged_json(valid), tmp_path)
+    fuzz(parse, damaged_json(valid), tmp_path, valid=json.dumps(valid).encode())
 
 
 _TEXTS = [
@@ -155,4 +156,4 @@ def test_sentencepiece_model(how: str, tmp_path: Path) -> None:
         convert_sentencepiece(file)
 
     inputs = damaged_bytes(valid) if how == "bytes" else changed_models(valid)
-    fuzz(parse, inputs, tmp_path, share=0.3)
+    fuzz(parse, inputs, tmp_path, valid=valid, share=0.3)

@@ -39,7 +39,7 @@ def test_safetensors(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(content)
         read_all(tmp_path)
 
-    fuzz(parse, inputs(), tmp_path)
+    fuzz(parse, inputs(), tmp_path, valid=content)
 
 
 def test_index_of_safetensors(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_index_of_safetensors(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors.index.json").write_bytes(content)
         read_all(tmp_path)
 
-    fuzz(parse, damaged_json(valid), tmp_path)
+    fuzz(parse, damaged_json(valid), tmp_path, valid=json.dumps(valid).encode())
 
 
 def torch_file(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -73,7 +73,8 @@ def test_torch_files(tmp_path: Path) -> None:
         (tmp_path / "pytorch_model.bin").write_bytes(content)
         read_all(tmp_path)
 
-    fuzz(parse, damaged_bytes(torch_file(STATE)), tmp_path)
+    valid = torch_file(STATE)
+    fuzz(parse, damaged_bytes(valid), tmp_path, valid=valid)
 
 
 def test_pickles_in_torch_files(tmp_path: Path) -> None:
@@ -105,4 +106,4 @@ def test_pickles_in_torch_files(tmp_path: Path) -> None:
                 archive.writestr(other, content if other == name else kept)
         read_all(tmp_path)
 
-    fuzz(parse, inputs(), tmp_path)
+    fuzz(parse, inputs(), tmp_path, valid=entries[name])

@@ -242,6 +242,8 @@ def test_an_abort_in_c_leaves_time_for_a_message() -> None:
 
 def test_no_thread_is_left(run: Run) -> None:
     before = threading.active_count()
-    for peers in run.together(2, timeout_sec=1):
+    both = run.together(2, timeout_sec=1)
+    assert threading.active_count() == before + 2
+    for peers in both:
         peers.leave("done")
     until(lambda: threading.active_count() == before)
