@@ -46,7 +46,7 @@ class DataState:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What the manifest of a step folder contains in addition to the list of files."""
+    """Describes a step. The manifest of the step folder stores this beside its list of files."""
 
     config: Mapping[str, Any]
     arrays: Mapping[str, str]  # Maps the name of an array to its type and shape.

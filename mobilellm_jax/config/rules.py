@@ -18,7 +18,7 @@ _WHOLE_NUMBERS = range(-(1 << 31), 1 << 31)  # Integers on the devices have 32 b
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionRules:
-    """What an implementation of attention supports; a config must not ask for more."""
+    """Describes what one attention implementation supports. A config must not ask for more."""
 
     device: str  # Required platform; "" = any platform.
     float32: bool  # Supports float32 besides bfloat16.

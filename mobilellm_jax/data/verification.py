@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mobilellm_jax.data.preparation.workers import available_cores
 from mobilellm_jax.data.shards import REMEDY, Dataset, Manifest
 from mobilellm_jax.data.token_stream import (
     LOSS_MASK,
@@ -27,6 +26,7 @@ from mobilellm_jax.data.token_stream import (
     Shard,
 )
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.startup.cpu import available_cores
 from mobilellm_jax.storage.sealing import sha256_of
 
 _Check = Callable[[NDArray[Any]], str]

@@ -24,7 +24,7 @@ from mobilellm_jax.data import shards
 from mobilellm_jax.data.preparation import assembly, beam_runner
 from mobilellm_jax.data.preparation.held_out import held_out_below, is_divided, tokenizer_sample
 from mobilellm_jax.data.preparation.parts import Job, Part, Task, read_part
-from mobilellm_jax.data.preparation.workers import available_cores, encode_pieces
+from mobilellm_jax.data.preparation.workers import encode_pieces
 from mobilellm_jax.data.preparation.working_folder import settings_difference, working_folder
 from mobilellm_jax.data.shards import Counts, Manifest, SourceRecord, Split
 from mobilellm_jax.data.sources.opening import open_source
@@ -33,6 +33,7 @@ from mobilellm_jax.data.tokenizers.opening import copy_tokenizer, load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, changes_text
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.startup.cpu import available_cores
 from mobilellm_jax.storage import rundir
 
 SHARD_TOKENS = 64_000_000

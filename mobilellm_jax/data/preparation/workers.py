@@ -36,13 +36,6 @@ _LEFTOVER_WAIT_SEC = 30.0
 _encode: Callable[[Task], Part]  # Encodes in a worker; set by `_start_process`.
 
 
-def available_cores() -> int:
-    """Returns how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def wait_for_workers(lock: Path) -> None:
     """Waits until no worker process of an earlier `prepare` runs, so that none can still write.
 

@@ -73,7 +73,7 @@ class _RecordSource(Source):
         builder = self._builder
         try:
             return builder.as_data_source(split)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # TFDS raises it for files without random access.
             raise UserError(
                 f"source={self.spec!r}: the files of the dataset in {builder.data_path} have a "
                 "format without random access, which only TensorFlow can read. Build the dataset "

@@ -17,11 +17,10 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilellm_jax.data.preparation.workers import available_cores
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.gguf.header import check_header
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
-from mobilellm_jax.startup.cpu import cpu_features
+from mobilellm_jax.startup.cpu import available_cores, cpu_features
 
 _c: Any = llama_cpp.llama_cpp
 _CHUNK = 512  # Largest number of tokens per call; two copies of their logits are in memory.

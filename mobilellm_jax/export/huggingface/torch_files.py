@@ -103,7 +103,7 @@ def open_torch(file: Path) -> dict[str, StoredTensor]:
 def _refusals(file: Path, name: str = "") -> Iterator[None]:
     try:
         yield
-    except (
+    except (  # zipfile raises NotImplementedError for a compression that it does not know.
         *(zipfile.BadZipFile, struct.error, NotImplementedError, UnicodeDecodeError),
         *(OSError, _Refused),
     ) as error:

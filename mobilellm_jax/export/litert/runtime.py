@@ -12,10 +12,10 @@ from ai_edge_litert.options import Options
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.preparation.workers import available_cores
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.litert.signatures import cache_shapes, signatures
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, wrong_model
+from mobilellm_jax.startup.cpu import available_cores
 
 _CACHE = "cache_"  # The converter adds this prefix to the names in the argument `cache`.
 _Arrays = dict[str, tuple[str, tuple[int, ...]]]

@@ -9,9 +9,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from mobilellm_jax.data.preparation.workers import available_cores
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime, wrong_model
+from mobilellm_jax.startup.cpu import available_cores
 
 # These errors share only the base class Exception. A damaged name raises UnicodeDecodeError.
 _REFUSALS = (
