@@ -61,20 +61,22 @@ def read_lines(
     """Returns the values of a file of JSON lines, or an empty list if the file does not exist.
 
     `check` raises a `JsonError` for a wrong value. Empty lines are ignored. A crash may cut off the
-    last line, so the function also ignores an invalid last line without a line end, unless the file
-    must be `whole`. A `JsonError` names the file and the line.
+    last line, so the function also ignores a last line that has no line end and is not JSON, unless
+    the file must be `whole`. A `JsonError` names the file and the line.
     """
     values = []
     # `str.splitlines` would also split at U+2028 inside a JSON string.
     lines = file.read_bytes().split(b"\n") if file.is_file() else []
     for number, line in enumerate(lines, start=1):
+        may_be_cut_off = number == len(lines) and not whole
         try:
             if line.strip():
                 value = parse(line, non_finite=non_finite)
+                may_be_cut_off = False
                 check(value)
                 values.append(value)
         except JsonError as error:
-            if whole or number < len(lines):
+            if not may_be_cut_off:
                 raise JsonError(
                     f"{file}, line {number}: {error} Correct the line or delete it."
                 ) from error

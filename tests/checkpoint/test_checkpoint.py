@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mobilellm_jax import checkpoint
+from mobilellm_jax.checkpoint import saving
 from mobilellm_jax.config import (
     Config,
     DataConfig,
@@ -166,6 +167,23 @@ def test_an_existing_step_stays(tokenizer: Tokenizer, tmp_path: Path) -> None:
         writer.save(1, second, DATA)
     model = checkpoint.restore_model(tmp_path, 1)
     jax.tree.map(np.testing.assert_array_equal, first.params, model.params)
+
+
+def test_an_error_that_no_disk_causes_ends_the_run(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such an error must not leave a save behind for which the end of the run would wait."""
+
+    def wrong(*_: object) -> None:
+        raise TypeError("a mistake in the code")
+
+    monkeypatch.setattr(saving, "_start_writing", wrong)
+    with (
+        pytest.raises(TypeError, match="a mistake in the code"),
+        checkpoint.CheckpointWriter(tmp_path, CONFIG, tokenizer) as writer,
+    ):
+        writer.save(1, filled(CONFIG), DATA)
+    assert checkpoint.steps(tmp_path) == []
 
 
 def test_imported_model_cannot_be_resumed(tokenizer: Tokenizer, tmp_path: Path) -> None:

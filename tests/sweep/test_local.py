@@ -152,3 +152,20 @@ def test_killed_and_started_again_it_loses_and_repeats_nothing(
     # The last sweep has nothing to do.
     assert end(start(config_file, sweep), sweep) == 0
     assert said(sweep).count("start   ") == 6
+
+
+@pytest.mark.soak
+def test_a_sweep_and_its_runs_may_be_killed_together(
+    config_file: Path, tmp_path: Path, whole: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    process = start(config_file, sweep)
+    wait_until(lambda: all(steps_of(sweep, n) >= 2 for n in (SLOW, FAST)), process, sweep)
+    process.kill()
+    for name in (SLOW, FAST):
+        kill_run(sweep, name)
+    end(process, sweep)
+    assert end(start(config_file, sweep), sweep) == 0, said(sweep)
+    for name in NAMES:
+        assert_same_run(sweep / "runs" / name, whole / "runs" / name, STEPS)
+        assert outcome(sweep, name)["state"] == "finished"

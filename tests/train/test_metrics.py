@@ -114,6 +114,9 @@ def test_only_the_last_line_may_be_torn(tmp_path: Path) -> None:
     path.write_text('{"st\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 1: is not JSON"):
         read_metrics(path)
+    path.write_text('{"step": 1}\n{"loss": 2}')  # whole, so no crash cut it off
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: "):
+        read_metrics(path)
 
 
 @pytest.mark.parametrize(

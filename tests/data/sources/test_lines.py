@@ -226,6 +226,7 @@ def test_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"token_ids": 1}', "field 'token_ids' is a number, not an array"),
         ('{"token_ids": null}', "field 'token_ids' is null, not an array"),
         ('{"token_ids": [1, -2]}', "token_ids[1] is -2; it must be a whole number, 0 or more"),
+        (f'{{"token_ids": [{2**63}]}}', f"token_ids[0] is {2**63}; it must be a whole number"),
         ('{"token_ids": [1.0]}', "token_ids[0] is 1.0; it must be a whole number"),
         ('{"token_ids": [1, true]}', "token_ids[1] is true; it must be a whole number"),
         ('{"token_ids": [1, "2"]}', 'token_ids[1] is "2"; it must be a whole number'),
