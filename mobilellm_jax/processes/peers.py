@@ -205,9 +205,8 @@ class Peers:
 
     def _send_all(self, message: dict[str, Any]) -> None:
         for writer in self._writers.values():
-            if (
-                writer.transport.get_write_buffer_size() < _MAX_BYTES
-            ):  # A process that reads too slowly gets no message.
+            # A process that reads too slowly gets no message.
+            if writer.transport.get_write_buffer_size() < _MAX_BYTES:
                 writer.write(_line(message))
 
     def _part(self, who: Member, how: Parting, why: str) -> None:

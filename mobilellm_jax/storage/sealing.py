@@ -85,13 +85,13 @@ def verify(
     """
     content = read_manifest(folder)
     wanted = {
-        folder / name: record
+        name: record
         for name, record in content["files"].items()
         if not parts or PurePosixPath(name).parts[0] in parts
     }
 
-    def wrong(path: epath.Path) -> str:
-        record = wanted[path]
+    def wrong(name: str) -> str:
+        path, record = folder / name, wanted[name]
         try:
             size = path.stat().length
             if size != record["bytes"]:
@@ -101,8 +101,7 @@ def verify(
         except FileNotFoundError:
             return f"{path} is missing"
         except (OSError, ValueError) as error:  # For example, a name that no file can have.
-            name = strict_json.plain(str(path.relative_to(folder)))
-            return f"{folder}/{name} cannot be read: {error}"
+            return f"{folder}/{strict_json.plain(name)} cannot be read: {error}"
         return ""
 
     with _threads(len(wanted)) as pool:

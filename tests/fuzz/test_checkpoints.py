@@ -88,6 +88,7 @@ def test_names_that_a_manifest_gives(run: Path, tmp_path: Path) -> None:
         *("", ".", "..", "../1/manifest.json", "/etc/passwd", "params", "params/", "a\0b"),
         *("params/_METADATA/x", "x" * 300, "x/" * 3000, "\ud800", "manifest.json", "~", "C:\\x"),
         *("\x1b[2J", "params/../params/_METADATA", "gs://bucket/x", "//etc/passwd"),
+        "/\0",  # cannot be read, and is not below the folder
     ]
 
     @st.composite
