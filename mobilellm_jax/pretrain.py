@@ -132,7 +132,7 @@ class _Run:
         ready = self._ready
         if ready.resume_step is not None:
             return checkpoints.restore(ready.resume_step, self.abstract)
-        state = init_state(self._config, self._optimizer, ready.mesh, ready.rules)
+        state = init_state(self._config, self._optimizer, ready.mesh, ready.rules, self.abstract)
         if ready.params is not None:
             placed = jax.tree.map(place, ready.params, self.abstract.params)
             state = dataclasses.replace(state, params=placed)
@@ -197,7 +197,7 @@ class _Run:
 
     def _validate(self, state: TrainState) -> Mapping[str, float]:
         values = self._validator(self._derive(state.params))
-        if int(state.step):
+        if 0 < int(state.step) < self._config.train.steps:  # `pretrain` draws the last picture.
             self.plot()
         return values
 

@@ -277,7 +277,16 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fsdp4_tensor2", "data4_sequence2", "dcn2_fsdp2_tensor2"),
+        *(
+            pytest.param(name, marks=pytest.mark.soak)
+            for name in ("data8", "fsdp8", "data2_fsdp2_tensor2")
+        ),
+    ],
+)
 def test_a_run_is_the_same_on_every_mesh(name: str) -> None:
     one_state, one_losses = on_one_device()
     mesh = make_mesh(MESHES[name])

@@ -47,10 +47,9 @@ def abstract_state(
         # The seed is abstract too, because the mesh may consist of TPUs that this machine does not
         # have.
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
-        boxed = jax.eval_shape(lambda s: init_boxed(config.model, jax.random.key(s)), seed)
+        boxed, state = jax.eval_shape(lambda s: _init(config, optimizer, s), seed)
         specs = nn.get_partition_spec(boxed)
         params_shardings = nn.logical_to_mesh_sharding(specs, mesh, list(rules))
-        state = jax.eval_shape(lambda s: _init(config, optimizer, s), seed)
     by_names = {_names(path): s for path, s in jax.tree.leaves_with_path(params_shardings)}
 
     def with_sharding(path: Path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -69,12 +68,20 @@ def _names(path: Path) -> tuple[str, ...]:
 
 
 def init_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: Rules,
+    abstract: TrainState | None = None,
 ) -> TrainState:
-    """Returns a new state from `train.seed`; each device computes its own part."""
-    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, optimizer, mesh, rules))
+    """Returns a new state from `train.seed`; each device computes its own part.
+
+    A caller that has the `abstract_state` already passes it, because tracing it takes time.
+    """
+    abstract = abstract or abstract_state(config, optimizer, mesh, rules)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     with use(mesh, rules):
-        init = jax.jit(lambda seed: _init(config, optimizer, seed), out_shardings=shardings)
+        init = jax.jit(lambda seed: _init(config, optimizer, seed)[1], out_shardings=shardings)
         state: TrainState = init(jnp.uint32(config.train.seed))
     return state
 
@@ -115,10 +122,14 @@ def is_finite(state: TrainState) -> bool:
     return bool(_all_finite(jax.tree.leaves((state.params, state.optimizer))))
 
 
-def _init(config: Config, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
+def _init(
+    config: Config, optimizer: optax.GradientTransformation, seed: jax.Array
+) -> tuple[Params, TrainState]:
+    """Returns the parameters with their logical axes, and the state."""
     init_key, run_key = jax.random.split(jax.random.key(seed))
-    params = nn.unbox(init_boxed(config.model, init_key))
-    return TrainState(
+    boxed = init_boxed(config.model, init_key)
+    params = nn.unbox(boxed)
+    return boxed, TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         optimizer=optimizer.init(params),

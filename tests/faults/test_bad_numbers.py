@@ -141,7 +141,7 @@ def test_one_bad_batch_is_skipped_counted_and_told(
 @pytest.mark.parametrize(
     ("after", "damage", "back_to"),
     [
-        (6, wrong_in_optimizer("nu", -1.0), 4),
+        pytest.param(6, wrong_in_optimizer("nu", -1.0), 4, marks=pytest.mark.soak),
         (6, wrong_in_parameters, 4),
         # Saved like that: the checkpoint of step 8 is passed over.
         (8, wrong_in_optimizer("mu", np.nan), 4),

@@ -36,7 +36,15 @@ def test_order_is_the_papers(sharing: Sharing, two: str, three: str) -> None:
     assert "".join(map(str, application_order(3, 3, sharing))) == three
 
 
-@pytest.mark.parametrize(("sharing", "repeats"), SHARED)
+@pytest.mark.parametrize(
+    ("sharing", "repeats"),
+    [
+        *(("immediate", 2), ("repeat_all", 2), ("reverse", 3)),
+        pytest.param("immediate", 3, marks=pytest.mark.soak),
+        pytest.param("repeat_all", 3, marks=pytest.mark.soak),
+        pytest.param("reverse", 2, marks=pytest.mark.soak),
+    ],
+)
 def test_shared_equals_unshared_with_copied_blocks(
     tiny: Callable[..., ModelConfig],
     strong_params: Params,
@@ -90,7 +98,7 @@ def test_repeats_change_no_parameter(tiny: Callable[..., ModelConfig]) -> None:
 @pytest.mark.parametrize(
     ("remat", "sharing"),
     [
-        ("dots", "immediate"),
+        pytest.param("dots", "immediate", marks=pytest.mark.soak),
         ("dots", "reverse"),
         ("attention", "repeat_all"),
         ("full", "immediate"),

@@ -58,7 +58,14 @@ def groups_by_numpy(kernel_IO: np.ndarray, bits: int, size: int) -> list[tuple[s
 
 
 @pytest.mark.parametrize("spec", PRODUCTS)
-@pytest.mark.parametrize(("bits", "size"), [(8, 0), (8, 8), (4, 8), (4, 16)])
+@pytest.mark.parametrize(
+    ("bits", "size"),
+    [
+        *((8, 0), (4, 8)),
+        pytest.param(8, 8, marks=pytest.mark.soak),
+        pytest.param(4, 16, marks=pytest.mark.soak),
+    ],
+)
 def test_integer_product_equals_numpy(spec: str, bits: int, size: int) -> None:
     x_shape, kernel_shape, num_inputs = PRODUCTS[spec]
     x, kernel = normal(*x_shape), normal(*kernel_shape, seed=1)

@@ -106,8 +106,14 @@ def test_weights_alone_are_a_float_model_of_what_they_stand_for(sharing: str) ->
     assert relative(found, logits(config, params_of(), tokens())) > 1e-2
 
 
-@pytest.mark.parametrize("tie_embeddings", [True, False])
-@pytest.mark.parametrize("name", ["w8a8", "w4a8"])
+@pytest.mark.parametrize(
+    ("name", "tie_embeddings"),
+    [
+        *(("w8a8", True), ("w4a8", False)),
+        pytest.param("w8a8", False, marks=pytest.mark.soak),
+        pytest.param("w4a8", True, marks=pytest.mark.soak),
+    ],
+)
 def test_trained_model_is_the_integer_one(name: str, tie_embeddings: bool) -> None:
     config = dataclasses.replace(TINY, tie_embeddings=tie_embeddings)
     scheme = find_scheme(name)
@@ -143,7 +149,10 @@ def test_every_product_multiplies_int8() -> None:
 
 @pytest.mark.parametrize(
     ("name", "parts"),
-    [("w8a8", EVERYTHING), ("w4g32", "embedding,head"), ("w4a8", "embedding,head,cache")],
+    [
+        *(("w8a8", EVERYTHING), ("w4a8", "embedding,head,cache")),
+        pytest.param("w4g32", "embedding,head", marks=pytest.mark.soak),
+    ],
 )
 def test_decoding_with_a_cache_is_the_forward_pass(name: str, parts: str) -> None:
     """A wrong scale or slot would change a greedy text."""
