@@ -115,6 +115,9 @@ def apply_blocks(
             reverse=config.sharing == "reverse" and r % 2 == 1,
             unroll=config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "blocks"},
+            # The check traces the body once more. It also decides which random numbers a new model
+            # gets, so it stays there.
+            check_constancy_invariants=blocks.is_initializing(),
         )
         carry, _ = scan(blocks, carry, jnp.asarray(scan_slots_UR, jnp.int32))
     return carry
