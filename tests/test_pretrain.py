@@ -118,7 +118,7 @@ def test_it_learns(uninterrupted: Path) -> None:
     assert validations(uninterrupted)[16] < validations(uninterrupted)[0] - 0.5
 
 
-@pytest.mark.parametrize("after_step", [2, 10])
+@pytest.mark.parametrize("after_step", [pytest.param(2, marks=pytest.mark.soak), 10])
 def test_killed_run_goes_on_as_if_nothing_had_happened(
     config_file: Path, tmp_path: Path, uninterrupted: Path, after_step: int
 ) -> None:

@@ -169,6 +169,7 @@ def test_wrong_tasks_are_refused(
         load_tasks(names, data_dir=data_dir, num_fewshot=shots)
 
 
+@pytest.mark.soak  # the harness reads the files of all its tasks for 15 s
 def test_a_name_that_the_harness_does_not_know() -> None:
     with pytest.raises(ValueError, match="no task 'hellaswagg'. Did you mean hellaswag"):
         load_tasks(["hellaswagg"])
