@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the long random tests, which launch/test.sh leaves out: runs are killed at random moments, and
-# parsers read thousands of damaged files. They take about an hour and print their figures.
+# Runs the tests that launch/test.sh leaves out: runs are killed at random moments, parsers read
+# thousands of damaged files, and some tests repeat for further configurations. They take about an
+# hour and print their figures.
 # Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
