@@ -12,13 +12,15 @@ gap to the float model's loss the training closes.
 """
 
 import argparse
-import io
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from mobilellm_jax.storage import rundir
+from mobilellm_jax.storage.picture import png
 from mobilellm_jax.train.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def main() -> None:
@@ -32,23 +34,26 @@ def main() -> None:
     arguments = parser.parse_args()
     curves = {run.name: _losses(run) for run in arguments.runs}
     start = curves[arguments.float][0][1]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(start, color="gray", linestyle=":", label="float32, before")
     for name, points in curves.items():
-        steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, "o-", label=name, markersize=4, linewidth=1.2)
-        axes.annotate(f" {losses[-1]:.4f}", (steps[-1], losses[-1]), fontsize=8)
+        losses = [loss for _, loss in points]
         line = f"{name:20}{losses[0]:8.4f} -> {losses[-1]:.4f}"
         if name != arguments.float:
             line += f"  {(losses[0] - losses[-1]) / (losses[0] - start):.0%} of the gap"
         print(line)
+    picture = png(lambda figure: _draw(figure, curves, start), (7, 4), 100)
+    rundir.write_whole(arguments.output, picture)
+
+
+def _draw(figure: "Figure", curves: dict[str, list[tuple[int, float]]], start: float) -> None:
+    axes = figure.subplots()
+    axes.axhline(start, color="gray", linestyle=":", label="float32, before")
+    for name, points in curves.items():
+        steps, losses = zip(*points, strict=True)
+        label = f"{name}: {losses[-1]:.4f}"
+        axes.plot(steps, losses, "o-", label=label, markersize=4, linewidth=1.2)
     axes.set(xlabel="step", ylabel="validation loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    rundir.write_whole(arguments.output, buffer.getvalue())
 
 
 def _losses(run: Path) -> list[tuple[int, float]]:

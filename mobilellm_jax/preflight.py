@@ -32,6 +32,7 @@ from mobilellm_jax.model.on_device import settle as settle_for_device
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.processes import distributed
+from mobilellm_jax.run_record import MAY_CHANGE
 from mobilellm_jax.sharding import Rules, logical_rules, make_mesh
 from mobilellm_jax.startup import xla_flags
 from mobilellm_jax.storage import rundir
@@ -41,23 +42,6 @@ from mobilellm_jax.train.state import mesh_violations
 _log = logging.getLogger(__name__)
 
 _DATA_SEC = 24 * 3600.0  # Longest wait for processes that prepare or read the data.
-
-# A resumed run may change these settings: its length, its intervals, and how it computes the same
-# numbers. Other changes are errors, because they would make the earlier records of the run wrong.
-MAY_CHANGE = frozenset(
-    {
-        *("train.steps", "train.log_every", "train.eval_every", "train.eval_batches"),
-        *("train.checkpoint_every", "train.keep_checkpoints", "train.keep_every"),
-        *("train.max_bad_steps", "train.accumulation_steps", "train.loss_chunk"),
-        *("train.spike_factor", "train.deterministic"),
-        *("evaluate.every", "evaluate.samples", "model.attention", "model.remat"),
-        *("evaluate.tasks", "evaluate.limit", "evaluate.data_dir", "evaluate.text"),
-        "model.scan_unroll",
-        *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.dcn_data"),
-        # `data_state` checks that the tokens are the same.
-        *("data.path", "data.source", "data.verify"),
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)

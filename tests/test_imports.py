@@ -43,6 +43,7 @@ FLOORS = {
     "evaluate": 9,
     "announce": 10,
     "open_model": 10,
+    "run_record": 10,
     "preflight": 11,
     "benchmark": 12,
     "pretrain": 12,

@@ -174,6 +174,8 @@ def _measured(request: Request) -> Measurement:
         input=json.dumps(dataclasses.asdict(request)),
         capture_output=True,
         text=True,
+        encoding="utf-8",
+        errors="replace",  # A runtime in C++ may write any bytes.
     )
     if process.returncode:
         # If a signal killed a runtime in C++, there is no message, so we report the signal.

@@ -2,7 +2,9 @@
 
 Energy is an estimate from the paper (Sec. 1): a token needs 0.1 J per billion parameters. The
 parameters of a block count once for each application of the block. Battery hours assume the paper's
-phone: its battery holds about 50 kJ, and it decodes 10 tokens/s.
+phone: its battery holds about 50 kJ, and it decodes 10 tokens/s. The estimate has only the energy
+of the model. For a tiny model, the rest of the phone empties the battery first, so the table says
+no more than "> 168" (a week).
 """
 
 import csv
@@ -17,14 +19,18 @@ from typing import TYPE_CHECKING, Any
 from mobilellm_jax.benchmark.measure import Measurement
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.size import block_matrix_parameters, parameter_count
+from mobilellm_jax.storage.picture import png, shorten, show_at_least
 from mobilellm_jax.storage.rundir import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _JOULES_PER_TOKEN_AND_BILLION = 0.1
 _BATTERY_JOULES = 50e3
 _TOKENS_PER_SEC = 10.0
+_MAX_BATTERY_HOURS = 168.0
+_LEAST_LOSS = 0.05  # Smallest range of the loss axis, in nats: exports differ by less from noise.
 
 
 def _column(title: str, form: str) -> Any:
@@ -74,15 +80,15 @@ def summarize(measurements: Sequence[Measurement], prompt_tokens: int) -> Row:
 
 
 def write_results(
-    folder: Path, rows: Sequence[Row], measured: Sequence[Sequence[Measurement]]
+    folder: Path, rows: Sequence[Row], measured: Sequence[Sequence[Measurement]], text: str
 ) -> None:
-    """Writes benchmark.md, .csv, .json and .png."""
+    """Writes benchmark.md, .csv, .json and .png; `text` names the text that was read."""
     folder.mkdir(parents=True, exist_ok=True)
     values = [dataclasses.asdict(each) for model in measured for each in model]
     write_whole(folder / "benchmark.json", json.dumps(values, indent=1) + "\n")
     write_whole(folder / "benchmark.csv", as_csv(rows))
-    write_whole(folder / "benchmark.md", markdown(rows))
-    write_whole(folder / "benchmark.png", plot(rows))
+    write_whole(folder / "benchmark.md", markdown(rows, text))
+    write_whole(folder / "benchmark.png", plot(rows, text))
 
 
 def joules_per_token(config: ModelConfig) -> float:
@@ -92,15 +98,22 @@ def joules_per_token(config: ModelConfig) -> float:
     return _JOULES_PER_TOKEN_AND_BILLION * used / 1e9
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Returns the table as Markdown."""
+def markdown(rows: Sequence[Row], text: str) -> str:
+    """Returns the table as Markdown, and a line that names the text of the measurements."""
     columns = dataclasses.fields(Row)
     titles = [column.metadata["title"] for column in columns]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        cells = (column.metadata["form"].format(getattr(row, column.name)) for column in columns)
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(_cell(row, column) for column in columns) + " |")
+    lines += ["", f"The loss (nats per token) and the prompt are from {text}."]
     return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row, column: "dataclasses.Field[Any]") -> str:
+    if column.name == "battery_hours" and row.battery_hours > _MAX_BATTERY_HOURS:
+        return f"> {_MAX_BATTERY_HOURS:.0f}"
+    text: str = column.metadata["form"].format(getattr(row, column.name))
+    return text
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -112,14 +125,19 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def plot(rows: Sequence[Row]) -> bytes:
+def plot(rows: Sequence[Row], text: str) -> bytes:
     """Returns a PNG image that plots loss and decoding speed over the size of the model file."""
-    from matplotlib.figure import Figure
+    return png(lambda figure: _draw(figure, rows, text), (11, 4.8), 120)
+
+
+def _draw(figure: "Figure", rows: Sequence[Row], text: str) -> None:
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     _scatter(left, rows, [row.loss for row in rows], "loss (nats per token)")
+    left.set_title(f"on {shorten(text, 50)}", fontsize=9)
+    left.ticklabel_format(axis="y", useOffset=False)
+    show_at_least(left, "y", _LEAST_LOSS)
     _scatter(right, rows, [row.decode_tokens_per_sec for row in rows], "decoding (tokens/s)")
     right.set(yscale="log")
     right.yaxis.set_major_formatter("{x:,.4g}")
@@ -127,14 +145,11 @@ def plot(rows: Sequence[Row]) -> bytes:
     names = [f"{number}  {row.name}, {row.precision}" for number, row in enumerate(rows, start=1)]
     figure.legend(
         [Line2D([], [], linestyle="") for _ in rows],
-        names,
+        [shorten(name, 40) for name in names],
         loc="outside right upper",
         handlelength=0,
         fontsize=8,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
 
 
 def _scatter(axes: "Axes", rows: Sequence[Row], heights: Sequence[float], label: str) -> None:
@@ -154,4 +169,8 @@ def _scatter(axes: "Axes", rows: Sequence[Row], heights: Sequence[float], label:
     axes.xaxis.set_minor_formatter("{x:,.4g}")
     axes.tick_params(which="both", labelsize=7)
     axes.margins(0.15)
+    low, high = axes.get_xlim()
+    if high < 2 * low:  # On a narrower axis, small differences of the size look large.
+        middle = (low * high) ** 0.5
+        axes.set_xlim(middle / 2**0.5, middle * 2**0.5)
     axes.grid(alpha=0.3, which="both")

@@ -15,7 +15,8 @@ Each model is measured in several processes, and the models take turns. The tabl
   - the loss on a text (--text=FILE, or a built-in text)
 
 Energy and battery hours are not measured. They are estimates from the paper's numbers: 0.1 J per
-token and billion parameters, a phone battery of 50 kJ, and 10 tokens/s. The command writes
+token and billion parameters, a phone battery of 50 kJ, and 10 tokens/s. For a tiny model, the rest
+of the phone empties the battery first, so the table says no more than a week. The command writes
 benchmark.md, .csv, .json and .png to --output.
 """
 
@@ -58,6 +59,7 @@ def main(flags: Flags) -> None:
 
     require("matplotlib", "report", "the picture of mobilellm benchmark")
     text = read_text("--text", Path(flags.text)) if flags.text else TEXT
+    text_name = flags.text or "the built-in text"
     if not text.strip():
         raise UserError(f"--text={flags.text} is empty; name a file with text.")
     schemes = [find_scheme(name).name for name in flags.quantize]
@@ -85,6 +87,6 @@ def main(flags: Flags) -> None:
         raise UserError(f"--output={output} is a file; name a folder.")
     measured = measure_all(requests, flags.runs)
     rows = [summarize(each, flags.prompt_tokens) for each in measured]
-    write_results(output, rows, measured)
-    print(markdown(rows), end="")
+    write_results(output, rows, measured, text_name)
+    print(markdown(rows, text_name), end="")
     print(f"\n{output}/benchmark.md, .csv, .json, .png; energy and battery are estimates.")

@@ -28,15 +28,11 @@ from mobilellm_jax.paper.grids import (
     grid_rows,
     shape_name,
 )
-from mobilellm_jax.preflight import MAY_CHANGE
 from mobilellm_jax.report.runs import Measured
+from mobilellm_jax.run_record import NO_RESULT
 
-_SEEDS = {"train.seed", "data.seed"}
 _SHAPE = {f"model.{name}" for name in (*SHAPE, "scan_unroll")}
 _RATE = "optimizer.peak_lr"
-# Fields in which the runs of one model may differ: the seeds, and all fields that a resumed run may
-# change, except for these three fields.
-_NO_RESULT = (MAY_CHANGE - {"train.steps", "data.path", "train.spike_factor"}) | _SEEDS
 
 Verdict = Literal[
     "same direction", "opposite", "within the spread", "of one seed", "paper: no difference", ""
@@ -68,6 +64,12 @@ class Model:
     name: str
     config: Config  # Config of one of the runs.
     runs: tuple[Measured, ...]
+
+    @property
+    def history(self) -> str:
+        """What else distinguishes the model from others with the same config, or ""."""
+        step = self.runs[0].other_schedule_until
+        return f"other schedule until step {step}" if step else ""
 
     @property
     def parameters(self) -> int:
@@ -121,38 +123,45 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def group_seeds(runs: Sequence[Measured]) -> list[Model]:
-    """Groups finished runs into models; a model's name shows the fields that differ."""
-    names = sorted(config_lib.field_types().keys() - _NO_RESULT)
+    """Groups finished runs into models; a model's name shows the fields that differ.
+
+    A run that was continued with a larger `train.steps` is no seed of a run that had one schedule.
+    """
+    names = sorted(config_lib.field_types().keys() - NO_RESULT)
     groups: dict[str, list[Measured]] = {}
     for run in runs:
         if run.is_finished:
-            settings = repr([operator.attrgetter(name)(run.config) for name in names])
-            groups.setdefault(settings, []).append(run)
+            settings = [operator.attrgetter(name)(run.config) for name in names]
+            groups.setdefault(repr([*settings, run.other_schedule_until]), []).append(run)
     varying = _varying([group[0].config for group in groups.values()]) - _SHAPE
-    return [
-        Model(
+    models = []
+    for group in groups.values():
+        config = group[0].config
+        model = Model(
             name=" ".join([shape_name(config.model), *_written(config, varying)]),
             config=config,
             runs=tuple(sorted(group, key=lambda run: run.config.train.seed)),
         )
-        for group in groups.values()
-        for config in [group[0].config]
-    ]
+        if model.history:
+            model = dataclasses.replace(model, name=f"{model.name}, {model.history}")
+        models.append(model)
+    return models
 
 
 def grid_tables(models: Sequence[Model]) -> list[Table]:
     """Returns a table for each grid that has at least two rows with finished runs.
 
-    If models differ in a field that no grid varies (the optimizer, for example), the result has
-    separate tables for each value of the field. If a model was trained at several learning rates,
-    its row shows the rate with the most seeds, because `sweep --tune_lr` trains more seeds at the
-    best rate. If several rates have equally many seeds, the row shows the rate with the lowest
-    loss.
+    If models differ in a field that no grid varies (the optimizer, for example), or have had
+    another schedule at first, the result has separate tables. If a model was trained at several
+    learning rates, its row shows the rate with the most seeds, because `sweep --tune_lr` trains
+    more seeds at the best rate. If several rates have equally many seeds, the row shows the rate
+    with the lowest loss.
     """
     extra = _varying([m.config for m in models]) - _SHAPE - {_RATE, "train.steps"}
     settings: dict[str, list[Model]] = {}
     for model in models:
-        settings.setdefault(", ".join(_written(model.config, extra)), []).append(model)
+        parts = [*_written(model.config, extra), model.history]
+        settings.setdefault(", ".join(filter(None, parts)), []).append(model)
     return [table for name, part in settings.items() for table in _tables_of(part, name)]
 
 
@@ -249,7 +258,7 @@ def _verdict(difference: Mean | None, paper: float | None) -> Verdict:
 
 def _varying(configs: Sequence[Config]) -> set[str]:
     changed = (config_lib.changed_fields(configs[0], config) for config in configs[1:])
-    return {name for names in changed for name in names} - _NO_RESULT
+    return {name for names in changed for name in names} - NO_RESULT
 
 
 def _written(config: Config, names: set[str]) -> list[str]:

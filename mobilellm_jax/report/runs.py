@@ -6,12 +6,11 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from mobilellm_jax import config as config_lib
-from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.config import Config, ConfigError, changed
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.run_record import RunRecord, State, read_record
 from mobilellm_jax.storage import rundir
-from mobilellm_jax.train.metrics import read_metrics
 
 _RUNS = "runs"  # Subfolder of a sweep that contains the runs.
 
@@ -22,8 +21,12 @@ class Measured:
 
     folder: Path
     config: Config
+    state: State
+    training: dict[int, float]  # Training loss in nats per token, by step.
     validation: dict[int, float]  # Validation loss in nats per token, by step.
     last_step: int  # Last step with a recorded loss.
+    other_schedule_until: int  # Last step with the schedule of another `train.steps`, or 0.
+    data: str | None  # Fingerprint of the data, if it is known.
     bpb: float | None  # Last recorded validation loss in bits per byte.
     tokens_per_sec: float | None  # Median speed of training.
     peak_bytes: int | None  # Peak memory during training.
@@ -32,13 +35,8 @@ class Measured:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has a finite validation loss at its last step."""
-        return math.isfinite(self.validation.get(self.config.train.steps, math.nan))
-
-    @property
-    def has_diverged(self) -> bool:
-        """Whether the run has an infinite or NaN validation loss at its last step."""
-        return self.config.train.steps in self.validation and not self.is_finished
+        """Whether the run has ended with a finite validation loss."""
+        return self.state == "finished"
 
     @property
     def loss(self) -> float:
@@ -46,46 +44,94 @@ class Measured:
         return self.validation[self.config.train.steps]
 
 
-def read_runs(pattern: str) -> list[Measured]:
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A folder that the report leaves out."""
+
+    folder: Path
+    reason: str
+
+
+def read_runs(pattern: str) -> tuple[list[Measured], list[Unreadable]]:
     """Reads the runs in all matching folders; for the folder of a sweep, reads all its runs.
 
+    A folder that cannot be read, for example because a newer version wrote it, does not keep the
+    others from the report.
+
     Raises:
-      ConfigError: if no run folder matches.
+      ConfigError: if no run folder matches, or if none of the matching folders can be read.
     """
     folders: list[Path] = []
     for name in sorted(globbing.glob(pattern)):
         folder = Path(name)
         inside = sorted((folder / _RUNS).glob("*")) if not (folder / rundir.CONFIG).exists() else []
         folders += inside or [folder]
-    runs = [_read(f) for f in folders if (f / rundir.CONFIG).is_file()]
+    runs: list[Measured] = []
+    unreadable: list[Unreadable] = []
+    for folder in folders:
+        if not (folder / rundir.CONFIG).exists():
+            continue
+        try:
+            runs.append(_measured(read_record(folder)))
+        except UserError as error:
+            unreadable.append(Unreadable(folder, str(error)))
+    if unreadable and not runs:
+        lines = "\n".join(each.reason for each in unreadable)
+        raise ConfigError(f"--runs={pattern} matches no run folder that can be read:\n{lines}")
     if not runs:
         raise ConfigError(
             f"--runs={pattern} matches no run folder; a run folder holds {rundir.CONFIG}. Put the "
             "pattern in quotes: --runs='runs/tiny/runs/*'."
         )
-    return runs
+    return _with_names_of_data(runs), unreadable
 
 
-def _read(folder: Path) -> Measured:
-    records = read_metrics(folder / rundir.METRICS)
-    validation = _series(records, "validation/loss")
-    outcome = rundir.read_outcome(folder)
+def _measured(record: RunRecord) -> Measured:
+    config, outcome = record.config, record.outcome
+    if config is None:
+        raise UserError(f"{record.folder / rundir.CONFIG} was deleted.")
     by_device = outcome.get("peak_device_bytes")
     peak = by_device or outcome.get("peak_host_bytes")
-    bpb = [float(r["validation/bpb"]) for r in records if "validation/bpb" in r]
-    rates = [float(r["train/tokens_per_sec"]) for r in records if "train/tokens_per_sec" in r]
+    bpb = list(record.values("validation/bpb").values())
+    rate = "train/tokens_per_sec"
+    rates = [float(each[rate]) for each in record.records if rate in each]
+    state = record.state(config.train.steps)
     return Measured(
-        folder=folder,
-        config=config_lib.read_json(folder / rundir.CONFIG),
-        validation=validation,
-        last_step=max([*validation, *_series(records, "train/loss")], default=0),
+        folder=record.folder,
+        config=config,
+        state=state,
+        training=_finite(record.values("train/loss")),
+        validation=_finite(record.values("validation/loss")),
+        last_step=record.last_step,
+        other_schedule_until=record.other_schedule_until(config),
+        data=record.data,
         bpb=bpb[-1] if bpb else None,
         tokens_per_sec=statistics.median(rates) if rates else None,
         peak_bytes=peak if isinstance(peak, int) else None,
         peak_of="" if peak is None else "device" if by_device else "host process",
-        failed=str(outcome.get("reason", "unknown")) if outcome.get("state") == "failed" else "",
+        failed=record.reason if state == "failed" else "",
     )
 
 
-def _series(records: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
-    return {int(r["step"]): float(r[name]) for r in records if name in r}
+def _finite(values: dict[int, float]) -> dict[int, float]:
+    return {step: value for step, value in values.items() if math.isfinite(value)}
+
+
+def _with_names_of_data(runs: Sequence[Measured]) -> list[Measured]:
+    """Gives runs with the same data the same `data.path`, and runs with other data another one.
+
+    A path is the name of a place: two paths can lead to the same data, and a folder can be prepared
+    again between two runs. Where the checkpoints of a run are gone, the path is all that is known.
+    """
+    names: dict[str, str] = {}  # Path that stands for the data with this fingerprint.
+    for run in runs:
+        if run.data is not None and run.data not in names:
+            path = run.config.data.path
+            again = path in names.values()
+            names[run.data] = f"{path} (fingerprint {run.data[:8]})" if again else path
+    return [
+        dataclasses.replace(run, config=changed(run.config, {"data.path": names[run.data]}))
+        if run.data is not None
+        else run
+        for run in runs
+    ]

@@ -57,13 +57,13 @@ def model_section(models: Sequence[Model], with_curves: bool) -> Section:
     pictures = []
     if with_curves:
         pictures.append(figures.curves("curves", [(model.name, model) for model in models]))
-    if any(model.tokens_per_sec for model in models):
+    if sum(bool(model.tokens_per_sec) for model in models) > 1:
         pictures.append(figures.speed(models))
-    if any(model.peak_bytes for model in models):
+    if sum(bool(model.peak_bytes) for model in models) > 1:
         pictures.append(figures.memory(models))
     return Section(
         name="models",
-        title="All models",
+        title="All models" if len(models) > 1 else "The model",
         texts=[_NAMES],
         rows=[_model_row(number, model) for number, model in enumerate(models, start=1)],
         pictures=pictures,
@@ -131,6 +131,7 @@ def _model_row(number: int, model: Model) -> dict[str, str]:
         "bits per byte": _cell(model.bpb, ".4f"),
         "tokens/s": _cell(model.tokens_per_sec, ",.0f"),
         "peak memory, MB": _cell(model.peak_bytes / 1e6 if model.peak_bytes else None, ",.0f"),
+        "run folders": ", ".join(run.folder.resolve().name for run in model.runs),
     }
 
 

@@ -1,5 +1,6 @@
 """Writes the report of runs as a page, and writes its tables and pictures as separate files."""
 
+import logging
 import shlex
 import sys
 import time
@@ -7,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mobilellm_jax
+from mobilellm_jax.announce import counted
 from mobilellm_jax.errors import require
 from mobilellm_jax.report.compare import Model, grid_tables, group_seeds
 from mobilellm_jax.report.page import page
-from mobilellm_jax.report.runs import Measured, read_runs
+from mobilellm_jax.report.runs import Measured, Unreadable, read_runs
 from mobilellm_jax.report.sections import (
     grid_section,
     model_section,
@@ -22,17 +24,21 @@ from mobilellm_jax.storage import rundir
 
 PAGE = "index.html"
 
+_log = logging.getLogger(__name__)
+
 
 def write_report(pattern: str, output: Path) -> list[str]:
     """Writes the page, its pictures and its tables into `output`; returns messages for the user.
 
     Raises:
       UserError: if the `report` extra is not installed.
-      ConfigError: if no run folder matches the pattern.
+      ConfigError: if no run folder matches the pattern, or none of them can be read.
     """
     for package in ("jinja2", "matplotlib", "scipy"):
         require(package, "report", "mobilellm report")
-    runs = read_runs(pattern)
+    runs, unreadable = read_runs(pattern)
+    for each in unreadable:
+        _log.warning(f"Left out: {each.reason}")
     models = group_seeds(runs)
     tables = grid_tables(models)
     output.mkdir(parents=True, exist_ok=True)
@@ -44,40 +50,57 @@ def write_report(pattern: str, output: Path) -> list[str]:
         rundir.write_whole(output / f"{section.name}.md", to_markdown(section.rows))
         for picture in section.pictures:
             rundir.write_whole(output / f"{picture.name}.png", picture.light)
-    unfinished = [_unfinished_line(run) for run in runs if not run.is_finished]
+    others = [_unfinished_line(run) for run in runs if not run.is_finished]
+    lines = [_summary(models, len(runs) - len(others), len(tables))]
+    if others or unreadable:
+        lines.append(
+            f"{counted(len(others) + len(unreadable), 'folder')} without a finished run in no "
+            "table; the page lists them"
+        )
     command = ["mobilellm", "report", f"--runs={pattern}", f"--output={output}"]
     text = page(
-        title="MobileLLM's ablations, trained again" if tables else "Models compared",
+        title=_title(models, with_grids=bool(tables)),
         with_grids=bool(tables),
         smaller=any(table.scale != "paper" for table in tables),
         lead=list(filter(None, [_models_line(models), verdict_line(tables)])),
         sections=sections,
-        unfinished=unfinished,
+        unfinished=[*others, *map(_unreadable_line, unreadable)],
         made=f"Made {time.strftime('%Y-%m-%d %H:%M %z')} by mobilellm-jax "
         f"{mobilellm_jax.__version__}: {shlex.join(command)} with Python {sys.version.split()[0]}.",
     )
     rundir.write_whole(output / PAGE, text)
-    finished = len(runs) - len(unfinished)
-    lines = [f"{len(models)} models of {finished} finished runs, {len(tables)} grids"]
-    if unfinished:
-        lines.append(
-            f"{len(unfinished)} runs have no loss at their last step and are in no table; "
-            "the page lists them"
-        )
     return [*lines, str(output / PAGE)]
+
+
+def _title(models: Sequence[Model], *, with_grids: bool) -> str:
+    if with_grids:
+        return "MobileLLM's ablations, trained again"
+    return {0: "No finished run", 1: "One model"}.get(len(models), "Models compared")
+
+
+def _summary(models: Sequence[Model], finished: int, grids: int) -> str:
+    text = f"{counted(len(models), 'model')} of {counted(finished, 'finished run')}"
+    return f"{text}, {counted(grids, 'table')} beside the paper's" if grids else text
 
 
 def _models_line(models: Sequence[Model]) -> str:
     if not models:
         return "No run has finished yet."
     seeds = sorted({len(model.runs) for model in models})
-    data = sorted({Path(model.config.data.path).name for model in models})
+    data = sorted({_data_name(model.config.data.path) for model in models})
     return (
-        f"{len(models)} models of {_millions([model.parameters for model in models])} parameters, "
-        f"{_millions([model.config.tokens for model in models])} tokens each, "
+        f"{counted(len(models), 'model')} of "
+        f"{_millions([model.parameters for model in models])} parameters, "
+        f"{_millions([model.config.tokens for model in models])} tokens"
+        f"{' each' if len(models) > 1 else ''}, "
         f"{' or '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'}, on "
         f"{', '.join(data)}."
     )
+
+
+def _data_name(path: str) -> str:
+    """Returns `data.path` without parent folders; a mixture names several folders."""
+    return ",".join(Path(part).name for part in path.split(","))
 
 
 def _millions(values: Sequence[int]) -> str:
@@ -86,9 +109,15 @@ def _millions(values: Sequence[int]) -> str:
 
 
 def _unfinished_line(run: Measured) -> str:
+    if run.state == "imported":
+        return f"{run.folder.name}, imported: this program did not train it"
     state = "under way or stopped"
-    if run.failed:
+    if run.state == "failed":
         state = f"failed: {run.failed.splitlines()[0]}"
-    elif run.has_diverged:
+    elif run.state == "diverged":
         state = "diverged: its validation loss is not finite"
     return f"{run.folder.name}, step {run.last_step} of {run.config.train.steps}, {state}"
+
+
+def _unreadable_line(folder: Unreadable) -> str:
+    return f"{folder.folder.name}, not read: {folder.reason}"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mobilellm_jax import preflight
+from mobilellm_jax.announce import counted
 from mobilellm_jax.config import ConfigError
 from mobilellm_jax.sweep import estimate, local, slurm
 from mobilellm_jax.sweep import folder as files
@@ -19,11 +20,12 @@ def plan(runs: Sequence[Run], sweep: Path) -> None:
     for line in estimate.plan_lines(runs):
         _log.info(line)
     states = [files.state_of(sweep, run) for run in runs]
+    flops = estimate.flops_in_words(sum(run.flops for run in runs))
+    ended = sum(state in files.ENDED for state in states)
     _log.info(
-        f"{len(runs)} runs, {sum(run.flops for run in runs) / 1e15:,.3f} PFLOP in all (6 x weights "
-        f"x tokens + causal attention); in {sweep}: {states.count('finished')} finished, "
-        f"{states.count('started')} started, {states.count('failed')} failed"
-        + (" (to be tried again)" if "failed" in states else "")
+        f"{counted(len(runs), 'run')}, {flops} in all (6 x weights x tokens + causal attention); "
+        f"in {sweep}: {ended} finished, {states.count('started')} started, "
+        f"{states.count('failed')} failed" + (" (to be tried again)" if "failed" in states else "")
     )
 
 
@@ -46,7 +48,7 @@ def run_here(
     slots = find_slots(parallel)
     # A plan prepares no data, so it takes the number of batches per evaluation from the config.
     stated = {run.name: run.config.train.eval_batches for run in runs}
-    batches = stated if only_plan else check_data(runs)
+    batches = stated if only_plan else check_data(runs, sweep)
     with local.alone(sweep) as lock:
         files.record_runs(sweep, runs)
         left = files.unfinished(sweep, runs)
@@ -69,7 +71,8 @@ def run_here(
     for name in failed:
         _log.info(f"failed  {name}: see {files.log_file(sweep, name)}")
     if failed:
-        _log.info(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again")
+        again = "the same command tries them again"
+        _log.info(f"{len(failed)} of {counted(len(runs), 'run')} failed; {again}")
     _log.info(
         f"next:   mobilellm report --runs='{sweep / files.RUNS}/*' --output={sweep / 'report'}"
     )
@@ -82,7 +85,7 @@ def submit(runs: Sequence[Run], sweep: Path, arguments: str, at_once: int | None
     Raises:
       ConfigError: if the data do not fit the runs, or if the submission fails.
     """
-    check_data(runs)
+    check_data(runs, sweep)
     files.record_runs(sweep, runs)
     if left := files.unfinished(sweep, runs):
         slurm.submit(sweep, left, arguments, at_once)
@@ -90,7 +93,7 @@ def submit(runs: Sequence[Run], sweep: Path, arguments: str, at_once: int | None
         _log.info("all finished; nothing to submit")
 
 
-def check_data(runs: Sequence[Run]) -> dict[str, int]:
+def check_data(runs: Sequence[Run], sweep: Path) -> dict[str, int]:
     """Checks the data of all runs; returns each run's number of batches per evaluation.
 
     The function prepares missing data if the recipe names a source. It runs before the processes of
@@ -98,10 +101,11 @@ def check_data(runs: Sequence[Run]) -> dict[str, int]:
 
     Raises:
       ConfigError: if the vocabulary of a model differs from the vocabulary of its data, or if a run
-        would not evaluate any held-out target.
+        would not evaluate any held-out target, or if a run in the folder was trained on other data.
       FileNotFoundError: if data are missing and the recipe names no source.
     """
     targets: dict[tuple[object, ...], int] = {}
+    fingerprints: dict[tuple[object, ...], str] = {}
     batches: dict[str, int] = {}
     for run in runs:
         train, data = run.config.train, run.config.data
@@ -109,6 +113,8 @@ def check_data(runs: Sequence[Run]) -> dict[str, int]:
         if key not in targets:
             mixture, _ = preflight.open_data(run.config)
             targets[key] = preflight.held_out_targets(run.config, mixture)
+            fingerprints[key] = mixture.fingerprint
+        files.check_data(sweep, run, fingerprints[key])
         if not targets[key] or not train.eval_every:
             raise ConfigError(
                 f"a sweep compares validation losses: data.path={data.path!r} holds "

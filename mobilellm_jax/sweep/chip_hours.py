@@ -84,7 +84,7 @@ def _compile_all(runs: Sequence[Run], topology: Topology, kept: Path) -> Models:
             files.write_results(kept, known)
         compiled = known[key]
         _log.info(
-            f"  {number}/{len(models)} {_model_name(members)}: {compiled.peak_bytes / _GIB:.1f} "
+            f"  {number}/{len(models)} {members[0].model}: {compiled.peak_bytes / _GIB:.1f} "
             f"GiB, compiled in {compiled.compile_sec:.0f} s"
         )
         found.append((members, compiled))
@@ -114,7 +114,7 @@ def _table(models: Models, topology: Topology, utilization: float) -> str:
                 f" | {stated:,.0f} | {predicted:,.0f} |"
             )
         lines.append(
-            f"| {_model_name(runs)} | {len(runs)} | {parameter_count(config.model):,} "
+            f"| {runs[0].model} | {len(runs)} | {parameter_count(config.model):,} "
             f"| {config.train.steps:,} | {compiled.change or 'none'} {numbers}"
         )
     lines += [
@@ -126,10 +126,6 @@ def _table(models: Models, topology: Topology, utilization: float) -> str:
         "FLOPs as everywhere in this project; evaluation, saving and restarts are not counted.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _model_name(runs: Sequence[Run]) -> str:
-    return runs[0].name.rpartition("-s")[0]
 
 
 def _compile(config: Config, topology: Topology, devices: Sequence[jax.Device]) -> Compiled:

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mobilellm_jax.announce import counted
 from mobilellm_jax.config import Config
 from mobilellm_jax.model.size import flops_per_token, parameter_count
 from mobilellm_jax.storage import strict_json
@@ -53,7 +54,7 @@ def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot]) -> dict[str
     missing = {key_of(run): run for run in runs if key_of(run) not in known}
     if not missing:
         return known
-    _log.info(f"trying {len(missing)} models for some steps each, to tell how long they take ...")
+    _log.info(f"trying {counted(len(missing), 'model')} for some steps, to estimate the time ...")
     free = list(slots)
     nothing = subprocess.DEVNULL
     pipes = {"stdin": nothing, "stdout": subprocess.PIPE, "stderr": nothing}
@@ -112,11 +113,47 @@ def expected_seconds(
 
 def seconds_ahead(sweep: Path, runs: Sequence[Run], expected_sec: Mapping[str, float]) -> float:
     """Returns the expected seconds of all steps that the runs still have to take."""
-    return sum(
-        expected_sec[run.name]
-        * (1 - (files.last_value(sweep, run, "step") or 0) / run.config.train.steps)
-        for run in runs
-    )
+    return sum(expected_sec[run.name] * (1 - share_done(sweep, run)) for run in runs)
+
+
+def share_done(sweep: Path, run: Run) -> float:
+    """Returns the share of its steps that a run has recorded; 0 if its records cannot be read."""
+    return (files.last_value(sweep, run, "step") or 0) / run.config.train.steps
+
+
+class Pace:
+    """Estimates the rest of a sweep from the expected times and from the times that runs took.
+
+    A run counts as measured when it has ended, or has taken a fifth of its steps since it was
+    started. A younger run has spent most of its time in compilation. As long as no run counts, the
+    expected times are the estimate.
+    """
+
+    _ENOUGH = 0.2
+
+    def __init__(self, sweep: Path, expected_sec: Mapping[str, float], slots: int) -> None:
+        self._sweep, self._expected_sec, self._slots = sweep, expected_sec, slots
+        self._took, self._expected = 0.0, 0.0
+
+    def ended(self, run: Run, seconds: float, share: float) -> None:
+        """Counts a run that took `seconds` for this share of its steps."""
+        self._took += seconds
+        self._expected += share * self._expected_sec[run.name]
+
+    def seconds_left(
+        self, waiting: Sequence[Run], running: Sequence[tuple[Run, float, float]]
+    ) -> float:
+        """Returns the estimate; `running` has a run, its seconds, and its share at its start."""
+        took, expected = self._took, self._expected
+        for run, seconds, first in running:
+            share = share_done(self._sweep, run) - first
+            if share >= self._ENOUGH:
+                took += seconds
+                expected += share * self._expected_sec[run.name]
+        left = [*waiting, *(run for run, _, _ in running)]
+        ahead = seconds_ahead(self._sweep, left, self._expected_sec)
+        pace = took / expected if expected else 1.0
+        return pace * ahead / max(1, min(self._slots, len(left)))
 
 
 def in_words(seconds: float) -> str:
@@ -126,6 +163,14 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def flops_in_words(flops: float) -> str:
+    """Returns a number of FLOPs with three digits and a unit, such as "3.21 TFLOP"."""
+    units = {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9}
+    unit = next((unit for unit, size in units.items() if flops >= size), "GFLOP")
+    value = flops / units[unit]
+    return f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+
+
 def plan_lines(runs: Sequence[Run]) -> list[str]:
     """Returns a table with one line per model.
 
@@ -133,14 +178,13 @@ def plan_lines(runs: Sequence[Run]) -> list[str]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        name = run.name.rpartition("-s")[0]
-        groups.setdefault(name.rpartition("-lr")[0] or name, []).append(run)
+        groups.setdefault(run.model, []).append(run)
     width = max(len(name) for name in groups)
-    lines = [f"{'model':{width}} {'runs':>5} {'parameters':>14} {'tokens':>16} {'PFLOP, all':>12}"]
+    lines = [f"{'model':{width}} {'runs':>5} {'parameters':>14} {'tokens':>16} {'FLOPs, all':>14}"]
     for name, members in groups.items():
-        run, flops = members[0], sum(run.flops for run in members) / 1e15
+        run, flops = members[0], sum(run.flops for run in members)
         lines.append(
             f"{name:{width}} {len(members):5} {parameter_count(run.config.model):14,} "
-            f"{run.config.tokens:16,} {flops:12,.3f}"
+            f"{run.config.tokens:16,} {flops_in_words(flops):>14}"
         )
     return lines

@@ -12,24 +12,28 @@ A killed sweep can resume from these files alone.
 
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mobilellm_jax import config as config_lib
 from mobilellm_jax.config import Config, ConfigError, changed
-from mobilellm_jax.preflight import MAY_CHANGE, check_same_run
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.preflight import check_same_run
+from mobilellm_jax.run_record import MAY_CHANGE, RunRecord, State, read_record
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.runs import TUNED, Run
-from mobilellm_jax.train.metrics import read_metrics
 
 SWEEP, TRIALS = "sweep.json", "trials.json"
 RUNS, LOGS, SLURM = "runs", "logs", "slurm"
+ENDED: tuple[State, ...] = ("finished", "diverged")
 _VERSION = 1
 
-State = Literal["waiting", "started", "finished", "failed"]
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 def run_folder(sweep: Path, name: str) -> Path:
@@ -43,38 +47,136 @@ def log_file(sweep: Path, name: str) -> Path:
 
 
 def record_runs(sweep: Path, runs: Sequence[Run]) -> None:
-    """Adds the runs to `sweep.json` and keeps the runs that are already in the file.
+    """Adds the runs to `sweep.json` and keeps the entries that are already in the file.
+
+    A warning names the runs whose learning rate has followed another schedule before.
 
     Raises:
-      ConfigError: if a run of the same name was started with another config.
+      ConfigError: if a run of the same name was started with another config or has taken more
+        steps, or if a learning rate would be chosen among runs that are not comparable.
+      UserError: if the folder of a run is damaged.
     """
+    records = {run.name: read_record(run_folder(sweep, run.name)) for run in runs}
     for run in runs:
-        file = run_folder(sweep, run.name) / rundir.CONFIG
-        if not file.exists():
-            continue
-        free = MAY_CHANGE
-        if run.tune_from:
-            free |= {TUNED}
-        if run.config.model.compute_dtype == "auto":
-            free |= {"model.compute_dtype"}
-        remedy = "Use its values to continue the sweep, or another --workdir."
-        check_same_run(file.parent, config_lib.read_json(file), run.config, free, remedy)
-    known = {run.name: run for run in [*read_runs(sweep), *runs]}
+        _check_config(records[run.name], run)
+    _check_length(runs, records)
+    _check_schedules(runs, records)
+    entries = _entries(sweep) | {run.name: dataclasses.asdict(run) for run in runs}
     for folder in (RUNS, LOGS):
         (sweep / folder).mkdir(parents=True, exist_ok=True)
-    entries = list(map(dataclasses.asdict, known.values()))
-    _write_json(sweep / SWEEP, {"version": _VERSION, "runs": entries})
+    _write_json(sweep / SWEEP, {"version": _VERSION, "runs": list(entries.values())})
 
 
-def read_runs(sweep: Path) -> list[Run]:
-    """Returns the runs in `sweep.json`, or an empty list if the file does not exist.
+def _check_config(record: RunRecord, run: Run) -> None:
+    if record.config is None:
+        return
+    free = MAY_CHANGE
+    if run.tune_from:
+        free |= {TUNED}
+    if run.config.model.compute_dtype == "auto":
+        free |= {"model.compute_dtype"}
+    remedy = "Use its values to continue the sweep, or another --workdir."
+    check_same_run(record.folder, record.config, run.config, free, remedy)
+
+
+def _check_length(runs: Sequence[Run], records: Mapping[str, RunRecord]) -> None:
+    longer = {run: records[run.name].last_step for run in runs
+              if records[run.name].state(run.config.train.steps) == "longer"}  # fmt: skip
+    if not longer:
+        return
+    lines = "\n".join(
+        f"  {run.name}: {taken} steps taken, train.steps={run.config.train.steps} here"
+        for run, taken in longer.items()
+    )
+    steps = {run.config.train.steps for run in runs}
+    enough = f"={max(longer.values())}" if len(steps) == 1 else " with a larger number"
+    raise ConfigError(
+        "runs of this sweep are longer than asked for, and a loss on the way is not the loss of a "
+        f"shorter run, whose learning rate falls sooner:\n{lines}\n"
+        f"Use --config.train.steps{enough}, or another --workdir."
+    )
+
+
+def _check_schedules(runs: Sequence[Run], records: Mapping[str, RunRecord]) -> None:
+    """Warns of runs with two schedules; raises if a rate would be chosen among different ones."""
+    others = {run.name: step for run in runs if (step := _other_schedule(records[run.name], run))}
+    for run in runs:
+        tuning = {others.get(name, 0) for name in run.tune_from if not _has_failed(records, name)}
+        if len(tuning) > 1 and records[run.name].config is None:
+            raise ConfigError(
+                f"{run.name} takes its learning rate from the best of {', '.join(run.tune_from)}, "
+                "and some of these have followed the schedule of another train.steps at first, so "
+                "they are not comparable. Use another --workdir."
+            )
+    if others:
+        names = ", ".join(f"{name} (until step {step})" for name, step in others.items())
+        _log.warning(
+            f"Runs go on with another schedule of the learning rate: {names}. They are not "
+            "comparable with runs that had one schedule, and `mobilellm report` shows them as "
+            "models of their own. For comparable runs, use another --workdir."
+        )
+
+
+def _other_schedule(record: RunRecord, run: Run) -> int:
+    """Returns the last step with another schedule; a run with `tune_from` keeps its own rate."""
+    if record.config is None:
+        return 0
+    rate = record.config.optimizer.peak_lr
+    config = changed(run.config, {TUNED: rate}) if run.tune_from else run.config
+    return record.other_schedule_until(config)
+
+
+def _has_failed(records: Mapping[str, RunRecord], name: str) -> bool:
+    return name in records and records[name].outcome.get("state") == "failed"
+
+
+def check_data(sweep: Path, run: Run, fingerprint: str) -> None:
+    """Raises a ConfigError if the run in the folder was trained on data with another fingerprint.
+
+    Two token folders can have the same path, one after the other, and other paths can give the run
+    the same name.
+    """
+    record = read_record(run_folder(sweep, run.name))
+    if record.data not in (None, fingerprint):
+        raise ConfigError(
+            f"{record.folder} was trained on other data (fingerprint {record.data}) than "
+            f"data.path={run.config.data.path!r} holds now ({fingerprint}). Use the same data to "
+            "continue the sweep, or another --workdir."
+        )
+
+
+def read_runs(sweep: Path, names: Iterable[str]) -> list[Run]:
+    """Returns the runs in `sweep.json` with these names; the file and each run may be missing.
+
+    Other entries of the file are not checked, because another version may have written them.
 
     Raises:
-      ConfigError: if `record_runs` did not write the file.
+      ConfigError: if `record_runs` did not write the file, or an entry is damaged.
     """
+    entries = _entries(sweep)
+    runs = []
+    for name in names:
+        if name not in entries:
+            continue
+        try:
+            runs.append(
+                Run(
+                    name=name,
+                    config=config_lib.from_json(json.dumps(entries[name].get("config"))),
+                    tune_from=tuple(strict_json.get(entries[name], "tune_from", list[str])),
+                    model=strict_json.get(entries[name], "model", str, ""),
+                )
+            )
+        except UserError as error:
+            raise ConfigError(f"{sweep / SWEEP}, run {name}: {error}") from error
+    return runs
+
+
+def _entries(sweep: Path) -> dict[str, dict[str, Any]]:
+    """Returns the entries of `sweep.json` by the name of the run."""
     file = sweep / SWEEP
     if not file.exists():
-        return []
+        return {}
     try:
         content = strict_json.read(file)
         version = strict_json.get(content, "version", int)
@@ -83,29 +185,22 @@ def read_runs(sweep: Path) -> list[Run]:
                 f"{file}: version={version}, and this program reads {_VERSION}; sweep into another "
                 "--workdir."
             )
-        runs = []
-        for entry in strict_json.get(content, "runs", list[dict[str, Any]]):
-            name = strict_json.get(entry, "name", str)
+        entries = strict_json.get(content, "runs", list[dict[str, Any]])
+        named = {strict_json.get(entry, "name", str): entry for entry in entries}
+        for name in named:
             if Path(name).name != name:
                 raise strict_json.JsonError(f"name={name!r} must name a folder in {RUNS}/.")
-            runs.append(
-                Run(
-                    name=name,
-                    config=config_lib.from_json(json.dumps(entry.get("config"))),
-                    tune_from=tuple(strict_json.get(entry, "tune_from", list[str])),
-                )
-            )
-        return runs
+        return named
     except strict_json.JsonError as error:
         raise ConfigError(f"{file}: {error}") from error
 
 
 def find_run(sweep: Path, name: str) -> Run:
     """Returns the run with this name, or raises a ConfigError if `sweep.json` has no such run."""
-    runs = {run.name: run for run in read_runs(sweep)}
-    if name not in runs:
-        raise ConfigError(f"{sweep / SWEEP} has no run {name}.{config_lib.near_miss(name, runs)}")
-    return runs[name]
+    for run in read_runs(sweep, [name]):
+        return run
+    hint = config_lib.near_miss(name, _entries(sweep))
+    raise ConfigError(f"{sweep / SWEEP} has no run {name}.{hint}")
 
 
 def settled(sweep: Path, run: Run) -> Config:
@@ -122,7 +217,7 @@ def settled(sweep: Path, run: Run) -> Config:
     if own.exists():
         rate = config_lib.read_json(own).optimizer.peak_lr
     else:
-        tuning = [tuned for tuned in read_runs(sweep) if tuned.name in run.tune_from]
+        tuning = read_runs(sweep, run.tune_from)
         losses = {
             loss: tuned.config.optimizer.peak_lr
             for tuned in tuning
@@ -140,19 +235,15 @@ def settled(sweep: Path, run: Run) -> Config:
 
 
 def state_of(sweep: Path, run: Run) -> State:
-    """Returns the state of a run; a run that finished with fewer steps counts as started."""
-    folder = run_folder(sweep, run.name)
-    outcome = rundir.read_outcome(folder)
-    if outcome.get("state") == "failed":
-        return "failed"
-    if outcome.get("state") == "finished" and outcome.get("steps", 0) >= run.config.train.steps:
-        return "finished"
-    return "started" if (folder / rundir.CONFIG).exists() else "waiting"
+    """Returns the state of a run; only a run whose process has recorded this is finished."""
+    record = read_record(run_folder(sweep, run.name))
+    state = record.state(run.config.train.steps)
+    return state if record.outcome or state not in ENDED else "started"
 
 
 def unfinished(sweep: Path, runs: Sequence[Run]) -> list[Run]:
     """Returns the runs that a sweep has to start or to continue."""
-    return [run for run in runs if state_of(sweep, run) != "finished"]
+    return [run for run in runs if state_of(sweep, run) not in ENDED]
 
 
 def write_outcome(
@@ -171,15 +262,29 @@ def write_outcome(
 
 
 def last_value(sweep: Path, run: Run, name: str) -> float | None:
-    """Returns the last recorded value of the metric `name` of a run, or None."""
-    records = read_metrics(run_folder(sweep, run.name) / rundir.METRICS)
+    """Returns the last recorded value of the metric `name` of a run, or None.
+
+    The result is also None if the records cannot be read, because a run under way may lose them.
+    """
+    try:
+        records = read_record(run_folder(sweep, run.name)).records
+    except UserError:
+        return None
     return next((record[name] for record in reversed(records) if name in record), None)
 
 
 def read_results(file: Path, kind: type[T]) -> dict[str, T]:
-    """Reads the results that `write_results` wrote; returns {} if the file does not exist."""
-    found = strict_json.read(file) if file.exists() else {}
-    return {key: strict_json.as_type(value, kind, key) for key, value in found.items()}
+    """Reads the results that `write_results` wrote; returns {} if the file does not exist.
+
+    Results can be measured again, so a damaged file causes a warning and counts as empty.
+    """
+    try:
+        found = strict_json.read(file) if file.exists() else {}
+        entries = strict_json.as_type(found, dict[str, Any], file.name)
+        return {key: strict_json.as_type(value, kind, key) for key, value in entries.items()}
+    except UserError as error:
+        _log.warning(f"Not used: {error} The results in {file} will be measured again.")
+        return {}
 
 
 def write_results(file: Path, results: Mapping[str, Any]) -> None:

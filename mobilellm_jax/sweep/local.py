@@ -15,12 +15,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mobilellm_jax.errors import SAVED_REQUEUE_ME
+from mobilellm_jax.announce import counted
+from mobilellm_jax.errors import SAVED_REQUEUE_ME, UserError
 from mobilellm_jax.processes.run_lock import RunLock
+from mobilellm_jax.run_record import State
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 from mobilellm_jax.sweep import folder as files
-from mobilellm_jax.sweep.estimate import in_words, seconds_ahead
+from mobilellm_jax.sweep.estimate import Pace, in_words, share_done
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.sweep.slots import Slot
 from mobilellm_jax.train.stopping import StopRequest
@@ -38,6 +40,12 @@ class Child:
     run: Run
     slot: Slot
     process: "subprocess.Popen[bytes]"
+    first_share: float = 0.0  # Share of its steps that the run had taken before.
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
 
     def stop(self) -> None:
         """Closes the pipe, so that the child saves and ends; a second call does nothing."""
@@ -74,22 +82,23 @@ def run_all(
     """Trains the unfinished runs in their order; returns False if a signal stopped the sweep.
 
     The function shows a message when a run starts or ends, and the progress every 30 seconds.
-    `expected_sec` contains the expected seconds of each run by name. The estimate of the remaining
-    time depends only on the ratios of these numbers. `lock` is the lock that `alone` yields.
+    `expected_sec` contains the expected seconds of each run by name. `lock` is the lock that
+    `alone` yields.
     """
-    waiting = files.unfinished(sweep, runs)
+    states = {run.name: files.state_of(sweep, run) for run in runs}
+    waiting = [run for run in runs if states[run.name] not in files.ENDED]
     free, children = list(slots), list[Child]()
-    ahead, began = seconds_ahead(sweep, waiting, expected_sec), time.monotonic()
+    pace, said = Pace(sweep, expected_sec, len(slots)), time.monotonic()
 
     def say_progress() -> float:
-        running = [child.run for child in children]
-        left = seconds_ahead(sweep, [*waiting, *running], expected_sec)
-        rate = (ahead - left) / (time.monotonic() - began)
-        remaining = f"; {in_words(left / rate)} left" if rate > 0 and left > 0 else ""
-        _log.info(f"        {_progress(sweep, runs, running)}{remaining}")
+        running = [(child.run, child.seconds, child.first_share) for child in children]
+        remaining = ""
+        if waiting or children:
+            remaining = f"; {in_words(pace.seconds_left(waiting, running))} left"
+        under_way = [run for run, _, _ in running]
+        _log.info(f"        {_progress(sweep, list(states.values()), under_way)}{remaining}")
         return time.monotonic()
 
-    said = began
     try:
         with StopRequest() as stop:
             while (waiting and stop.signal is None) or children:
@@ -103,6 +112,9 @@ def run_all(
                     children.remove(child)
                     free.append(child.slot)
                     _log.info(_ended(sweep, child, stopping=stop.signal is not None))
+                    states[child.run.name] = _state(sweep, child.run)
+                    if states[child.run.name] in files.ENDED:
+                        pace.ended(child.run, child.seconds, 1 - child.first_share)
                     said = say_progress()
                 if children and time.monotonic() - said > _SAY_SEC:
                     said = say_progress()
@@ -113,6 +125,14 @@ def run_all(
             child.stop()
 
 
+def _state(sweep: Path, run: Run) -> State:
+    try:
+        return files.state_of(sweep, run)
+    except UserError as error:
+        _log.warning(f"FAILED  {run.name}: its folder cannot be read: {error}")
+        return "failed"
+
+
 def _ready(waiting: Sequence[Run], children: Sequence[Child]) -> Run | None:
     """Returns the first waiting run that does not depend on an unfinished run."""
     under_way = {run.name for run in [*waiting, *(child.run for child in children)]}
@@ -121,6 +141,7 @@ def _ready(waiting: Sequence[Run], children: Sequence[Child]) -> Run | None:
 
 def _start(sweep: Path, run: Run, slot: Slot, lock: FileLock) -> Child:
     folder = files.run_folder(sweep, run.name)
+    first_share = share_done(sweep, run)
     if (folder / rundir.OUTCOME).exists():  # The run failed, or it has more steps now.
         files.write_outcome(folder, "again")
     with files.log_file(sweep, run.name).open("ab") as output:
@@ -132,7 +153,7 @@ def _start(sweep: Path, run: Run, slot: Slot, lock: FileLock) -> Child:
             start_new_session=True,  # Ctrl-C in a terminal reaches only this process.
             pass_fds=(lock.descriptor,),
         )
-    return Child(run, slot, process)
+    return Child(run, slot, process, first_share)
 
 
 def _ended(sweep: Path, child: Child, stopping: bool) -> str:
@@ -153,9 +174,9 @@ def _ended(sweep: Path, child: Child, stopping: bool) -> str:
     return f"FAILED  {name}: {reason[0] if reason else code}; its output is in {log}"
 
 
-def _progress(sweep: Path, runs: Sequence[Run], running: Sequence[Run]) -> str:
-    states = [files.state_of(sweep, run) for run in runs]
-    text = f"{states.count('finished')} of {len(runs)} finished"
+def _progress(sweep: Path, states: Sequence[State], running: Sequence[Run]) -> str:
+    ended = sum(state in files.ENDED for state in states)
+    text = f"{ended} of {counted(len(states), 'run')} finished"
     if failed := states.count("failed"):
         text += f", {failed} failed"
     for run in running:

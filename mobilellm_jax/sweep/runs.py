@@ -24,6 +24,7 @@ class Run:
 
     name: str  # Name of the run and of its folder.
     config: Config
+    model: str = ""  # Name of the model, which its runs with other seeds and learning rates share.
     # Names of runs that train the same model at different learning rates. This run uses the rate of
     # the best of these runs, and ignores `optimizer.peak_lr` in `config`.
     tune_from: tuple[str, ...] = ()
@@ -118,9 +119,10 @@ def with_seeds(variants: Variants, seeds: int, rates: Sequence[float] = ()) -> l
         tuning = {f"{name}-lr{rate:g}-s0": rate for rate in rates}
         if tuning and seed == 0:
             runs += [
-                Run(name=tuned, config=changed(config, {TUNED: rate}))
+                Run(name=tuned, config=changed(config, {TUNED: rate}), model=name)
                 for tuned, rate in tuning.items()
             ]
         else:
-            runs.append(Run(name=f"{name}-s{seed}", config=config, tune_from=tuple(tuning)))
+            late = Run(name=f"{name}-s{seed}", config=config, tune_from=tuple(tuning), model=name)
+            runs.append(late)
     return runs

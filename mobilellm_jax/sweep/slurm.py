@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mobilellm_jax.announce import counted
 from mobilellm_jax.config import ConfigError
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.storage import rundir, strict_json
@@ -97,7 +98,7 @@ def submit(sweep: Path, runs: Sequence[Run], arguments: str, at_once: int | None
         # sbatch --parsable prints "JOB" or "JOB;CLUSTER".
         jobs.append(result.stdout.strip().partition(";")[0])
         rundir.write_whole(folder / _JOBS, json.dumps({"jobs": jobs}) + "\n")
-        _log.info(f"submitted {len(part)} runs as job {jobs[-1]}: {script}")
+        _log.info(f"submitted {counted(len(part), 'run')} as job {jobs[-1]}: {script}")
 
 
 def _write(

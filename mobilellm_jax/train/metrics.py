@@ -1,7 +1,6 @@
 """Writes the numbers of a run to the terminal, `metrics.jsonl` and TensorBoard, and draws them."""
 
 import importlib.util
-import io
 import json
 import logging
 import math
@@ -9,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
 from tqdm import tqdm
@@ -17,6 +16,10 @@ from tqdm import tqdm
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.model.size import flops_per_token
 from mobilellm_jax.storage import rundir, strict_json
+from mobilellm_jax.storage.picture import png, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _log = logging.getLogger(__name__)
 _ATTENTION = "train/attention"
@@ -164,28 +167,29 @@ def _open_board(folder: Path) -> Any:
 def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draws training and validation loss (nats per token) over the steps as a PNG file.
 
-    Without matplotlib the function draws nothing; `MetricsWriter` warns of this.
+    The legend has the last values. A run has few validations, so each of them is a point. Without
+    matplotlib the function draws nothing; `MetricsWriter` warns of this.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
     series = (
         ("train/loss", "training", "tab:blue", "-"),
-        ("validation/loss", "validation", "tab:orange", "o-"),
+        ("validation/loss", "validation", "tab:orange", "o:"),
     )
-    for name, label, color, style in series:
-        points = [(r["step"], r[name]) for r in records if name in r]
-        if points:
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        for name, label, color, style in series:
+            points = [(r["step"], r[name]) for r in records if name in r]
+            if not points:
+                continue
             steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, style, color=color, label=label, markersize=4, linewidth=1.2)
-            axes.annotate(f" {losses[-1]:.3f}", (steps[-1], losses[-1]), color=color, fontsize=8)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    rundir.write_whole(path, buffer.getvalue())
+            alone = "o" if len(points) == 1 else style
+            text = f"{label}: {losses[-1]:.3f} at step {steps[-1]}"
+            axes.plot(steps, losses, alone, color=color, label=text, markersize=4, linewidth=1.2)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=shorten(title, 70))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+
+    rundir.write_whole(path, png(draw, (7, 4), 120))

@@ -46,7 +46,7 @@ def test_medians_over_processes_and_rounds() -> None:
 
 def test_table_and_csv_hold_every_row() -> None:
     rows = [summarize([MEASURED], 128), summarize([dataclasses.replace(MEASURED, loss=4.0)], 128)]
-    header, _, first, second = markdown(rows).splitlines()
+    header, _, first, second, *_ = markdown(rows, "a text").splitlines()
     assert "J/token (est.)" in header and "battery h (est.)" in header
     assert "| q8 | llama.cpp | q8_0 | 380.00 | 8.8 | 0.500 |" in first
     assert "4.0000" in second
@@ -56,5 +56,7 @@ def test_table_and_csv_hold_every_row() -> None:
 
 def test_the_picture_has_a_point_per_row() -> None:
     rows = [summarize([dataclasses.replace(MEASURED, loss=loss)], 128) for loss in (3.0, 4.0)]
-    both, one = (matplotlib.image.imread(io.BytesIO(plot(some))) for some in (rows, rows[:1]))
+    both, one = (
+        matplotlib.image.imread(io.BytesIO(plot(some, "a text"))) for some in (rows, rows[:1])
+    )
     assert both.shape[0] > 400 and (both != 1).sum() != (one != 1).sum()

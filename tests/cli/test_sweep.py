@@ -66,7 +66,11 @@ def test_a_plan_counts_and_makes_nothing(
     errors = capsys.readouterr().err
     row = "4x128-h8kv8-f400-immediate4      3      1,401,984          819,200"
     assert row in errors
-    assert "18 runs, 0." in errors and "0 finished, 0 started, 0 failed" in errors
+    assert (
+        "18 runs, " in errors
+        and " TFLOP in all" in errors
+        and "0 finished, 0 started, 0 failed" in errors
+    )
     # 18 runs at 10 GFLOP/s: FLOPs, evaluations of a third of a step, and starts.
     assert (
         "on 1 x this machine (at 1e+10 FLOP/s, stated; evaluations and starts included)" in errors

@@ -35,7 +35,7 @@ def test_differences_are_taken_seed_by_seed(write_run: Callable[..., Path], tmp_
     for seed in range(3):
         write_run(f"plain{seed}", seeded(config_of("not shared"), seed), plain[seed])
         write_run(f"twice{seed}", seeded(config_of("immediate, x2"), seed), twice[seed])
-    tables = grid_tables(group_seeds(read_runs(str(tmp_path / "sweep"))))
+    tables = grid_tables(group_seeds(read_runs(str(tmp_path / "sweep"))[0]))
     assert [(t.grid, t.scale, len(t.rows)) for t in tables] == [
         ("sharing", "tiny", 2), ("repeats", "tiny", 2)
     ]  # fmt: skip
@@ -69,7 +69,7 @@ def test_verdicts(
     for seed, loss in enumerate(ours):
         write_run(f"plain{seed}", seeded(config_of("not shared"), seed), [4.0, 4.4, 4.2][seed])
         write_run(f"twice{seed}", seeded(config_of("reverse, x2"), seed), loss)
-    (table,) = grid_tables(group_seeds(read_runs(str(tmp_path / "sweep"))))
+    (table,) = grid_tables(group_seeds(read_runs(str(tmp_path / "sweep"))[0]))
     assert table.rows[1].verdict == verdict
 
 
@@ -81,7 +81,7 @@ def test_models_with_other_seeds_are_compared_by_both_errors(
         write_run(f"plain{seed}", seeded(config_of("not shared"), seed), loss)
     for seed, loss in enumerate(twice):
         write_run(f"twice{seed}", seeded(config_of("reverse, x2"), seed), loss)
-    (table,) = grid_tables(group_seeds(read_runs(str(tmp_path / "sweep"))))
+    (table,) = grid_tables(group_seeds(read_runs(str(tmp_path / "sweep"))[0]))
     error = np.hypot(scipy.stats.sem(plain), scipy.stats.sem(twice))
     assert table.rows[1].difference is not None
     assert table.rows[1].difference.standard_error == pytest.approx(error)
@@ -93,7 +93,7 @@ def test_each_setting_has_its_own_tables(write_run: Callable[..., Path], tmp_pat
         for label in ("not shared", "immediate, x2"):
             config = dataclasses.replace(config_of(label), optimizer=optimizer)
             write_run(f"{label}{decay}", config, 4.0)
-    models = group_seeds(read_runs(str(tmp_path / "sweep")))
+    models = group_seeds(read_runs(str(tmp_path / "sweep"))[0])
     assert sorted(m.name for m in models)[0] == "4x128-h8kv8-f400 weight_decay=0.0"
     tables = grid_tables(models)
     assert {table.setting for table in tables} == {"weight_decay=0.0", "weight_decay=0.1"}
@@ -109,12 +109,12 @@ def test_a_tuned_row_shows_the_rate_with_most_seeds(
             config = dataclasses.replace(config_of("immediate, x2"), optimizer=optimizer)
             write_run(f"{rate}-{seed}", seeded(config, seed), loss)
     write_run("plain", config_of("not shared"), 4.0)
-    tables = grid_tables(group_seeds(read_runs(str(tmp_path / "sweep"))))
+    tables = grid_tables(group_seeds(read_runs(str(tmp_path / "sweep"))[0]))
     assert tables[0].rows[1].model.config.optimizer.peak_lr == 1e-2
 
 
 def test_unfinished_runs_are_in_no_table(all_tiny: Path) -> None:
-    runs = read_runs(str(all_tiny))
+    runs = read_runs(str(all_tiny))[0]
     assert len(runs) == 62
     models = group_seeds(runs)
     assert len(models) == 20 and all(len(model.runs) == 3 for model in models)
@@ -125,7 +125,7 @@ def test_speed_is_the_median_over_the_run(write_run: Callable[..., Path], tmp_pa
     folder = write_run("plain", config_of("not shared"), 4.0)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2000, "train/tokens_per_sec": 4000.0}\n')
-    (run,) = read_runs(str(tmp_path / "sweep"))
+    (run,) = read_runs(str(tmp_path / "sweep"))[0]
     # An even number of values has two middle values; the median is their mean.
     assert run.tokens_per_sec == 2500.0
 
@@ -133,8 +133,8 @@ def test_speed_is_the_median_over_the_run(write_run: Callable[..., Path], tmp_pa
 def test_a_diverged_run_is_in_no_table(write_run: Callable[..., Path], tmp_path: Path) -> None:
     write_run("plain", config_of("not shared"), 4.0)
     write_run("twice", config_of("reverse, x2"), math.nan)
-    runs = read_runs(str(tmp_path / "sweep"))
-    assert [run.has_diverged for run in runs] == [False, True]
+    runs = read_runs(str(tmp_path / "sweep"))[0]
+    assert [run.state for run in runs] == ["finished", "diverged"]
     assert [model.name for model in group_seeds(runs)] == ["4x128-h8kv8-f400"]
 
 

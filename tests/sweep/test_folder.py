@@ -17,14 +17,19 @@ RUNS = with_seeds({"a": BASE}, 2, [1e-3, 1e-2, 1e-1])
 def finish(sweep: Path, name: str, loss: float, steps: int = BASE.train.steps) -> None:
     folder = files.run_folder(sweep, name)
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"step": steps, "validation/loss": loss}
-    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "config.json").write_text(to_json(BASE))
+    write_loss(folder, steps, loss)
     files.write_outcome(folder, "finished", steps=steps)
+
+
+def write_loss(folder: Path, step: int, loss: float = 2.0) -> None:
+    record = {"step": step, "validation/loss": loss}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
 
 
 def test_runs_come_back(tmp_path: Path) -> None:
     files.record_runs(tmp_path, RUNS)
-    assert files.read_runs(tmp_path) == RUNS
+    assert files.read_runs(tmp_path, [run.name for run in RUNS]) == RUNS
     assert files.find_run(tmp_path, "a-s1") == RUNS[-1]
     with pytest.raises(ConfigError, match="has no run a-s2. Did you mean a-s1?"):
         files.find_run(tmp_path, "a-s2")
@@ -34,7 +39,8 @@ def test_more_runs_are_added_and_none_is_forgotten(tmp_path: Path) -> None:
     files.record_runs(tmp_path, RUNS)
     other = Run(name="b-s0", config=BASE)
     files.record_runs(tmp_path, [other])
-    assert files.read_runs(tmp_path) == [*RUNS, other]
+    names = [*(run.name for run in RUNS), "b-s0"]
+    assert files.read_runs(tmp_path, names) == [*RUNS, other]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,7 @@ def test_more_runs_are_added_and_none_is_forgotten(tmp_path: Path) -> None:
 def test_a_file_that_no_sweep_wrote(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
-        files.read_runs(tmp_path)
+        files.read_runs(tmp_path, ["x"])
 
 
 def test_states(tmp_path: Path) -> None:
@@ -65,10 +71,14 @@ def test_states(tmp_path: Path) -> None:
     files.write_outcome(folder, "again")
     assert files.state_of(tmp_path, run) == "started"
     steps = run.config.train.steps
+    write_loss(folder, steps - 1)
     files.write_outcome(folder, "finished", steps=steps - 1, peak_host_bytes=5)
     assert files.state_of(tmp_path, run) == "started"  # extended by a step
+    write_loss(folder, steps)
     files.write_outcome(folder, "finished", steps=steps)
     assert files.state_of(tmp_path, run) == "finished"
+    write_loss(folder, steps + 1)
+    assert files.state_of(tmp_path, run) == "longer"
     assert rundir.read_outcome(folder)["peak_host_bytes"] == 7  # of all its processes
 
 
@@ -88,7 +98,7 @@ def test_the_best_rate_is_that_of_the_lowest_loss(tmp_path: Path) -> None:
     assert files.settled(tmp_path, late).optimizer.peak_lr == 1e-1
     # A run keeps the choice that it was started with.
     own = files.run_folder(tmp_path, late.name)
-    own.mkdir()
+    own.mkdir(exist_ok=True)
     optimizer = dataclasses.replace(BASE.optimizer, peak_lr=1e-3)
     (own / "config.json").write_text(to_json(dataclasses.replace(BASE, optimizer=optimizer)))
     assert files.settled(tmp_path, late).optimizer.peak_lr == 1e-3
@@ -107,4 +117,4 @@ def test_a_started_run_keeps_its_config(tmp_path: Path) -> None:
     wide = dataclasses.replace(BASE, model=dataclasses.replace(BASE.model, ffn_dim=512))
     with pytest.raises(ConfigError, match="model.ffn_dim: 1536 there, 512 here"):
         files.record_runs(tmp_path, [Run(name="a-s0", config=wide)])
-    assert files.read_runs(tmp_path) == [run]
+    assert files.read_runs(tmp_path, [run.name]) == [run]
