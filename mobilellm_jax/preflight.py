@@ -121,7 +121,7 @@ def check_writable(workdir: Path) -> None:
 def check_same_run(
     workdir: Path, old: Config, new: Config, may_change: frozenset[str], remedy: str
 ) -> None:
-    """Raises if `old`, the config in `workdir`, and `new` differ in a field not in `may_change`."""
+    """Raises if `new` differs from `old`, the config in `workdir`, where it may not."""
     changed = config_lib.changed_fields(old, new)
     if lines := _lines({name: pair for name, pair in changed.items() if name not in may_change}):
         raise ConfigError(

@@ -197,7 +197,7 @@ def _prompt(tokenizer: Tokenizer, text: str, count: int) -> list[int]:
 
 
 def _seconds(write: Writer, prompt: list[int], count: int) -> tuple[float, float]:
-    """Returns the seconds until the first new token, and per token for `count` more tokens."""
+    """Returns the seconds until the first new token, and the seconds per later token."""
     began = time.perf_counter()
     tokens = write(generate.Request([prompt], max_new_tokens=1 + count, sampling=GREEDY))
     next(tokens)

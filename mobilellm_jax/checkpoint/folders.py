@@ -81,7 +81,7 @@ def make_room(folder: epath.Path, step: int) -> bool:
 
     The function deletes incomplete saves of this step, and renames a damaged checkpoint.
     """
-    folder.mkdir(exist_ok=True)  # A missing run folder is an error, so no `parents`.
+    folder.mkdir(exist_ok=True)  # Without `parents`, a missing run folder is an error.
     final = folder / str(step)
     if final.exists() and (sealing.is_local(folder) or (final / sealing.MANIFEST).exists()):
         try:

@@ -49,8 +49,9 @@ def near_miss(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-# Each rule is a test and the message for a failed test. A message shows every field that its test
-# reads, so `violations` runs a test only if all fields in its message have valid values.
+# Each rule is a test and the message for a failed test. A test needs fields of valid types. The
+# message names these fields, so `violations` runs the test only if all fields in the message are
+# valid.
 _RULES: tuple[tuple[Callable[["Config"], bool], str], ...] = (
     (
         lambda c: c.model.scan_unroll <= c.model.num_blocks,

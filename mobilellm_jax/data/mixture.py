@@ -37,8 +37,8 @@ MAX_BLOCK = 100_000
 # A decimal number with at most two digits in the exponent. An exact fraction with a larger
 # exponent, such as 1e999999999, would fill the memory.
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,2})?")
-# Value of the argument `stream` of `permuted` for blocks. For the windows of component c, the value
-# is c.
+# `permuted` takes this number as its argument `stream` to order blocks. To order the windows of
+# component c, it takes c.
 _BLOCKS = -1
 
 
@@ -116,7 +116,7 @@ class Mixture:
 
 
 def mixture_of(dataset: Dataset) -> Mixture:
-    """Returns the mixture of a folder's sources, or of the folder alone if it has no weights."""
+    """Returns the mixture that a folder describes; without weights, the folder is all of it."""
     return _mixture(str(dataset.path), [(dataset, Fraction(1))])
 
 

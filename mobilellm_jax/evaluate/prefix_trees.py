@@ -12,7 +12,7 @@ same for all tokens of a tree. These ends then serve as document numbers (`segme
 attention within documents is faster than attention with a mask. Row lengths are powers of two from
 256 on, so few programs are compiled. On 600 rows of HellaSwag, the padded rows have 15% more tokens
 than the trees. On BoolQ they have 13% more, and on PIQA 9% more. With one tree per row, the padding
-would be about as large, and there would be 12 to 18 row lengths to compile.
+would be about the same, but 12 to 18 row lengths would have to be compiled.
 """
 
 import bisect

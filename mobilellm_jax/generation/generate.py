@@ -115,7 +115,7 @@ class _State:
 def _chunks(
     config: ModelConfig, params: Params | Prepared, request: Request, chunk: int
 ) -> Iterator[np.ndarray]:
-    """Yields the drawn tokens in arrays [prompts, about chunk] until every row has drawn EOS.
+    """Yields arrays of drawn tokens [prompts, up to `chunk`] until every row has drawn EOS.
 
     A row may contain more tokens after its EOS.
     """

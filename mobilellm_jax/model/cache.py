@@ -3,7 +3,7 @@
 A shared block sees different inputs at each of its applications, so each application needs its own
 keys and values. The cache therefore has U * R slots in the order of application, like the cache of
 a model with U * R layers that share no weights. (The paper's own code writes both applications of a
-block into one slot. So that code decodes its models with shared layers without a cache.)
+block into one slot. Therefore the paper's code decodes models with shared layers without a cache.)
 
 `KVCache` is for reading prompts (prefill), where the scan over the blocks carries the cache.
 `AlignedCache` is for decoding.

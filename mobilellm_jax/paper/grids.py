@@ -128,7 +128,7 @@ def label(grid: GridName, step: str, model: ModelConfig) -> str:
 
 
 def shape_name(model: ModelConfig) -> str:
-    """Returns a name for folders and curves that contains every value that a grid varies."""
+    """Returns a name that contains every value that a grid varies, for folders and curves."""
     parts = [
         f"{model.num_blocks}x{model.embed_dim}",
         f"h{model.num_heads}kv{model.num_kv_heads}",

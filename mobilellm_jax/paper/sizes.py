@@ -85,7 +85,7 @@ def small_model(
 
 
 def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
-    """Returns a model of the scale's width; as in Tables 2, 13 and 14, heads divide the width."""
+    """Returns a model of the scale's width, divided among its heads as in Tables 2, 13 and 14."""
     heads = base.num_heads // scale.divisor
     model = dataclasses.replace(
         base,
@@ -101,7 +101,7 @@ def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
 
 
 def _of_solved_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
-    """Returns a model of about `scale.parameters` parameters whose heads have the scale's width."""
+    """Returns a model with about `scale.parameters` parameters and heads of `scale.head_dim`."""
     width = base.num_heads * scale.head_dim
     untied = dataclasses.replace(
         base,

@@ -43,7 +43,8 @@ def smallest_fit(config: Config, devices: Sequence[jax.Device], failed: TooLarge
     `failed` is the result of `compile_step` for the unchanged `config`. `settle` must have replaced
     every "auto" in `config`.
     """
-    # The compiled step needs more bytes than computed, mostly for the compiler's own buffers.
+    # The compiled step needs more bytes than `account_of` counts, mostly for the compiler's own
+    # buffers.
     missing = failed.needed_bytes - account_of(config, devices).total_bytes
     for change in candidates(config, len(devices)):
         try:

@@ -76,7 +76,7 @@ class Program:
     """The operations in one execution of a compiled program."""
 
     collectives: tuple[Collective, ...]
-    estimated_cycles: int | None  # Estimate of the TPU compiler without Pallas kernels, or None.
+    estimated_cycles: int | None  # Cycles by the TPU compiler, which does not count Pallas kernels.
     kernels: dict[str, int]  # Number of calls of each Pallas kernel per execution.
     unknown_loops: int  # Number of loops of unknown length, whose bodies count once.
 

@@ -41,7 +41,7 @@ class Prediction:
 
     @property
     def fastest_sec(self) -> float:
-        """Time if all communication overlaps with arithmetic; without an estimate, the roofline."""
+        """Time if communication overlaps with arithmetic; the roofline if there is no estimate."""
         if self.estimated_sec is None:
             return self.roofline_sec
         return max(self.estimated_sec + self.kernels_sec, self.roofline_sec)

@@ -35,7 +35,10 @@ class Agreement:
             self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, asked: bool) -> bool:
-        """Returns whether any process asked in its last call; a single process gets `asked`."""
+        """Returns whether any process asked to stop in its last call.
+
+        A single process gets `asked`.
+        """
         if not self._several:
             return asked
         if self._step is not None:

@@ -12,7 +12,7 @@ from mobilellm_jax.config import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The launcher that started this process, and its facts about the run."""
+    """The launcher that started this process, and what it says about the run's processes."""
 
     name: str
     several: bool  # Whether jax must connect several processes.
@@ -51,9 +51,9 @@ def check_flags(
 def find_cluster(env: Mapping[str, str]) -> Cluster:
     """Returns the launcher of this process; checks the launchers in the same order as jax.
 
-    jax uses a launcher whenever its variables exist, and therefore fails in the Kubernetes pod of a
-    notebook or in a Slurm shell. This function also requires that the launcher has started several
-    processes.
+    jax uses a launcher as soon as the launcher's environment variables exist. These variables also
+    exist in the Kubernetes pod of a notebook and in a Slurm shell, where no other process runs, and
+    jax fails there. This function also requires that the launcher has started several processes.
 
     Raises:
       ConfigError: if there are several processes, but jax cannot connect them.
@@ -96,7 +96,7 @@ def _slurm_gpus(env: Mapping[str, str]) -> list[int] | None:
 
     jax uses one GPU per task: the GPU whose number is the number of the task on its node. With one
     task per node, seven of eight GPUs then stay idle. If Slurm shows each task only its own GPUs,
-    the number of the GPU may not exist.
+    the task may have no GPU of this number.
     """
     visible = [gpu for gpu in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if not visible:

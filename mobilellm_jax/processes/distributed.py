@@ -36,7 +36,7 @@ _START_SEC = 300  # Time limit for all processes to connect.
 PEER_TIMEOUT_SEC = 60.0  # If a process sends no message for this time, the run ends.
 # The shortest time limit that jax has. Its error message does not name the lost process.
 _JAX_HEARTBEAT_SEC = 100
-_SHUTDOWN_SEC = 120  # Longest wait of a process for the others when it ends.
+_SHUTDOWN_SEC = 120  # A process that ends waits at most this long for the other processes.
 _AGREE_SEC = 600  # Time limit for all processes to pass a check.
 _POLL_SEC = 5  # Longest single wait; Python handles signals only between waits.
 
@@ -55,7 +55,10 @@ class _Membership:
         self._numbers = itertools.count()
 
     def key(self, what: str) -> str:
-        """Returns a new key for the coordinator; all processes make the same calls in order."""
+        """Returns a new key for the coordinator.
+
+        All processes must make the same calls in order.
+        """
         return f"mobilellm/{next(self._numbers)}/{what}"
 
 

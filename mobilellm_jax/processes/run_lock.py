@@ -148,7 +148,7 @@ class RunLock:
         count = 0
         while not self._stop.wait(BEAT_SEC):
             count += 1
-            # Other code, which writes the results, reports a full or missing disk.
+            # A full or missing disk also stops the writing of results, and that code reports it.
             with contextlib.suppress(OSError):
                 if self._is_ours():
                     lock.write(self._line(count))

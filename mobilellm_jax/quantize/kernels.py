@@ -1,4 +1,4 @@
-"""Weight matrices in 8 or 4 bits, as integers or as floats on the levels of the integers.
+"""Weight matrices in 8 or 4 bits, as integers or as the floats that these integers stand for.
 
 A quantized model has the same modules as the float32 model, but other leaves in its parameter tree.
 The modules call `product`, which receives one of these kernels instead of an array. So layer

@@ -50,11 +50,12 @@ Models = list[tuple[list[Run], Compiled]]
 
 
 def price(runs: Sequence[Run], sweep: Path, topology_name: str, utilization: float) -> bool:
-    """Compiles the step of each model, prints and saves the prices; returns whether all steps fit.
+    """Compiles each model's step; prints and saves its chip-hours; returns whether all steps fit.
 
     Runs that differ only in seeds, length or learning rate share one compiled step. The function
     saves the result of each compilation in the folder `sweep`. A later call compiles a step again
-    only if the code or a library has changed. `utilization` is the assumed MFU of the first price.
+    only if the code or a library has changed. `utilization` is the assumed MFU of the first
+    estimate of chip-hours.
 
     Raises:
       ConfigError: if there is no such topology, if libtpu is missing, or if a model cannot be

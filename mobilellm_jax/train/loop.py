@@ -127,7 +127,10 @@ class _Watch:
         self.walltime.measured("look", time.monotonic() - began)
 
     def save(self, step: int, state: TrainState, wait: bool) -> None:
-        """Saves the state; waits if `wait` is set or the time limit has to measure a save."""
+        """Saves the state.
+
+        Waits for the save if `wait` is set, or if `walltime` needs its duration.
+        """
         began = time.monotonic()
         self.hooks.save(step, state)
         if wait or self.walltime.needs_a_save:

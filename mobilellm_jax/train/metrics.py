@@ -117,7 +117,7 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, step)
 
     def evaluation(self, step: int, values: Mapping[str, float], title: str = "") -> None:
-        """Writes a record of evaluations, and shows it without the first part of the names."""
+        """Writes the values of an evaluation; shows names without the part before the slash."""
         self.write(step, values)
         shown = "  ".join(f"{name.partition('/')[2]} {v:.4f}" for name, v in values.items())
         self.message(f"step {step}: {title}{shown}")

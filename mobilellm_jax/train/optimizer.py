@@ -85,7 +85,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _with_rms_of_adamw(updates: ParamsOrPlaceholder) -> Any:
-    """Scales orthogonal matrices to AdamW's root mean square, from 1 / sqrt(longer side)."""
+    """Scales orthogonal matrices, whose root mean square is 1 / sqrt(longer side), to AdamW's."""
 
     def scale(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
         sides = [

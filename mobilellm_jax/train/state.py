@@ -63,7 +63,7 @@ def abstract_state(
 
 
 def _names(path: Path) -> tuple[str, ...]:
-    """Returns the dict keys in a path; the keys of a parameter's arrays end with its own keys."""
+    """Returns the dict keys in a path. The optimizer's paths end with the keys of the parameter."""
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 
 

@@ -1,8 +1,9 @@
 """Encodes pieces of sources into parts on disk, in any order and on any machine.
 
-A part contains the encoded documents of one piece, in a shard named NUMBER.SPLIT for each split
-that has documents in the piece. `PieceEncoder` writes the record `NUMBER.json` last, so a part that
-has a record is complete. `assembly.py` joins the parts into the shards of the output.
+A part contains the encoded documents of one piece. It has one shard for each split, with the name
+NUMBER.SPLIT, if the split has documents in the piece. `PieceEncoder` writes the record
+`NUMBER.json` last, so a part that has a record is complete. `assembly.py` joins the parts into the
+shards of the output.
 """
 
 import contextlib

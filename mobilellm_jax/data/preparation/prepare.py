@@ -155,7 +155,7 @@ class _Preparation:
         return job, tasks
 
     def _check_pieces(self, tasks: Sequence[Task]) -> None:
-        """Checks that an earlier run had the same pieces, because its parts are found by number."""
+        """Checks that an earlier `prepare` had the same pieces, so that its parts can be used."""
         file = self.work / "pieces.sha256"
         found = hashlib.sha256(repr(tasks).encode()).hexdigest()
         if not file.is_file():

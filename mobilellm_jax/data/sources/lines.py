@@ -175,8 +175,8 @@ def _whole_numbers(record: dict[str, Any], field: str, allowed: range, rule: str
     values = record[field]
     if not isinstance(values, list):
         raise _Fault(f"field {field!r} is {_JSON_TYPES[type(values)]}, not an array")
-    # Checks of single numbers would take ten times as long as this check of all types together. A
-    # boolean is not a number here.
+    # This line checks all types at once, because a loop over the numbers would take ten times as
+    # long. A boolean is not a number here.
     if values and not (
         {*map(type, values)} == {int} and min(values) in allowed and max(values) in allowed
     ):

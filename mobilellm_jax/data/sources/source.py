@@ -121,9 +121,9 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> str:
-        """Returns a line of text that changes when the documents change, but does not read them.
+        """Returns a line of text that changes when the documents change.
 
-        For files, the line depends on the names, sizes and stamps of the files.
+        The method does not read the documents. For files, the line depends on the names, sizes and stamps of the files.
         """
 
     @abc.abstractmethod

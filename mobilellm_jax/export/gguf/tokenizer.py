@@ -205,7 +205,7 @@ def _odd_tokens(added: Mapping[int, tokenizers.AddedToken]) -> Iterator[str]:
 
 
 def refused(tokenizer: Tokenizer, problems: Sequence[str]) -> UserError:
-    """Returns the error for a tokenizer that llama.cpp cannot reproduce, with its problems."""
+    """Returns the error that lists why llama.cpp cannot reproduce a tokenizer."""
     return UserError(
         f"{tokenizer.file} cannot be written into a GGUF file: {' '.join(problems)} {_REMEDY}"
     )

@@ -1,4 +1,4 @@
-"""Writes tokenizer files for transformers, which then gives BOS and the run's token ids.
+"""Writes tokenizer files with which transformers gives the token ids of the run, BOS included.
 
 With only a SentencePiece `tokenizer.model`, transformers gives other ids: it adds no BOS, or drops
 a leading space. This module therefore also writes the SentencePiece model as a `tokenizer.json`. It
@@ -6,8 +6,8 @@ compares the ids of both on probe texts and on every piece of the vocabulary, an
 error.
 
 SentencePiece first merges the adjacent pieces that form the piece with the best score. `tokenizers`
-first merges the pair of pieces with the lowest rank. This module ranks every pair of pieces that
-form a piece by the score of that piece. Both then give equal ids.
+first merges the pair of pieces with the lowest rank. If two pieces join to a third piece, this
+module ranks the pair by the third piece's score. Both then give equal ids.
 """
 
 import json

@@ -109,7 +109,8 @@ def _refusals(file: Path, name: str = "") -> Iterator[None]:
     ) as error:
         problem = str(error)
         if isinstance(error, OSError):
-            if error.errno != errno.EINVAL:  # A damaged index points before the start of the file.
+            # EINVAL means that a damaged index points before the start of the file.
+            if error.errno != errno.EINVAL:
                 raise
             problem = "its index points outside the file"
         if name:
@@ -232,7 +233,7 @@ class _Stack:
         return self._values[0]
 
     def execute(self, code: str, argument: Any) -> None:
-        """Executes one instruction; raises `_Refused` if tensors do not need this instruction."""
+        """Executes one instruction; raises `_Refused` for one that no file of tensors needs."""
         if code in _TAKES:
             self._execute_taken(code, argument, self._taken(_TAKES[code]))
         elif code in _CONSTANTS:
