@@ -123,7 +123,8 @@ class Source(abc.ABC):
     def identity(self) -> str:
         """Returns a line of text that changes when the documents change.
 
-        The method does not read the documents. For files, the line depends on the names, sizes and stamps of the files.
+        The method does not read the documents. For files, the line depends on the names, sizes and
+        stamps of the files.
         """
 
     @abc.abstractmethod
