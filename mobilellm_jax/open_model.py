@@ -15,7 +15,7 @@ from mobilellm_jax.export.huggingface.directory import check_vocabulary, read_hu
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.quantize.parameters import bits_per_weight, quantize_model, stored_bytes
 from mobilellm_jax.quantize.schemes import Scheme
-from mobilellm_jax.storage import rundir
+from mobilellm_jax.storage import file_kind, rundir
 
 _log = logging.getLogger(__name__)
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
@@ -76,7 +76,7 @@ def _open(folder: Path) -> OpenedModel:
                 "until train.checkpoint_every."
             )
         return _open_step(folder, step, verified=True)
-    if (folder / HUGGINGFACE_CONFIG).is_file() and any(
+    if file_kind.is_there(folder / HUGGINGFACE_CONFIG) and any(
         next(folder.glob(pattern), None) for pattern in _WEIGHTS
     ):
         return _open_huggingface(folder)

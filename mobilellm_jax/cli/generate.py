@@ -27,7 +27,7 @@ from mobilellm_jax.cli.errors import UsageError, message
 from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import CHECKPOINT_HELP, PARTS_HELP, QUANTIZE_HELP, chosen_scheme
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage.text_file import read_text
+from mobilellm_jax.storage.text_file import decoded_lines, read_lines
 
 if TYPE_CHECKING:
     from mobilellm_jax.generation.generate import Prepared
@@ -95,8 +95,8 @@ def main(flags: Flags) -> None:
     elif sys.stdin.isatty():
         _converse(speaker)
     else:
-        for line in _lines():
-            speaker.speak(line.removesuffix("\n"))
+        for line in decoded_lines(sys.stdin.buffer, "The standard input"):
+            speaker.speak(line)
 
 
 def _prompts(flags: Flags) -> list[str] | None:
@@ -105,16 +105,7 @@ def _prompts(flags: Flags) -> list[str] | None:
         return flags.prompt
     if flags.prompt is not None:
         raise UsageError("--prompt and --prompt_file exclude each other; put all in the file.")
-    text = read_text("--prompt_file", Path(flags.prompt_file))
-    prompts = text.removesuffix("\n").split("\n")  # `splitlines` also splits at U+2028.
-    return [prompt.removesuffix("\r") for prompt in prompts]
-
-
-def _lines() -> Iterator[str]:
-    try:
-        yield from sys.stdin
-    except UnicodeDecodeError as error:
-        raise UserError(f"The prompts on the standard input must be UTF-8: {error}.") from error
+    return read_lines("--prompt_file", Path(flags.prompt_file))
 
 
 def _converse(speaker: "_Speaker") -> None:

@@ -36,7 +36,7 @@ from mobilellm_jax.data.token_stream import (
 )
 from mobilellm_jax.data.tokenizers.tokenizer import MAX_VOCABULARY
 from mobilellm_jax.errors import MissingFileError, UserError
-from mobilellm_jax.storage import rundir, strict_json
+from mobilellm_jax.storage import file_kind, rundir, strict_json
 from mobilellm_jax.storage.strict_json import shown
 
 MANIFEST = "manifest.json"
@@ -166,7 +166,7 @@ def open_tokens(path: Path) -> Dataset:
             for suffix, record in shard.files.items():
                 _check_size(path / f"{shard.name}.{suffix}", record.bytes, implied[suffix])
     tokenizer = path / manifest.tokenizer
-    if not tokenizer.is_file():
+    if not file_kind.is_there(tokenizer):
         raise MissingFileError(f"{tokenizer} is missing; {REMEDY}")
     found = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     if found != manifest.tokenizer_sha256:
@@ -189,7 +189,7 @@ def read_manifest(path: Path) -> Manifest:
       UserError: if the manifest is damaged or has another format version.
     """
     file = path / MANIFEST
-    if not file.is_file():
+    if not file_kind.is_there(file):
         state = "is incomplete: it has no" if path.is_dir() else "does not exist, so there is no"
         raise MissingFileError(
             f"Token folder {path} {state} {MANIFEST}. Make it with "
@@ -324,7 +324,7 @@ def _unequal(what: str, whole: Counts, parts: Sequence[Counts | Shard]) -> Itera
 
 
 def _check_size(file: Path, stated_bytes: int, implied_bytes: int) -> None:
-    if not file.is_file():
+    if not file_kind.is_there(file):
         raise MissingFileError(f"{file} is missing; {REMEDY}")
     found = file.stat().st_size
     if found != stated_bytes or stated_bytes != implied_bytes:

@@ -20,7 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import SENTENCEPIECE, Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.engine import Engine, Writer
 from mobilellm_jax.evaluate.journal import Journal, key
@@ -230,7 +230,7 @@ def beginning(tokenizer: Tokenizer) -> list[int]:
     For a SentencePiece model, this is BOS, as in LLaMA. A tokenizer.json defines these tokens
     itself.
     """
-    if tokenizer.file.suffix == ".model":
+    if tokenizer.kind == SENTENCEPIECE:
         return [tokenizer.bos_id]
     model = tokenizers.Tokenizer.from_file(str(tokenizer.file))
     plain: list[int] = model.encode("a", add_special_tokens=False).ids

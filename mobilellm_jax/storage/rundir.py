@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage import file_kind, strict_json
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -101,4 +101,4 @@ def read_outcome(folder: Path) -> dict[str, Any]:
 
 def tokenizer_file(folder: Path) -> Path | None:
     """Returns the tokenizer file in `folder` or None; prefers a SentencePiece file."""
-    return next((folder / n for n in TOKENIZER_FILES if (folder / n).is_file()), None)
+    return next((folder / n for n in TOKENIZER_FILES if file_kind.is_there(folder / n)), None)

@@ -21,7 +21,7 @@ from typing import Any
 from etils import epath
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage import file_kind, strict_json
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 1 << 20  # Number of bytes that sha256_of reads at once.
@@ -95,6 +95,10 @@ def verify(
         try:
             size = path.stat().length
             if size != record["bytes"]:
+                with path.open("rb") as file:
+                    first = file.read(file_kind.FIRST_BYTES)
+                if kind := file_kind.stand_in(first):
+                    return f"{path} is {kind.name} ({kind.remedy})"
                 return f"{path} has {size:,} bytes, but its manifest says {record['bytes']:,}"
             if contents and (found := sha256_of(path)) != record["sha256"]:
                 return f"{path} has SHA-256 {found}, but its manifest says {record['sha256']}"

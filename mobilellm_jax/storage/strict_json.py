@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mobilellm_jax.errors import MissingFileError, UserError
+from mobilellm_jax.storage import file_kind
 
 MAX_BYTES = 1 << 27
 """Largest size of a file: 4 times the largest tokenizer.json, or a manifest of 100,000 shards."""
@@ -48,7 +49,7 @@ class JsonError(UserError):
 def read(file: Path) -> Any:
     """Returns the value in a JSON file; a `MissingFileError` or a `JsonError` names the file."""
     if not file.is_file():
-        raise MissingFileError(f"{file} does not exist.")
+        raise MissingFileError(f"{file} {file_kind.absence(file)}.")
     try:
         return parse(content_of(file))
     except JsonError as error:
@@ -66,7 +67,9 @@ def read_lines(
     """
     values = []
     # `str.splitlines` would also split at U+2028 inside a JSON string.
-    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    content = file.read_bytes() if file.is_file() else b""
+    file_kind.refuse_stand_in(file, content[: file_kind.FIRST_BYTES])
+    lines = content.split(b"\n") if content else []
     for number, line in enumerate(lines, start=1):
         may_be_cut_off = number == len(lines) and not whole
         try:
@@ -84,9 +87,11 @@ def read_lines(
 
 
 def content_of(file: Path) -> bytes:
-    """Returns the bytes of a file; raises a `JsonError` if it is larger than `MAX_BYTES`."""
+    """Returns the bytes of a file; raises a `JsonError` if it is a pointer or too large."""
     with file.open("rb") as opened:
         content = opened.read(MAX_BYTES + 1)
+    if kind := file_kind.stand_in(content[: file_kind.FIRST_BYTES]):
+        raise JsonError(f"is {kind.name}; {kind.remedy}.")
     if len(content) > MAX_BYTES:
         raise JsonError(f"has more than {MAX_BYTES:,} bytes, which no such file needs.")
     return content
@@ -98,9 +103,11 @@ def parse(content: bytes | str, *, non_finite: bool = False) -> Any:
     With `non_finite`, NaN and Infinity are valid: Python writes them, but JSON forbids them.
     """
     try:
-        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        # Editors on Windows put a byte order mark before the text.
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     except UnicodeDecodeError as error:
-        raise JsonError(f"is not UTF-8 ({error.reason} at byte {error.start}).") from error
+        kind = file_kind.explanation(error.object[: file_kind.FIRST_BYTES])
+        raise JsonError(f"is not UTF-8 ({error.reason} at byte {error.start}){kind}.") from error
     constant = float if non_finite else _constant
     try:
         value = json.loads(

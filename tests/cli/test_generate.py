@@ -90,7 +90,7 @@ def test_piped_lines_are_continued_each(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n\nthe dog"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat\n\nthe dog")))
     args = ["generate", f"--checkpoint={run}", "--max_new_tokens=12", "--seed=1"]
     assert cli.main(args) == 0
     texts = [continuation(model, p, 12, Sampling(seed=1)) for p in ("the cat", "", "the dog")]
@@ -156,7 +156,7 @@ def test_prompt_file_that_cannot_be_used_ends_with_2(
 def test_piped_line_that_does_not_fit_ends_with_2(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("z" * 70))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"z" * 70)))
     assert cli.main(["generate", f"--checkpoint={run}"]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -24,7 +24,7 @@ def test_values_equal_those_of_pythons_reader(value: Any) -> None:
         (b"", r"is not JSON \(Expecting value in line 1, column 1\)"),
         (b'{"a": 1', r"is not JSON \(Expecting ',' delimiter in line 1, column 8\)"),
         (b"\xff", r"is not UTF-8 \(invalid start byte at byte 0\)"),
-        (b"\xef\xbb\xbf{}", r"is not JSON \(Unexpected UTF-8 BOM"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", r"is not JSON \(Unexpected UTF-8 BOM"),
         (b'{"a": 1, "b": 2, "a": 1}', "has the key 'a' twice in one object"),
         (b"NaN", "holds NaN, which is not a number in JSON"),
         (b"[-Infinity]", "holds -Infinity, which is not a number in JSON"),

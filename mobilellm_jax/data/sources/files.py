@@ -1,22 +1,26 @@
-"""Finds, opens and reads the files of a corpus, on this machine or at a URL."""
+"""Opens and reads the files of a corpus, on this machine or at a URL."""
 
 import abc
 import contextlib
 import functools
-import glob
-import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 from mobilellm_jax.data.sources import source
-from mobilellm_jax.data.sources.decompression import ChunkedFile, DamageError, decompressed
+from mobilellm_jax.data.sources.finding import (
+    File,
+    filesystem_of,
+    find,
+    identity,
+    unreachable,
+)
 from mobilellm_jax.data.sources.source import TRAIN, BadLine, BadLineError, Piece, Source
-from mobilellm_jax.errors import MissingFileError, UserError, require
-
-COMPRESSED = (".gz", ".zst")
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage import file_kind
+from mobilellm_jax.storage.decompression import ChunkedFile, DamageError, decompressed
 
 _BUFFER_BYTES = 1 << 20
 DOCUMENT_BYTES = 1 << 28
@@ -25,18 +29,10 @@ DOCUMENT_BYTES = 1 << 28
 This limit protects the memory: a few compressed kilobytes can expand to terabytes, and tokenizing a
 tenth of this size already takes gigabytes.
 """
-# Fields of fsspec that change when a file is written again. Each storage system provides some of
-# these fields.
-_STAMPS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "updated", "created")
-
-
-@dataclass(frozen=True)
-class File:
-    """A file that `find` has found; `stamp` changes when the file is written again."""
-
-    path: str
-    size_bytes: int
-    stamp: str
+# A Git LFS or git-annex pointer has such a size. The first of these files are opened before the
+# work begins, and a later pointer is refused when it is read.
+_POINTER_BYTES = range(60, 200)
+_POINTERS_CHECKED = 1_000
 
 
 class Part(NamedTuple):
@@ -73,51 +69,14 @@ class FileSource(Source):
     def _files(self) -> list[File]:
         return find(self.spec, self._pattern)
 
-
-def find(spec: str, pattern: str) -> list[File]:
-    """Returns the files that match, sorted by path; leaves out folders and hidden local files.
-
-    Raises:
-      MissingFileError: if no file matches.
-      UserError: if fsspec cannot open the URL.
-    """
-    if "://" in pattern:
-        filesystem, path = _filesystem(pattern, f"source={spec!r}")
-        try:
-            found = filesystem.glob(path, detail=True)
-        except FileNotFoundError:  # Some storage systems raise this for a folder or a bucket.
-            found = {}
-        files = [
-            File(
-                filesystem.unstrip_protocol(name),
-                _size(spec, name, info),
-                " ".join(f"{key}={info[key]}" for key in _STAMPS if key in info),
-            )
-            for name, info in sorted(found.items())
-            if info["type"] != "directory"
-        ]
-    else:
-        found = sorted(glob.glob(pattern, recursive=True))
-        files = []
-        for path in filter(os.path.isfile, found):
-            status = os.stat(path)
-            files.append(File(path, status.st_size, str(status.st_mtime_ns)))
-    if not files:
-        what = "folders only; add /**/*.txt or the like" if found else "nothing"
-        raise MissingFileError(f"source={spec!r}: the pattern matches {what}.")
-    return files
-
-
-def identity(kind: str, files: list[File]) -> str:
-    """Returns a line of text that changes when the name, size or stamp of a file changes."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(repr((file.path, file.size_bytes, file.stamp)).encode())
-    total = sum(file.size_bytes for file in files)
-    return (
-        f"{kind}, {len(files)} files, {total} bytes, "
-        f"SHA-256 of names, sizes and times {digest.hexdigest()}"
-    )
+    @functools.cached_property
+    def _checked_files(self) -> list[File]:
+        """The files, after a look for pointers among them."""
+        small = (f for f in self._files if f.size_bytes in _POINTER_BYTES and "://" not in f.path)
+        for file in itertools.islice(small, _POINTERS_CHECKED):
+            with opened(file.path, file.size_bytes) as content:
+                first_bytes(content, file.path)
+        return self._files
 
 
 def pack(spec: str, parts: Iterable[Part]) -> list[Piece]:
@@ -152,8 +111,12 @@ def cuts(total: int, count: int) -> Iterator[tuple[int, int]]:
 def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
     """Opens a file without decompression; raises a UserError if its size is not `size_bytes`."""
     if "://" in path:
-        filesystem, inner = _filesystem(path, path)
-        buffered: BinaryIO = io.BufferedReader(filesystem.open(inner, "rb"), _BUFFER_BYTES)
+        filesystem, inner = filesystem_of(path, path)
+        try:
+            raw = filesystem.open(inner, "rb")
+        except Exception as error:  # Each storage system has its own errors.
+            raise unreachable("A source", path, error) from error
+        buffered: BinaryIO = io.BufferedReader(raw, _BUFFER_BYTES)
     else:
         buffered = open(path, "rb", buffering=_BUFFER_BYTES)
     with buffered as file:
@@ -167,6 +130,24 @@ def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
         yield file
 
 
+def first_bytes(file: BinaryIO, path: str) -> bytes:
+    """Returns the first bytes of a file, and goes back to its start; refuses pointers.
+
+    Raises:
+      UserError: if the file is a pointer of Git LFS or git-annex, or an archive.
+    """
+    first = file.read(file_kind.FIRST_BYTES)
+    file.seek(0)
+    file_kind.refuse_stand_in(path, first)
+    return first
+
+
+def is_compressed(file: File) -> bool:
+    """Returns whether the contents of a file are compressed."""
+    with opened(file.path, file.size_bytes) as content:
+        return file_kind.compression(file.path, first_bytes(content, file.path)) is not None
+
+
 def contents(path: str, size_bytes: int) -> bytes:
     """Returns the whole contents of a file, decompressed if the file is compressed.
 
@@ -174,13 +155,14 @@ def contents(path: str, size_bytes: int) -> bytes:
       BadLineError: if a compressed file is truncated or damaged, or the contents are too long.
     """
     with opened(path, size_bytes) as file:
-        if not path.endswith(COMPRESSED):
+        compression = file_kind.compression(path, first_bytes(file, path))
+        if compression is None:
             if size_bytes > DOCUMENT_BYTES:
                 raise _too_long(path, 1, 0)
             return file.read()
         content = io.BytesIO()
         try:
-            for chunk in decompressed(file, path):
+            for chunk in _decompressed(file, compression, path):
                 content.write(chunk)
                 if content.tell() > DOCUMENT_BYTES:
                     raise _too_long(path, 1, 0)
@@ -200,13 +182,10 @@ def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[i
       BadLineError: if a compressed file is truncated or damaged, or a line is too long.
     """
     with opened(path, size_bytes) as file:
-        if path.endswith(COMPRESSED):
-            yield from _decompressed_lines(file, path)
-            return
         offset = start
         if start:
             # The line that contains the byte before `start` belongs to an earlier piece, so it is
-            # skipped.
+            # skipped. Only a plain file is divided, so the first bytes need no look.
             file.seek(start - 1)
             offset -= 1
             while True:
@@ -216,6 +195,9 @@ def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[i
                     break
                 if not rest or offset >= stop:
                     return
+        elif compression := file_kind.compression(path, first_bytes(file, path)):
+            yield from _decompressed_lines(file, compression, path)
+            return
         while offset < stop:
             line = file.readline(DOCUMENT_BYTES + 1)
             if not line:
@@ -248,9 +230,18 @@ class LineNumbers:
         return number
 
 
-def _decompressed_lines(file: BinaryIO, path: str) -> Iterator[tuple[int, bytes]]:
+def _decompressed(file: BinaryIO, compression: str, path: str) -> Iterator[bytes]:
+    """Yields the decompressed contents in chunks; refuses an archive that was compressed."""
+    chunks = decompressed(file, compression, path)
+    if first := next(chunks, b""):
+        file_kind.refuse_stand_in(f"The decompressed {path}", first)
+        yield first
+    yield from chunks
+
+
+def _decompressed_lines(file: BinaryIO, compression: str, path: str) -> Iterator[tuple[int, bytes]]:
     offset, number = 0, 1
-    chunks = ChunkedFile(decompressed(file, path))
+    chunks = ChunkedFile(_decompressed(file, compression, path))
     try:
         buffered = io.BufferedReader(chunks, _BUFFER_BYTES)
         while line := buffered.readline(DOCUMENT_BYTES + 1):
@@ -279,31 +270,3 @@ def _too_long(path: str, line: int, offset: int) -> BadLineError:
         f"{bad}. It could fill the memory; divide the document, or exclude the file from the "
         "pattern."
     )
-
-
-def _filesystem(url: str, culprit: str) -> tuple[Any, str]:
-    """Returns fsspec's file system for the URL, and the path within this file system."""
-    require("fsspec", "data", culprit)
-    import fsspec
-
-    if "::" in url:
-        raise UserError(f"{culprit}: chained URLs (a::b) are not supported; give a single URL.")
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(f"{culprit}: {error}, e.g. with pip.") from error
-    except ValueError as error:
-        raise UserError(
-            f"{culprit}: {error}; fsspec knows the protocols "
-            f"{', '.join(sorted(fsspec.available_protocols()))}."
-        ) from error
-    return filesystem, path
-
-
-def _size(spec: str, name: str, info: dict[str, Any]) -> int:
-    if info["size"] is None:
-        raise UserError(
-            f"source={spec!r}: the server does not tell the size of {name}; download the file and "
-            "name the local copy."
-        )
-    return int(info["size"])

@@ -14,6 +14,7 @@ from mobilellm_jax.data.sources.source import (
     Piece,
     TokenDocument,
 )
+from mobilellm_jax.storage import file_kind
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_FIELDS = 10
@@ -58,7 +59,7 @@ class TextSource(files.FileSource):
 
     @property
     def _parts(self) -> Iterator[files.Part]:
-        for file in self._files:
+        for file in self._checked_files:
             yield files.Part((file.path, file.size_bytes), file.size_bytes, file.size_bytes)
 
 
@@ -98,10 +99,11 @@ class _LineSource(files.FileSource):
 
     @property
     def _parts(self) -> Iterator[files.Part]:
-        for file in self._files:
+        for file in self._checked_files:
             size = file.size_bytes
-            whole = file.path.endswith(files.COMPRESSED)
-            for start, stop in files.cuts(size, 1 if whole else -(-size // source.PIECE_BYTES)):
+            count = -(-size // source.PIECE_BYTES)
+            whole = count != 1 and files.is_compressed(file)
+            for start, stop in files.cuts(size, 1 if whole else count):
                 yield files.Part((file.path, size, start, stop), stop - start, stop - start)
 
 
@@ -154,7 +156,8 @@ def _json_object(line: bytes) -> dict[str, Any]:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         at = min(error.pos, len(text.rstrip()))  # The position must be in the line.
-        reason = f"is not JSON ({error.msg} at character {at + 1})"
+        kind = file_kind.explanation(line[: file_kind.FIRST_BYTES])
+        reason = f"is not JSON ({error.msg} at character {at + 1}){kind}"
         raise _Fault(reason, len(text[:at].encode())) from error
     # A number with thousands of digits raises ValueError, and deep nesting raises RecursionError.
     except (ValueError, RecursionError) as error:
@@ -191,8 +194,11 @@ def _decoded(content: bytes) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _Fault(
-            f"byte {content[error.start]:#04x} is not UTF-8 ({error.reason}); convert the file to "
-            "UTF-8, e.g. with iconv",
+            f"byte {content[error.start]:#04x} is not UTF-8 ({error.reason})"
+            + (
+                file_kind.explanation(content[: file_kind.FIRST_BYTES])
+                or "; convert the file to UTF-8, e.g. with iconv"
+            ),
             error.start,
         ) from error
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mobilellm_jax.data.sources import files
+from mobilellm_jax.data.sources.finding import File
 from mobilellm_jax.data.sources.source import (
     BadLine,
     Document,
@@ -17,6 +18,7 @@ from mobilellm_jax.data.sources.source import (
     field_error,
 )
 from mobilellm_jax.errors import UserError, require
+from mobilellm_jax.storage import file_kind
 
 # Number of threads that read footers. A footer is small, but reading it may wait for a network.
 _FOOTERS_AT_ONCE = 16
@@ -48,7 +50,9 @@ class ParquetSource(files.FileSource):
     @functools.cached_property
     def _parts(self) -> list[files.Part]:
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-            return list(itertools.chain.from_iterable(pool.map(self._row_groups, self._files)))
+            return list(
+                itertools.chain.from_iterable(pool.map(self._row_groups, self._checked_files))
+            )
 
     def _rows(
         self, path: str, table: Any, group: int, first_row: int, on_bad: OnBadLine
@@ -75,7 +79,7 @@ class ParquetSource(files.FileSource):
                 else:
                     yield from decoded_record(path, row, column, content, on_bad)
 
-    def _row_groups(self, file: files.File) -> list[files.Part]:
+    def _row_groups(self, file: File) -> list[files.Part]:
         """Returns a part for every row group; their `stored_bytes` add up to the file's size."""
         with self._opened(file.path, file.size_bytes) as table:
             schema = table.schema_arrow
@@ -106,7 +110,8 @@ class ParquetSource(files.FileSource):
         import pyarrow.parquet
 
         with files.opened(path, size_bytes) as file:
-            with _refused(path):
+            kind = file_kind.explanation(files.first_bytes(file, path))
+            with _refused(path, kind):
                 # With its default settings, PyArrow would hold the whole column of a row group in
                 # memory.
                 table = pyarrow.parquet.ParquetFile(
@@ -131,8 +136,11 @@ def _is_text(kind: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _refused(path: str) -> Iterator[None]:
-    """Turns PyArrow's errors about the contents of a file into a UserError that names the file."""
+def _refused(path: str, kind: str = "") -> Iterator[None]:
+    """Turns PyArrow's errors about the contents of a file into a UserError that names the file.
+
+    `kind` is the explanation of the file's first bytes.
+    """
     import pyarrow
 
     try:
@@ -143,6 +151,6 @@ def _refused(path: str) -> Iterator[None]:
             raise  # This is an error of the disk, not of the format.
         why = " ".join(str(error).split())
         raise UserError(
-            f"{path} is not a Parquet file, or it is damaged: {why}; download it again, or exclude "
-            "it from the pattern."
+            f"{path} is not a Parquet file, or it is damaged: {why}{kind}; download it again, "
+            "or exclude it from the pattern."
         ) from error

@@ -18,7 +18,7 @@ from mobilellm_jax.data.tokenizers.tokenizer import (
     join_documents,
 )
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage import file_kind, strict_json
 from mobilellm_jax.storage.strict_json import plain, shown
 
 _SHOWN_TOKENS = 20
@@ -163,7 +163,7 @@ def _refused(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
 def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
     """Returns the texts of BOS and EOS: from tokenizer_config.json, otherwise the usual names."""
     config = file.parent / TOKENIZER_CONFIG
-    if config.is_file():
+    if file_kind.is_there(config):
         try:
             named = strict_json.parse(strict_json.content_of(config))
             bos, eos = _token_text(named, "bos_token"), _token_text(named, "eos_token")

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from mobilellm_jax.data.tokenizers.tokenizer import (
     BYTE_PIECES,
+    SENTENCEPIECE,
     SPACE_MARK,
     check_unicode,
     join_documents,
 )
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage import file_kind
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # Each has three bytes in UTF-8, as U+2581 has.
 
@@ -38,9 +40,10 @@ class SentencePieceTokenizer:
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is not a SentencePiece model: {error}") from error
+            kind = file_kind.explanation(content[: file_kind.FIRST_BYTES])
+            raise UserError(f"{file} is not a SentencePiece model: {error}{kind}") from error
         self.file = file
-        self.kind = "SentencePiece"
+        self.kind = SENTENCEPIECE
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._model.get_piece_size()
         self.bos_id: int = self._model.bos_id()

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from mobilellm_jax.errors import UserError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SENTENCEPIECE = "SentencePiece"
+"""The `kind` of a tokenizer from a SentencePiece model."""
 
 MAX_VOCABULARY = 1 << 24
 """Largest permitted vocabulary size, 60 times the largest vocabulary in use."""

@@ -16,7 +16,7 @@ import tokenizers
 from gguf import TokenType
 from sentencepiece import sentencepiece_model_pb2
 
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import SENTENCEPIECE, Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.huggingface.tokenizer_files import inexpressible
 from mobilellm_jax.storage import strict_json
@@ -62,7 +62,7 @@ class Vocabulary(NamedTuple):
 
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     """Returns the description of a tokenizer, with unused tokens up to `vocab_size` tokens."""
-    expressed = _sentencepiece if tokenizer.file.suffix == ".model" else _byte_level
+    expressed = _sentencepiece if tokenizer.kind == SENTENCEPIECE else _byte_level
     vocabulary = expressed(tokenizer)
     tokens, types = vocabulary.tokens, vocabulary.types
     for token in range(len(tokens), vocab_size):

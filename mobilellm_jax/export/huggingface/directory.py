@@ -40,7 +40,7 @@ from mobilellm_jax.export.huggingface.torch_files import StoredTensor
 from mobilellm_jax.export.huggingface.weight_files import open_tensors, spare_pickle, write_tensors
 from mobilellm_jax.export.source import Source, narrowed
 from mobilellm_jax.model.layer_sharing import application_order
-from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage import file_kind, strict_json
 from mobilellm_jax.storage.rundir import TOKENIZER_FILES, write_whole
 
 CONFIG = "config.json"
@@ -80,7 +80,7 @@ def read_huggingface(directory: Path) -> Imported:
       UserError: if `ModelConfig` cannot express the model, or tensors or tokenizer do not fit it.
     """
     file = directory / CONFIG
-    if not file.is_file():
+    if not file_kind.is_there(file):
         raise MissingFileError(f"{directory} is no Hugging Face directory: it has no {CONFIG}.")
     # The directory's Python code, which config.json may name (auto_map), is never run.
     values = strict_json.as_type(strict_json.read(file), dict[str, Any], str(file))
@@ -171,7 +171,9 @@ def _open_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
     differ if tokens were added to the tokenizer, because only tokenizer.json contains them.
     """
     found = [
-        load_tokenizer(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()
+        load_tokenizer(directory / name)
+        for name in TOKENIZER_FILES
+        if file_kind.is_there(directory / name)
     ]
     if not found:
         raise MissingFileError(

@@ -26,6 +26,7 @@ import numpy as np
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.source import DTYPES
+from mobilellm_jax.storage import file_kind
 from mobilellm_jax.storage.strict_json import plain, shown
 
 # The pickle of a thousand tensors has a quarter of a megabyte.
@@ -90,10 +91,10 @@ class _Tensor(NamedTuple):
 def open_torch(file: Path) -> dict[str, StoredTensor]:
     """Returns the tensors, by name, of a dict that `torch.save` (1.6 or newer) wrote."""
     with _refusals(file), file.open("rb") as opened:
-        if opened.read(2) != b"PK":
+        if (first := opened.read(file_kind.FIRST_BYTES))[:2] != b"PK":
             raise UserError(
                 f"{file} is not a zip archive, which torch writes since version 1.6; if the file "
-                "is older, load it with torch and save it again."
+                f"is older, load it with torch and save it again{file_kind.explanation(first)}."
             )
         with zipfile.ZipFile(opened) as archive:
             return _open(file, archive)

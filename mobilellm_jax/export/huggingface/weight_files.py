@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.torch_files import StoredTensor, open_torch
 from mobilellm_jax.export.source import DTYPES
-from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage import file_kind, strict_json
 from mobilellm_jax.storage.rundir import write_whole
 from mobilellm_jax.storage.strict_json import plain
 
@@ -74,9 +74,9 @@ def open_tensors(directory: Path) -> dict[str, StoredTensor]:
       UserError: if a dtype is not in `DTYPES`, or a file is damaged or does not fit the index.
     """
     for name, open_file in ((_SAFETENSORS, _open_safetensors), (_PICKLE, open_torch)):
-        if (directory / name).is_file():
+        if file_kind.is_there(directory / name):
             return open_file(directory / name)
-        if (directory / f"{name}.index.json").is_file():
+        if file_kind.is_there(directory / f"{name}.index.json"):
             return _open_shards(directory / f"{name}.index.json", open_file)
     raise MissingFileError(
         f"{directory} holds no weights; expected {_SAFETENSORS}, {_SAFETENSORS}.index.json, "
@@ -108,7 +108,7 @@ def _open_shards(
         # A name with a slash could refer to a file outside of the folder.
         if not _SHARD_NAME.fullmatch(file):
             raise UserError(f"{index}: weight_map names {plain(file)}, which is no file beside it.")
-        if not (index.parent / file).is_file():
+        if not file_kind.is_there(index.parent / file):
             raise MissingFileError(f"{index} names the shard {file}, which is not beside it.")
         found = open_file(index.parent / file)
         for name in found:
@@ -126,7 +126,8 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
     try:
         opened: Any = safetensors.safe_open(file, framework="np")
     except safetensors.SafetensorError as error:
-        raise UserError(f"{file} is not a whole safetensors file: {error}") from error
+        kind = file_kind.explanation(file_kind.first_bytes(file))
+        raise UserError(f"{file} is not a whole safetensors file: {error}{kind}") from error
     tensors = {}
     for name in opened.keys():
         part = opened.get_slice(name)

@@ -1,7 +1,9 @@
+import bz2
 import contextlib
 import gzip
 import io
 import itertools
+import lzma
 import os
 import random
 import tracemalloc
@@ -15,8 +17,9 @@ import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
-from mobilellm_jax.data.sources import decompression, files
+from mobilellm_jax.data.sources import files, finding
 from mobilellm_jax.data.sources.source import BadLineError
+from mobilellm_jax.storage import decompression
 
 SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"any"
 
@@ -31,7 +34,7 @@ def memory() -> Iterator[MemoryFileSystem]:
 
 
 def found(pattern: str) -> list[str]:
-    return [file.path for file in files.find("test", pattern)]
+    return [file.path for file in finding.find("test", pattern)]
 
 
 def write(path: Path, content: bytes) -> tuple[str, int]:
@@ -47,8 +50,8 @@ def test_local_files_by_path(tmp_path: Path) -> None:
     expected = [str(tmp_path / name) for name in ("a.txt", "b.txt", "deep/er/c.txt")]
     assert found(f"{tmp_path}/**/*.txt") == expected
     assert found(f"{tmp_path}/*.txt") == expected[:2]
-    assert files.find("test", expected[1]) == [
-        files.File(expected[1], 5, str(os.stat(expected[1]).st_mtime_ns))
+    assert finding.find("test", expected[1]) == [
+        finding.File(expected[1], 5, str(os.stat(expected[1]).st_mtime_ns))
     ]
 
 
@@ -57,7 +60,7 @@ def test_files_behind_a_url(tmp_path: Path, memory: MemoryFileSystem) -> None:
     (tmp_path / "folder.txt").mkdir()
     assert found(f"file://{tmp_path}/*.txt") == [f"file://{tmp_path}/a.txt"]
     memory.pipe({"/x/b.txt": b"bb", "/x/y/a.txt": b"c\nd\n", "/x/a.md": b""})
-    listed = files.find("test", "memory://x/**/*.txt")
+    listed = finding.find("test", "memory://x/**/*.txt")
     assert [(file.path, file.size_bytes) for file in listed] == [
         ("memory:///x/b.txt", 2),
         ("memory:///x/y/a.txt", 4),
@@ -80,7 +83,7 @@ def test_files_behind_a_url(tmp_path: Path, memory: MemoryFileSystem) -> None:
 )
 def test_a_pattern_without_files(tmp_path: Path, pattern: str, message: str) -> None:
     with pytest.raises(FileNotFoundError, match=message):
-        files.find("test", pattern.format(tmp_path))
+        finding.find("test", pattern.format(tmp_path))
 
 
 def test_a_bucket_that_does_not_exist(
@@ -91,7 +94,7 @@ def test_a_bucket_that_does_not_exist(
 
     monkeypatch.setattr(MemoryFileSystem, "glob", missing)
     with pytest.raises(FileNotFoundError, match="'test': the pattern matches nothing"):
-        files.find("test", "memory://x/*")
+        finding.find("test", "memory://x/*")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_urls_that_cannot_be_opened(
     driver = {"class": "no_such_package.DriveFileSystem", "err": "Install drivefs"}
     monkeypatch.setitem(known_implementations, "undriven", driver)
     with pytest.raises(ValueError, match=message):
-        files.find("test", url)
+        finding.find("test", url)
 
 
 def test_a_server_that_does_not_tell_the_size(
@@ -116,14 +119,15 @@ def test_a_server_that_does_not_tell_the_size(
 ) -> None:
     listing = {"/x/a.txt": {"type": "file", "size": None}}
     monkeypatch.setattr(MemoryFileSystem, "glob", lambda *_, **__: listing)
+    monkeypatch.setattr(MemoryFileSystem, "info", lambda _, path: listing[path])
     with pytest.raises(ValueError, match=r"'test': .* not tell the size of /x/a\.txt; download"):
-        files.find("test", "memory://x/*")
+        finding.find("test", "memory://x/*")
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])
 def test_identity_follows_names_sizes_and_times(tmp_path: Path, prefix: str) -> None:
     def identity() -> str:
-        return files.identity("kind", files.find("test", f"{prefix}{tmp_path}/*.txt"))
+        return finding.identity("kind", finding.find("test", f"{prefix}{tmp_path}/*.txt"))
 
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text("one")
@@ -146,7 +150,7 @@ def test_identity_reads_no_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "a.txt").write_text("one")
     monkeypatch.delattr(files, "opened")
     monkeypatch.setattr("builtins.open", None)
-    assert files.identity("kind", files.find("test", f"{tmp_path}/*.txt"))
+    assert finding.identity("kind", finding.find("test", f"{tmp_path}/*.txt"))
 
 
 def test_packing_keeps_order_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +257,7 @@ def test_line_numbers_are_counted_onwards(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 Compress = Callable[[bytes], bytes]
+FORMATS = ("gzip", "bzip2", "xz", "zstd")
 
 
 def gzip_member(content: bytes) -> bytes:
@@ -270,7 +275,13 @@ def zstd_frame_of_unknown_size(content: bytes) -> bytes:
 
 COMPRESSORS = pytest.mark.parametrize(
     ("suffix", "compress"),
-    [(".gz", gzip_member), (".zst", zstd_frame), (".zst", zstd_frame_of_unknown_size)],
+    [
+        (".gz", gzip_member),
+        (".zst", zstd_frame),
+        (".zst", zstd_frame_of_unknown_size),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+    ],
 )
 
 
@@ -281,12 +292,12 @@ def test_compressed_members_are_one_text(
 ) -> None:
     rng = random.Random(seed)
     size = rng.choice([1, 2, 7, 1 << 15])
-    monkeypatch.setattr(decompression, "_CHUNK_BYTES", {True: size, False: size})
+    monkeypatch.setattr(decompression, "_CHUNK_BYTES", dict.fromkeys(FORMATS, size))
     content = random_content(rng)
     borders = sorted({0, len(content), *(rng.randrange(len(content) + 1) for _ in range(3))})
     members = [compress(content[a:b]) for a, b in itertools.pairwise(borders)]
     members.insert(rng.randrange(len(members) + 1), compress(b""))
-    padding = b"\0" * rng.choice([0, 100]) if suffix == ".gz" else SKIPPABLE_FRAME
+    padding = SKIPPABLE_FRAME if suffix == ".zst" else b"\0" * rng.choice([0, 100])
     path, size = write(tmp_path / f"a{suffix}", padding.join([*members, b""]))
     assert files.contents(path, size) == content
     read = list(files.lines(path, size, 0, size))

@@ -1,0 +1,311 @@
+"""People give files to read: through links, compressed, from the web, and not always what they seem."""
+
+import bz2
+import gzip
+import http.server
+import json
+import lzma
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from safetensors.numpy import save_file
+
+from mobilellm_jax.cli.main import main
+from mobilellm_jax.data.shards import Manifest, open_tokens
+from mobilellm_jax.data.sources import finding
+from mobilellm_jax.data.sources.opening import open_source
+from mobilellm_jax.data.sources.source import BadLineError
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.storage.text_file import decoded_lines, read_lines, read_text
+from tests.data.reading import texts
+from tests.tiny import tokenizer_of_few_words
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 99999\n" % (b"0" * 64)
+ROWS = "".join(json.dumps({"text": f"the cat sat on mat {i}"}) + "\n" for i in range(40)).encode()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tokenizer_of_few_words(tmp_path_factory.mktemp("tokenizer"), 280).file
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def log_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Returns the list of the messages about found files, which grows during the test."""
+    lines: list[str] = []
+    monkeypatch.setattr(finding._log, "info", lines.append)
+    monkeypatch.setattr(finding._log, "warning", lines.append)
+    return lines
+
+
+def write(path: str, content: bytes | str = "a heron waits in the reeds\n") -> Path:
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def found(pattern: str) -> list[str]:
+    return [file.path for file in finding.find("test", pattern)]
+
+
+def read(spec: str) -> list[str]:
+    return texts(open_source(spec, Path("scratch")))
+
+
+def prepared(tokenizer: Path, *arguments: str) -> Manifest:
+    assert main(["prepare", f"--tokenizer={tokenizer}", "--output=out", *arguments]) == 0
+    return open_tokens(Path("out")).manifest
+
+
+def test_somebody_has_links_that_lead_back_to_a_parent_folder() -> None:
+    for folder in ("loop/a/x", "loop/a/y"):
+        write(f"{folder}/f.txt")
+        os.symlink("..", f"{folder}/up")
+    os.symlink("a", "loop/alias")
+    expected = ["loop/a/x/f.txt", "loop/a/y/f.txt"]
+    assert found("loop/**/*.txt") == expected
+    assert found("loop/*/*/f.txt") == expected
+    assert found("loop/alias/**/*.txt") == ["loop/alias/x/f.txt", "loop/alias/y/f.txt"]
+    assert found("**/x/../y/*.txt") == ["loop/a/x/../y/f.txt"]
+
+
+def test_somebody_keeps_the_corpus_on_another_disk_behind_links(
+    tmp_path: Path, log_lines: list[str]
+) -> None:
+    write("disk/1.txt")
+    Path("corpus").mkdir()
+    os.symlink(tmp_path / "disk", "corpus/linked")
+    os.symlink("../disk/1.txt", "corpus/1.txt")
+    assert found("corpus/**/*.txt") == ["corpus/1.txt"]
+    assert "several paths lead to the same file through links" in "".join(log_lines)
+    assert found("corpus/linked/*") == ["corpus/linked/1.txt"]
+
+
+def test_somebodys_names_have_brackets_and_the_path_begins_with_a_tilde(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("[corpus] v1/1.txt", "page [3].txt", "page 3.txt", "part-1.txt", "part-3.txt"):
+        write(name)
+    assert found("[corpus] v1/*.txt") == ["[corpus] v1/1.txt"]
+    assert found("page [3].txt") == ["page [3].txt"]
+    assert found("page [[]3].txt") == ["page [3].txt"]
+    assert found("part-[12].txt") == ["part-1.txt"]
+    assert found(f"{tmp_path}/**/page [[]*") == [f"{tmp_path}/page [3].txt"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found("~/part-*") == [f"{tmp_path}/part-1.txt", f"{tmp_path}/part-3.txt"]
+    write("~/own.txt")
+    assert found("~/*.txt") == ["~/own.txt"]
+
+
+def test_somebody_has_not_fetched_a_file_of_dvc() -> None:
+    write("broken/1.txt")
+    os.symlink("../gone/2.txt", "broken/2.txt")
+    for pattern in ("broken/*.txt", "**/*.txt", "broken/2.txt"):
+        with pytest.raises(FileNotFoundError, match=r"broken/2\.txt -> \.\./gone/2\.txt leads now"):
+            found(pattern)
+    write("gone/2.txt")  # The remedy: the target is fetched,
+    assert found("broken/*.txt") == ["broken/1.txt", "broken/2.txt"]
+    Path("gone/2.txt").unlink()
+    Path("broken/2.txt").unlink()  # or the link is deleted.
+    assert found("broken/*.txt") == ["broken/1.txt"]
+
+
+def test_somebody_has_not_mounted_the_disk_behind_a_link(log_lines: list[str]) -> None:
+    write("corpus/1.txt")
+    os.symlink("/no/such/disk", "corpus/more")
+    assert found("corpus/**/*.txt") == ["corpus/1.txt"]
+    assert "corpus/more is a link to /no/such/disk, which does not exist" in "".join(log_lines)
+
+
+def test_somebody_has_a_pipe_beside_the_texts(log_lines: list[str]) -> None:
+    write("corpus/1.txt")
+    os.mkfifo("corpus/2.txt")
+    assert found("corpus/*.txt") == ["corpus/1.txt"]
+    assert "left out corpus/2.txt, because it is a pipe or a device" in "".join(log_lines)
+
+
+@pytest.mark.parametrize(
+    "compress", [gzip.compress, bz2.compress, lzma.compress, zstandard.compress]
+)
+@pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".xz", ".zst", ".zstd"])
+def test_somebody_compresses_with_any_program_under_any_name(
+    compress: Callable[[bytes], bytes], ending: str
+) -> None:
+    write(f"x.jsonl{ending}", compress(ROWS))
+    assert len(read(f"jsonl:x.jsonl{ending}")) == 40
+    assert read(f"text:x.jsonl{ending}") == [ROWS.decode()]
+    assert read_text("--text", Path(f"x.jsonl{ending}")) == ROWS.decode()
+
+
+def test_somebodys_browser_decompressed_a_file_and_kept_its_name() -> None:
+    write("x.jsonl.gz", ROWS)
+    assert len(read("jsonl:x.jsonl.gz")) == 40
+
+
+def test_somebodys_compressed_file_is_damaged() -> None:
+    for content, message in ((b"", "cut off"), (gzip.compress(ROWS) + b"behind", "damaged")):
+        write("x.jsonl.gz", content)
+        with pytest.raises(BadLineError, match=message):
+            read("jsonl:x.jsonl.gz")
+    write("x.txt.gz", gzip.compress(ROWS)[:-9])
+    with pytest.raises(UserError, match=r"--text=x\.txt\.gz is cut off.*fetch the file again"):
+        read_text("--text", Path("x.txt.gz"))
+
+
+def tar(content: bytes) -> bytes:
+    return b"a.txt".ljust(257, b"\0") + b"ustar\0" + b"00".ljust(249, b"\0") + content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "x is a Git LFS pointer, .* `git lfs pull`"),
+        (
+            b"/annex/objects/SHA256E-s5--" + b"0" * 64 + b"\n",
+            "git-annex pointer, .* `git annex get`",
+        ),
+        (tar(b"text"), "x is a tar archive; unpack it with `tar -xf`"),
+        (gzip.compress(tar(b"text")), "decompressed x is a tar archive"),
+        (b"PK\x03\x04\xff\xff", "it looks like a zip archive: unpack it"),
+        ("text".encode("utf-16"), "it looks like UTF-16 text: convert it with `iconv -f UTF-16"),
+        (b"%PDF-1.7\n\xe2\xe3\xcf\xd3", "it looks like a PDF"),
+    ],
+)
+def test_somebodys_file_is_not_what_its_name_says(content: bytes, message: str) -> None:
+    write("x", content)
+    for scheme in ("text", "jsonl", "tokens"):
+        with pytest.raises(UserError, match=message):
+            read(f"{scheme}:x")
+
+
+def test_somebody_cloned_without_git_lfs(
+    tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sources, tokenizers, weights, prompts and token folders: each names the remedy."""
+    prepared(tokenizer, f"--source=jsonl:{write('rows.jsonl', ROWS)}")
+    for name in (
+        "late.jsonl",
+        "t/tokenizer.json",
+        "hf/model.safetensors",
+        "prompts.txt",
+        "y.parquet",
+    ):
+        write(name, POINTER)
+    write("hf/config.json", "{}")
+    write("early.jsonl", ROWS)
+    capsys.readouterr()
+    (shard,) = Path("out").glob("train*.tokens")
+    kept = shard.read_bytes()
+    shard.write_bytes(POINTER)
+    for command in (
+        ["prepare", "--source=jsonl:*.jsonl", "--vocab_size=270", "--output=new"],
+        ["prepare", "--source=parquet:y.parquet", "--vocab_size=270", "--output=new"],
+        ["prepare", "--source=jsonl:rows.jsonl", "--tokenizer=t", "--output=new"],
+        ["inspect", "--data=out"],
+        ["generate", "--checkpoint=hf", "--prompt_file=prompts.txt"],
+    ):
+        assert main(command) == 2, command
+        error = capsys.readouterr().err
+        assert "is a Git LFS pointer" in error, error
+        assert "`git lfs pull`" in error
+        assert not Path("new").exists()
+    shard.write_bytes(kept)
+    assert main(["inspect", "--data=out"]) == 0
+
+
+def test_somebodys_download_cache_lost_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    write("hf/config.json", json.dumps(LLAMA))
+    os.symlink("../blobs/0123", "hf/model.safetensors")
+    assert main(["import", "--source=hf", "--output=new"]) == 2
+    assert "hf/model.safetensors is a link to ../blobs/0123, which" in capsys.readouterr().err
+
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 270,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+def test_somebody_renamed_the_tokenizer(tokenizer: Path) -> None:
+    shutil.copy(tokenizer, "spm.bin")
+    assert load_tokenizer(Path("spm.bin")).vocab_size == 280
+    write("vocabulary.txt", "the\ncat\n")
+    with pytest.raises(UserError, match=r"must be a SentencePiece \*\.model or"):
+        load_tokenizer(Path("vocabulary.txt"))
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *args: Quiet(*args, directory=str(tmp_path))
+    ) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{web.server_address[1]}"
+        web.shutdown()
+        thread.join()
+
+
+def test_somebody_reads_from_a_web_server(server: str) -> None:
+    write("a.jsonl", ROWS)
+    write("b.jsonl", gzip.compress(ROWS))
+    assert len(read(f"jsonl:{server}/*.jsonl")) == 80
+    assert len(read(f"jsonl:{server}/a.jsonl")) == 40
+    with pytest.raises(UserError, match="matches nothing .*404"):
+        read(f"jsonl:{server}/c.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "*.jsonl"])
+def test_somebodys_host_does_not_answer(name: str) -> None:
+    with pytest.raises(UserError, match=r"Connect"):
+        read(f"jsonl:http://127.0.0.1:1/{name}")
+
+
+def test_somebodys_prompts_come_from_windows_and_from_an_old_mac() -> None:
+    lines = [b"\xef\xbb\xbfThe heron\r\n", b"one\rstill one\n", "a\u2028b\n".encode(), b"end"]
+    expected = ["The heron", "one\rstill one", "a\u2028b", "end"]
+    assert read_lines("--prompt_file", write("p.txt", b"".join(lines))) == expected
+    assert list(decoded_lines(lines, "The standard input")) == expected
+    write("p.txt", b"The heron\n\n")
+    assert read_lines("--prompt_file", Path("p.txt")) == ["The heron", ""]
+    with pytest.raises(UserError, match=r"The standard input, line 2, must be UTF-8, but byte 1"):
+        list(decoded_lines([b"fine\n", b"a\xff"], "The standard input"))
+
+
+def test_somebody_writes_prompts_with_the_shell(tmp_path: Path) -> None:
+    """Bash gives `<(head prompts.txt)` as the name of a pipe."""
+    os.mkfifo("pipe")
+    writer = threading.Thread(target=lambda: Path("pipe").write_bytes(b"one\ntwo\n"))
+    writer.start()
+    assert read_lines("--prompt_file", Path("pipe")) == ["one", "two"]
+    writer.join()
