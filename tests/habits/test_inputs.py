@@ -7,15 +7,12 @@ import json
 import lzma
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import zstandard
-from safetensors.numpy import save_file
 
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.data.shards import Manifest, open_tokens
