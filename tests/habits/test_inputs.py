@@ -1,8 +1,9 @@
-"""People give files to read: through links, compressed, from the web, and not always what they seem."""
+"""People give files to read: through links, compressed, from the web, or other than they seem."""
 
 import bz2
 import gzip
 import http.server
+import itertools
 import json
 import lzma
 import os
@@ -306,3 +307,87 @@ def test_somebody_writes_prompts_with_the_shell(tmp_path: Path) -> None:
     writer.start()
     assert read_lines("--prompt_file", Path("pipe")) == ["one", "two"]
     writer.join()
+
+
+STORY = "".join(
+    f"Scene {i}. The cat sat on the mat.\nThe dog ran to the cat.\n\n" for i in range(2000)
+)
+
+
+def words(split: str) -> list[str]:
+    """Returns the text of each document of a split, in order."""
+    dataset = open_tokens(Path("out"))
+    stream, model = dataset.splits[split], load_tokenizer(dataset.tokenizer)
+    starts = [*stream.document_starts(0, stream.tokens).tolist(), stream.tokens]
+    ids = stream.read(0, stream.tokens)
+    return [model.decode(ids[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+
+
+def test_somebody_prepares_the_single_text_file_of_nanogpt(
+    tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("input.txt", STORY)
+    prepared(tokenizer, "--source=text:input.txt", "--validation_fraction=0.1")
+    [train], [validation] = words("train"), words("validation")
+    assert train + validation == STORY
+    assert train.endswith("\n\n")
+    assert len(validation) == pytest.approx(0.1 * len(STORY), rel=0.2)
+    error = capsys.readouterr().err
+    assert "the last 10.0% of a document is the validation text" in error
+    assert "WARNING" not in error
+
+
+def test_somebody_prepares_two_files_and_neither_becomes_the_validation_text(
+    tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("a.txt", STORY)
+    write("b.txt", STORY[: len(STORY) // 5])
+    manifest = prepared(tokenizer, "--source=text:[ab].txt")
+    share = manifest.splits["validation"].text_bytes / (1.2 * len(STORY))
+    assert 0.005 < share < 0.02
+    assert "".join(sorted([*words("train"), *words("validation")], key=len)[1:]) in (
+        STORY + STORY[: len(STORY) // 5],
+        STORY[: len(STORY) // 5] + STORY,
+        *(a + b for a in words("train") for b in words("train")),
+    )
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_somebodys_validation_text_is_far_from_the_share_that_was_asked_for(
+    tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"text": f"the cat {i} " * (1 if i else 9000)}) + "\n" for i in range(99)]
+    for seed in range(50):  # Until the hash holds out the long document.
+        write("rows.jsonl", "".join(rows).replace("cat 0", f"cat 0{seed}"))
+        shutil.rmtree("out", ignore_errors=True)
+        manifest = prepared(tokenizer, "--source=jsonl:rows.jsonl", "--validation_fraction=0.1")
+        error = capsys.readouterr().err
+        if manifest.splits["validation"].text_bytes > 50_000:
+            break
+    assert "WARNING: the validation text is 9" in error
+    assert "not 10.0% as --validation_fraction asks" in error
+
+
+def test_somebodys_loss_masks_leave_nothing_to_learn(
+    tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def row(target: int, i: int) -> str:
+        return json.dumps({"token_ids": [260, 261 + i], "loss_mask": [0, target]}) + "\n"
+
+    command = [
+        *("prepare", f"--tokenizer={tokenizer}", "--output=out", "--source=tokens:rows.jsonl"),
+        "--validation_fraction=0",
+    ]
+    write("rows.jsonl", row(0, 0) + row(0, 1))
+    assert main(command) == 2
+    assert "No token of the 2 training documents is a target" in capsys.readouterr().err
+    assert not Path("out").exists()
+    # The remedies: some tokens are targets,
+    write("rows.jsonl", row(0, 0) + row(1, 1))
+    assert main(command) == 0
+    assert "train: 1 of 2 documents have no target" in capsys.readouterr().err
+    shutil.rmtree("out")
+    # or there is no mask.
+    write("rows.jsonl", (row(0, 0) + row(0, 1)).replace("loss_mask", "other"))
+    assert main(command) == 0
+    assert "no target" not in capsys.readouterr().err

@@ -6,13 +6,35 @@ sources as they need.
 
 from collections.abc import Callable, Iterator, Sequence
 
-from mobilellm_jax.data.preparation.parts import DIGESTS, digest
-from mobilellm_jax.data.sources.source import TRAIN, VALIDATION, BadLine, Source, TokenDocument
+from mobilellm_jax.data.preparation.cutting import (
+    DIGESTS,
+    Cut,
+    HeldOut,
+    cut_documents,
+    digest,
+    is_held_out,
+)
+from mobilellm_jax.data.sources.source import (
+    TRAIN,
+    VALIDATION,
+    BadLine,
+    Document,
+    Source,
+    TokenDocument,
+)
 from mobilellm_jax.errors import UserError
 
 # This much text is enough to learn the merges of any vocabulary, and SentencePiece trains on it in
 # minutes.
 TOKENIZER_TRAINING_CHARACTERS = 50_000_000
+# If the document with the smallest digest is longer than this many characters, and has more than
+# this share of all text and more than this multiple of the text to hold out, only the end of this
+# document is held out.
+_LONG = 10_000
+_LARGE_SHARE = 0.1
+_MOST_TIMES_TOO_MUCH = 3
+# Smallest number of characters in the end of a document that is held out, if the document is long.
+_SHORTEST_END = 1_000
 # Largest number of pieces that `tokenizer_sample` reads from one source.
 _PLACES = 256
 
@@ -22,47 +44,63 @@ def is_divided(source: Source) -> bool:
     return VALIDATION not in source.splits()
 
 
-def held_out_below(
+def choose_held_out(
     sources: Sequence[Source], validation_fraction: float, on_bad: Callable[[BadLine], None]
-) -> int:
-    """Returns the threshold below which a document's digest selects it for validation, or 0.
+) -> HeldOut:
+    """Returns the rule that holds out about `validation_fraction` of the documents.
 
-    The threshold is `validation_fraction` of the range of digests. If no document or every document
-    is below this threshold, the threshold moves so that one document changes sides. Reading stops
-    as soon as one document below the threshold and one other document are found, so only small
-    sources are read completely. A threshold of 0 selects no document.
+    A document is held out if its digest is less than `validation_fraction` of the range of digests.
+    If this selects no document or every document, the threshold moves so that one document changes
+    sides. If that document is far longer than the text to hold out, its end is held out instead.
+    Reading stops as soon as one document below the threshold and one other document are found, so
+    only small sources are read completely. A threshold of 0 selects no document.
 
     Raises:
-      UserError: if there is a single document and no source has a validation split.
+      UserError: if there is a single document that cannot be divided, and no source has a
+        validation split.
     """
     threshold = int(validation_fraction * DIGESTS)
     divided = [source for source in sources if is_divided(source)]
     if not threshold or not divided:
-        return 0
-    smallest, largest = DIGESTS, -1
+        return HeldOut(0)
+    smallest, largest, length, total = DIGESTS, -1, 0, 0
+    may_cut = True
     for source in divided:
         for piece in source.pieces(TRAIN):
             for document in source.documents(piece, on_bad):
-                if isinstance(document, TokenDocument) or document.text:
-                    found = digest(document)
-                    smallest, largest = min(smallest, found), max(largest, found)
-                    if smallest < threshold <= largest:
-                        return threshold
+                is_text = isinstance(document, Document)
+                size = len(document.text if isinstance(document, Document) else document.ids)
+                if is_text and not size:
+                    continue
+                found = digest(document)
+                total += size
+                if found < smallest:
+                    length, may_cut = size, is_text and size > 1
+                smallest, largest = min(smallest, found), max(largest, found)
+                if smallest < threshold <= largest:
+                    return HeldOut(threshold)
+    alone = largest >= 0 and smallest == largest and len(divided) == len(sources)
+    wanted = validation_fraction * total
+    too_long = length > max(_MOST_TIMES_TOO_MUCH * wanted, _LARGE_SHARE * total, _LONG)
+    if may_cut and (alone or (too_long and threshold <= smallest < largest)):
+        return HeldOut(
+            threshold, Cut(smallest, max(wanted, min(_SHORTEST_END, length / 10)) / length)
+        )
     if smallest < largest:
-        return min(max(threshold, smallest + 1), largest)
-    if largest >= 0 and len(divided) == len(sources):
+        return HeldOut(min(max(threshold, smallest + 1), largest))
+    if alone:
         raise UserError(
             f"validation_fraction={validation_fraction} cannot be held out of a single document "
             f"({sources[0].spec}); divide the text into several files, add a source, or set "
             "--validation_fraction=0 to go without validation."
         )
-    return 0
+    return HeldOut(0)
 
 
 def tokenizer_sample(
     sources: Sequence[Source],
     weights: Sequence[float] | None,
-    held_out: int,
+    held_out: HeldOut,
     on_bad: Callable[[BadLine], None],
     most_characters: int = TOKENIZER_TRAINING_CHARACTERS,
 ) -> Iterator[str]:
@@ -84,11 +122,13 @@ def tokenizer_sample(
             # If a piece has less text than its quota, later pieces get the remaining characters.
             quota = characters_left * piece.size_bytes // max(bytes_left, 1)
             bytes_left -= piece.size_bytes
-            for document in source.documents(piece, on_bad):
+            documents = source.documents(piece, on_bad)
+            divided = held_out.below > 0 and is_divided(source)
+            for document in cut_documents(documents, held_out.cut if divided else None):
                 if quota <= 0:
                     break
                 assert not isinstance(document, TokenDocument), "refused before: it has no text"
-                if held_out and is_divided(source) and digest(document) < held_out:
+                if divided and is_held_out(document, held_out.below):
                     continue
                 text = document.text[:quota]
                 quota -= len(text)

@@ -8,7 +8,6 @@ shards of the output.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilellm_jax.data.preparation.cutting import Cut, cut_documents, is_held_out
 from mobilellm_jax.data.shards import Counts, ShardWriter, Split, token_dtype
 from mobilellm_jax.data.sources.opening import open_source
 from mobilellm_jax.data.sources.source import (
@@ -37,7 +37,6 @@ from mobilellm_jax.storage import rundir, strict_json
 
 _BATCH_CHARACTERS = 1_000_000
 _BATCH_DOCUMENTS = 10_000
-DIGESTS = 1 << 64
 
 Count = Callable[[Counts], None]
 
@@ -52,6 +51,7 @@ class Job:
     dtype: np.dtype[Any]  # Type of the token ids on disk.
     skip_bad_lines: bool
     shard_tokens: int
+    cut: Cut | None = None  # The document of which only the end is held out.
 
     @property
     def parts(self) -> Path:
@@ -82,6 +82,8 @@ class Part:
     splits: Mapping[str, Split]  # Each split has at most one shard.
     empty_documents: int
     bad_lines: tuple[Mapping[str, Any], ...]
+    # Number of documents of each split whose loss mask excludes every token.
+    without_target: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class PieceEncoder:
@@ -103,6 +105,7 @@ class PieceEncoder:
         skipped: list[dict[str, Any]] = []
         empty = 0
         counts = {TRAIN: Counts(), VALIDATION: Counts()}
+        without_target = dict.fromkeys(counts, 0)
 
         def on_bad(bad: BadLine) -> None:
             if not job.skip_bad_lines:
@@ -116,7 +119,8 @@ class PieceEncoder:
                 )
                 for split in counts
             }
-            for batch in _batches(self._source(task.source).documents(task.piece, on_bad)):
+            documents = self._source(task.source).documents(task.piece, on_bad)
+            for batch in _batches(cut_documents(documents, job.cut if task.held_out else None)):
                 present = [d for d in batch if isinstance(d, TokenDocument) or d.text]
                 empty += len(batch) - len(present)
                 bad_lines = skipped if job.skip_bad_lines else None
@@ -125,6 +129,7 @@ class PieceEncoder:
                     starts = np.cumsum(chosen.lengths) - chosen.lengths
                     writers[split].add(chosen.ids, starts, chosen.loss_mask)
                     counts[split] += chosen.counts
+                    without_target[split] += chosen.without_target(starts)
                 count(encoded.counts)
             shards = {s: (w.complete(),) if w.documents else () for s, w in writers.items()}
         part = Part(
@@ -136,6 +141,7 @@ class PieceEncoder:
             },
             empty_documents=empty,
             bad_lines=tuple(skipped),
+            without_target=without_target,
         )
         rundir.write_whole(
             record_file(job.parts, task.number), json.dumps(dataclasses.asdict(part))
@@ -174,15 +180,6 @@ def record_file(parts: Path, number: int) -> Path:
     return parts / f"{number:08d}.json"
 
 
-def digest(document: Document | TokenDocument) -> int:
-    """Returns a 64-bit hash of a document, which decides whether the document is held out."""
-    if isinstance(document, TokenDocument):
-        content = np.asarray(document.ids, "<i8").tobytes()
-    else:
-        content = document.text.encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
-
-
 class _Encoded(NamedTuple):
     """An encoded batch: the ids of all documents in one array, with BOS and EOS, and the sizes."""
 
@@ -199,6 +196,12 @@ class _Encoded(NamedTuple):
             tokens=len(self.ids),
             text_bytes=int(self.text_bytes.sum()),
         )
+
+    def without_target(self, starts: NDArray[np.int64]) -> int:
+        """Returns the number of documents, which begin at `starts`, without any target."""
+        if self.loss_mask is None:
+            return 0
+        return int(np.count_nonzero(np.maximum.reduceat(self.loss_mask, starts) == 0))
 
 
 def _encode(
@@ -268,7 +271,7 @@ def _with_bos_and_eos(
 def _divided(encoded: _Encoded, task: Task) -> Iterator[tuple[str, _Encoded]]:
     """Yields each split that has documents in the batch, with these documents."""
     if task.held_out:
-        held_D = np.array([digest(d) < task.held_out for d in encoded.documents], np.bool_)
+        held_D = np.array([is_held_out(d, task.held_out) for d in encoded.documents], np.bool_)
     else:
         held_D = np.full(len(encoded.documents), task.piece.split == VALIDATION)
     for split, chosen_D in ((TRAIN, ~held_D), (VALIDATION, held_D)):

@@ -9,6 +9,7 @@ of this folder at the end. If `prepare` is killed, the folder stays, and the nex
 in it.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -22,7 +23,11 @@ from typing import Any, Literal
 
 from mobilellm_jax.data import shards
 from mobilellm_jax.data.preparation import assembly, beam_runner
-from mobilellm_jax.data.preparation.held_out import held_out_below, is_divided, tokenizer_sample
+from mobilellm_jax.data.preparation.held_out import (
+    choose_held_out,
+    is_divided,
+    tokenizer_sample,
+)
 from mobilellm_jax.data.preparation.parts import Job, Part, Task, read_part
 from mobilellm_jax.data.preparation.workers import encode_pieces
 from mobilellm_jax.data.preparation.working_folder import settings_difference, working_folder
@@ -45,6 +50,8 @@ Runner = Literal["local", "beam"]
 
 # The size of two pieces. One process encodes smaller sources before a second process has started.
 _TOO_SMALL_TO_SHARE_BYTES = 16_000_000
+# A validation share that differs by more than this factor from the wanted share is worth a warning.
+_FAR_OFF = 3
 _log = logging.getLogger(__name__)
 
 
@@ -106,6 +113,7 @@ def prepare(
         os.replace(work / "output", output)
         shutil.rmtree(work)
     _log_summary(output, manifest)
+    _check_share(opened, manifest)
     return manifest
 
 
@@ -124,7 +132,12 @@ class _Preparation:
         """
         skip_bad_lines = self.settings["on_bad_line"] == "skip"
         on_bad: Callable[[BadLine], None] = (lambda _: None) if skip_bad_lines else stop
-        held_out = held_out_below(self.sources, self.settings["validation_fraction"], on_bad)
+        held_out = choose_held_out(self.sources, self.settings["validation_fraction"], on_bad)
+        if held_out.cut is not None:
+            _log.info(
+                "The sources have too few documents to hold out whole ones, so the last "
+                f"{held_out.cut.share:.1%} of a document is the validation text."
+            )
         output = self.work / "output"
         if given is not None:
             copy = copy_tokenizer(given, output)
@@ -139,7 +152,7 @@ class _Preparation:
                 train_tokenizer(texts, vocab_size, copy)
         tasks: list[Task] = []
         for index, source in enumerate(self.sources):
-            below = held_out if is_divided(source) else 0
+            below = held_out.below if is_divided(source) else 0
             for split in source.splits():
                 for piece in source.pieces(split):
                     tasks.append(Task(len(tasks), index, below, piece))
@@ -151,6 +164,7 @@ class _Preparation:
             dtype=shards.token_dtype(load_tokenizer(copy).vocab_size),
             skip_bad_lines=skip_bad_lines,
             shard_tokens=self.settings["shard_tokens"],
+            cut=held_out.cut,
         )
         return job, tasks
 
@@ -176,9 +190,11 @@ class _Preparation:
             for source, weight in zip(self.sources, weights, strict=True)
         ]
         planners = {split: assembly.Planner(job, split) for split in (TRAIN, VALIDATION)}
+        without_target: collections.Counter[str] = collections.Counter()
         with contextlib.closing(parts):
             for part in parts:
                 totals[part.source] = _added(totals[part.source], part)
+                without_target.update(part.without_target)
                 if sum(len(total.bad_lines) for total in totals) > MOST_BAD_LINES:
                     raise UserError(
                         f"source={self.sources[part.source].spec!r}: more than {MOST_BAD_LINES:,} "
@@ -200,6 +216,7 @@ class _Preparation:
                 f"source={', '.join(source.spec for source in self.sources)}: no document with "
                 "text for training; check the pattern and --validation_fraction."
             )
+        self._check_targets(splits, without_target)
         for total in totals:
             if total.weight is not None and total.splits.get(TRAIN, Counts()).tokens < 2:
                 raise UserError(
@@ -221,6 +238,29 @@ class _Preparation:
         )
         shards.write_manifest(self.work / "output", manifest)
         return manifest
+
+    def _check_targets(
+        self, splits: Mapping[str, Split], without_target: Mapping[str, int]
+    ) -> None:
+        """Warns about documents without a target; refuses training data of only such documents.
+
+        Raises:
+          UserError: if no training document has a target; the parts are deleted.
+        """
+        if without_target[TRAIN] == splits[TRAIN].documents:
+            for name in ("parts", "shards", "output"):  # The next run could not use them.
+                shutil.rmtree(self.work / name)
+            raise UserError(
+                f"No token of the {without_target[TRAIN]:,} training documents is a target: every "
+                "loss_mask is 0 everywhere, so training could learn nothing. Put a 1 into "
+                '"loss_mask" for each token to learn, or leave the field out to learn all tokens.'
+            )
+        for name, split in splits.items():
+            if count := without_target[name]:
+                _log.warning(
+                    f"WARNING: {name}: {count:,} of {split.documents:,} documents have no target, "
+                    'because their "loss_mask" is 0 everywhere.'
+                )
 
 
 def _encode(job: Job, tasks: Sequence[Task], workers: int | None) -> Generator[Part, None, None]:
@@ -248,6 +288,23 @@ def _added(total: SourceRecord, part: Part) -> SourceRecord:
         empty_documents=total.empty_documents + part.empty_documents,
         bad_lines=(*total.bad_lines, *part.bad_lines),
     )
+
+
+def _check_share(sources: Sequence[Source], manifest: Manifest) -> None:
+    """Warns if the validation text is far more or far less than the user asked for."""
+    asked = manifest.settings["validation_fraction"]
+    sizes = dict.fromkeys((TRAIN, VALIDATION), 0)
+    for source, record in zip(sources, manifest.sources, strict=True):
+        if is_divided(source):
+            for split in sizes:
+                sizes[split] += record.splits.get(split, Counts()).text_bytes
+    share = sizes[VALIDATION] / max(1, sum(sizes.values()))
+    if share and not asked / _FAR_OFF <= share <= asked * _FAR_OFF:
+        _log.warning(
+            f"WARNING: the validation text is {share:.1%} of the text, not {asked:.1%} as "
+            "--validation_fraction asks, because whole documents are held out. Give more or "
+            "shorter documents, or another --validation_fraction."
+        )
 
 
 def _log_summary(output: Path, manifest: Manifest) -> None:

@@ -17,10 +17,14 @@ PIECE_BYTES = 8_000_000
 
 
 class Document(NamedTuple):
-    """The text of a document, and the `name` by which messages tell where the text comes from."""
+    """The text of a document, and the `name` by which messages tell where the text comes from.
+
+    `held_out` says whether the document is for validation; None leaves this to its digest.
+    """
 
     name: str
     text: str
+    held_out: bool | None = None
 
 
 class TokenDocument(NamedTuple):

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mobilellm_jax.data.preparation.held_out import held_out_below, tokenizer_sample
+from mobilellm_jax.data.preparation.cutting import HeldOut
+from mobilellm_jax.data.preparation.held_out import choose_held_out, tokenizer_sample
 from mobilellm_jax.data.sources.opening import open_source
 from mobilellm_jax.data.sources.source import BadLine, BadLineError, Document, Piece, Source, stop
 
@@ -48,7 +49,7 @@ def digest(text: str) -> int:
 def test_reading_ends_where_both_sides_have_a_document() -> None:
     texts = [f"document {i}" for i in range(1000)]
     source = Listed([[text] for text in texts])
-    threshold = held_out_below([source], 0.1, stop)
+    threshold = choose_held_out([source], 0.1, stop).below
     assert threshold == int(0.1 * DIGESTS)
     first = next(i for i, text in enumerate(texts) if digest(text) < threshold)
     assert source.read == list(range(max(first, 1) + 1))
@@ -58,33 +59,33 @@ def test_reading_ends_where_both_sides_have_a_document() -> None:
 @pytest.mark.parametrize(("fraction", "held"), [(1e-9, 1), (1 - 1e-9, 2)])
 def test_few_documents_are_on_both_sides(fraction: float, held: int) -> None:
     texts = ["one", "two", "", "three"]
-    threshold = held_out_below([Listed([texts])], fraction, stop)
+    threshold = choose_held_out([Listed([texts])], fraction, stop).below
     assert sum(digest(text) < threshold for text in texts if text) == held
 
 
 def test_none_is_held_out() -> None:
-    assert held_out_below([Listed([["one", "two"]])], 0.0, stop) == 0
+    assert choose_held_out([Listed([["one", "two"]])], 0.0, stop) == HeldOut(0)
     own = Listed([["one", "two"]], ("train", "validation"))
-    assert held_out_below([own], 0.5, stop) == 0
+    assert choose_held_out([own], 0.5, stop) == HeldOut(0)
     assert own.read == []
-    assert held_out_below([own, Listed([["one"]])], 0.5, stop) == 0
-    assert held_out_below([Listed([[""]])], 0.5, stop) == 0
+    assert choose_held_out([own, Listed([["one"]])], 0.5, stop) == HeldOut(0)
+    assert choose_held_out([Listed([[""]])], 0.5, stop) == HeldOut(0)
     with pytest.raises(ValueError, match="cannot be held out of a single document"):
-        held_out_below([Listed([["one"]])], 0.5, stop)
+        choose_held_out([Listed([["1"]])], 0.5, stop)
 
 
 def test_bad_lines_are_left_to_the_caller(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{}\n{"text": "two"}\n')
     source = open_source(f"jsonl:{tmp_path}/a.jsonl", tmp_path)
     bad: list[BadLine] = []
-    assert 0 < held_out_below([source], 1e-9, bad.append) < DIGESTS
+    assert 0 < choose_held_out([source], 1e-9, bad.append).below < DIGESTS
     assert [line.line for line in bad] == [2]
     with pytest.raises(BadLineError):
-        held_out_below([source], 1e-9, stop)
+        choose_held_out([source], 1e-9, stop)
 
 
 def sample(listed: Sequence[Listed], **changes: Any) -> list[str]:
-    settings: dict[str, Any] = {"weights": None, "held_out": 0, "most_characters": 10**6}
+    settings: dict[str, Any] = {"weights": None, "held_out": HeldOut(0), "most_characters": 10**6}
     settings |= changes
     return list(tokenizer_sample(listed, on_bad=stop, **settings))
 
@@ -95,9 +96,9 @@ def test_a_small_source_gives_all_but_what_is_held_out() -> None:
     assert sample([Listed(texts[:4]), Listed(texts[4:])]) == flat
     half = 1 << 63
     kept = [text for text in flat if digest(text) >= half]
-    assert sample([Listed(texts)], held_out=half) == kept != flat
+    assert sample([Listed(texts)], held_out=HeldOut(half)) == kept != flat
     own = Listed(texts, ("train", "validation"))
-    assert sample([own], held_out=half) == flat
+    assert sample([own], held_out=HeldOut(half)) == flat
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 1000])

@@ -156,14 +156,18 @@ def test_both_splits_get_a_document_where_there_are_two(
     assert (len(texts_in(output, "train")), len(texts_in(output, "validation"))) == counts
 
 
-def test_a_single_document_cannot_be_divided(
+def test_a_single_document_is_divided_unless_it_consists_of_tokens(
     corpus: Path, tmp_path: Path, given: Tokenizer
 ) -> None:
     spec, output = f"text:{corpus}/00.txt", tmp_path / "data"
-    with pytest.raises(ValueError, match="cannot be held out of a single document"):
-        prepare([spec], output, tokenizer=given.file)
     prepare([spec], output, tokenizer=given.file, validation_fraction=0)
     assert texts_in(output, "train") == [(corpus / "00.txt").read_text()]
+    prepare([spec], tmp_path / "divided", tokenizer=given.file)
+    train, validation = (texts_in(tmp_path / "divided", s) for s in ("train", "validation"))
+    assert [train[0] + validation[0]] == texts_in(output, "train")
+    (tmp_path / "ids.jsonl").write_text('{"token_ids": [5, 6, 7]}')
+    with pytest.raises(ValueError, match="cannot be held out of a single document"):
+        prepare([f"tokens:{tmp_path}/ids.jsonl"], tmp_path / "ids", tokenizer=given.file)
 
 
 def test_prepared_again_it_is_left_alone(
