@@ -18,6 +18,10 @@ class MissingFileError(UserError, FileNotFoundError):
     """The user named a file or a folder that does not exist."""
 
 
+class NotFiniteError(UserError, FloatingPointError):
+    """A model computes NaN or infinity, because its weights are damaged or too large."""
+
+
 def require(package: str, extra: str, purpose: str) -> None:
     """Raises a `UserError` if an optional package is absent; call it before the import.
 

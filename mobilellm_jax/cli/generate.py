@@ -30,12 +30,14 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage.text_file import decoded_lines, read_lines
 
 if TYPE_CHECKING:
-    from mobilellm_jax.generation.generate import Prepared
+    from mobilellm_jax.generation.generate import Prepared, Shape
     from mobilellm_jax.generation.sampling import Sampling
     from mobilellm_jax.open_model import OpenedModel
 
 _log = logging.getLogger(__name__)
 _DEFAULT_NEW_TOKENS = 128
+_SHOWN = 40  # Characters of a prompt in a message.
+_NAMED = 8  # Prompts that one error names.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Flags:
     )
     quantize: str | None = flag(None, QUANTIZE_HELP)
     quantized_parts: str | None = flag(None, PARTS_HELP)
-    seed: int = flag(0, "seed of the random draws; the same seed gives the same text")
+    seed: int = flag(
+        0, "seed of the random draws; the n-th prompt draws from the seed and n, in any batch"
+    )
 
 
 # An untrained model may draw any byte. On a terminal, we print control characters as symbols.
@@ -82,48 +86,80 @@ def main(flags: Flags) -> None:
     sampling = Sampling(
         temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, seed=flags.seed
     )
-    prompts = _prompts(flags)
+    given = _given(flags)
     scheme = chosen_scheme(flags.quantize, flags.quantized_parts)
     use_compile_cache()
     model = open_model(flags.checkpoint, scheme)
     speaker = _Speaker(model, prepare(model.config, model.params), sampling, flags.max_new_tokens)
-    if prompts is not None and len(prompts) == 1:
-        speaker.speak(prompts[0])
-    elif prompts is not None:
+    if given is not None:
+        prompts = _checked(speaker, given)
+        if len(prompts) == 1:
+            speaker.speak(prompts[0])
+            return
         for first in range(0, len(prompts), flags.batch_size):
             speaker.speak_together(prompts[first : first + flags.batch_size])
     elif sys.stdin.isatty():
         _converse(speaker)
     else:
-        for line in decoded_lines(sys.stdin.buffer, "The standard input"):
-            speaker.speak(line)
+        lines = decoded_lines(sys.stdin.buffer, "The standard input")
+        for number, line in enumerate(lines):
+            speaker.speak(speaker.prompt(line, number, f"line {number + 1} of the standard input"))
 
 
-def _prompts(flags: Flags) -> list[str] | None:
-    """Returns the prompts in the flags, or None if the prompts come from standard input."""
+def _given(flags: Flags) -> list[tuple[str, str]] | None:
+    """Returns the prompts in the flags with their places; None if they come from standard input."""
     if flags.prompt_file is None:
-        return flags.prompt
+        if flags.prompt is None:
+            return None
+        return [(text, f"--prompt={_start(text)}") for text in flags.prompt]
     if flags.prompt is not None:
         raise UsageError("--prompt and --prompt_file exclude each other; put all in the file.")
-    return read_lines("--prompt_file", Path(flags.prompt_file))
+    lines = read_lines("--prompt_file", Path(flags.prompt_file))
+    return [(line, f"line {number} of {flags.prompt_file}") for number, line in enumerate(lines, 1)]
+
+
+def _start(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _converse(speaker: "_Speaker") -> None:
     _log.info(
         f"{speaker.model.origin}: enter a line to continue; Ctrl-C stops a text, Ctrl-D ends."
     )
-    while True:
+    for number in itertools.count():
         try:
-            prompt = input("> ")
+            text = input("> ")
         except EOFError:
             _log.info("")
             return
         try:
-            speaker.speak(prompt)
+            speaker.speak(speaker.prompt(text, number, "this line"))
         except KeyboardInterrupt:
             print()
         except UserError as error:  # For example, the prompt is too long.
             _log.warning(message(error))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    text: str
+    ids: list[int]
+    number: int  # The draws depend on the seed and on this number, which starts from 0.
+    limit: int  # The largest number of new tokens.
+
+
+def _checked(speaker: "_Speaker", given: Sequence[tuple[str, str]]) -> list[_Prompt]:
+    """Returns the prompts with their tokens; one error names every prompt that does not fit."""
+    prompts, errors = [], []
+    for number, (text, place) in enumerate(given):
+        try:
+            prompts.append(speaker.prompt(text, number, place))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        more = [f"There are {len(errors) - _NAMED} more such prompts."] * (len(errors) > _NAMED)
+        raise UserError("\n".join([*errors[:_NAMED], *more]))
+    return prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,42 +170,64 @@ class _Speaker:
     prepared: "Prepared"
     sampling: "Sampling"
     max_new_tokens: int | None  # If None, the default, or fewer if fewer fit.
+    compiled: set["Shape"] = dataclasses.field(default_factory=set)
 
-    def speak(self, prompt: str) -> None:
+    def prompt(self, text: str, number: int, place: str) -> _Prompt:
+        """Returns a prompt that fits; the error of another prompt begins with its `place`."""
+        from mobilellm_jax.generation.generate import new_tokens_for
+        from mobilellm_jax.generation.text_stream import encode_prompt
+
+        ids = encode_prompt(self.model.tokenizer, text)
+        try:
+            limit = new_tokens_for(self.model.config, ids, self.max_new_tokens, _DEFAULT_NEW_TOKENS)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+        return _Prompt(text, ids, number, limit)
+
+    def speak(self, prompt: _Prompt) -> None:
         """Prints the prompt and its continuation token by token, and logs the speed."""
-        from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
+        from mobilellm_jax.generation.text_stream import decode_stream
 
-        ids = encode_prompt(self.model.tokenizer, prompt)
-        parts = (part for [part] in self._continue([ids]))
-        pieces = decode_stream(self.model.tokenizer, ids, parts)
+        parts = (part for [part] in self._continue([prompt]))
+        pieces = decode_stream(self.model.tokenizer, prompt.ids, parts)
         first = next(pieces, "")  # Raises errors before the prompt is printed.
-        for text in itertools.chain([prompt, first], pieces):
+        for text in itertools.chain([prompt.text, first], pieces):
             _show(text)
         print(flush=True)
 
-    def speak_together(self, prompts: Sequence[str]) -> None:
+    def speak_together(self, prompts: Sequence[_Prompt]) -> None:
         """Prints each prompt with its complete continuation, and logs the speed."""
-        from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
+        from mobilellm_jax.generation.text_stream import decode_stream
 
-        batch = [encode_prompt(self.model.tokenizer, prompt) for prompt in prompts]
-        rows: list[list[int]] = [[] for _ in batch]
-        for parts in self._continue(batch):
+        rows: list[list[int]] = [[] for _ in prompts]
+        for parts in self._continue(prompts):
             for row, part in zip(rows, parts, strict=True):
                 row.extend(part)
-        for prompt, ids, new in zip(prompts, batch, rows, strict=True):
-            _show("".join([prompt, *decode_stream(self.model.tokenizer, ids, [new])]))
+        for prompt, new in zip(prompts, rows, strict=True):
+            pieces = decode_stream(self.model.tokenizer, prompt.ids, [new])
+            _show("".join([prompt.text, *pieces]))
             print(flush=True)
 
-    def _continue(self, batch: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
+    def _continue(self, batch: Sequence[_Prompt]) -> Iterator[list[list[int]]]:
         """Yields parts with a few new tokens of every prompt, and logs the speed at the end."""
-        from mobilellm_jax.generation.generate import Request, stream
+        from mobilellm_jax.generation.generate import Request, shape_of, stream
 
-        room = self.model.config.max_seq_len - max(map(len, batch))
-        limit = self.max_new_tokens or max(1, min(_DEFAULT_NEW_TOKENS, room))
+        request = Request(
+            [prompt.ids for prompt in batch],
+            max_new_tokens=[prompt.limit for prompt in batch],
+            sampling=self.sampling,
+            eos_id=self.model.tokenizer.eos_id,
+            streams=[prompt.number for prompt in batch],
+        )
+        shape = shape_of(self.model.config, self.prepared, request)
+        if shape not in self.compiled:
+            self.compiled.add(shape)
+            _log.info(
+                f"compiling for {shape.rows} x {shape.capacity} tokens; the first time on a "
+                "machine takes longest"
+            )
         tokens, chunks, compiled = 0, 0, (0, 0.0)
         began = now = time.perf_counter()
-        eos = self.model.tokenizer.eos_id
-        request = Request(batch, max_new_tokens=limit, sampling=self.sampling, eos_id=eos)
         for parts in stream(self.model.config, self.prepared, request):
             tokens += sum(map(len, parts))
             chunks += 1

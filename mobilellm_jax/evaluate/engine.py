@@ -15,7 +15,6 @@ from mobilellm_jax.evaluate.prefix_trees import Query
 from mobilellm_jax.evaluate.scoring import Score, Scorer, checked_score
 from mobilellm_jax.export.runtime import Runtime, greedy
 from mobilellm_jax.generation.generate import Request, prepare, stream
-from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.on_device import compute_dtype
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
@@ -101,13 +100,10 @@ class RuntimeEngine:
         return self._write
 
     def _write(self, request: Request) -> Continuations:
-        if request.sampling != GREEDY:
-            raise UserError(
-                "A task asks for sampled texts, and an exported model only writes the likeliest "
-                "tokens; leave the task out, or evaluate the checkpoint."
-            )
-        [prompt] = request.prompts
-        for token in greedy(self.runtime, prompt, request.max_new_tokens):
+        if request.sampling.temperature > 0:
+            raise UserError("An exported model only writes the likeliest tokens.")
+        [prompt], [limit] = request.prompts, request.limits
+        for token in greedy(self.runtime, prompt, limit):
             if token == request.eos_id:
                 return
             yield [[token]]

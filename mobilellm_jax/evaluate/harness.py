@@ -11,7 +11,7 @@ import collections
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from lm_eval.api.instance import Instance
@@ -20,9 +20,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import SENTENCEPIECE, Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.evaluate.engine import Engine, Writer
+from mobilellm_jax.evaluate.engine import Engine, RuntimeEngine, Writer
 from mobilellm_jax.evaluate.journal import Journal, key
 from mobilellm_jax.evaluate.prefix_trees import Query, make_query
 from mobilellm_jax.generation import generate
@@ -33,10 +34,16 @@ _MAX_NEW_TOKENS = 256  # The harness' limit of new tokens for a task that sets n
 _PROMPT_TOKENS = 16_384  # Largest number of prompt tokens in a batch of several prompts.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+# Some tasks name a feature that we lack with the value that switches the feature off.
+_SWITCHED_OFF = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1}
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
-Prompt = tuple[list[int], str]
-"""Token ids of a prompt, and its settings as a JSON text, which can be the key of a dict."""
+
+
+class _Prompt(NamedTuple):
+    ids: list[int]
+    settings: str  # A JSON text, which can be the key of a dict.
+    stream: int  # The number with which the text draws; 0 for a greedy text.
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
@@ -63,9 +70,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self._origin = origin
         self._show = show
         self._beginning = beginning(tokenizer)
-        # With a small max_seq_len, half of it is the default limit; the prompt gets the other half.
-        longest = engine.config.max_seq_len
-        self._max_new_tokens = longest // 2 if longest <= _MAX_NEW_TOKENS else _MAX_NEW_TOKENS
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._engine.config
+
+    @property
+    def draws(self) -> bool:
+        """Whether the engine can sample texts."""
+        return not isinstance(self._engine, RuntimeEngine)
 
     @property
     def max_length(self) -> int:
@@ -141,23 +154,25 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return [tuple(answers[name]) for name in keys]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        prompts: dict[str, Prompt] = {}
+        prompts: dict[str, _Prompt] = {}
         keys = []
-        for text, settings in (request.args for request in requests):
-            how = normalize_gen_kwargs(settings, self._max_new_tokens)
-            room = self._room(how)
+        for request, stream in zip(requests, _streams(requests), strict=True):
+            text = request.args[0]
+            how = writing_settings(request, self.config, self.draws)
+            room = self.max_length - how["max_gen_toks"]
             ids = self.tok_encode(text)
             self.cut += len(ids) > room
             ids = ids[-room:]
             written = json.dumps(how, sort_keys=True)
-            keys.append(key("text", ids, written))
-            prompts[keys[-1]] = ids, written
+            # Equal prompts have one greedy text, but every sampled text has its own draws.
+            identity = [stream] if _sampling(how).temperature > 0 else []
+            keys.append(key("text", ids, written, *identity))
+            prompts[keys[-1]] = _Prompt(ids, written, *(identity or [0]))
 
         def compute(asked: list[str]) -> Iterator[dict[str, Any]]:
             write = self._engine.writer()
             for names in _batches(asked, prompts, self._engine.prompts_at_once):
-                how = json.loads(prompts[names[0]][1])
-                texts = self._continue(write, [prompts[name][0] for name in names], how)
+                texts = self._continue(write, [prompts[name] for name in names])
                 yield dict(zip(names, texts, strict=True))
 
         answers = self._answers(prompts, "text", compute)
@@ -182,34 +197,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
                 bar.update(len(new))
         return self._journal.answers
 
-    def _room(self, how: dict[str, Any]) -> int:
-        """Returns the largest number of tokens of a prompt; refuses unsupported settings."""
-        unknown = how.keys() - _SETTINGS
-        if unknown:
-            raise UserError(
-                f"A task asks for texts with {', '.join(sorted(unknown))}, which is not supported; "
-                f"the settings are {', '.join(sorted(_SETTINGS))}."
-            )
-        room = self.max_length - int(how["max_gen_toks"])
-        if room < 1:
-            raise UserError(
-                f"A task asks for texts of up to {how['max_gen_toks']} tokens, which must be less "
-                f"than model.max_seq_len={self.max_length}; leave the task out."
-            )
-        return room
+    def _continue(self, write: Writer, prompts: Sequence[_Prompt]) -> list[str]:
+        """Returns the text that continues each prompt, up to the first stop string.
 
-    def _continue(
-        self, write: Writer, prompts: Sequence[list[int]], how: dict[str, Any]
-    ) -> list[str]:
-        """Returns the text that continues each prompt, up to the first stop string."""
+        All prompts have the settings of the first.
+        """
+        how = json.loads(prompts[0].settings)
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         stopped = [False] * len(prompts)
         request = generate.Request(
-            prompts,
-            max_new_tokens=int(how["max_gen_toks"]),
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=how["max_gen_toks"],
             sampling=_sampling(how),
             eos_id=self.eot_token_id,
+            streams=[prompt.stream for prompt in prompts],
         )
         for part in write(request):
             for b, new in enumerate(part):
@@ -222,6 +224,60 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         for stop in filter(None, how["until"]):
             texts = [text.split(stop)[0] for text in texts]
         return texts
+
+
+def writing_settings(request: Instance, config: ModelConfig, draws: bool) -> dict[str, Any]:
+    """Returns the settings of a request for a text in the harness' normal form, with defaults.
+
+    `draws` says whether the engine can sample texts.
+
+    Raises:
+      UserError: if a setting is not supported or has an impossible value.
+    """
+    _, settings = request.args
+    asks = f"The task {request.task_name or ''} asks for texts".replace("  ", " ")
+    # With a small max_seq_len, half of it is the default limit; the prompt gets the other half.
+    longest = config.max_seq_len
+    most = longest // 2 if longest <= _MAX_NEW_TOKENS else _MAX_NEW_TOKENS
+    try:
+        how: dict[str, Any] = {**normalize_gen_kwargs(settings, most)}
+        sampling = _sampling(how)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{asks} with an impossible setting, so leave it out: {error}") from error
+    for name, value in _SWITCHED_OFF.items():
+        if how.get(name) == value:
+            del how[name]
+    unknown = [f"{name}={how[name]}" for name in sorted(how.keys() - _SETTINGS)]
+    unknown += [f"until={stop!r}" for stop in how["until"] if stop and not isinstance(stop, str)]
+    if unknown:
+        raise UserError(
+            f"{asks} with {', '.join(unknown)}, which is not supported; the settings are "
+            f"{', '.join(sorted(_SETTINGS))}. Leave the task out."
+        )
+    if not 1 <= how["max_gen_toks"] < longest:
+        raise UserError(
+            f"{asks} of up to {how['max_gen_toks']} tokens, which must be less than "
+            f"model.max_seq_len={longest} and at least 1; leave the task out."
+        )
+    if sampling.temperature > 0 and not draws:
+        raise UserError(
+            f"{asks} that are sampled, and an exported model only writes the likeliest tokens; "
+            "leave the task out, or evaluate the checkpoint."
+        )
+    return how
+
+
+def _streams(requests: Iterable[Instance]) -> Iterator[int]:
+    """Yields the number with which the text of each request draws.
+
+    The number depends on the task, the document and the repeat, and not on the other requests. The
+    repeats of a document have consecutive numbers, so they always differ.
+    """
+    repeats: collections.Counter[str] = collections.Counter()
+    for request in requests:
+        document = key("document", request.task_name, request.doc_id, request.idx)
+        yield (int(document[:8], 16) + repeats[document]) % 2**32
+        repeats[document] += 1
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -267,14 +323,14 @@ def _sampling(how: dict[str, Any]) -> Sampling:
     )
 
 
-def _batches(names: Iterable[str], prompts: dict[str, Prompt], most: int) -> Iterable[list[str]]:
+def _batches(names: Iterable[str], prompts: dict[str, _Prompt], most: int) -> Iterable[list[str]]:
     """Yields batches of names; the prompts of a batch have equal settings and similar lengths."""
     alike = collections.defaultdict(list)
     for name in names:
-        alike[prompts[name][1]].append(name)
+        alike[prompts[name].settings].append(name)
     for group in alike.values():
-        left = sorted(group, key=lambda name: -len(prompts[name][0]))
+        left = sorted(group, key=lambda name: -len(prompts[name].ids))
         while left:
-            size = min(most, max(1, _PROMPT_TOKENS // len(prompts[left[0]][0])))
+            size = min(most, max(1, _PROMPT_TOKENS // len(prompts[left[0]].ids)))
             batch, left = left[:size], left[size:]
             yield batch

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from mobilellm_jax.config import Config, EvaluateConfig
+from mobilellm_jax.config import Config
 from mobilellm_jax.data.loader import validation_batches
 from mobilellm_jax.data.mixture import Mixture
 from mobilellm_jax.data.sources.source import VALIDATION
@@ -120,7 +120,7 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
         return lambda params: {}
     length = config.model.max_seq_len
     scorer = Scorer(config.model, mesh, rules)
-    score_tasks = _task_scores(chosen, tokenizer) if chosen.tasks else None
+    score_tasks = _task_scores(config, tokenizer) if chosen.tasks else None
     text = None
     if chosen.text:
         content = read_text("evaluate.text", Path(chosen.text))
@@ -138,16 +138,16 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
     return evaluate
 
 
-def _task_scores(
-    chosen: EvaluateConfig, tokenizer: Tokenizer
-) -> Callable[[JaxEngine], dict[str, float]]:
+def _task_scores(config: Config, tokenizer: Tokenizer) -> Callable[[JaxEngine], dict[str, float]]:
+    chosen = config.evaluate
     require("lm_eval", "eval", f"evaluate.tasks={chosen.tasks!r}")
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.journal import Journal
-    from mobilellm_jax.evaluate.tasks import load_tasks, quick_scores
+    from mobilellm_jax.evaluate.tasks import check_tasks, load_tasks, quick_scores
 
     names = [name.strip() for name in chosen.tasks.split(",")]
     tasks = load_tasks(names, data_dir=Path(chosen.data_dir) if chosen.data_dir else None)
+    check_tasks(tasks, config.model, draws=True)
 
     def score(engine: JaxEngine) -> dict[str, float]:
         # The parameters differ at each call, so the answers of earlier calls are of no use.

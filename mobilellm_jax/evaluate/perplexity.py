@@ -98,11 +98,19 @@ def perplexity(engine: Engine, text: CutText, *, show: bool = True) -> Perplexit
     loss = nats / text.scored_tokens
     return PerplexityResult(
         loss=loss,
-        perplexity=math.exp(loss),
+        perplexity=exp(loss),
         bits_per_byte=nats / math.log(2) / text.scored_bytes,
         tokens=text.scored_tokens,
         windows=len(windows),
     )
+
+
+def exp(loss: float) -> float:
+    """Returns e to the power of a loss, or infinity if no float is so large (above 709 nats)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _apart(length: int, ids: np.ndarray) -> list[Window]:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.errors import NotFiniteError
 from mobilellm_jax.evaluate.prefix_trees import Batch, Query, grow_trees, make_batches, pack_rows
 from mobilellm_jax.model.products import scores
 from mobilellm_jax.model.transformer import Params, Transformer, head_matrix
@@ -65,7 +66,7 @@ class Scorer:
         """Yields one list per batch; it holds pairs of the index and the score of a query.
 
         Raises:
-          FloatingPointError: if a likelihood is not finite.
+          NotFiniteError: if a likelihood is not finite.
         """
         trees = grow_trees(queries, max(_SMALLEST_TREE, self.config.max_seq_len))
         # The size of the axis `sequence` must divide the row length T, and also the T / 8 targets.
@@ -133,11 +134,11 @@ def _read(batch: Batch, arrays: tuple[jax.Array, jax.Array]) -> list[tuple[int, 
 
 
 def checked_score(log_probabilities: Sequence[float], is_greedy: bool) -> Score:
-    """Adds up log-probabilities; raises a FloatingPointError if the sum is not finite."""
+    """Adds up log-probabilities; raises a NotFiniteError if the sum is not finite."""
     log_likelihood = math.fsum(log_probabilities)
     if not math.isfinite(log_likelihood):
-        raise FloatingPointError(
-            f"The log-likelihood of a continuation is {log_likelihood}; the parameters are not "
+        raise NotFiniteError(
+            f"The log-likelihood of a continuation is {log_likelihood}; the weights are not "
             "finite, or too large."
         )
     return Score(log_likelihood, is_greedy)

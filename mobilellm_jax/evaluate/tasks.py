@@ -11,17 +11,22 @@ import dataclasses
 import functools
 import json
 import logging
+import math
+import os
 import shutil
 import subprocess
 import tempfile
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval
+import lm_eval.api.metrics
 import lm_eval.api.task
 from lm_eval import evaluator
+from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
@@ -29,11 +34,13 @@ from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig, near_miss
 from mobilellm_jax.errors import MissingFileError, UserError
-from mobilellm_jax.evaluate.harness import HarnessModel
+from mobilellm_jax.evaluate.harness import HarnessModel, writing_settings
 from mobilellm_jax.evaluate.paper_table import format_table
+from mobilellm_jax.evaluate.perplexity import exp
 from mobilellm_jax.evaluate.task_data import FEWSHOT, GROUPS, TASK_DATA, read_rows
 
 _HERE = __name__
+_RUN_CODE = "HF_ALLOW_CODE_EVAL"  # The harness' metric for programs reads this variable too.
 _INSTALLED = Path(lm_eval.__file__).parent / "tasks"
 
 
@@ -101,6 +108,32 @@ def load_tasks(
     return Tasks(loaded, manager)
 
 
+def check_tasks(tasks: Tasks, config: ModelConfig, *, draws: bool) -> None:
+    """Refuses tasks that the model cannot serve, before it computes anything.
+
+    The first document of each task shows which texts the task asks for. `draws` says whether the
+    engine can sample texts.
+
+    Raises:
+      UserError: if a task asks for texts with unsupported settings, or runs the model's programs.
+    """
+    with _quiet():
+        for name, task in tasks.loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False) and not _may_run_code():
+                raise UserError(
+                    f"The task {name} runs the programs that the model writes on this machine; set "
+                    f"{_RUN_CODE}=1 in the environment to allow this, or leave the task out."
+                )
+            task.build_all_requests(limit=1)
+            for request in task.instances:
+                if request.request_type == "generate_until":
+                    writing_settings(request, config, draws)
+
+
+def _may_run_code() -> bool:
+    return os.environ.get(_RUN_CODE) == "1"
+
+
 def quick_scores(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> dict[str, float]:
     """Returns a dict from "TASK/METRIC" to the value of the metric, without standard errors."""
     with _quiet():
@@ -117,9 +150,11 @@ def quick_scores(model: HarnessModel, tasks: Tasks, limit: int | None = None) ->
     }
 
 
-def run_tasks(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> dict[str, Any]:
+def run_tasks(model: LM, tasks: Tasks, limit: int | None = None) -> dict[str, Any]:
     """Scores `limit` rows of each task (None: all), and returns the harness' results."""
     loaded = tasks.loaded
+    if isinstance(model, HarnessModel):
+        check_tasks(tasks, model.config, draws=model.draws)
     below = {name for members in loaded["group_map"].values() for name in members}
     everything = {**loaded["groups"], **loaded["tasks"]}
     with _quiet():
@@ -129,6 +164,7 @@ def run_tasks(model: HarnessModel, tasks: Tasks, limit: int | None = None) -> di
             task_manager=tasks.manager,
             limit=limit,
             log_samples=False,
+            confirm_run_unsafe_code=_may_run_code(),
         )
     return results
 
@@ -228,15 +264,18 @@ def _git_commit() -> str | None:
     return described.stdout.strip() or None
 
 
-# Version 0.4.13 of lm_eval has no settings for these two behaviours, so we replace two names.
+# Version 0.4.13 of lm_eval has no settings for these behaviours, so we replace three names.
 # - Task.build_all_requests shows a progress bar even if the output is a file. See
 #   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/api/task.py#L332
 # - get_git_commit_hash lets git print an error on stderr. See
 #   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/loggers/utils.py#L93
-# Remove an entry when lm_eval can hide the bar, or when it captures the stderr of git.
+# - The aggregations of perplexities call math.exp, which raises an error above 709 nats. See
+#   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/api/metrics.py#L53
+# Remove an entry when lm_eval can hide the bar, captures the stderr of git, or returns infinity.
 _REPLACED = (
     (lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=None)),
     (evaluator, "get_git_commit_hash", _git_commit),
+    (lm_eval.api.metrics, "math", types.SimpleNamespace(**{**vars(math), "exp": exp})),
 )
 
 

@@ -10,15 +10,16 @@ few programs.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import NotFiniteError, UserError
 from mobilellm_jax.generation.sampling import DEFAULT, Draw, Sampling, draw_of, next_token
 from mobilellm_jax.model.cache import AlignedCache, align, init_cache
 from mobilellm_jax.model.decoding import (
@@ -43,9 +44,19 @@ class Request:
 
     prompts: Sequence[Sequence[int]]  # Token ids; each prompt has at least one token.
     _: dataclasses.KW_ONLY
-    max_new_tokens: int  # A row that draws no EOS ends after this many new tokens.
+    # A text that draws no EOS ends after this many new tokens: one number for all, or one for each.
+    max_new_tokens: int | Sequence[int]
     sampling: Sampling = DEFAULT
     eos_id: int | None = None  # The token that ends a row; with None, no token ends a row.
+    # The number of each text, in [0, 2^32). A text draws from the seed and its number, whatever its
+    # place in the batch. With None, the texts have the numbers 0, 1, 2 ...
+    streams: Sequence[int] | None = None
+
+    @property
+    def limits(self) -> list[int]:
+        """The largest number of new tokens of each text."""
+        limit = self.max_new_tokens
+        return [limit] * len(self.prompts) if isinstance(limit, int) else list(limit)
 
 
 @struct.dataclass
@@ -72,11 +83,12 @@ def generate(config: ModelConfig, params: Params | Prepared, request: Request) -
     """Continues each prompt; returns the new tokens, without the prompt and without EOS.
 
     A greedy continuation depends only on its prompt. A sampled continuation also depends on the
-    seed and on the index of its row in the batch. No row depends on the other rows.
+    seed and on the number of its text (`Request.streams`). No row depends on the other rows.
 
     Raises:
-      UserError: if a prompt is empty, or if a prompt and `max_new_tokens` together exceed
+      UserError: if a prompt is empty, or if a prompt and its `max_new_tokens` together exceed
         `model.max_seq_len`.
+      NotFiniteError: if the model computes logits that are not finite.
     """
     rows: list[list[int]] = [[] for _ in request.prompts]
     for parts in stream(config, params, request, _CHUNK):
@@ -92,13 +104,14 @@ def stream(
 
     If the caller stops the iteration, the device computes no further chunk.
     """
-    ended = [False] * len(request.prompts)
+    left = request.limits  # The number of tokens that each row may still draw.
     for new_BT in _chunks(config, params, request, chunk):
         parts: list[list[int]] = []
         for b, drawn in enumerate(new_BT.tolist()):
-            ids: list[int] = [] if ended[b] else drawn
+            ids: list[int] = drawn[: left[b]]
+            left[b] -= len(ids)
             if request.eos_id in ids:
-                ended[b] = True
+                left[b] = 0
                 ids = ids[: ids.index(request.eos_id)]
             parts.append(ids)
         yield parts
@@ -110,6 +123,53 @@ class _State:
     token_B: Int[Array, "B"]  # The last drawn tokens; the cache does not contain them yet.
     done_B: Bool[Array, "B"]
     drawn: Int[Array, ""]  # Number of drawn tokens per row.
+    lost_B: Bool[Array, "B"]  # Whether a row had logits that are not finite before it was done.
+
+
+@struct.dataclass
+class _Ends:
+    """The conditions that end a row: it draws the token `stop`, or it has `limit_B` tokens."""
+
+    stop: Int[Array, ""]
+    limit_B: Int[Array, "B"]
+
+
+class Shape(NamedTuple):
+    """The sizes for which JAX compiles a program; requests of one shape share their programs."""
+
+    rows: int  # Rows of the batch; the rows after the last prompt are padding.
+    width: int  # Tokens of a prompt, with padding.
+    capacity: int  # Tokens of a row of the cache.
+
+
+def shape_of(config: ModelConfig, prepared: Prepared, request: Request) -> Shape:
+    """Returns the sizes of the programs that serve a request with at least one prompt."""
+    longest = max(map(len, request.prompts))
+    rows = _rows(config, prepared.weights, len(request.prompts))
+    return Shape(rows, _bucket(longest), _bucket(longest + max(request.limits)))
+
+
+def new_tokens_for(
+    config: ModelConfig, prompt: Sequence[int], wanted: int | None, most: int
+) -> int:
+    """Returns the limit of new tokens for a prompt: `wanted`, or if None, the room up to `most`.
+
+    Raises:
+      UserError: if a prompt is empty, or if the tokens do not fit into `model.max_seq_len`.
+    """
+    if not prompt:
+        raise UserError("A prompt must have at least one token; start it with BOS.")
+    limit, room = config.max_seq_len, config.max_seq_len - len(prompt)
+    chosen = max(1, min(most, room)) if wanted is None else wanted
+    if chosen < 1:
+        raise UserError(f"max_new_tokens={chosen} must be at least 1.")
+    if chosen > room:
+        remedy = "shorten the prompt" + (f", or ask for at most {room} new tokens" * (room > 0))
+        raise UserError(
+            f"A prompt of {len(prompt)} tokens (BOS included) and max_new_tokens={chosen} "
+            f"exceed model.max_seq_len={limit}; {remedy}."
+        )
+    return chosen
 
 
 def _chunks(
@@ -122,44 +182,41 @@ def _chunks(
     prompts = request.prompts
     if not prompts:
         return
-    _check_lengths(config, request)
-    count = len(prompts)
-    lengths = [len(prompt) for prompt in prompts]
+    limits, count = request.limits, len(prompts)
+    for prompt, limit in zip(prompts, limits, strict=True):
+        new_tokens_for(config, prompt, limit, limit)
     prepared = params if isinstance(params, Prepared) else prepare(config, params)
-    batch, width = _rows(config, prepared.weights, count), _bucket(max(lengths))
+    batch, width, capacity = shape_of(config, prepared, request)
     tokens_BT = np.zeros((batch, width), np.int32)
-    lengths_B = np.ones((batch,), np.int32)
+    lengths_B, limit_B = np.ones((2, batch), np.int32)
+    streams_B = np.zeros(batch, np.uint32)
     for b, prompt in enumerate(prompts):
-        tokens_BT[b, : lengths[b]] = prompt
-        lengths_B[b] = lengths[b]
+        tokens_BT[b, : len(prompt)] = prompt
+        lengths_B[b], limit_B[b] = len(prompt), limits[b]
+        streams_B[b] = b if request.streams is None else request.streams[b]
     stop = np.int32(-1 if request.eos_id is None else request.eos_id)  # No token has the id -1.
+    ends = _Ends(jnp.asarray(stop), jnp.asarray(limit_B))
     done_B = np.arange(batch) >= count  # The rows after `count` are padding.
-    draw = draw_of(request.sampling, config.vocab_size, batch)
-    capacity = _bucket(max(lengths) + request.max_new_tokens)
-    reading = prepared.params, tokens_BT, lengths_B, done_B, stop, draw
+    draw = draw_of(request.sampling, config.vocab_size, streams_B)
+    reading = prepared.params, tokens_BT, lengths_B, done_B, ends, draw
     state = _prefill(*reading, config=config, capacity=capacity)
+    _check_finite(state)
     yield np.asarray(state.token_B)[:count, None]
-    left = request.max_new_tokens - 1
+    left = max(limits) - 1
     while left and not np.asarray(state.done_B).all():
         steps = min(chunk, left)
-        state, new_BT = _decode(prepared.weights, state, np.int32(steps), stop, draw, config=config)
+        state, new_BT = _decode(prepared.weights, state, np.int32(steps), ends, draw, config=config)
+        _check_finite(state)
         yield np.asarray(new_BT)[:count, :steps]
         left -= steps
 
 
-def _check_lengths(config: ModelConfig, request: Request) -> None:
-    prompts, max_new_tokens = request.prompts, request.max_new_tokens
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    if not all(prompts):
-        raise UserError("A prompt must have at least one token; start it with BOS.")
-    limit, longest = config.max_seq_len, max(len(prompt) for prompt in prompts)
-    if longest + max_new_tokens > limit:
-        room = limit - longest
-        remedy = "shorten the prompt" + (f", or ask for at most {room} new tokens" * (room > 0))
-        raise UserError(
-            f"A prompt of {longest} tokens (BOS included) and max_new_tokens={max_new_tokens} "
-            f"exceed model.max_seq_len={limit}; {remedy}."
+def _check_finite(state: _State) -> None:
+    lost = np.flatnonzero(np.asarray(state.lost_B))
+    if lost.size:
+        raise NotFiniteError(
+            f"The model computes logits that are not finite after prompt {lost[0] + 1} of the "
+            "batch, so it cannot choose a token; the weights are not finite, or too large."
         )
 
 
@@ -189,7 +246,7 @@ def _prefill(
     tokens_BT: Int[Array, "B T"],
     lengths_B: Int[Array, "B"],
     done_B: Bool[Array, "B"],
-    stop: Int[Array, ""],
+    ends: _Ends,
     draw: Draw,
     *,
     config: ModelConfig,
@@ -209,8 +266,9 @@ def _prefill(
     return _State(
         cache=align(cache),
         token_B=token_B,
-        done_B=done_B | (token_B == stop),
+        done_B=_done(done_B, token_B, drawn + 1, ends),
         drawn=drawn + 1,
+        lost_B=_lost(logits_B1V[:, 0], done_B),
     )
 
 
@@ -220,14 +278,14 @@ def _decode(
     weights: DecodingWeights,
     state: _State,
     steps: Int[Array, ""],
-    stop: Int[Array, ""],
+    ends: _Ends,
     draw: Draw,
     *,
     config: ModelConfig,
 ) -> tuple[_State, Int[Array, "B T"]]:
     """Draws up to `steps` more tokens per row; returns the new state and the tokens.
 
-    The loop ends early if all rows are done. Columns without drawn tokens contain `stop`.
+    The loop ends early if all rows are done. Columns without drawn tokens contain `ends.stop`.
     """
     first = state.drawn
 
@@ -243,10 +301,25 @@ def _decode(
         state = _State(
             cache=cache,
             token_B=token_B,
-            done_B=state.done_B | (token_B == stop),
+            done_B=_done(state.done_B, token_B, state.drawn + 1, ends),
             drawn=state.drawn + 1,
+            lost_B=state.lost_B | _lost(logits_BV, state.done_B),
         )
         return state, new_BT
 
-    buffer_BT = jnp.full((state.token_B.shape[0], _CHUNK), stop, jnp.int32)
+    buffer_BT = jnp.full((state.token_B.shape[0], _CHUNK), ends.stop, jnp.int32)
     return jax.lax.while_loop(unfinished, one_token, (state, buffer_BT))
+
+
+def _done(
+    done_B: Bool[Array, "B"], token_B: Int[Array, "B"], drawn: Int[Array, ""], ends: _Ends
+) -> Bool[Array, "B"]:
+    return done_B | (token_B == ends.stop) | (drawn >= ends.limit_B)
+
+
+def _lost(logits_BV: Float[Array, "B V"], done_B: Bool[Array, "B"]) -> Bool[Array, "B"]:
+    """Returns which unfinished rows have NaN or infinity as their largest logit.
+
+    The largest logit is NaN if any logit is NaN, so the other logits need no check.
+    """
+    return ~done_B & ~jnp.isfinite(jnp.max(logits_BV, axis=-1))

@@ -5,7 +5,6 @@ program. JAX compiles one program per `method`, so a new temperature or seed nee
 """
 
 import dataclasses
-import functools
 import math
 from typing import Literal
 
@@ -31,7 +30,7 @@ class Sampling:
     temperature: float = 0.8  # If 0, the likeliest token is always taken (greedy).
     top_k: int = 0  # Number of tokens to keep; 0 keeps all.
     top_p: float = 0.95  # Probability in (0, 1]; 1 keeps all tokens.
-    seed: int = 0  # In [0, 2^32). Row b of a batch draws with a key from (seed, b).
+    seed: int = 0  # In [0, 2^32). Each text draws with a key from this seed and its own number.
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -64,14 +63,18 @@ class Draw:
     method: Method = dataclasses.field(metadata={"pytree_node": False})  # Static, not an array.
 
 
-def draw_of(sampling: Sampling, vocab_size: int, batch: int) -> Draw:
-    """Turns settings into an input of `next_token`; row b gets the random key of (seed, b)."""
+def draw_of(sampling: Sampling, vocab_size: int, streams_B: Int[np.ndarray, "B"]) -> Draw:
+    """Turns settings into an input of `next_token`.
+
+    Row b gets the random key of (seed, streams_B[b]), so the texts of a row do not depend on the
+    place of the row in its batch.
+    """
     truncated = sampling.top_k or sampling.top_p < 1
     return Draw(
         temperature=jnp.float32(sampling.temperature),
         top_k=jnp.int32(min(sampling.top_k, vocab_size)),
         top_p=jnp.float32(sampling.top_p),
-        keys_B=_row_keys(np.uint32(sampling.seed), batch),
+        keys_B=_row_keys(np.uint32(sampling.seed), streams_B),
         method="greedy" if sampling.temperature == 0 else "truncate" if truncated else "sample",
     )
 
@@ -146,6 +149,6 @@ def _likeliest(
     return above_BV | (equal_BV & (before_BV < amount))
 
 
-@functools.partial(jax.jit, static_argnames="batch")
-def _row_keys(seed: Int[Array, ""], batch: int) -> Key[Array, "B"]:
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+@jax.jit
+def _row_keys(seed: Int[Array, ""], streams_B: Int[Array, "B"]) -> Key[Array, "B"]:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), streams_B)

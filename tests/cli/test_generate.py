@@ -31,13 +31,13 @@ def model(run: Path) -> OpenedModel:
     return open_model(run)
 
 
-def continuation(model: OpenedModel, prompt: str, count: int, sampling: Sampling) -> str:
+def continuation(
+    model: OpenedModel, prompt: str, count: int, sampling: Sampling, number: int = 0
+) -> str:
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]
-    [new] = generate(
-        model.config,
-        model.params,
-        Request([ids], max_new_tokens=count, sampling=sampling, eos_id=model.tokenizer.eos_id),
-    )
+    eos = model.tokenizer.eos_id
+    request = Request([ids], max_new_tokens=count, sampling=sampling, eos_id=eos, streams=[number])
+    [new] = generate(model.config, model.params, request)
     return model.tokenizer.decode([*ids, *new])
 
 
@@ -93,7 +93,8 @@ def test_piped_lines_are_continued_each(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat\n\nthe dog")))
     args = ["generate", f"--checkpoint={run}", "--max_new_tokens=12", "--seed=1"]
     assert cli.main(args) == 0
-    texts = [continuation(model, p, 12, Sampling(seed=1)) for p in ("the cat", "", "the dog")]
+    prompts = enumerate(("the cat", "", "the dog"))
+    texts = [continuation(model, p, 12, Sampling(seed=1), number) for number, p in prompts]
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in texts)
 
 
@@ -104,19 +105,8 @@ def test_several_prompts_are_continued_together(
     args = ["generate", f"--checkpoint={run}", "--max_new_tokens=12", "--seed=3", "--batch_size=2"]
     assert cli.main([*args, *(f"--prompt={prompt}" for prompt in prompts)]) == 0
     out, err = capsys.readouterr()
-    expected = ""
-    for batch in (prompts[:2], prompts[2:]):
-        ids = [[model.tokenizer.bos_id, *model.tokenizer.encode(prompt)] for prompt in batch]
-        rows = generate(
-            model.config,
-            model.params,
-            Request(
-                ids, max_new_tokens=12, sampling=Sampling(seed=3), eos_id=model.tokenizer.eos_id
-            ),
-        )
-        for before, new in zip(ids, rows, strict=True):
-            expected += model.tokenizer.decode([*before, *new]) + "\n"
-    assert out == expected
+    texts = [continuation(model, p, 12, Sampling(seed=3), n) for n, p in enumerate(prompts)]
+    assert out == "".join(f"{text}\n" for text in texts)
     assert len(re.findall(r"\[\d+ tokens in", err)) == 2
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n", encoding="utf-8")

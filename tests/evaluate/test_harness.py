@@ -195,7 +195,7 @@ def test_texts_that_are_too_long_are_refused(params: Params, tmp_path: Path) -> 
     [text] = model.generate_until(instances("generate_until", [("The", {})]))
     [longest] = model.generate_until(instances("generate_until", [("The", {"max_gen_toks": 48})]))
     assert text == longest
-    with pytest.raises(ValueError, match="asks for texts with num_beams"):
+    with pytest.raises(ValueError, match="asks for texts with num_beams=2"):
         model.generate_until(instances("generate_until", [("The", {"num_beams": 2})]))
 
 
