@@ -1,17 +1,18 @@
 """The settings of a run: frozen dataclasses with defaults and limits.
 
 The defaults are MobileLLM-125M and its recipe (Liu et al. 2024, arXiv:2402.14905, Table 9 and
-Sec. 3.1). Only `configs/*.py` and the command line use a `ConfigDict`. The constructor of `Config`
-checks the rules of `config/rules.py`, and its error lists all broken rules. `preflight.py` checks
-the rules that need files or devices.
+Sec. 3.1). Only `configs/*.py` and the command line use a `ConfigDict`. The constructors check the
+rules of `config/rules.py`, and the error of a complete config lists all broken rules.
+`preflight.py` checks the rules that need files or devices.
 """
 
 import dataclasses
 import json
+import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, assert_never
 
 from ml_collections import ConfigDict
 
@@ -33,6 +34,8 @@ QuantizeScheme = Literal[
     "none", "w8a8", "w8", "w8g32", "w8g128", "w4", "w4g32", "w4g128", "w4a8", "w4a8g32", "w4a8g128"
 ]
 
+_T = TypeVar("_T")
+
 # Numbers within limits: the type, what the number must be, and the test.
 Count = Annotated[int, "at least 1", lambda v: v >= 1]
 Natural = Annotated[int, "at least 0", lambda v: v >= 0]
@@ -47,8 +50,30 @@ class ConfigError(UserError):
     """A setting breaks a rule; the message names the field, its value, the rule and the remedy."""
 
 
+class _Group:
+    """A group of settings; its constructor checks the rules that read only this group.
+
+    So a program that needs no complete `Config` gets the same errors as the command line.
+    """
+
+    group = ""  # Name of the group in `Config`.
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        values = {f"{self.group}.{name}": value for name, value in vars(self).items()}
+        limited = {f"{self.group}.{name}": hint for name, hint in hints.items()}
+        alone = types.SimpleNamespace(**{self.group: self})
+        _raise(rules.violations(alone, values, limited))
+
+
+def _raise(violations: Iterable[str]) -> None:
+    """Raises one error that holds all messages, if there is a message."""
+    if lines := list(violations):
+        raise ConfigError("\n".join(lines))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Group):
     """The architecture. A token passes `num_blocks * num_repeats` blocks (paper Sec. 2.5)."""
 
     vocab_size: Count = 32_000  # Number of tokens; must equal the vocabulary size of the data.
@@ -74,13 +99,26 @@ class ModelConfig:
     scan_unroll: Count = 1  # Blocks per iteration of the layer loop; num_blocks = no loop.
     compute_dtype: ComputeDtype = "auto"  # Data type of activations; parameters are float32.
 
+    group = "model"
+
+    @property
+    def wide_matrices(self) -> tuple[str, ...]:
+        """Names of the matrices that widen the input of the feed-forward layer."""
+        match self.activation:
+            case "swiglu":
+                return ("gate", "up")
+            case "relu" | "gelu":
+                return ("up",)
+            case _:
+                assert_never(self.activation)
+
     @property
     def applied_depth(self) -> int:
         return self.num_blocks * self.num_repeats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(_Group):
     """The training data and its windows."""
 
     path: str = ""  # A folder that `prepare` wrote, or a mixture of folders: DIR:0.7,DIR:0.3.
@@ -90,9 +128,11 @@ class DataConfig:
     verify: bool = True  # Read all data at every start of the run and compare checksums.
     seed: Natural = 0  # Seed of the order of the windows.
 
+    group = "data"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(_Group):
     """The optimizer and its schedule; weight decay is decoupled and acts on matrices only."""
 
     name: OptimizerName = "adamw"  # With muon, Muon trains block matrices, and AdamW the rest.
@@ -106,9 +146,11 @@ class OptimizerConfig:
     weight_decay: NotNegative = 0.1  # Decay of matrices and embeddings; norms have no decay.
     clip_norm: NotNegative = 1.0  # Largest global gradient norm; 0 = no limit.
 
+    group = "optimizer"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(_Group):
     """The length, batch size and intervals of a run; intervals are in optimizer steps."""
 
     steps: Count = 480_000  # Number of optimizer steps.
@@ -129,9 +171,11 @@ class TrainConfig:
     deterministic: bool = False  # Make GPUs repeat results exactly, which costs some speed.
     seed: Natural = 0  # Seed of initialisation and sampling.
 
+    group = "train"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(_Group):
     """Evaluation during training besides the validation loss."""
 
     every: Natural = 0  # Steps between evaluations; 0 = never.
@@ -141,9 +185,11 @@ class EvaluateConfig:
     data_dir: str = ""  # Folder of task data, as in `evaluate --data_dir`; "" = download.
     text: str = ""  # A text file to measure the loss on; "" = no file.
 
+    group = "evaluate"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(_Group):
     """The size of each mesh axis in a slice; one axis may be -1, for all remaining devices."""
 
     data: AxisSize = -1  # Splits the batch and copies the parameters.
@@ -152,13 +198,17 @@ class MeshConfig:
     sequence: AxisSize = 1  # Splits the tokens of a sequence.
     dcn_data: Count = 1  # Number of slices; splits the batch over slices and copies the parameters.
 
+    group = "mesh"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizeConfig:
+class QuantizeConfig(_Group):
     """Quantization-aware training: the step rounds matrices and activations to integer levels."""
 
     scheme: QuantizeScheme = "none"  # A scheme in quantize/schemes.py; none = floating point.
     parts: str = "embedding,head"  # Names in QUANTIZE_PARTS, in addition to the block matrices.
+
+    group = "quantize"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,9 +224,7 @@ class Config:
     quantize: QuantizeConfig = QuantizeConfig()
 
     def __post_init__(self) -> None:
-        values, types = dict(_fields(self)), field_types(include_extras=True)
-        if violations := list(rules.violations(self, values, types)):
-            raise ConfigError("\n".join(violations))
+        _raise(_violations(self))
 
     @property
     def tokens_per_step(self) -> int:
@@ -242,14 +290,25 @@ def from_object(values: Any, where: str = "config.json") -> Config:
             else:
                 dotted = f"{group}.{plain(name)}"
                 violations.append(f"{dotted}: unknown config key.{near_miss(dotted, known)}")
-        groups[group] = classes[group](**accepted)
-    try:
-        config = Config(**groups)
-    except ConfigError as error:
-        raise ConfigError("\n".join([*violations, str(error)])) from None
-    if violations:
-        raise ConfigError("\n".join(violations))
+        groups[group] = _unchecked(classes[group], accepted)
+    config = _unchecked(Config, groups)
+    _raise([*violations, *_violations(config)])
     return config
+
+
+def _unchecked(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """Returns a dataclass without running the checks of its constructor.
+
+    The caller checks all groups together, so that one error has all messages.
+    """
+    made = object.__new__(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]  # _T is a dataclass.
+        object.__setattr__(made, field.name, values.get(field.name, field.default))
+    return made
+
+
+def _violations(config: "Config") -> Iterator[str]:
+    return rules.violations(config, dict(_fields(config)), field_types(include_extras=True))
 
 
 def _as_annotated(value: Any, expected: Any) -> Any:

@@ -86,12 +86,11 @@ _RULES: tuple[tuple[Callable[["Config"], bool], str], ...] = (
 )
 
 
-def violations(
-    config: "Config", values: Mapping[str, Any], types: Mapping[str, Any]
-) -> Iterator[str]:
+def violations(config: Any, values: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[str]:
     """Yields one message for each wrong value and for each broken rule between valid values.
 
-    The keys of `values` and `types` are dotted field names; the types include their limits.
+    `config` is a `Config` or an object with some of its groups. The keys of `values` and `types`
+    are the dotted names of their fields; the types include their limits.
     """
     valid = set()
     for name, value in values.items():

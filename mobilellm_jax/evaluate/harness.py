@@ -235,7 +235,7 @@ def writing_settings(request: Instance, config: ModelConfig, draws: bool) -> dic
       UserError: if a setting is not supported or has an impossible value.
     """
     _, settings = request.args
-    asks = f"The task {request.task_name or ''} asks for texts".replace("  ", " ")
+    asks = f"The task {request.task_name} asks for" if request.task_name else "A task asks for"
     # With a small max_seq_len, half of it is the default limit; the prompt gets the other half.
     longest = config.max_seq_len
     most = longest // 2 if longest <= _MAX_NEW_TOKENS else _MAX_NEW_TOKENS
@@ -243,7 +243,9 @@ def writing_settings(request: Instance, config: ModelConfig, draws: bool) -> dic
         how: dict[str, Any] = {**normalize_gen_kwargs(settings, most)}
         sampling = _sampling(how)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{asks} with an impossible setting, so leave it out: {error}") from error
+        raise UserError(
+            f"{asks} texts with an impossible setting; leave the task out: {error}"
+        ) from error
     for name, value in _SWITCHED_OFF.items():
         if how.get(name) == value:
             del how[name]
@@ -251,17 +253,17 @@ def writing_settings(request: Instance, config: ModelConfig, draws: bool) -> dic
     unknown += [f"until={stop!r}" for stop in how["until"] if stop and not isinstance(stop, str)]
     if unknown:
         raise UserError(
-            f"{asks} with {', '.join(unknown)}, which is not supported; the settings are "
+            f"{asks} texts with {', '.join(unknown)}, which is not supported; the settings are "
             f"{', '.join(sorted(_SETTINGS))}. Leave the task out."
         )
     if not 1 <= how["max_gen_toks"] < longest:
         raise UserError(
-            f"{asks} of up to {how['max_gen_toks']} tokens, which must be less than "
+            f"{asks} texts of up to {how['max_gen_toks']} tokens, which must be less than "
             f"model.max_seq_len={longest} and at least 1; leave the task out."
         )
     if sampling.temperature > 0 and not draws:
         raise UserError(
-            f"{asks} that are sampled, and an exported model only writes the likeliest tokens; "
+            f"{asks} sampled texts, and an exported model only writes the likeliest tokens; "
             "leave the task out, or evaluate the checkpoint."
         )
     return how

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from mobilellm_jax.config import Config, DataConfig, near_miss
+from mobilellm_jax.config import ConfigError, near_miss
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import MissingFileError, UserError
@@ -104,8 +104,10 @@ def _info(content: dict[str, Any], folder: Path) -> ArtifactInfo:
             f"{VERSION}; export again."
         )
     files = content.pop("files")
-    info: ArtifactInfo = strict_json.as_type(content, ArtifactInfo, where)
-    Config(model=info.model, data=DataConfig(seq_len=1))  # Checks the values of the model.
+    try:
+        info: ArtifactInfo = strict_json.as_type(content, ArtifactInfo, where)
+    except ConfigError as error:
+        raise UserError(f"{where} describes a model that cannot be: {error}") from error
     form = FORMATS.get(info.format)
     if form is None or info.file != form.file or info.file not in files:
         raise UserError(

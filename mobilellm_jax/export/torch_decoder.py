@@ -5,15 +5,15 @@ caller passes the attention function, because each format has its own cache. The
 (keys and values) per application of a block.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, assert_never
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import Activation, ModelConfig
 from mobilellm_jax.model.layer_sharing import application_order
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -65,7 +65,8 @@ class _Block(nn.Module):
         super().__init__()
         attention, feed_forward = params["attention"], params["feed_forward"]
         self.head_dim = config.head_dim
-        self.activation = config.activation
+        self.activation: Activation = config.activation
+        self.wide_matrices = config.wide_matrices
         self.attention_norm = _Norm(params["attention_norm"]["scale"][block], config.norm_eps)
         self.query, self.key, self.value = (
             _linear(np.asarray(attention[name][block]).reshape(config.embed_dim, -1))
@@ -73,9 +74,8 @@ class _Block(nn.Module):
         )
         self.output = _linear(np.asarray(attention["output"][block]).reshape(-1, config.embed_dim))
         self.feed_forward_norm = _Norm(params["feed_forward_norm"]["scale"][block], config.norm_eps)
-        if config.activation == "swiglu":
-            self.gate = _linear(feed_forward["gate"][block])
-        self.up = _linear(feed_forward["up"][block])
+        for name in config.wide_matrices:
+            self.add_module(name, _linear(feed_forward[name][block]))
         self.down = _linear(feed_forward["down"][block])
 
     def forward(
@@ -90,14 +90,25 @@ class _Block(nn.Module):
         x_1TD = x_1TD + self.output(out_1TNH.flatten(2))
 
         h_1TD = self.feed_forward_norm(x_1TD)
-        if self.activation == "swiglu":
-            h_1TF = functional.silu(self.gate(h_1TD)) * self.up(h_1TD)
-        elif self.activation == "relu":
-            h_1TF = functional.relu(self.up(h_1TD))
-        else:
-            h_1TF = functional.gelu(self.up(h_1TD))
-        out_1TD: Tensor = self.down(h_1TF)
+        wide = [getattr(self, name)(h_1TD) for name in self.wide_matrices]
+        out_1TD: Tensor = self.down(activate(self.activation, wide))
         return x_1TD + out_1TD
+
+
+def activate(activation: Activation, wide: Sequence[Tensor]) -> Tensor:
+    """Applies the activation to the outputs of `ModelConfig.wide_matrices`."""
+    match activation:
+        case "swiglu":
+            gate_1TF, up_1TF = wide
+            return functional.silu(gate_1TF) * up_1TF
+        case "relu":
+            [up_1TF] = wide
+            return functional.relu(up_1TF)
+        case "gelu":
+            [up_1TF] = wide
+            return functional.gelu(up_1TF)
+        case _:
+            assert_never(activation)
 
 
 class _Norm(nn.Module):

@@ -8,9 +8,8 @@ sees, and where it stores new keys and values.
 A block is the unit that layer sharing repeats (paper Fig. 6: attention and feed-forward together).
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, assert_never, cast
 
 import flax.linen as nn
 import jax
@@ -24,11 +23,6 @@ from mobilellm_jax.model.attention import Attend, Attention
 from mobilellm_jax.model.products import Kernel, matrix, product
 from mobilellm_jax.model.rope import Rotation
 
-_ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    "swiglu": jax.nn.silu,  # Applied to the gate.
-    "relu": jax.nn.relu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-}
 _JOINED = "gate_up"  # Name in the layout for decoding.
 
 
@@ -49,6 +43,24 @@ class RMSNorm(nn.Module):
         return scaled_BTD.astype(x_BTD.dtype)
 
 
+def activate(
+    activation: Activation, wide: Sequence[Float[Array, "B T F"]]
+) -> Float[Array, "B T F"]:
+    """Applies the activation to the outputs of `ModelConfig.wide_matrices`."""
+    match activation:
+        case "swiglu":
+            gate_BTF, up_BTF = wide
+            return jax.nn.silu(gate_BTF) * up_BTF
+        case "relu":
+            [up_BTF] = wide
+            return jax.nn.relu(up_BTF)
+        case "gelu":
+            [up_BTF] = wide
+            return jax.nn.gelu(up_BTF, approximate=False)
+        case _:
+            assert_never(activation)
+
+
 class FeedForward(nn.Module):
     """Projects to `ffn_dim`, applies the activation and projects back, without biases.
 
@@ -63,7 +75,6 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         config = self.config
         width, hidden = config.embed_dim, config.ffn_dim
-        activation = _ACTIVATIONS[config.activation]
 
         def widen(name: str) -> Float[Array, "B T F"]:
             kernel_DF = matrix(self, name, (width, hidden), ("embed", "mlp"))
@@ -73,11 +84,10 @@ class FeedForward(nn.Module):
         joined_DJF: Kernel | None = self.get_variable("params", _JOINED)
         if joined_DJF is not None:
             wide_BTJF = product("BTD,DJF->BTJF", x_BTD, joined_DJF)
-            hidden_BTF = activation(wide_BTJF[:, :, 0]) * wide_BTJF[:, :, 1]
-        elif config.activation == "swiglu":
-            hidden_BTF = activation(widen("gate")) * widen("up")
+            wide = [wide_BTJF[:, :, j] for j in range(len(config.wide_matrices))]
         else:
-            hidden_BTF = activation(widen("up"))
+            wide = [widen(name) for name in config.wide_matrices]
+        hidden_BTF = activate(config.activation, wide)
         hidden_BTF = nn.with_logical_constraint(hidden_BTF, ("batch", "length", "mlp"))
         kernel_FD = matrix(self, "down", (hidden, width), ("mlp", "embed"))
         return product("BTF,FD->BTD", hidden_BTF, kernel_FD)

@@ -7,7 +7,7 @@ the order and the number of a block's applications.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, assert_never
 
 import flax.linen as nn
 import jax
@@ -48,11 +48,16 @@ def application_order(num_blocks: int, num_repeats: int, sharing: Sharing) -> tu
     (0, 1, 2, 2, 1, 0, 0, 1, 2)
     """
     blocks = range(num_blocks)
-    if sharing == "immediate":
-        return tuple(b for b in blocks for _ in range(num_repeats))
-    backwards = sharing == "reverse"
-    passes = [reversed(blocks) if backwards and r % 2 else blocks for r in range(num_repeats)]
-    return tuple(b for one_pass in passes for b in one_pass)
+    match sharing:
+        case "immediate":
+            return tuple(b for b in blocks for _ in range(num_repeats))
+        case "repeat_all":
+            return tuple(blocks) * num_repeats
+        case "reverse":
+            passes = [reversed(blocks) if r % 2 else blocks for r in range(num_repeats)]
+            return tuple(b for one_pass in passes for b in one_pass)
+        case _:
+            assert_never(sharing)
 
 
 def _policy(remat: Remat) -> Any:

@@ -14,7 +14,7 @@ FLOP_CONVENTION = "6 x matmul weights (each application, head included) + causal
 def block_matrix_parameters(config: ModelConfig) -> int:
     """Returns the number of weights in one block's matrices."""
     attention = 2 * config.embed_dim * config.head_dim * (config.num_heads + config.num_kv_heads)
-    matrices = 3 if config.activation == "swiglu" else 2
+    matrices = len(config.wide_matrices) + 1
     return attention + matrices * config.embed_dim * config.ffn_dim
 
 

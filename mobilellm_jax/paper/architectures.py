@@ -13,6 +13,7 @@ whole millions.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import assert_never
 
 from mobilellm_jax.config import Activation, ModelConfig, Sharing
 
@@ -48,9 +49,13 @@ class Row:
 
 def ffn_width(embed_dim: int, activation: Activation = "swiglu") -> int:
     """Returns the hidden width of a feed-forward layer; SwiGLU layers use LLaMA's formula."""
-    if activation != "swiglu":
-        return 4 * embed_dim
-    return -(-(8 * embed_dim // 3) // 256) * 256
+    match activation:
+        case "swiglu":
+            return -(-(8 * embed_dim // 3) // 256) * 256
+        case "relu" | "gelu":
+            return 4 * embed_dim
+        case _:
+            assert_never(activation)
 
 
 def _model(

@@ -8,7 +8,7 @@ peak.
 """
 
 import math
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import optax
@@ -35,16 +35,19 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     final = config.peak_lr * config.min_lr_ratio
     warmup = optax.linear_schedule(0.0, config.peak_lr, config.warmup_steps)
     remaining = steps - config.warmup_steps
-    if config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(config.peak_lr, remaining, config.min_lr_ratio)
-        parts, borders = [warmup, decay], [config.warmup_steps]
-    elif config.schedule == "wsd":
-        length = max(1, min(remaining, round(steps * _WSD_DECAY_SHARE)))
-        decay = optax.linear_schedule(config.peak_lr, final, length)
-        parts = [warmup, optax.constant_schedule(config.peak_lr), decay]
-        borders = [config.warmup_steps, steps - length]
-    else:
-        parts, borders = [warmup, optax.constant_schedule(config.peak_lr)], [config.warmup_steps]
+    constant = optax.constant_schedule(config.peak_lr)
+    match config.schedule:
+        case "cosine":
+            decay = optax.cosine_decay_schedule(config.peak_lr, remaining, config.min_lr_ratio)
+            parts, borders = [warmup, decay], [config.warmup_steps]
+        case "wsd":
+            length = max(1, min(remaining, round(steps * _WSD_DECAY_SHARE)))
+            decay = optax.linear_schedule(config.peak_lr, final, length)
+            parts, borders = [warmup, constant, decay], [config.warmup_steps, steps - length]
+        case "constant":
+            parts, borders = [warmup, constant], [config.warmup_steps]
+        case _:
+            assert_never(config.schedule)
     return optax.join_schedules(parts, borders)
 
 
@@ -69,16 +72,21 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=is_matrix,
     )
-    if config.name == "muon":
-        # `optax.contrib.muon` is not used, because its inner AdamW takes Nesterov steps and decays
-        # the norms.
-        muon = optax.chain(
-            optax.contrib.scale_by_muon(eps=config.eps, weight_dimension_numbers=muon_axes),
-            optax.stateless(lambda updates, _: _with_rms_of_adamw(updates)),
-            optax.add_decayed_weights(config.weight_decay),
-            optax.scale_by_learning_rate(schedule),
-        )
-        update = optax.partition({"muon": muon, "adamw": update}, _update_of_leaf)
+    match config.name:
+        case "adamw":
+            pass
+        case "muon":
+            # `optax.contrib.muon` is not used, because its inner AdamW takes Nesterov steps and
+            # decays the norms.
+            muon = optax.chain(
+                optax.contrib.scale_by_muon(eps=config.eps, weight_dimension_numbers=muon_axes),
+                optax.stateless(lambda updates, _: _with_rms_of_adamw(updates)),
+                optax.add_decayed_weights(config.weight_decay),
+                optax.scale_by_learning_rate(schedule),
+            )
+            update = optax.partition({"muon": muon, "adamw": update}, _update_of_leaf)
+        case _:
+            assert_never(config.name)
     if config.clip_norm == 0:
         return update
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)

@@ -76,7 +76,10 @@ def test_other_folders_and_files_are_refused(folder: Path, tmp_path: Path) -> No
         ({"file": "../model.gguf"}, "must be one of the folder's"),
         ({"format": "hf", "file": ""}, "names the format 'hf'"),
         ({"precision": "q9"}, "names the precision 'q9'; --format=gguf has float32, bfloat16"),
-        ({"model": ModelConfig(num_heads=9, num_kv_heads=4)}, "model.num_heads=9 must be"),
+        (
+            {"model": {**dataclasses.asdict(INFO.model), "num_kv_heads": 4}},
+            "model.num_heads=9 must",
+        ),
     ],
 )
 def test_a_manifest_that_says_what_cannot_be_is_refused(

@@ -137,9 +137,10 @@ def _quantize(decoder: TorchDecoder, precision: str) -> None:
     quantize_(decoder, table, lambda module, _: isinstance(module, nn.Embedding))
     rows = Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))
     groups = Int8DynamicActivationIntxWeightConfig(_INT4, PerGroup(_GROUP))
+    blocks = {"8da8w": rows, "8da4w": groups}[precision]
     # The head has the 8 bits of the embedding table, because tied models have one matrix for both.
     quantize_(decoder, rows, lambda module, _: module is decoder.head)
-    quantize_(decoder.blocks, rows if precision == "8da8w" else groups)
+    quantize_(decoder.blocks, blocks)
 
 
 def _exported(program: _Program, config: ModelConfig) -> torch.export.ExportedProgram:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mobilellm_jax.config import Activation, Config, ConfigError, DataConfig, ModelConfig
+from mobilellm_jax.config import Activation, ConfigError, ModelConfig
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.strict_json import plain, shown
@@ -118,11 +118,20 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
     # transformers treats null like a missing key.
     values = {key: value for key, value in values.items() if value is not None}
     _check_values(values, file)
+    try:
+        return _model(values, file)
+    except ConfigError as error:
+        raise UserError(
+            f"{file} describes a model that this package does not have:\n{error}"
+        ) from error
+
+
+def _model(values: Mapping[str, Any], file: Path) -> ModelConfig:
     width, heads = values["hidden_size"], values["num_attention_heads"]
     kv_heads = values.get("num_key_value_heads")
     shared = bool(values.get("layer_sharing", False))
     # Missing keys have the default values of LlamaConfig.
-    model = ModelConfig(
+    return ModelConfig(
         vocab_size=values["vocab_size"],
         embed_dim=width,
         num_blocks=values["num_hidden_layers"],
@@ -142,13 +151,6 @@ def from_config_json(values: Mapping[str, Any], file: Path) -> ModelConfig:
         norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         init_std=float(values.get("initializer_range", 0.02)),
     )
-    try:
-        Config(model=model, data=DataConfig(seq_len=1))
-    except ConfigError as error:
-        raise UserError(
-            f"{file} describes a model that this package does not have:\n{error}"
-        ) from error
-    return model
 
 
 def _check_values(values: Mapping[str, Any], file: Path) -> None:

@@ -68,7 +68,7 @@ _TABLE = (
 def named_rows(config: ModelConfig, layers: int) -> Iterator[tuple[str, Row, int | None]]:
     """Yields the name, the row and the layer (or None) of every tensor, in file order."""
     absent = {"head/kernel"} if config.tie_embeddings else set()
-    if config.activation != "swiglu":
+    if "gate" not in config.wide_matrices:
         absent.add("blocks/feed_forward/gate")
     table = [row for row in _TABLE if row.ours not in absent]
     for row in table:

@@ -67,10 +67,8 @@ class MobileLLMConfig(PretrainedConfig):
         repeats = self.layer_sharing_repeats
         if self.layer_sharing_order == "immediate":
             return [block for block in blocks for _ in range(repeats)]
-        backwards = self.layer_sharing_order == "reverse"
-        return [
-            b for r in range(repeats) for b in (blocks[::-1] if backwards and r % 2 else blocks)
-        ]
+        odd_passes = {"repeat_all": blocks, "reverse": blocks[::-1]}[self.layer_sharing_order]
+        return [b for r in range(repeats) for b in (odd_passes if r % 2 else blocks)]
 
 
 class MobileLLMAttention(nn.Module):

@@ -45,7 +45,8 @@ def write(source: Source, folder: Path, precision: str) -> int:
     if precision == "float32":
         model.export(str(file))
         return config.num_blocks
-    maker: Any = quantizer.Quantizer(model.model_content(), recipe.dynamic_wi8_afp32())
+    recipes = {"int8": recipe.dynamic_wi8_afp32}
+    maker: Any = quantizer.Quantizer(model.model_content(), recipes[precision]())
     with contextlib.redirect_stdout(sys.stderr):  # The quantizer prints sizes.
         quantized = maker.quantize()
     file.write_bytes(quantized.quantized_model)

@@ -15,7 +15,7 @@ contains these three operators. All other operators are standard.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax.numpy as jnp
 import numpy as np
@@ -126,13 +126,12 @@ def _add_block(graph: Graph, source: Source, u: int, store: np.dtype[Any], bits:
         return _widened(np.asarray(attention[name][u]), axis=2).reshape(width, -1)
 
     out_NHD = _widened(np.asarray(attention["output"][u]), axis=1)
-    wide_names = ("gate", "up") if config.activation == "swiglu" else ("up",)
     return _Block(
         attention_norm=norm("attention_norm"),
         input=matrix("input", *(heads(name) for name in ("query", "key", "value"))),
         output=matrix("output", out_NHD.reshape(-1, width)),
         feed_forward_norm=norm("feed_forward_norm"),
-        wide=matrix("wide", *(np.asarray(feed_forward[name][u]) for name in wide_names)),
+        wide=matrix("wide", *(np.asarray(feed_forward[name][u]) for name in config.wide_matrices)),
         down=matrix("down", np.asarray(feed_forward["down"][u])),
     )
 
@@ -250,14 +249,18 @@ def _product(graph: Graph, x: str, matrix: _Matrix, codes: str = "") -> str:
 
 
 def _activated(graph: Graph, wide: str, config: ModelConfig) -> str:
-    if config.activation == "relu":
-        return graph.node("Relu", wide)
-    if config.activation == "gelu":
-        return graph.node("Gelu", wide)  # GELU with the error function, not its tanh form.
-    place = len(graph.nodes)
-    gate, up = halves = [f"gate_{place}", f"up_{place}"]
-    graph.node("Split", wide, outputs=halves, axis=-1, num_outputs=2)
-    return graph.node("Mul", graph.node("Mul", gate, graph.node("Sigmoid", gate)), up)
+    match config.activation:
+        case "swiglu":
+            place = len(graph.nodes)
+            gate, up = halves = [f"gate_{place}", f"up_{place}"]
+            graph.node("Split", wide, outputs=halves, axis=-1, num_outputs=2)
+            return graph.node("Mul", graph.node("Mul", gate, graph.node("Sigmoid", gate)), up)
+        case "relu":
+            return graph.node("Relu", wide)
+        case "gelu":
+            return graph.node("Gelu", wide)  # GELU with the error function, not its tanh form.
+        case _:
+            assert_never(config.activation)
 
 
 def _looked_up(graph: Graph, table: _Matrix, tokens: str) -> str:
