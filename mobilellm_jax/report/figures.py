@@ -57,6 +57,8 @@ def curves(name: str, labelled: Sequence[tuple[str, Model]]) -> Picture:
             x = [s * tokens for s in steps]
             style = "-" if number < len(theme.series) else "--"
             marker = "o" if len(x) <= _FEW else ""
+            if marker and len(labelled) == 1:
+                style = ""  # The training loss shows how the loss falls between the points.
             means = [statistics.fmean(v) for v in values]
             axes.plot(x, means, style, color=color, marker=marker, label=label)
             if len(series) > 1:
@@ -104,7 +106,7 @@ def depth(name: str, table: Table) -> Picture:
             linewidth=1.4,
             label=labels[0],
         )
-        axes.set(xlabel="blocks", ylabel=f"{_LOSS}, up is better", xscale="log")
+        axes.set(xlabel="blocks", ylabel="loss (nats), up is better", xscale="log")
         axes.set_xticks(blocks, [str(b) for b in blocks])
         axes.minorticks_off()
         show_at_least(axes, "y", _LEAST_LOSS)
@@ -118,7 +120,7 @@ def depth(name: str, table: Table) -> Picture:
             linewidth=1.2,
             label=labels[1],
         )
-        paper.set_ylabel("paper's mean score (%), up is better")
+        paper.set_ylabel("paper's score (%), up is better")
         paper.grid(False)
         handles = [*axes.get_legend_handles_labels()[0], *paper.get_legend_handles_labels()[0]]
         _legend(axes, handles=handles)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _ATTENTION = "train/attention"
+_MANY_VALIDATIONS = 8  # A line through fewer points would show a curve that was not measured.
 # For each optional package, the extra that installs it and the file that a run writes with it.
 _OPTIONAL = {
     "matplotlib": ("report", rundir.LOSS_PLOT),
@@ -167,14 +168,14 @@ def _open_board(folder: Path) -> Any:
 def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draws training and validation loss (nats per token) over the steps as a PNG file.
 
-    The legend has the last values. A run has few validations, so each of them is a point. Without
-    matplotlib the function draws nothing; `MetricsWriter` warns of this.
+    The legend has the last values. Every validation is a point, and a line joins the points only if
+    they are many. Without matplotlib the function draws nothing; `MetricsWriter` warns of this.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return
     series = (
         ("train/loss", "training", "tab:blue", "-"),
-        ("validation/loss", "validation", "tab:orange", "o:"),
+        ("validation/loss", "validation", "tab:orange", "o-"),
     )
 
     def draw(figure: "Figure") -> None:
@@ -184,10 +185,18 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
             if not points:
                 continue
             steps, losses = zip(*points, strict=True)
-            alone = "o" if len(points) == 1 else style
             text = f"{label}: {losses[-1]:.3f} at step {steps[-1]}"
-            axes.plot(steps, losses, alone, color=color, label=text, markersize=4, linewidth=1.2)
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=shorten(title, 70))
+            is_dotted = len(points) < (2 if name == "train/loss" else _MANY_VALIDATIONS)
+            axes.plot(
+                steps,
+                losses,
+                "o" if is_dotted else style,
+                color=color,
+                label=text,
+                markersize=4,
+                linewidth=1.2,
+            )
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=shorten(title, 60))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
