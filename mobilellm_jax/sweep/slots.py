@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,7 +81,9 @@ def _gpus(env: Mapping[str, str]) -> list[str]:
     if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
         return []
     if "CUDA_VISIBLE_DEVICES" in env:
-        return [gpu for gpu in env["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+        # CUDA ignores what follows an invalid name. "-1" and Slurm's "NoDevFiles" hide all GPUs.
+        names = map(str.strip, env["CUDA_VISIBLE_DEVICES"].split(","))
+        return list(itertools.takewhile(lambda name: re.match(r"\d|GPU-|MIG-", name), names))
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
