@@ -27,6 +27,10 @@ RUNTIME = [
 # launch/test.sh installs PyTorch first and by exactly this spelling. pip then finds the CPU build,
 # and no later requirement brings CUDA libraries along.
 TORCH = "torch==2.13.0"
+HF = [
+    TORCH,
+    "transformers>=5.0",  # runs Hugging Face directories
+]
 EVAL = "lm-eval>=0.4.13"  # lm-evaluation-harness: prompts, examples and metrics of tasks
 
 DATA = [
@@ -50,9 +54,9 @@ EXTRAS = {
     "tensorboard": [TENSORBOARD],  # event files of a run
     "beam": ["apache-beam>=2.70"],  # prepare --runner=beam; in an environment of its own
     "eval": [EVAL],  # evaluate --tasks
+    "hf": HF,  # export --format=hf: the check of the exported directory
     "export": [  # formats for devices: writers and runtimes
-        TORCH,  # ExecuTorch and LiteRT files are lowered from a PyTorch module
-        "transformers>=5.0",  # runs Hugging Face directories
+        *HF,  # ExecuTorch and LiteRT files are lowered from a PyTorch module
         "gguf>=0.19",  # writes GGUF
         "llama-cpp-python>=0.3.36",  # runs GGUF; pip builds it
         "onnx>=1.23",  # writes ONNX
@@ -69,8 +73,7 @@ EXTRAS = {
         *REPORT,
         TENSORBOARD,
         EVAL,
-        TORCH,  # the independent implementation
-        "transformers>=5.0",  # Hugging Face Llama
+        *HF,  # the independent implementation, and Hugging Face Llama
         "accelerate>=1.10",  # transformers loads weights with it
         "pytest>=9.0",
         "hypothesis>=6.150",  # hostile files for every parser, tests/fuzz
@@ -98,7 +101,12 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["mobilellm_jax", "mobilellm_jax.*"]),
+    # The wheel contains the recipes of configs/, so `--config=NAME` works without a checkout.
+    packages=[
+        *find_packages(include=["mobilellm_jax", "mobilellm_jax.*"]),
+        *("mobilellm_jax.configs", "mobilellm_jax.configs.quantize"),
+    ],
+    package_dir={"mobilellm_jax.configs": "configs"},
     package_data={"mobilellm_jax": ["py.typed"]},
     install_requires=RUNTIME,
     extras_require=EXTRAS,

@@ -6,16 +6,24 @@ from pathlib import Path
 
 import jax
 
-from mobilellm_jax.checkpoint import MODEL_PARTS, latest_step, restore_model, steps
+from mobilellm_jax.checkpoint import (
+    MODEL_PARTS,
+    latest_step,
+    read_config,
+    restore_model,
+    step_folder,
+    steps,
+)
 from mobilellm_jax.config import Config, ModelConfig, near_miss
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.directory import CONFIG as HUGGINGFACE_CONFIG
 from mobilellm_jax.export.huggingface.directory import check_vocabulary, read_huggingface
+from mobilellm_jax.export.huggingface.directory import read_model_config as read_huggingface_config
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.quantize.parameters import bits_per_weight, quantize_model, stored_bytes
 from mobilellm_jax.quantize.schemes import Scheme
-from mobilellm_jax.storage import file_kind, rundir
+from mobilellm_jax.storage import file_kind, rundir, sealing
 
 _log = logging.getLogger(__name__)
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
@@ -80,9 +88,35 @@ def _open(folder: Path) -> OpenedModel:
         next(folder.glob(pattern), None) for pattern in _WEIGHTS
     ):
         return _open_huggingface(folder)
+    raise _no_checkpoint(folder)
+
+
+def read_model_config(ckpt: str | Path) -> ModelConfig:
+    """Returns the architecture of a checkpoint. The function reads no parameters.
+
+    Raises:
+      MissingFileError: if the folder does not exist.
+      UserError: if the folder is not a checkpoint, or describes a model that we cannot express.
+    """
+    folder = Path(ckpt)
+    if not folder.is_dir():
+        raise _missing(folder)
+    if there := steps(folder):
+        return read_config(step_folder(folder, there[-1])).model
+    if (folder / sealing.MANIFEST).is_file():
+        return read_config(folder).model
+    if (
+        file_kind.is_there(folder / HUGGINGFACE_CONFIG)
+        and not (folder / rundir.CHECKPOINTS).is_dir()
+    ):
+        return read_huggingface_config(folder)
+    raise _no_checkpoint(folder)
+
+
+def _no_checkpoint(folder: Path) -> UserError:
     names = sorted(path.name for path in folder.iterdir())
     found = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-    raise UserError(
+    return UserError(
         f"checkpoint={str(folder)!r} must be {_LAYOUTS}; it holds {found or 'nothing'}."
     )
 

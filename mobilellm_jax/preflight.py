@@ -283,17 +283,20 @@ def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
         return None
     opened = open_model(config.train.init_from)
     theirs, ours = dataclasses.asdict(opened.config), dataclasses.asdict(config.model)
-    free = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype", "max_seq_len")
+    free = (*config_lib.COMPUTATION, "max_seq_len")
     different: dict[str, tuple[Any, Any]] = {
         f"model.{name}": (theirs[name], value)
         for name, value in ours.items()
         if theirs[name] != value and name not in free
     }
+    take = f"\nTo take the model from it, write --config.model={config.train.init_from}."
+    remedy = take if different else ""
     if opened.tokenizer.sha256 != tokenizer.sha256:
         different["tokenizer"] = (str(opened.tokenizer.file), str(tokenizer.file))
     if different:
         raise ConfigError(
-            f"train.init_from={config.train.init_from!r} is another model:\n{_lines(different)}"
+            f"train.init_from={config.train.init_from!r} is another model:\n"
+            f"{_lines(different)}{remedy}"
         )
     params: Params = opened.params
     return params

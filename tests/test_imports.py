@@ -141,7 +141,7 @@ def test_only_the_command_line_knows_absl(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=module_name)
 def test_only_the_edge_knows_config_dict(file: Path) -> None:
     libraries = {module.split(".")[0] for module in imports(file, file.read_text())}
-    edge = {f"{PACKAGE}.config", f"{PACKAGE}.cli.config_flags"}
+    edge = {f"{PACKAGE}.{name}" for name in ("config", "config.recipe", "cli.config_files")}
     assert "ml_collections" not in libraries or module_name(file) in edge
 
 

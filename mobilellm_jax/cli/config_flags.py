@@ -6,34 +6,23 @@ such flags too. We do not use it, because it stops at the first mistake, does no
 values of a field, and reads `sys.argv`, so one process could not run two commands.
 """
 
-import importlib.util
+import dataclasses
 import math
 import re
-import traceback
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from ml_collections import ConfigDict
-
+from mobilellm_jax.cli.config_files import read_recipe
 from mobilellm_jax.cli.errors import UsageError
-from mobilellm_jax.config import Config, ConfigError, field_types, from_object, near_miss
-from mobilellm_jax.errors import MissingFileError
+from mobilellm_jax.config import COMPUTATION, Config, ConfigError, field_types, near_miss
+from mobilellm_jax.config.recipe import Recipe
+from mobilellm_jax.config.synonyms import field_hint
+from mobilellm_jax.errors import UserError
 
+CONFIG_HELP = "recipe: a name or file in configs/, a Python file, or the config.json of a run"
 _OVERRIDE = re.compile(r"--?config\.(?P<field>[^=]*)(=(?P<value>.*))?", re.DOTALL)
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-# The user writes config files, so these errors in their code are mistakes of the user.
-_FILE_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
 
 
 def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -61,62 +50,45 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
-    """Loads a `configs/*.py`, applies `overrides` ("a.b=value"), and returns the checked config.
+    """Returns the checked config of `load_recipe`; raises the same errors."""
+    return load_recipe(file, overrides).config
+
+
+def load_recipe(file: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Loads a config file and applies `overrides` ("a.b=value"); the last of a field counts.
 
     Raises:
       MissingFileError: if there is no such file.
-      ConfigError: if the file raises an error, an override is wrong, or a value breaks a rule. The
-        message lists all wrong overrides or all broken rules.
+      ConfigError: if the file raises an error, or an override is wrong. The message lists all wrong
+        overrides.
     """
-    groups = _get_config(Path(file)).to_dict()
+    recipe = read_recipe(file)
     problems = []
     for override in overrides:
         field, _, text = override.partition("=")
         try:
-            value = parse_value(field, text)
-        except ConfigError as error:
+            change = _model_of(text) if field == "model" else {field: parse_value(field, text)}
+            recipe = recipe.changed(change)
+        except UserError as error:
             problems.append(str(error))
-            continue
-        group, _, name = field.partition(".")
-        fields = groups.setdefault(group, {})
-        if isinstance(fields, dict):  # `from_object` refuses other types.
-            fields[name] = value
     if problems:
         raise ConfigError("\n".join(problems))
-    return from_object(groups)
+    return recipe
 
 
-def _get_config(path: Path) -> ConfigDict:
-    if not path.is_file():
-        raise MissingFileError(f"--config={path} is not a file.{_near_file(path)}")
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={path} must be a Python file: configs/NAME.py.")
-    module = importlib.util.module_from_spec(spec)
+def _model_of(ckpt: str) -> dict[str, Any]:
+    """Returns the fields of a checkpoint's model, without the fields that say how to compute it."""
+    from mobilellm_jax.open_model import read_model_config  # The import of jax is slow.
+
     try:
-        spec.loader.exec_module(module)
-        config_dict = module.get_config() if hasattr(module, "get_config") else None
-    except _FILE_ERRORS as error:
-        raise ConfigError(f"{_place(path, error)}: {type(error).__name__}: {error}") from error
-    if not isinstance(config_dict, ConfigDict):
-        raise ConfigError(f"--config={path} must define a get_config() that returns a ConfigDict.")
-    return config_dict
-
-
-def _near_file(path: Path) -> str:
-    files = {file.stem: file for file in sorted(Path("configs").rglob("*.py"))}
-    hint = near_miss(path.stem, files)
-    for stem, file in files.items():
-        hint = hint.replace(f" {stem}?", f" --config={file}?")
-    return hint
-
-
-def _place(path: Path, error: BaseException) -> str:
-    """Returns `path:line` for the line of the config file that raised the error."""
-    if isinstance(error, SyntaxError):
-        return f"{path}:{error.lineno}"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-    return f"{path}:{lines[-1]}" if lines else str(path)
+        model = read_model_config(ckpt)
+    except UserError as error:
+        raise ConfigError(
+            f"--config.model={ckpt} takes the model from a checkpoint: {error} To set one field, "
+            "write --config.model.FIELD=VALUE."
+        ) from error
+    fields = dataclasses.asdict(model)
+    return {f"model.{name}": fields[name] for name in fields if name not in COMPUTATION}
 
 
 def parse_value(field: str, text: str) -> Any:
@@ -130,7 +102,7 @@ def parse_value(field: str, text: str) -> Any:
         inside = [name for name in types if name.startswith(f"{field}.")]
         if inside:
             raise ConfigError(f"{field} is a group of fields; set one, such as {inside[0]}.")
-        raise ConfigError(f"{field}: unknown config key.{near_miss(field, types)}")
+        raise ConfigError(f"{field}: unknown config key.{field_hint(field, types)}")
     expected = types[field]
     if expected is str:
         return text

@@ -10,6 +10,8 @@ only once, and transformers loads it with trust_remote_code=True. It can also st
 Llama cannot express: models with a ReLU or GELU feed-forward, or with a width that is not a
 multiple of the number of heads. Both formats accept --dtype=float32, bfloat16 or float16.
 
+The check of these two formats needs PyTorch and transformers (pip install 'mobilellm-jax[hf]').
+
 Formats for devices (pip install 'mobilellm-jax[export]') write a folder with the model file, the
 tokenizer, model_card.md and a manifest of checksums:
 
@@ -33,7 +35,7 @@ from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import CHECKPOINT_HELP
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.export.formats import EXTRA, FORMATS, check_precision, offered
+from mobilellm_jax.export.formats import FORMATS, check_precision, offered
 from mobilellm_jax.export.source import DTYPES, Source
 from mobilellm_jax.model.size import parameter_count
 
@@ -104,14 +106,19 @@ def main(flags: Flags) -> None:
 
 def _verified(flags: Flags) -> bool:
     """Returns whether to check the export; without a flag, warns if the runtime is absent."""
-    if flags.verify is False or FORMATS[flags.format].can_run:
+    form = FORMATS[flags.format]
+    if flags.verify is False or form.can_run:
         return flags.verify is not False
+    packages = " and ".join(form.run_packages)
     if flags.verify:
         raise UsageError(
-            f"--verify runs --format={flags.format} in its runtime, which is not installed; "
-            f"{EXTRA}."
+            f"--verify runs --format={flags.format} in {packages}, which is not installed; "
+            f"{form.install}."
         )
-    _log.warning(f"Not verified: the runtime of {flags.format} is not installed ({EXTRA}).")
+    _log.info(
+        f"The export will be complete, but it will not be run and compared with the checkpoint. "
+        f"The comparison needs {packages} ({form.install})."
+    )
     return False
 
 

@@ -5,7 +5,6 @@ not use absl's `app.run`, because its exit code is 1 if a flag is wrong, and our
 """
 
 import dataclasses
-import re
 import textwrap
 import types
 import typing
@@ -16,7 +15,8 @@ from absl import flags
 
 from mobilellm_jax.cli.config_flags import split_overrides
 from mobilellm_jax.cli.errors import UsageError
-from mobilellm_jax.config import near_miss
+from mobilellm_jax.config import field_types, near_miss
+from mobilellm_jax.config.synonyms import flag_hint, translated
 
 Flags = TypeVar("Flags")
 
@@ -33,7 +33,8 @@ _DEFINE: dict[Any, Callable[..., Any]] = {
 def flag(default: Any, help: str, **settings: Any) -> Any:
     """Returns a dataclass field that describes a flag.
 
-    `settings` are arguments of absl: required, lower_bound, upper_bound, enum_values. With
+    `settings` are arguments of absl: lower_bound, upper_bound, enum_values. With `required=True`,
+    the user must give the flag, unless the user gives the flag that `unless` names. With
     `commas=True`, the user writes a list as one flag with commas; otherwise the user repeats the
     flag.
     """
@@ -46,6 +47,8 @@ def define(kind: type) -> flags.FlagValues:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint, settings = hints[field.name], dict(field.metadata)
+        for ours in ("required", "unless"):
+            settings.pop(ours, None)
         if typing.get_origin(hint) is types.UnionType:
             [hint] = [each for each in typing.get_args(hint) if each is not types.NoneType]
         if typing.get_origin(hint) is Literal:
@@ -75,32 +78,62 @@ def parse(name: str, kind: type[Flags], args: list[str]) -> tuple[Flags, list[st
     try:
         stray = own([name, *args])[1:]
     except flags.UnrecognizedFlagError as error:
-        unknown = f"--{error.flagname}"
-        hint = near_miss(unknown, [f"--{flag}" for flag in own])
-        raise UsageError(f"unknown flag {unknown}.{hint} See mobilellm {name} --help.") from None
+        hint = _hint(error.flagname, own)
+        raise UsageError(
+            f"unknown flag --{error.flagname}.{hint} See mobilellm {name} --help."
+        ) from None
     except flags.Error as error:
-        missing = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
-        if not missing:
-            raise UsageError(str(error)) from None
-        lines = [f"--{flag} is missing: {own[flag].help}" for flag in missing]
-        raise UsageError("\n".join([*lines, f"See mobilellm {name} --help."])) from None
+        raise UsageError(str(error)) from None
+    missing = [
+        field
+        for field in dataclasses.fields(kind)  # type: ignore[arg-type]  # a dataclass of flags
+        if field.metadata.get("required") and own[field.name].value is None
+        if not (field.metadata.get("unless") and own[field.metadata["unless"]].value)
+    ]
+    lines = [f"--{field.name} is missing: {field.metadata['help']}" for field in missing]
     if stray:
-        raise UsageError(f"stray argument {stray[0]!r}; write flags as --name=value.")
+        likely = f"--{missing[0].name}={stray[0]}" if missing else "flags as --name=value"
+        lines.insert(0, f"stray argument {stray[0]!r}; write {likely}.")
+    if lines:
+        raise UsageError("\n".join([*lines, f"See mobilellm {name} --help."]))
     return kind(**{flag: own[flag].value for flag in own}), overrides
+
+
+def _hint(unknown: str, own: flags.FlagValues) -> str:
+    """Returns a sentence with the flag or the config field that the user may have meant."""
+    fields = field_types() if "config" in own else {}
+    return (
+        flag_hint(unknown, list(own))
+        or translated(unknown, fields, prefix="--config.") * bool(fields)
+        or near_miss(f"--{unknown}", [f"--{flag}" for flag in own])
+    )
 
 
 def usage(kind: type) -> str:
     """Returns the help text of all flags."""
     own = define(kind)
     lines = ["Flags:"]
-    for each in (own[name] for name in own):
+    for field in dataclasses.fields(kind):
+        each = own[field.name]
         switch = f"--[no]{each.name}" if each.boolean else f"--{each.name}"
-        default = "" if each.default in (None, "", []) else f" (default: {each.default_as_str})"
         lines.append(f"  {switch}")
-        lines.append(textwrap.indent(textwrap.fill(f"{each.help}{default}", 90), "      "))
+        lines.append(textwrap.indent(textwrap.fill(_help(field, each), 90), "      "))
         if each.name == "config":
             lines += [
                 "  --config.GROUP.FIELD=VALUE",
-                "      replaces one field of the config; may be repeated",
+                "      replaces one field of the config; may be repeated; `mobilellm train",
+                "      --config=FILE --show_config` lists the fields",
+                "  --config.model=CKPT",
+                "      takes the shape of the model from a checkpoint",
             ]
     return "\n".join(lines)
+
+
+def _help(field: "dataclasses.Field[Any]", each: "flags.Flag[Any]") -> str:
+    # absl appends words to `each.help`, so we use the text of the field.
+    text: str = field.metadata["help"]
+    if choices := getattr(each.parser, "enum_values", None):
+        text = f"{text}: {', '.join(choices)}"
+    elif isinstance(each, flags.MultiFlag) and "repeated" not in text:
+        text += "; may be repeated"
+    return text if each.default in (None, "", []) else f"{text} (default: {each.default_as_str})"

@@ -15,8 +15,10 @@ import keyword
 import os
 import select
 import sys
+from importlib import metadata
 from types import ModuleType
 
+from mobilellm_jax import __version__
 from mobilellm_jax.cli.errors import UsageError, is_bad_input, message
 from mobilellm_jax.cli.flags import parse, usage
 from mobilellm_jax.config import near_miss
@@ -79,10 +81,13 @@ def main(args: list[str]) -> int:
     show_messages()
     name = ""
     try:
-        if not args or args[0] in _HELP:
+        if not args or args[0] in _HELP or args == ["help"]:
             print(_overview())
             return 0
-        name, *rest = args
+        if args[0] == "--version":
+            print(f"mobilellm-jax {__version__} (jax {metadata.version('jax')})")
+            return 0
+        name, *rest = [*args[1:], "--help"] if args[0] == "help" else args
         return _run(name, rest)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -134,5 +139,6 @@ def _overview() -> str:
             *(f"  {name:<{width}}{line}" for name, line in COMMANDS.items()),
             "",
             "mobilellm COMMAND --help shows examples and all flags of a command.",
+            "mobilellm --version shows the version.",
         ]
     )

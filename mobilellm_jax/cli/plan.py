@@ -15,7 +15,7 @@ change of the config makes the step fit.
 
 import dataclasses
 
-from mobilellm_jax.cli.config_flags import load_config
+from mobilellm_jax.cli.config_flags import CONFIG_HELP, load_config
 from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.errors import FAILED
 
@@ -24,7 +24,7 @@ from mobilellm_jax.errors import FAILED
 class Flags:
     """The flags of the command."""
 
-    config: str = flag(None, "config file, configs/NAME.py", required=True)
+    config: str = flag(None, CONFIG_HELP, required=True)
     topology: str | None = flag(None, "TPU slice to compile for, such as v5e:16x16")
 
 

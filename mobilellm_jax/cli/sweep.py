@@ -4,7 +4,7 @@ r"""Trains many models to compare them: the paper's grids, your own values, or b
   mobilellm sweep --grid=all --workdir=runs/tiny --seeds=3 --parallel=2 --config.data.path=data/mine
   mobilellm sweep --grid=heads --workdir=runs/heads --tune_lr=1e-3,3e-3,1e-2 --seeds=3
   mobilellm sweep --config=configs/quickstart.py --sweep=model.num_blocks=2,4,8 \
-      --sweep=optimizer.peak_lr=1e-2,2e-2 --fixed_parameters=900000 --workdir=runs/depth
+      --fixed_parameters=900000 --config.model.head_dim=32 --workdir=runs/depth
   mobilellm sweep --grid=roadmap --scale=paper --group=125M --workdir=/shared/roadmap \
       --launcher=slurm --sbatch_args="--partition=gpu --gres=gpu:8 --time=24:00:00"
   mobilellm sweep --grid=heads --scale=paper --workdir=runs/plan --plan --topology=v5e:16x16
@@ -31,7 +31,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
-from mobilellm_jax.cli.config_flags import load_config, parse_value
+from mobilellm_jax.cli.config_flags import CONFIG_HELP, load_recipe, parse_value
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.config import ConfigError, near_miss
@@ -45,7 +45,7 @@ T = TypeVar("T", bound=str)
 class Flags:
     """The flags of the command."""
 
-    config: str | None = flag(None, "recipe, configs/NAME.py (default: configs/sweep_SCALE.py)")
+    config: str | None = flag(None, f"{CONFIG_HELP} (default: configs/sweep_SCALE.py)")
     workdir: str = flag(None, "folder of the sweep, made if missing", required=True)
     grid: list[str] = flag(
         [],
@@ -100,7 +100,8 @@ def main(flags: Flags, overrides: list[str]) -> int:
         if not grids:
             raise UsageError("--config is missing; --sweep without --grid varies this recipe.")
         file = f"configs/sweep_{scale}.py"
-    base = load_config(file, overrides)
+    recipe = load_recipe(file, overrides)
+    base = recipe.config
     # The import of jax is slow, so errors in the config are reported before it.
     from mobilellm_jax import preflight
     from mobilellm_jax.sweep import plan, run_here, submit
@@ -112,7 +113,7 @@ def main(flags: Flags, overrides: list[str]) -> int:
             f"train.init_from={base.train.init_from!r} has the shape of one model, and the models "
             "of a sweep have different shapes; leave it empty."
         )
-    variants = grid_variants(base, grids, scale, flags.group) if grids else {"": base}
+    variants = grid_variants(recipe, grids, scale, flags.group) if grids else {"": recipe}
     if fields or flags.fixed_parameters:
         variants = vary(variants, fields, flags.fixed_parameters)
     runs = with_seeds(variants, flags.seeds, rates)

@@ -4,6 +4,9 @@
   mobilellm train --config=configs/mobilellm_125m.py --workdir=runs/125m --config.data.path=data/web
   mobilellm train --config=configs/quickstart.py --workdir=runs/long --config.train.steps=2000
 
+--show_config lists all settings. --config also takes the config.json of a run, to repeat the run,
+and --config.model=CKPT takes the shape of the model from a checkpoint.
+
 A larger --config.train.steps extends a finished run. JAX keeps compiled programs for later runs in
 ~/.cache/mobilellm, or in the folder that JAX_COMPILATION_CACHE_DIR names.
 
@@ -11,18 +14,20 @@ On SIGTERM, on Ctrl-C and at the end of --max_walltime, the command saves the ru
 code 75. A scheduler may then start the same command again, and the run continues. A second Ctrl-C,
 or a Ctrl-C before the first step, ends the command immediately.
 
-Several processes can train one run: start the same command in each process. On Slurm, Kubernetes
+One process uses all GPUs or TPU chips of its machine. Several processes can train one run: start
+the same command in each process (srun, or gcloud ... tpu-vm ssh --worker=all). On Slurm, Kubernetes
 JobSet and TPU VMs, the processes find each other. Elsewhere, give --coordinator_address,
---num_processes and --process_id. All processes must see the same folder --workdir. If a process
-dies, or is silent for --peer_timeout seconds, the other processes report the number of this process
-and end with exit code 75.
+--num_processes and --process_id. docs/training.md has a command for each kind of machine. All
+processes must see the same folder --workdir. If a process dies, or is silent for --peer_timeout
+seconds, the other processes report the number of this process and end with exit code 75.
 """
 
 import dataclasses
 import logging
 
-from mobilellm_jax.cli.config_flags import load_config
+from mobilellm_jax.cli.config_flags import CONFIG_HELP, load_recipe
 from mobilellm_jax.cli.flags import flag
+from mobilellm_jax.cli.show_config import config_lines
 from mobilellm_jax.config import Config
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.processes.early_stop import EarlyStop
@@ -34,8 +39,11 @@ _log = logging.getLogger(__name__)
 class Flags:
     """The flags of the command."""
 
-    config: str = flag(None, "config file, configs/NAME.py", required=True)
-    workdir: str = flag(None, "run folder, made if missing", required=True)
+    config: str = flag(None, CONFIG_HELP, required=True)
+    workdir: str = flag(None, "run folder, made if missing", required=True, unless="show_config")
+    show_config: bool = flag(
+        False, "print every field of the config: its value, its meaning, and what set it; then stop"
+    )
     coordinator_address: str | None = flag(None, "HOST:PORT of process 0")
     num_processes: int | None = flag(
         None, "processes of the run; 1: the command looks for no other processes", lower_bound=1
@@ -57,9 +65,12 @@ class Flags:
 
 def main(flags: Flags, overrides: list[str]) -> int:
     """Trains, and returns the exit code."""
-    config = load_config(flags.config, overrides)
+    recipe = load_recipe(flags.config, overrides)
+    if flags.show_config:
+        print("\n".join(config_lines(recipe)))
+        return 0
     with EarlyStop():
-        finished = _train(config, flags)
+        finished = _train(recipe.config, flags)
     return 0 if finished else SAVED_REQUEUE_ME
 
 

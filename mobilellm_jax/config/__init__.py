@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.config import rules
 from mobilellm_jax.config.rules import near_miss as near_miss
+from mobilellm_jax.config.synonyms import field_hint
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.strict_json import plain, shown
@@ -44,6 +45,10 @@ NotNegative = Annotated[float, "at least 0", lambda v: v >= 0]
 Positive = Annotated[float, "greater than 0", lambda v: v > 0]
 Share = Annotated[float, "between 0 and 1", lambda v: 0 <= v <= 1]
 Decay = Annotated[float, "at least 0 and less than 1", lambda v: 0 <= v < 1]
+
+
+# Fields that say how a model is initialized and computed. The other fields say which model it is.
+COMPUTATION = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype")
 
 
 class ConfigError(UserError):
@@ -289,7 +294,7 @@ def from_object(values: Any, where: str = "config.json") -> Config:
                 accepted[name] = _as_annotated(value, hints[name])
             else:
                 dotted = f"{group}.{plain(name)}"
-                violations.append(f"{dotted}: unknown config key.{near_miss(dotted, known)}")
+                violations.append(f"{dotted}: unknown config key.{field_hint(dotted, known)}")
         groups[group] = _unchecked(classes[group], accepted)
     config = _unchecked(Config, groups)
     _raise([*violations, *_violations(config)])

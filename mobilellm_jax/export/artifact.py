@@ -15,7 +15,7 @@ from mobilellm_jax.config import ConfigError, near_miss
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import MissingFileError, UserError
-from mobilellm_jax.export.formats import EXTRA, FORMATS
+from mobilellm_jax.export.formats import FORMATS
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
 from mobilellm_jax.storage import rundir, sealing, strict_json
 
@@ -50,7 +50,8 @@ class Artifact:
         form = FORMATS[self.info.format]
         if not form.can_run:
             raise UserError(
-                f"{self.file} runs in {form.run_packages[0]}, which is not installed; {EXTRA}."
+                f"{self.file} runs in {form.run_packages[0]}, which is not installed; "
+                f"{form.install}."
             )
 
 

@@ -11,8 +11,6 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
 from mobilellm_jax.export.source import DTYPES, Source
 
-EXTRA = "pip install 'mobilellm-jax[export]'"
-
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
@@ -51,6 +49,7 @@ class Format:
     write_packages: tuple[str, ...] = ()  # Packages that the writer imports.
     run_packages: tuple[str, ...]  # Packages that the runtime imports.
     precisions: Mapping[str, Precision]  # The keys are values of --dtype or --quantize.
+    extra: str = "export"  # The extra of `setup.py` that installs the packages.
 
     def write(self, source: Source, folder: Path, precision: str) -> int:
         write: Callable[[Source, Path, str], int]
@@ -61,6 +60,11 @@ class Format:
         load: Callable[[Path, ArtifactInfo], Runtime]
         load = pkgutil.resolve_name(f"{__package__}.{self.runtime}")
         return load(folder / self.file, info)
+
+    @property
+    def install(self) -> str:
+        """The command that installs the packages."""
+        return f"pip install 'mobilellm-jax[{self.extra}]'"
 
     @property
     def can_run(self) -> bool:
@@ -74,6 +78,7 @@ FORMATS: dict[str, Format] = {
         runtime="huggingface.runtime:HuggingFaceRuntime",
         run_packages=("torch", "transformers"),
         precisions=_OF_DTYPES,
+        extra="hf",
     ),
     "mobilellm": Format(
         file="",
@@ -81,6 +86,7 @@ FORMATS: dict[str, Format] = {
         runtime="huggingface.runtime:HuggingFaceRuntime",
         run_packages=("torch", "transformers"),
         precisions=_OF_DTYPES,
+        extra="hf",
     ),
     "gguf": Format(
         file="model.gguf",
@@ -172,8 +178,11 @@ def check_precision(name: str, dtype: str | None, quantize: str | None) -> str:
             f"--{flag}={asked} must be a precision of --format={name}, which has "
             f"{', '.join(choices) or 'none'} for --{flag}.{remedy}"
         )
-    if missing := _not_installed(FORMATS[name].write_packages):
-        raise UserError(f"--format={name} needs {', '.join(missing)} to write a file; {EXTRA}.")
+    form = FORMATS[name]
+    if missing := _not_installed(form.write_packages):
+        raise UserError(
+            f"--format={name} needs {', '.join(missing)} to write a file; {form.install}."
+        )
     return asked
 
 

@@ -31,6 +31,9 @@ RUNS, LOGS, SLURM = "runs", "logs", "slurm"
 ENDED: tuple[State, ...] = ("finished", "diverged")
 _VERSION = 1
 
+# Fields that a run keeps, although the run that found its learning rate has other values.
+_OWN = MAY_CHANGE | {"train.seed", "data.seed"}
+
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -58,25 +61,23 @@ def record_runs(sweep: Path, runs: Sequence[Run]) -> None:
     """
     records = {run.name: read_record(run_folder(sweep, run.name)) for run in runs}
     for run in runs:
-        _check_config(records[run.name], run)
+        _check_config(sweep, records[run.name], run)
     _check_length(runs, records)
-    _check_schedules(runs, records)
+    _check_schedules(sweep, runs, records)
     entries = _entries(sweep) | {run.name: dataclasses.asdict(run) for run in runs}
     for folder in (RUNS, LOGS):
         (sweep / folder).mkdir(parents=True, exist_ok=True)
     _write_json(sweep / SWEEP, {"version": _VERSION, "runs": list(entries.values())})
 
 
-def _check_config(record: RunRecord, run: Run) -> None:
+def _check_config(sweep: Path, record: RunRecord, run: Run) -> None:
     if record.config is None:
         return
     free = MAY_CHANGE
-    if run.tune_from:
-        free |= {TUNED}
     if run.config.model.compute_dtype == "auto":
         free |= {"model.compute_dtype"}
     remedy = "Use its values to continue the sweep, or another --workdir."
-    check_same_run(record.folder, record.config, run.config, free, remedy)
+    check_same_run(record.folder, record.config, settled(sweep, run), free, remedy)
 
 
 def _check_length(runs: Sequence[Run], records: Mapping[str, RunRecord]) -> None:
@@ -97,9 +98,11 @@ def _check_length(runs: Sequence[Run], records: Mapping[str, RunRecord]) -> None
     )
 
 
-def _check_schedules(runs: Sequence[Run], records: Mapping[str, RunRecord]) -> None:
+def _check_schedules(sweep: Path, runs: Sequence[Run], records: Mapping[str, RunRecord]) -> None:
     """Warns of runs with two schedules; raises if a rate would be chosen among different ones."""
-    others = {run.name: step for run in runs if (step := _other_schedule(records[run.name], run))}
+    others = {
+        run.name: step for run in runs if (step := _other_schedule(sweep, records[run.name], run))
+    }
     for run in runs:
         tuning = {others.get(name, 0) for name in run.tune_from if not _has_failed(records, name)}
         if len(tuning) > 1 and records[run.name].config is None:
@@ -117,13 +120,11 @@ def _check_schedules(runs: Sequence[Run], records: Mapping[str, RunRecord]) -> N
         )
 
 
-def _other_schedule(record: RunRecord, run: Run) -> int:
+def _other_schedule(sweep: Path, record: RunRecord, run: Run) -> int:
     """Returns the last step with another schedule; a run with `tune_from` keeps its own rate."""
     if record.config is None:
         return 0
-    rate = record.config.optimizer.peak_lr
-    config = changed(run.config, {TUNED: rate}) if run.tune_from else run.config
-    return record.other_schedule_until(config)
+    return record.other_schedule_until(settled(sweep, run))
 
 
 def _has_failed(records: Mapping[str, RunRecord], name: str) -> bool:
@@ -204,7 +205,7 @@ def find_run(sweep: Path, name: str) -> Run:
 
 
 def settled(sweep: Path, run: Run) -> Config:
-    """Returns the run's config with its final learning rate.
+    """Returns the run's config with its final learning rate, and what the file computes from it.
 
     A run that has already started keeps its learning rate.
 
@@ -213,11 +214,11 @@ def settled(sweep: Path, run: Run) -> Config:
     """
     if not run.tune_from:
         return run.config
+    tuning = read_runs(sweep, run.tune_from)
     own = run_folder(sweep, run.name) / rundir.CONFIG
     if own.exists():
         rate = config_lib.read_json(own).optimizer.peak_lr
     else:
-        tuning = read_runs(sweep, run.tune_from)
         losses = {
             loss: tuned.config.optimizer.peak_lr
             for tuned in tuning
@@ -231,7 +232,13 @@ def settled(sweep: Path, run: Run) -> Config:
                 "these runs has finished with a finite validation loss; start the sweep again."
             )
         rate = losses[min(losses)]
-    return changed(run.config, {TUNED: rate})
+    change: dict[str, Any] = {TUNED: rate}
+    for tuned in tuning:
+        if tuned.config.optimizer.peak_lr == rate:
+            # The config file may compute other fields from the rate.
+            computed = config_lib.changed_fields(run.config, tuned.config)
+            change |= {name: new for name, (_, new) in computed.items() if name not in _OWN}
+    return changed(run.config, change)
 
 
 def state_of(sweep: Path, run: Run) -> State:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mobilellm_jax.config import Config, ConfigError, changed
+from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.config.recipe import Recipe
 from mobilellm_jax.model.size import flops_per_token
 from mobilellm_jax.paper.grids import SHAPE, GridName, ScaleName, grid_rows, shape_name
 from mobilellm_jax.paper.sizes import SOLVED, solve_width
@@ -14,8 +15,8 @@ from mobilellm_jax.paper.sizes import SOLVED, solve_width
 TUNED = "optimizer.peak_lr"
 """The field whose value a run with `tune_from` takes from another run."""
 
-Variants = dict[str, Config]
-"""Configs of a sweep by name, before `with_seeds` sets their seeds."""
+Variants = dict[str, Recipe]
+"""Recipes of a sweep by name, before `with_seeds` sets their seeds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +38,12 @@ class Run:
 
 
 def grid_variants(
-    base: Config, grids: Iterable[GridName], scale: ScaleName, group: str = ""
+    recipe: Recipe, grids: Iterable[GridName], scale: ScaleName, group: str = ""
 ) -> Variants:
-    """Returns one config per row. A row that is in several grids gives only one config.
+    """Returns one recipe per row. A row that is in several grids gives only one recipe.
 
-    The row sets the shape of the model. `base` sets the other fields, such as initialization,
-    precision and `remat`. At the small scales, `base` also sets the vocabulary and the sequence
+    The row sets the shape of the model. `recipe` sets the other fields, such as initialization,
+    precision and `remat`. At the small scales, `recipe` also sets the vocabulary and the sequence
     length, because these two depend on the data.
 
     Raises:
@@ -51,14 +52,18 @@ def grid_variants(
     if group not in ("", "125M", "350M"):
         raise ConfigError(f"--group={group} must be 125M or 350M, the groups of the paper's rows.")
     found: Variants = {}
+    base = recipe.config
     vocab_size = None if scale == "paper" else base.model.vocab_size
     for row in (row for grid in grids for row in grid_rows(grid, scale, group, vocab_size)):
         change = {f"model.{name}": getattr(row.model, name) for name in SHAPE}
-        # The value in `base` may exceed the number of blocks of this row.
-        change["model.scan_unroll"] = min(base.model.scan_unroll, row.model.num_blocks)
-        change["train.steps"] = base.train.steps * row.length
+        if base.model.scan_unroll > row.model.num_blocks:
+            change["model.scan_unroll"] = row.model.num_blocks
+        variant = recipe.changed(change)
+        if row.length > 1:
+            steps = variant.config.train.steps * row.length
+            variant = variant.changed({"train.steps": steps})
         name = shape_name(row.model) + (f"-long{row.length}" if row.length > 1 else "")
-        found.setdefault(name, changed(base, change))
+        found.setdefault(name, variant)
     if not found:
         raise ConfigError(
             f"--group={group}: {', '.join(grids)} have no rows of this group; leave out --group."
@@ -90,10 +95,11 @@ def vary(
     ):
         change = dict(zip(fields, values, strict=True))
         try:
-            config = changed(old, change)
+            recipe = old.changed(change)
+            config = recipe.config  # This raises if the config breaks a rule.
             if parameters:
                 model = solve_width(config.model, parameters)
-                config = dataclasses.replace(config, model=model)
+                recipe = recipe.changed({name: getattr(model, name[6:]) for name in SOLVED})
         except ConfigError as error:
             where = ", ".join(f"--sweep={name}={value}" for name, value in change.items())
             raise ConfigError(f"{where}: {error}") from error
@@ -101,7 +107,7 @@ def vary(
         name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, parts)))  # A folder has this name.
         if name in found:
             raise ConfigError(f"{name} occurs twice; give each --sweep value once.")
-        found[name] = config
+        found[name] = recipe
     return found
 
 
@@ -114,15 +120,16 @@ def with_seeds(variants: Variants, seeds: int, rates: Sequence[float] = ()) -> l
     """
     runs = []
     for seed, (name, base) in itertools.product(range(seeds), variants.items()):
-        own = {"train.seed": base.train.seed + seed, "data.seed": base.data.seed + seed}
-        config = changed(base, own)
+        first = base.config
+        own = {"train.seed": first.train.seed + seed, "data.seed": first.data.seed + seed}
+        recipe = base.changed(own)
         tuning = {f"{name}-lr{rate:g}-s0": rate for rate in rates}
         if tuning and seed == 0:
             runs += [
-                Run(name=tuned, config=changed(config, {TUNED: rate}), model=name)
+                Run(name=tuned, config=recipe.changed({TUNED: rate}).config, model=name)
                 for tuned, rate in tuning.items()
             ]
         else:
-            late = Run(name=f"{name}-s{seed}", config=config, tune_from=tuple(tuning), model=name)
-            runs.append(late)
+            own_name, tune_from = f"{name}-s{seed}", tuple(tuning)
+            runs.append(Run(name=own_name, config=recipe.config, tune_from=tune_from, model=name))
     return runs

@@ -46,7 +46,8 @@ def test_overview_imports_no_command() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     loaded = ast.literal_eval(result.stdout.splitlines()[-1])
-    expected = {f"mobilellm_jax.cli.{name}" for name in ("config_flags", "errors", "flags", "main")}
+    names = ("config_files", "config_flags", "errors", "flags", "main")
+    expected = {f"mobilellm_jax.cli.{name}" for name in names}
     assert set(loaded) == expected
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from mobilellm_jax.config import Config, ConfigError, to_json
+from mobilellm_jax.config.recipe import fixed
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.runs import Run, with_seeds
 
 BASE = Config()
-RUNS = with_seeds({"a": BASE}, 2, [1e-3, 1e-2, 1e-1])
+RUNS = with_seeds({"a": fixed(BASE)}, 2, [1e-3, 1e-2, 1e-1])
 
 
 def finish(sweep: Path, name: str, loss: float, steps: int = BASE.train.steps) -> None:

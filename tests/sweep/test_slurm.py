@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from mobilellm_jax.config import Config, ConfigError
+from mobilellm_jax.config.recipe import fixed
 from mobilellm_jax.sweep import slurm
 from mobilellm_jax.sweep.runs import with_seeds
 
-VARIANTS = {name: Config() for name in ("a", "b")}
+VARIANTS = {name: fixed(Config()) for name in ("a", "b")}
 
 
 @pytest.fixture

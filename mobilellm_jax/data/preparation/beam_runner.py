@@ -3,7 +3,7 @@
 Beam's workers call the same functions as local workers, so both write equal files. Every Beam
 worker must find the sources and the working folder beside the output under the same paths, so the
 working folder must be on a shared disk. Beam requires older versions of some packages, so install
-it in a separate environment (`pip install mobilellm-jax[beam]`).
+it in a separate environment (`pip install 'mobilellm-jax[beam]'`).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def encode_and_assemble(
     except ModuleNotFoundError as error:
         raise UserError(
             "runner='beam' needs Apache Beam, which holds other packages back: install it in a "
-            "virtual environment of its own with `pip install mobilellm-jax[beam]`, or use "
+            "virtual environment of its own with `pip install 'mobilellm-jax[beam]'`, or use "
             "--runner=local."
         ) from error
 

@@ -79,12 +79,7 @@ def read_huggingface(directory: Path) -> Imported:
       MissingFileError: if config.json, the weights or the tokenizer is missing.
       UserError: if `ModelConfig` cannot express the model, or tensors or tokenizer do not fit it.
     """
-    file = directory / CONFIG
-    if not file_kind.is_there(file):
-        raise MissingFileError(f"{directory} is no Hugging Face directory: it has no {CONFIG}.")
-    # The directory's Python code, which config.json may name (auto_map), is never run.
-    values = strict_json.as_type(strict_json.read(file), dict[str, Any], str(file))
-    config = from_config_json(values, file)
+    config = read_model_config(directory)
     stored = open_tensors(directory)
     _check_tensors(config, stored, directory)
     flat: dict[str, np.ndarray] = {}
@@ -104,6 +99,16 @@ def read_huggingface(directory: Path) -> Imported:
         # Only float32 can store the values of several dtypes exactly.
         dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
     )
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """Returns the model that config.json describes; raises as `read_huggingface` does."""
+    file = directory / CONFIG
+    if not file_kind.is_there(file):
+        raise MissingFileError(f"{directory} is no Hugging Face directory: it has no {CONFIG}.")
+    # The directory's Python code, which config.json may name (auto_map), is never run.
+    values = strict_json.as_type(strict_json.read(file), dict[str, Any], str(file))
+    return from_config_json(values, file)
 
 
 def _write_files(
