@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -87,8 +88,8 @@ def going_back(bad: range, good_step: int) -> None:
     """Warns that steps were not finite and that the run returns to an earlier checkpoint."""
     if distributed.is_first():
         _log.warning(
-            f"GOING BACK to the checkpoint of step {good_step}: steps {bad[0]} to {bad[-1]} "
-            "were not finite. If the state was damaged, that heals it; if they are not finite "
+            f"GOING BACK to the checkpoint of step {good_step}: loss, gradient or update was not "
+            f"finite in {_steps(bad)}. If the state was damaged, that heals it. If this happens "
             "again, the run ends."
         )
 
@@ -104,20 +105,37 @@ def divergence(config: Config, workdir: Path, bad: range, good_step: int | None)
     again = "there is no checkpoint before them to go back to"
     if good_step is not None:
         again = f"they were so again after going back to the checkpoint of step {good_step}"
+    if bad[0] == 1:
+        remedy = (
+            "The first step was not finite, so the learning rate is not the cause. If the data is "
+            "right, the initial parameters are wrong "
+            f"(train.init_from={config.train.init_from!r}, model.init_std={config.model.init_std})."
+        )
+    else:
+        remedy = (
+            "If the data is right, lower "
+            f"optimizer.peak_lr={config.optimizer.peak_lr} in another --workdir that starts from a "
+            "checkpoint with --config.train.init_from."
+        )
     return (
-        f"loss, gradient or update was not finite in steps {bad[0]} to {bad[-1]} "
+        f"loss, gradient or update was not finite in {_steps(bad)} "
         f"(train.max_bad_steps={config.train.max_bad_steps}), and {again}.\n"
         f"The first of these batches is shown by\n  {shlex.join(inspect)}\n"
         f"and met again by the same train command, which goes on from step {good_step or 0} of "
         f"{workdir}.\n"
-        "If the data is right, lower "
-        f"optimizer.peak_lr={config.optimizer.peak_lr} in another --workdir that starts from a "
-        "checkpoint with --config.train.init_from."
+        f"{remedy}"
     )
 
 
-def end(workdir: Path, finished: bool) -> None:
-    """Logs the result of the run, and the commands that the user may run next."""
+def _steps(steps: range) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+
+
+def end(workdir: Path, finished: bool, failed: Mapping[str, str]) -> None:
+    """Logs the result of the run, and the commands that the user may run next.
+
+    `failed` has the last error of each side record that failed.
+    """
     if not distributed.is_first():
         return
     records = read_metrics(workdir / rundir.METRICS)
@@ -125,16 +143,18 @@ def end(workdir: Path, finished: bool) -> None:
     lines = [f"{'Finished' if finished else 'Stopped, saved'}: {workdir}"]
     if measured:
         first, last = measured[0], measured[-1]
-        lines += [
-            f"  validation {name + ':':14} {first[key]:.3f} at step {first['step']} -> "
-            f"{last[key]:.3f} at step {last['step']}{unit}"
-            for key, name, unit in (
-                ("validation/bpb", "bits per byte", ""),
-                ("validation/loss", "loss", " (nats per token)"),
-            )
-            if key in first and key in last
-        ]
-    lines.append(f"  curves: {workdir / rundir.LOSS_PLOT}, tensorboard --logdir={workdir}")
+        for key, name, unit in (
+            ("validation/bpb", "bits per byte", ""),
+            ("validation/loss", "loss", " (nats per token)"),
+        ):
+            if key in first and key in last:
+                path = f"{first[key]:.3f} at step {first['step']}"
+                if len(measured) > 1:
+                    path += f" -> {last[key]:.3f} at step {last['step']}"
+                lines.append(f"  validation {name + ':':14} {path}{unit}")
+    lines += [f"  failed: {what} ({why})" for what, why in failed.items()]
+    board = workdir / rundir.TENSORBOARD
+    lines.append(f"  curves: {workdir / rundir.LOSS_PLOT}, tensorboard --logdir={board}")
     if finished:
         lines += [
             f"  next:   mobilellm generate --checkpoint={workdir} --prompt='...'",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from mobilellm_jax import checkpoint
@@ -25,12 +26,13 @@ from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer, load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.verification import verify_files
-from mobilellm_jax.data.windows import count_targets
+from mobilellm_jax.data.windows import count_targets, has_targets
 from mobilellm_jax.errors import MissingFileError
 from mobilellm_jax.evaluate.in_training import Evaluator, make_evaluator
 from mobilellm_jax.model.on_device import settle as settle_for_device
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.open_model import open_model
+from mobilellm_jax.plan.memory import shortage
 from mobilellm_jax.processes import distributed
 from mobilellm_jax.run_record import MAY_CHANGE
 from mobilellm_jax.sharding import Rules, logical_rules, make_mesh
@@ -41,6 +43,7 @@ from mobilellm_jax.train.state import mesh_violations
 
 _log = logging.getLogger(__name__)
 
+_MANY_EPOCHS, _USEFUL_EPOCHS = 100, 10
 _DATA_SEC = 24 * 3600.0  # Longest wait for processes that prepare or read the data.
 
 
@@ -84,6 +87,9 @@ def settle_run(config: Config, workdir: Path, profile: ProfiledSteps | None) -> 
             params=_initial_params(config, tokenizer) if resume_step is None else None,
             evaluator=make_evaluator(config, tokenizer, mesh, rules),
         )
+        check_memory(config)
+    if distributed.is_first():
+        warn_of_epochs(config, mixture)
     with distributed.together("verifying the data", _DATA_SEC):
         verify(config, mixture)
     with distributed.together("starting the run folder"):
@@ -194,16 +200,19 @@ def _prepare(config: Config, path: Path) -> None:
     prepare([config.data.source], path, vocab_size=config.model.vocab_size)
 
 
+def write_config(config: Config, tokenizer: Tokenizer, workdir: Path) -> str:
+    """Writes the config and the tokenizer into a run folder; returns the text of the config."""
+    text = config_lib.to_json(config)
+    rundir.write_whole(workdir / rundir.CONFIG, text)
+    copy_tokenizer(tokenizer, workdir)
+    return text
+
+
 def _record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
     """Writes config and tokenizer; raises if a process has another config or folder."""
-
-    def write() -> str:
-        text = config_lib.to_json(config)
-        rundir.write_whole(workdir / rundir.CONFIG, text)
-        copy_tokenizer(tokenizer, workdir)
-        return text
-
-    written: str = distributed.from_first("writing the config", write)
+    written: str = distributed.from_first(
+        "writing the config", lambda: write_config(config, tokenizer, workdir)
+    )
     if lines := _lines(config_lib.changed_fields(config_lib.from_json(written), config)):
         raise ConfigError(f"process 0 has another config:\n{lines}")
     path = workdir / rundir.CONFIG
@@ -250,8 +259,15 @@ def verify(config: Config, mixture: Mixture) -> None:
 
 def check(config: Config, mixture: Mixture) -> tuple[Mesh, Rules]:
     """Checks the rules that need data or devices; returns the mesh and its sharding rules."""
-    required_streams(mixture, TRAIN)
     violations = []
+    for component, stream in zip(mixture.components, required_streams(mixture, TRAIN), strict=True):
+        if not has_targets(stream, config.data.boundaries):
+            violations.append(
+                f"data.path={config.data.path!r}: no token of {component.name} is a target, so "
+                "there is no loss. Loss masks or document borders (data.boundaries="
+                f"{config.data.boundaries!r}) exclude all of them; prepare the data again with "
+                "loss_mask 1 for the tokens to learn."
+            )
     mesh = make_mesh(config.mesh)
     on_gpu = mesh.devices.flat[0].platform == "gpu"
     if config.train.deterministic and on_gpu and not xla_flags.is_deterministic():
@@ -270,6 +286,35 @@ def check(config: Config, mixture: Mixture) -> tuple[Mesh, Rules]:
     if violations:
         raise ConfigError("\n".join(violations))
     return mesh, logical_rules(config.model, mesh.shape)
+
+
+def check_memory(config: Config) -> None:
+    """Raises if a training step cannot fit the memory; warns if it may not fit."""
+    missing = shortage(config, jax.devices())
+    if missing is not None and missing.is_certain:
+        raise ConfigError(f"The run does not fit into memory: {missing}")
+    if missing is not None:
+        _log.warning(f"The run may not fit into memory: {missing}")
+
+
+def warn_of_epochs(config: Config, mixture: Mixture) -> None:
+    """Warns if the run reads a part of its data absurdly often."""
+    epochs = [
+        float(config.tokens * c.share / max(1, c.counts(TRAIN).tokens)) for c in mixture.components
+    ]
+    if max(epochs) <= _MANY_EPOCHS:
+        return
+    often = mixture.components[int(np.argmax(epochs))]
+    steps = max(1, int(config.train.steps * _USEFUL_EPOCHS / max(epochs)))
+    remedy = f"--config.train.steps={steps}"
+    if config.optimizer.warmup_steps >= steps:
+        remedy += f" --config.optimizer.warmup_steps={steps // 10}"
+    _log.warning(
+        f"MANY EPOCHS: train.steps={config.train.steps} reads the {often.counts(TRAIN).tokens:,} "
+        f"tokens of {often.name} {max(epochs):,.0f} times, and a model hardly learns from a text "
+        f"after a few dozen times. {remedy} reads them about {_USEFUL_EPOCHS} times. Smaller "
+        "batches (train.global_batch) make more steps of the same text."
+    )
 
 
 def held_out_targets(config: Config, mixture: Mixture) -> int:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -20,10 +20,12 @@ from mobilellm_jax import announce, checkpoint, preflight
 from mobilellm_jax.checkpoint import CheckpointWriter, DataState
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.loader import train_batches
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.in_training import make_validator
 from mobilellm_jax.generation.generate import Request, generate
 from mobilellm_jax.generation.sampling import Sampling
 from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.plan.memory import shortage_after
 from mobilellm_jax.preflight import Ready
 from mobilellm_jax.processes import distributed
 from mobilellm_jax.processes.agreement import Agreement
@@ -31,11 +33,13 @@ from mobilellm_jax.processes.run_lock import RunLock
 from mobilellm_jax.quantize.parameters import derivation, training_transform
 from mobilellm_jax.sharding import local_rows, place, put_batch
 from mobilellm_jax.startup.host_memory import keep_freed_memory
+from mobilellm_jax.startup.messages import keep_messages
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.loop import Hooks, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, plot_losses, read_metrics
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.profiler import ProfiledSteps, profiled
+from mobilellm_jax.train.side_records import AppendedFile, SideRecords
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state, is_finite
 from mobilellm_jax.train.step import TrainStep, make_train_step
 from mobilellm_jax.train.stopping import Walltime
@@ -45,6 +49,10 @@ _SAMPLE_TOKENS = 64
 
 class TrainingDivergedError(RuntimeError):
     """Steps have nan or inf, and a return to the last good checkpoint did not help."""
+
+
+class OutOfMemoryError(UserError):
+    """A device has too little memory for the run; the message names a change that needs less."""
 
 
 def pretrain(
@@ -74,25 +82,54 @@ def pretrain(
         ready = preflight.settle_run(config, workdir, profile)
         if jax.default_backend() == "cpu":
             keep_freed_memory()
-        run = _Run(ready, workdir, profile, walltime or Walltime())
+        folder = functools.partial(_run_folder, lock, ready)
+        stack.enter_context(keep_messages(lambda: lock.last_folder / rundir.MESSAGES))
+        run = _Run(ready, folder, profile, walltime or Walltime())
         announce.start(ready.config, ready.mixture, ready.mesh, run.abstract, ready.resume_step)
-        with CheckpointWriter(workdir, ready.config, ready.tokenizer, lock.check) as checkpoints:
+        with (
+            _explaining_out_of_memory(ready.config),
+            CheckpointWriter(workdir, ready.config, ready.tokenizer, folder) as checkpoints,
+        ):
             finished = run.train(checkpoints)
-        run.plot()
-        announce.end(workdir, finished)
+        run.tell_the_end(finished)
         return finished
+
+
+@contextlib.contextmanager
+def _explaining_out_of_memory(config: Config) -> Iterator[None]:
+    """Turns jax's error about too little memory into one that names a change of the config."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        missing = shortage_after(config, jax.devices())
+        first_line = str(error).partition("\n")[0]
+        raise OutOfMemoryError(f"{first_line}\nBy count, {missing}") from error
+
+
+def _run_folder(lock: RunLock, ready: Ready) -> Path:
+    """Returns the run folder, which somebody may have renamed; if it was deleted, creates it again.
+
+    Only process 0 calls this function, because it holds the lock and writes the files.
+    """
+    folder = lock.folder()
+    if not (folder / rundir.CONFIG).exists():
+        preflight.write_config(ready.config, ready.tokenizer, folder)
+    return folder
 
 
 class _Run:
     def __init__(
         self,
         ready: Ready,
-        workdir: Path,
+        folder: Callable[[], Path],
         profile: ProfiledSteps | None,
         walltime: Walltime,
     ) -> None:
         self._ready, self._config = ready, ready.config
-        self._workdir, self._profile, self._walltime = workdir, profile, walltime
+        self._folder, self._profile, self._walltime = folder, profile, walltime
+        self._side = SideRecords()
         self._optimizer = make_optimizer(self._config.optimizer, self._config.train.steps)
         self.abstract = abstract_state(self._config, self._optimizer, ready.mesh, ready.rules)
         self._derive = derivation(self._config)
@@ -114,8 +151,9 @@ class _Run:
             del state  # The devices may lack memory for two states.
             found = self._newest_good(checkpoints)
             if found is None or int(found.step) == back_at:
+                folder = distributed.from_first("the run folder", lambda: str(self._folder()))
                 raise TrainingDivergedError(
-                    announce.divergence(self._config, self._workdir, bad, back_at)
+                    announce.divergence(self._config, Path(folder), bad, back_at)
                 )
             back_at = int(found.step)
             announce.going_back(bad, back_at)
@@ -123,10 +161,18 @@ class _Run:
             state, bad = self._train_from(found, checkpoints)
         return int(state.step) >= self._config.train.steps
 
-    def plot(self) -> None:
+    def tell_the_end(self, finished: bool) -> None:
         if distributed.is_first():
-            records = read_metrics(self._workdir / rundir.METRICS)
-            plot_losses(records, self._workdir / rundir.LOSS_PLOT, self._workdir.name)
+            self._plot()
+            with self._side.attempt("the summary at the end"):
+                announce.end(self._folder(), finished, self._side.failed)
+
+    def _plot(self) -> None:
+        if distributed.is_first():
+            with self._side.attempt(f"drawing {rundir.LOSS_PLOT}"):
+                folder = self._folder()
+                records = read_metrics(folder / rundir.METRICS)
+                plot_losses(records, folder / rundir.LOSS_PLOT, folder.resolve().name)
 
     def _first_state(self, checkpoints: CheckpointWriter) -> TrainState:
         ready = self._ready
@@ -154,7 +200,14 @@ class _Run:
         is_first = distributed.is_first()
         if is_first:
             self._cut_samples(first_step)
-        writer = MetricsWriter(self._workdir, first_step, train.steps, silent=not is_first)
+        writer = MetricsWriter(
+            self._folder() if is_first else Path(),
+            first_step,
+            train.steps,
+            silent=not is_first,
+            config=self._config,
+            side=self._side,
+        )
         with writer, contextlib.ExitStack() as stack:
             hooks = Hooks(
                 put=functools.partial(
@@ -169,8 +222,10 @@ class _Run:
             )
             step_fn: TrainStep = self._step_fn
             if self._profile is not None and is_first:
-                folder = self._workdir / rundir.PROFILE
-                step_fn = stack.enter_context(profiled(step_fn, self._profile, first_step, folder))
+                folder = self._folder() / rundir.PROFILE
+                step_fn = stack.enter_context(
+                    profiled(step_fn, self._profile, first_step, folder, self._side)
+                )
             return train_loop(self._config, state, step_fn, batches, hooks, writer, self._walltime)
 
     def _data_after(self, step: int) -> DataState:
@@ -186,7 +241,7 @@ class _Run:
         """
         checkpoints.wait()
         steps: list[int] = distributed.from_first(
-            "the checkpoints", lambda: checkpoint.whole_steps(self._workdir)
+            "the checkpoints", lambda: checkpoint.whole_steps(self._folder())
         )
         for step in reversed(steps):
             state = checkpoints.restore(step, self.abstract)
@@ -197,8 +252,8 @@ class _Run:
 
     def _validate(self, state: TrainState) -> Mapping[str, float]:
         values = self._validator(self._derive(state.params))
-        if 0 < int(state.step) < self._config.train.steps:  # `pretrain` draws the last picture.
-            self.plot()
+        if 0 < int(state.step) < self._config.train.steps:  # `tell_the_end` draws the last one.
+            self._plot()
         return values
 
     def _sample_and_score(self, writer: MetricsWriter, step: int, state: TrainState) -> None:
@@ -221,13 +276,15 @@ class _Run:
         texts = generate(model, params, request)
         if not distributed.is_first():
             return
-        with (self._workdir / rundir.SAMPLES).open("a", encoding="utf-8") as file:
-            for ids in texts:
-                file.write(json.dumps({"step": step, "text": tokenizer.decode(ids)}) + "\n")
+        records = [{"step": step, "text": tokenizer.decode(ids)} for ids in texts]
+        with self._side.attempt(f"writing {rundir.SAMPLES}"):
+            file = AppendedFile(self._folder(), rundir.SAMPLES)
+            with contextlib.closing(file):
+                file.append("".join(json.dumps(record) + "\n" for record in records).encode())
 
     def _cut_samples(self, first_step: int) -> None:
         """Removes samples from `first_step` on, because the run will write them again."""
-        path = self._workdir / rundir.SAMPLES
+        path = self._folder() / rundir.SAMPLES
         if path.exists():
             records = strict_json.read_lines(path, lambda r: strict_json.get(r, "step", int))
             kept = [json.dumps(record) + "\n" for record in records if record["step"] < first_step]

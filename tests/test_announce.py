@@ -79,10 +79,12 @@ def test_the_end_says_what_came_of_it_and_what_to_type(
     ]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (tmp_path / rundir.METRICS).write_text(lines)
-    announce.end(tmp_path, finished)
+    announce.end(tmp_path, finished, {"drawing loss.png": "OSError: no space"})
     text = caplog.text
     assert re.search(r"validation bits per byte: +4.100 at step 0 -> 1.800 at step 8\n", text)
     assert re.search(r"validation loss: +5.700 at step 0 -> 2.500 at step 8 \(nats", text)
+    assert "\n  failed: drawing loss.png (OSError: no space)\n" in text
+    assert f"tensorboard --logdir={tmp_path}/tensorboard\n" in text
     assert f"{'Finished' if finished else 'Stopped, saved'}: {tmp_path}\n" in text
     assert (f"mobilellm export --checkpoint={tmp_path}" in text) is finished
     assert ("the same command again goes on" in text) is not finished
@@ -98,5 +100,5 @@ def test_one_process_speaks_for_all(
     monkeypatch.setattr(distributed, "is_first", lambda: False)
     started(tiny.RUN, mixture, None)
     announce.going_back(range(3, 6), 2)
-    announce.end(tmp_path, finished=True)
+    announce.end(tmp_path, True, {})
     assert caplog.text == ""

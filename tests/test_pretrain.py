@@ -235,7 +235,7 @@ def test_a_text_is_measured_after_saving_and_again_if_that_was_lost(
     # The run used eight devices, and `expected` used one device.
     assert last["evaluate/text/loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert last["evaluate/text/bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-5)
-    board = workdir / "tensorboard"
+    board = workdir / "tensorboard" / workdir.name
     assert any(b"evaluate/text/loss" in path.read_bytes() for path in board.iterdir())
 
     (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))

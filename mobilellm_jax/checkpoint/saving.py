@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,7 +67,8 @@ class CheckpointWriter:
     """Saves the states of a run in the background, and keeps the newest checkpoints.
 
     All processes call every method in the same step. A method raises a `SaveError` if the last
-    attempt has failed. `check_owner` raises an error if another run has taken over the folder.
+    attempt has failed. `find_run` returns the run folder, which may have been renamed. It raises an
+    error if another run has taken over the folder.
     """
 
     def __init__(
@@ -74,10 +76,10 @@ class CheckpointWriter:
         run: epath.PathLike,
         config: Config,
         tokenizer: Tokenizer,
-        check_owner: Callable[[], None] = lambda: None,
+        find_run: Callable[[], epath.PathLike] | None = None,
     ) -> None:
         self._run, self._config, self._tokenizer = run, config, tokenizer
-        self._check_owner = check_owner
+        self._find_run = find_run or (lambda: run)
         self._folder = checkpoints_folder(run)
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._in_any_process = Agreement()
@@ -118,8 +120,10 @@ class CheckpointWriter:
         work = folders.work_folder(self._folder, step, number)
         saved: Future[None] = Future()
         try:
+            self._locate()
+            work = folders.work_folder(self._folder, step, number)
             if distributed.from_first(
-                f"the place of checkpoint {step}", lambda: self._make_room(step)
+                f"the place of checkpoint {step}", lambda: folders.make_room(self._folder, step)
             ):
                 trees = trees_of(state)
                 content = _content(self._config, trees)
@@ -149,6 +153,7 @@ class CheckpointWriter:
 
     def forget_after(self, step: int) -> None:
         """Deletes the checkpoints after `step`, because the run will repeat these steps."""
+        self._locate()
 
         def delete() -> None:
             for later in folders.steps(self._run):
@@ -160,11 +165,12 @@ class CheckpointWriter:
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         self._settle()
         self._last = None  # Frees the arrays of the earlier state.
+        self._locate()
         return restore_state(self._run, step, abstract)
 
-    def _make_room(self, step: int) -> bool:
-        self._check_owner()
-        return folders.make_room(self._folder, step)
+    def _locate(self) -> None:
+        self._run = distributed.from_first("the run folder", lambda: os.fspath(self._find_run()))
+        self._folder = checkpoints_folder(self._run)
 
     def _finish(
         self, step: int, work: epath.Path, writer: ocp.AsyncCheckpointer, content: Mapping[str, Any]

@@ -12,7 +12,6 @@ Exit codes:
 import importlib
 import inspect
 import keyword
-import os
 import select
 import sys
 from importlib import metadata
@@ -22,7 +21,7 @@ from mobilellm_jax import __version__
 from mobilellm_jax.cli.errors import UsageError, is_bad_input, message
 from mobilellm_jax.cli.flags import parse, usage
 from mobilellm_jax.config import near_miss
-from mobilellm_jax.startup.messages import show_messages
+from mobilellm_jax.startup.messages import discard, open_closed_streams, show_messages
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -47,14 +46,25 @@ _HELP = {"-h", "-help", "--help"}
 
 def run() -> int:
     """Runs the command in `sys.argv`; the console script `mobilellm` calls this function."""
+    open_closed_streams()
     try:
         code = main(sys.argv[1:])
-        print(end="", flush=True)  # Raises write errors before the process exits.
+        sys.stdout.flush()  # Raises write errors before the process exits.
         return code
     except BrokenPipeError:
         if not _reader_is_gone():
             raise  # The error came from another pipe or socket.
         return READER_GONE
+    finally:
+        _forget_unwritten_messages()
+
+
+def _forget_unwritten_messages() -> None:
+    """Keeps Python from ending with code 120 because standard error cannot take a message."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        discard(2)
 
 
 def _reader_is_gone() -> bool:
@@ -70,9 +80,7 @@ def _reader_is_gone() -> bool:
         output for output, event in outputs.poll(0) if event & (select.POLLERR | select.POLLHUP)
     ]
     for output in gone:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, output)
-        os.close(nowhere)
+        discard(output)
     return bool(gone)
 
 

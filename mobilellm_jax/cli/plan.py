@@ -7,10 +7,11 @@
 With --topology, the command compiles the real training step for a TPU slice. This takes minutes and
 needs libtpu, but no TPU. If the step does not fit into memory, the command searches for the
 smallest change of the config that makes the step fit, and prints this change. Without --topology,
-the command calculates what a step needs on the devices of this machine.
+the command calculates what a step needs on the devices of this machine, and does the same search
+without compiling.
 
-Exit codes: 0 if the step fits, if a changed config fits, or if --topology is not given; 1 if no
-change of the config makes the step fit.
+Exit codes: 0 if the step fits, or if a changed config fits; 1 if no change of the config makes the
+step fit.
 """
 
 import dataclasses

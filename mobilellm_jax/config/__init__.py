@@ -313,7 +313,7 @@ def _unchecked(kind: type[_T], values: Mapping[str, Any]) -> _T:
 
 
 def _violations(config: "Config") -> Iterator[str]:
-    return rules.violations(config, dict(_fields(config)), field_types(include_extras=True))
+    return rules.violations(config, dict(flat_fields(config)), field_types(include_extras=True))
 
 
 def _as_annotated(value: Any, expected: Any) -> Any:
@@ -337,7 +337,7 @@ def changed(config: Config, change: Mapping[str, Any]) -> Config:
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns {dotted field: (old value, new value)} for all fields with different values."""
-    old_flat, new_flat = dict(_fields(old)), dict(_fields(new))
+    old_flat, new_flat = dict(flat_fields(old)), dict(flat_fields(new))
     return {k: (old_flat[k], new_flat[k]) for k in old_flat if old_flat[k] != new_flat[k]}
 
 
@@ -350,7 +350,8 @@ def field_types(*, include_extras: bool = False) -> dict[str, Any]:
     }
 
 
-def _fields(config: Config) -> Iterator[tuple[str, Any]]:
+def flat_fields(config: Config) -> Iterator[tuple[str, Any]]:
+    """Yields the dotted name and the value of every field."""
     for group, node in vars(config).items():
         for name, value in vars(node).items():
             yield f"{group}.{name}", value

@@ -241,7 +241,7 @@ _LONGER_RULES: tuple[tuple[tuple[str, ...], Callable[["Config"], Iterator[str]]]
         ),
         lambda config: attention_violations(config, config.model.attention),
     ),
-    (("quantize.scheme", "quantize.parts"), _quantize_violations),
+    (("quantize.scheme", "quantize.parts", "model.tie_embeddings"), _quantize_violations),
     (("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"), _mesh_violations),
 )
 """The other rules: fields that must be valid, and a function that yields the messages."""

@@ -7,7 +7,7 @@ therefore a target exactly once per epoch. Under `document_mask`, the first toke
 is not a target. A loss mask can exclude more targets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,19 @@ def count_windows(stream: TokenStream, seq_len: int) -> int:
 
 def count_targets(stream: TokenStream, boundaries: Boundaries) -> int:
     """Returns the sum of all weights in an epoch; reads the whole loss mask if there is one."""
+    return sum(_targets_by_chunk(stream, boundaries))
+
+
+def has_targets(stream: TokenStream, boundaries: Boundaries) -> bool:
+    """Returns whether any weight is not 0; reads the loss mask only up to the first of these."""
+    return any(_targets_by_chunk(stream, boundaries))
+
+
+def _targets_by_chunk(stream: TokenStream, boundaries: Boundaries) -> Iterator[int]:
     documents = boundaries == "document_mask"
     if not stream.has_loss_mask:
-        return stream.tokens - (stream.documents if documents else 1)
-    targets = 0
+        yield stream.tokens - (stream.documents if documents else 1)
+        return
     for start in range(0, stream.tokens, _CHUNK):
         stop = min(start + _CHUNK, stream.tokens)
         counts = _may_be_target(stream, start, stop)
@@ -41,8 +50,7 @@ def count_targets(stream: TokenStream, boundaries: Boundaries) -> int:
             counts[stream.document_starts(start, stop) - start] = False
         elif start == 0:
             counts[0] = False
-        targets += int(np.count_nonzero(counts))
-    return targets
+        yield int(np.count_nonzero(counts))
 
 
 def read_windows(

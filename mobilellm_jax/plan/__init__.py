@@ -10,6 +10,7 @@ from mobilellm_jax.model.on_device import settle
 from mobilellm_jax.plan import report
 from mobilellm_jax.plan.compiled import CompiledStep, compile_step
 from mobilellm_jax.plan.fit import smallest_fit, written
+from mobilellm_jax.plan.memory import memory_per_device, shortage
 from mobilellm_jax.plan.prediction import predict
 from mobilellm_jax.plan.topology import parse_topology, topology_devices
 
@@ -31,8 +32,10 @@ def plan(config: Config, topology_name: str | None, show: Callable[[list[str]], 
     config = settle(config, devices[0])
     show(report.account_lines(config, devices))
     if topology is None:
+        missing = shortage(config, devices)
+        show(report.fit_lines(missing, memory_per_device(devices)))
         show(["not compiled; --topology=v5e:16x16 compiles the step for such a slice of TPUs"])
-        return True
+        return missing is None or missing.change is not None
     _log.info(f"compiling the step for {topology.name} ...")
     step = compile_step(config, devices)
     if not isinstance(step, CompiledStep):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mobilellm_jax.config import Config, DataConfig, ModelConfig
+from mobilellm_jax.config import Config, DataConfig, ModelConfig, changed
 from mobilellm_jax.model.size import flops_per_token, parameter_count
 from mobilellm_jax.model.transformer import Params, Transformer, init_params
 from mobilellm_jax.sharding import batch_shards, bytes_per_device
@@ -47,13 +47,13 @@ class Account:
 
 def account_of(config: Config, devices: Sequence[jax.Device]) -> Account:
     """Returns the sizes of a run; `settle` must have replaced every "auto" in `config`."""
-    mesh, rules = mesh_of(config, devices)
+    mesh, _ = mesh_of(config, devices)
     train, model, seq_len = config.train, config.model, config.data.seq_len
-    optimizer = make_optimizer(config.optimizer, train.steps)
-    state = abstract_state(config, optimizer, mesh, rules)
     shards = batch_shards(mesh)
     rows = train.global_batch // train.accumulation_steps // shards
-    weights = bytes_per_device(state.params)
+    # Neither change moves the size of the state, so all candidates of `fit.py` share one trace.
+    plain = changed(config, {"train.accumulation_steps": 1, "model.remat": "none"})
+    weights, optimizer = _state_bytes(plain, tuple(devices))
     chunk = chunk_positions(config, rows * shards, shards) * rows
     tensor, sequence = mesh.shape["tensor"], mesh.shape["sequence"]
     return Account(
@@ -63,13 +63,22 @@ def account_of(config: Config, devices: Sequence[jax.Device]) -> Account:
         num_devices=mesh.size,
         rows=rows,
         weight_bytes=weights,
-        optimizer_bytes=bytes_per_device(state.optimizer),
+        optimizer_bytes=optimizer,
         gradient_bytes=weights * (1 if train.accumulation_steps == 1 else 2),
         # This number is an upper bound: the mesh axis `tensor` splits some activations, but this
         # formula divides no activations by the size of that axis.
         activation_bytes=rows * activation_bytes_per_row(model, config.data) // sequence,
         loss_bytes=4 * model.vocab_size * (chunk // sequence + model.embed_dim) // tensor,
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _state_bytes(config: Config, devices: tuple[jax.Device, ...]) -> tuple[int, int]:
+    """Returns the bytes of the weights and of the optimizer state on each device."""
+    mesh, rules = mesh_of(config, devices)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state = abstract_state(config, optimizer, mesh, rules)
+    return bytes_per_device(state.params), bytes_per_device(state.optimizer)
 
 
 @functools.lru_cache

@@ -7,7 +7,6 @@ step with each of the other changes until a step fits.
 """
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
@@ -66,11 +65,12 @@ def candidates(config: Config, num_devices: int) -> Iterator[Change]:
     order = [name for name in get_args(Remat) if name != "offload"]
     remats = order[order.index(config.model.remat) + 1 :] if config.model.remat in order else []
     remat_only: list[Change] = [{"model.remat": remat} for remat in remats]
-    doubled = itertools.takewhile(
-        lambda steps: steps <= min(_MOST_ACCUMULATION, config.train.global_batch),
-        (config.train.accumulation_steps * 2**n for n in itertools.count(1)),
-    )
-    accumulation_only: list[Change] = [{"train.accumulation_steps": steps} for steps in doubled]
+    now, batch = config.train.accumulation_steps, config.train.global_batch
+    accumulation_only: list[Change] = [
+        {"train.accumulation_steps": steps}
+        for steps in range(2 * now, min(_MOST_ACCUMULATION, batch) + 1, now)
+        if batch % steps == 0
+    ]
     strongest = remat_only[-1] if remat_only else {}
     on_this_mesh = [*remat_only, *accumulation_only]
     if strongest:

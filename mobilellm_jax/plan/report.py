@@ -9,6 +9,7 @@ from mobilellm_jax.model.size import FLOP_CONVENTION
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import CompiledStep, TooLarge
 from mobilellm_jax.plan.hlo import COLLECTIVES, Program
+from mobilellm_jax.plan.memory import Shortage
 from mobilellm_jax.plan.prediction import Prediction
 from mobilellm_jax.plan.topology import Chip
 from mobilellm_jax.train.state import mesh_of
@@ -29,16 +30,25 @@ def account_lines(config: Config, devices: Sequence[jax.Device]) -> list[str]:
         f"compute {model.compute_dtype}, attention {model.attention}, remat {model.remat}",
         "FLOPs": f"{account.flops_per_token:,} per token in sequences of {config.data.seq_len} "
         f"({FLOP_CONVENTION})",
-        "mesh": f"{axes}: {account.num_devices} devices",
+        "mesh": f"{axes}: {_counted(account.num_devices, 'device')}",
         "batch": f"{train.global_batch} x {config.data.seq_len} = {account.tokens_per_step:,} "
-        f"tokens a step; {account.rows} sequences on a device at once, "
-        f"{train.accumulation_steps} times",
+        f"tokens a step; {_counted(account.rows, 'sequence')} on a device at once"
+        + (f", {train.accumulation_steps} times" if train.accumulation_steps > 1 else ""),
         "per device": f"weights {_gib(account.weight_bytes)}, optimizer "
         f"{_gib(account.optimizer_bytes)}, gradients {_gib(account.gradient_bytes)}, activations "
         f"{_gib(account.activation_bytes)}, loss {_gib(account.loss_bytes)}: "
         f"{_gib(account.total_bytes)} by count",
     }
     return _lines(rows)
+
+
+def fit_lines(missing: Shortage | None, available: int | None) -> list[str]:
+    """Returns a line about whether the computed memory fits this machine."""
+    if available is None:
+        return _lines({"memory": "the devices of this machine do not tell how much they have"})
+    if missing is None:
+        return _lines({"fits": f"by count; {_gib(available)} are available on each device"})
+    return _lines({"does not fit" if missing.is_certain else "may not fit": str(missing)})
 
 
 def too_large_lines(failed: TooLarge) -> list[str]:
@@ -59,7 +69,8 @@ def step_lines(config: Config, step: CompiledStep, prediction: Prediction, chip:
     )
     lines = [*_lines({"fits": memory}), *_collective_lines(step.program)]
     if loops := step.program.unknown_loops:
-        lines += _lines({"note": f"{loops} loops of unknown length counted once"})
+        counted = f"{_counted(loops, 'loop')} of unknown length counted as one iteration"
+        lines += _lines({"note": counted})
     cycles = step.program.estimated_cycles
     return lines + _prediction_lines(config.tokens_per_step, prediction, chip.name, cycles)
 
@@ -107,6 +118,10 @@ def _prediction_lines(
 
 def _lines(rows: Mapping[str, str]) -> list[str]:
     return [f"{name:{_WIDTH}}{text}" for name, text in rows.items()]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _gib(size: float) -> str:

@@ -180,13 +180,13 @@ def leave(how: Parting, why: str = "") -> None:
 
 @contextlib.contextmanager
 def telling_failures() -> Iterator[None]:
-    """If an error or SIGTERM ends the block, tells the other processes the reason.
+    """If an error or a signal ends the block, tells the other processes the reason.
 
     Raises:
       DistributedError: if a jax error in the block came from another process that is gone.
     """
     try:
-        with FAREWELLS.during(lambda: leave("stopped", signal.SIGTERM.name)):
+        with FAREWELLS.during(lambda: leave("stopped", "a signal asked it to stop")):
             yield
     except BaseException as error:
         peers, why = _membership.peers, None
@@ -203,9 +203,11 @@ def _at_exit() -> None:
     if getattr(sys, "last_value", None) is not None:
         # Python has printed the traceback. jax would now wait for the other processes. They wait
         # for this process elsewhere in the program, so jax would abort after its time limit.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(FAILED)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(FAILED)
 
 
 def _wait_for(address: str) -> None:

@@ -45,8 +45,10 @@ class Member(NamedTuple):
 
 def end_at_once(code: int, text: str) -> None:
     """Ends this process from any thread; files that are not complete get no final name."""
-    os.write(2, f"\n{text}\n".encode())
-    os._exit(code)
+    try:
+        os.write(2, f"\n{text}\n".encode())  # Raises an error if nobody reads the output.
+    finally:
+        os._exit(code)
 
 
 class Peers:
@@ -105,7 +107,9 @@ class Peers:
         with self._leave_once:
             if self._thread.is_alive():
                 self._parting = _parting(self._me, how, why)
-                self._loop.call_soon_threadsafe(self._leaving.set)
+                # If the thread is just ending, its loop is closed, and nobody hears the message.
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._leaving.set)
                 self._thread.join()
 
     def explain(self) -> str | None:

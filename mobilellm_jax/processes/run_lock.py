@@ -8,6 +8,7 @@ line. A constant count means that the holder is gone. The processes do not compa
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -55,9 +56,9 @@ class RunLock:
             # SIGTERM can end the process at any time from here on, and must not leave the file.
             stack.enter_context(FAREWELLS.during(self._let_go))
             with self._changing:
-                lock = self._lock = self._take()
-            stack.callback(lock.release)
-            beats = threading.Thread(target=self._beat, args=(lock,), name="run lock", daemon=True)
+                self._lock = self._take()
+            stack.callback(self._release)
+            beats = threading.Thread(target=self._beat, name="run lock", daemon=True)
             beats.start()
             stack.callback(beats.join)
             self._exits = stack.pop_all()
@@ -67,14 +68,57 @@ class RunLock:
         self._let_go()
         self._exits.close()
 
-    def check(self) -> None:
-        """Raises `LockLostError` if another run holds the folder, `OSError` if it is missing."""
+    @property
+    def last_folder(self) -> Path:
+        """The run folder as it was last found; reading it touches no file."""
+        return self._path.parent
+
+    def folder(self) -> Path:
+        """Returns the run folder, also if somebody has renamed it since it was locked.
+
+        If somebody has deleted the folder or the locked file, the method creates it again. Call it
+        in the thread that took the lock.
+
+        Raises:
+          LockLostError: if another run holds the folder.
+          OSError: if the folder was deleted and cannot be created, or cannot be read.
+        """
+        self._follow()
+        if not self._path.exists():
+            self._create_again()
         if not self._is_ours():
             taker = _name(_parsed(self._path.read_bytes()))
             raise LockLostError(
                 f"{taker} has taken over {self._path.parent}; this process was silent for more "
                 f"than {SILENT_SEC:.0f} s and ends here, without another write."
             )
+        return self._path.parent
+
+    def _follow(self) -> None:
+        """Finds the locked file again if its folder was renamed."""
+        if self._lock is None or _is_open_as(self._path, self._lock):
+            return
+        found = _open_path(self._lock.descriptor)
+        if found is not None and found.name == LOCK and _is_open_as(found, self._lock):
+            before, self._path = self._path, found
+            _log.warning(f"{before.parent} is now {found.parent}; the run goes on there.")
+
+    def _create_again(self) -> None:
+        folder = self._path.parent
+        if not folder.is_dir():
+            _log.warning(f"{folder} was deleted; the run creates it again and goes on.")
+        folder.mkdir(exist_ok=True)
+        with self._changing:
+            self._release()
+            try:
+                self._lock = self._take()
+            except ConfigError as error:
+                raise LockLostError(str(error)) from error
+
+    def _release(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
 
     def _let_go(self) -> None:
         """Removes the file if this process holds it; a thread of `EarlyStop` may call this."""
@@ -82,6 +126,7 @@ class RunLock:
         free = self._changing.acquire(timeout=_FAREWELL_SEC)
         try:
             with contextlib.suppress(OSError):  # A folder that is gone holds no lock.
+                self._follow()
                 if self._lock is not None and self._is_ours():
                     self._path.unlink()
         finally:
@@ -118,9 +163,8 @@ class RunLock:
             except HeldError as error:
                 raise self._held(_parsed(error.text.encode())) from None
             # The earlier holder may remove the file between our opening and our locking.
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(self._path).st_ino == os.fstat(lock.descriptor).st_ino:
-                    return lock
+            if _is_open_as(self._path, lock):
+                return lock
             lock.release()
 
     def _check_gone(self, lock: FileLock, holder: dict[str, Any]) -> None:
@@ -144,14 +188,15 @@ class RunLock:
             "it, or choose another --workdir."
         )
 
-    def _beat(self, lock: FileLock) -> None:
+    def _beat(self) -> None:
         count = 0
         while not self._stop.wait(BEAT_SEC):
             count += 1
             # A full or missing disk also stops the writing of results, and that code reports it.
-            with contextlib.suppress(OSError):
-                if self._is_ours():
-                    lock.write(self._line(count))
+            with contextlib.suppress(OSError), self._changing:
+                self._follow()
+                if self._lock is not None and self._is_ours():
+                    self._lock.write(self._line(count))
 
     def _is_ours(self) -> bool:
         holder = _parsed(self._path.read_bytes())
@@ -159,6 +204,25 @@ class RunLock:
 
     def _line(self, count: int) -> str:
         return json.dumps({**self._me, "count": count})
+
+
+def _is_open_as(path: Path, lock: FileLock) -> bool:
+    """Returns whether `path` names the file that this process has locked."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(lock.descriptor))
+    except OSError:
+        return False
+
+
+def _open_path(descriptor: int) -> Path | None:
+    """Returns the present path of an open file; None if the system does not tell it."""
+    with contextlib.suppress(OSError):
+        if hasattr(fcntl, "F_GETPATH"):  # macOS
+            return Path(
+                os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+            )
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return None
 
 
 def _this_process() -> dict[str, Any]:

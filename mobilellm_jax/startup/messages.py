@@ -7,21 +7,47 @@ imports this package decides where they go. The command line and its child proce
 
 import contextlib
 import logging
+import os
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_STREAMS = {0: ("stdin", "r"), 1: ("stdout", "w"), 2: ("stderr", "w")}
 
 
 class _StandardError(logging.Handler):
     """Writes messages without a prefix to the current value of `sys.stderr`.
 
-    The handler hides a progress bar of tqdm while it writes, and then draws the bar again.
+    The handler hides a progress bar of tqdm while it writes, and then draws the bar again. If
+    standard error cannot be written, for example because its terminal was closed or the program
+    that read it has ended, the command goes on. The messages then go into the file of
+    `keep_messages`, if there is one.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.instead: Callable[[], Path] | None = None
+        self.has_told = False  # Whether the file says why it has messages.
+
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.ExitStack() as stack:
-            if "tqdm" in sys.modules:
-                bars = sys.modules["tqdm"].tqdm
-                stack.enter_context(bars.external_write_mode(file=sys.stderr))
-            print(self.format(record), file=sys.stderr, flush=True)
+        text = self.format(record)
+        try:
+            with contextlib.ExitStack() as stack:
+                if "tqdm" in sys.modules:
+                    bars = sys.modules["tqdm"].tqdm
+                    stack.enter_context(bars.external_write_mode(file=sys.stderr))
+                print(text, file=sys.stderr, flush=True)
+        except (OSError, ValueError) as error:  # A closed stream raises a ValueError.
+            if self.instead is not None:
+                self._append(self.instead(), text, error)
+
+    def _append(self, file: Path, text: str, error: Exception) -> None:
+        # There is no third place for a message that this file cannot take.
+        with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as opened:
+            if not self.has_told:
+                opened.write(f"Standard error cannot be written ({error}); its messages follow.\n")
+                self.has_told = True
+            opened.write(f"{text}\n")
 
 
 def show_messages() -> None:
@@ -29,5 +55,49 @@ def show_messages() -> None:
     logger = logging.getLogger("mobilellm_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False  # A root handler would repeat each line.
-    if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
+    if not _handlers():
         logger.addHandler(_StandardError())
+
+
+@contextlib.contextmanager
+def keep_messages(file: Callable[[], Path]) -> Iterator[None]:
+    """During the block, appends each message that standard error cannot take to this file.
+
+    The function is called for every such message, because the file's folder may be renamed.
+    """
+    for handler in _handlers():
+        handler.instead, handler.has_told = file, False
+    try:
+        yield
+    finally:
+        for handler in _handlers():
+            handler.instead = None
+
+
+def open_closed_streams() -> None:
+    """Opens /dev/null for each standard stream that this process began without (`2>&-`).
+
+    Otherwise the system would give the number of the stream to the next file that is opened, and
+    the messages of C libraries would go into this file.
+    """
+    for number, (name, mode) in _STREAMS.items():
+        try:
+            os.fstat(number)
+        except OSError:
+            discard(number)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+
+
+def discard(stream: int) -> None:
+    """Sends what is written to a standard stream from now on to /dev/null."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere != stream:
+        os.dup2(nowhere, stream)
+        os.close(nowhere)
+    else:
+        os.set_inheritable(stream, True)
+
+
+def _handlers() -> list[_StandardError]:
+    handlers = logging.getLogger("mobilellm_jax").handlers
+    return [handler for handler in handlers if isinstance(handler, _StandardError)]

@@ -1,7 +1,7 @@
 """The names of the files in a run folder, and functions that never leave a partial file.
 
 A run folder holds `config.json`, the tokenizer, `checkpoints/STEP/`, `metrics.jsonl`,
-`tensorboard/`, `loss.png`, `samples.txt` and sometimes `profile/`.
+`tensorboard/`, `loss.png` and sometimes `samples.txt`, `profile/` and `messages.txt`.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ TENSORBOARD = "tensorboard"
 LOSS_PLOT = "loss.png"
 PROFILE = "profile"
 SAMPLES = "samples.txt"
+MESSAGES = "messages.txt"  # Messages of `train` that standard error could not take.
 OUTCOME = "outcome.json"  # Result and resources of a run; only `sweep` writes it.
 SENTENCEPIECE_MODEL = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"

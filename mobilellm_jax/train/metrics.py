@@ -8,15 +8,17 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import jax
 from tqdm import tqdm
 
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.model.size import flops_per_token
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.storage.picture import png, shorten
+from mobilellm_jax.train.board import Board
+from mobilellm_jax.train.side_records import AppendedFile, SideRecords
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _ATTENTION = "train/attention"
 _MANY_VALIDATIONS = 8  # A line through fewer points would show a curve that was not measured.
+_RECORDS, _BOARD, _BAR = f"writing {rundir.METRICS}", "writing for TensorBoard", "the progress bar"
 # For each optional package, the extra that installs it and the file that a run writes with it.
 _OPTIONAL = {
     "matplotlib": ("report", rundir.LOSS_PLOT),
@@ -64,16 +67,27 @@ def model_flops_utilization(
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a `metrics.jsonl`; leaves out a last line that a crash cut short.
 
-    All values are numbers, except `train/attention`, which names the implementation of attention. A
-    line that is not a record raises a `UserError`.
+    All values are numbers, except `train/attention`, which names the implementation of attention.
+    JSON has no NaN and no infinity, so the file has null for them, and the function returns NaN.
+    Files of earlier versions have NaN and Infinity. A line that is not a record raises a
+    `UserError`.
     """
-    return strict_json.read_lines(path, _check_record, non_finite=True)
+    records = strict_json.read_lines(path, _check_record, non_finite=True)
+    return [{n: math.nan if v is None else v for n, v in record.items()} for record in records]
 
 
 def _check_record(record: Any) -> None:
     strict_json.get(record, "step", int)
     for name, value in record.items():
-        strict_json.as_type(value, str if name == _ATTENTION else float, name)
+        strict_json.as_type(value, str if name == _ATTENTION else float | None, name)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """Returns a record as a line of JSON, with null for NaN and infinities."""
+    plain = {
+        n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in record.items()
+    }
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 class MetricsWriter:
@@ -84,11 +98,27 @@ class MetricsWriter:
     as an uninterrupted run. The constructor also removes evaluations of `first_step`, which may be
     incomplete; the loop repeats them. A warning names the optional packages that are not installed.
     With `silent`, the writer writes and shows nothing, as in every process except the first.
+
+    An error of a method is a warning, and training goes on (`SideRecords`).
     """
 
-    def __init__(self, run: Path, first_step: int, last_step: int, *, silent: bool = False) -> None:
-        self._file = None if silent else _open_records(run / rundir.METRICS, first_step)
-        self._board = None if silent else _open_board(run / rundir.TENSORBOARD)
+    def __init__(
+        self,
+        run: Path,
+        first_step: int,
+        last_step: int,
+        *,
+        silent: bool = False,
+        config: Config | None = None,
+        side: SideRecords | None = None,
+    ) -> None:
+        self.side = side or SideRecords()
+        self._silent = silent
+        self._file = None if silent else _open_records(run, first_step)
+        self._board = None
+        if not silent and _has_tensorboard():
+            with self.side.attempt(_BOARD):
+                self._board = Board(run, config)
         self._last_step = last_step
         self._bar = tqdm(
             total=last_step,
@@ -104,18 +134,21 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in filter(None, (self._bar, self._board, self._file)):
-            each.close()
+        closing = {_BAR: self._bar, _BOARD: self._board, _RECORDS: self._file}
+        for what, each in closing.items():
+            if each is not None:
+                with self.side.attempt(what):
+                    each.close()
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Appends a record to `metrics.jsonl` at once, and sends its numbers to TensorBoard."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if self._board is not None and not isinstance(value, str):
-                self._board.add_scalar(name, value, step)
+        with self.side.attempt(_RECORDS):
+            self._file.append(_line({"step": step, **values}).encode())
+        if self._board is not None:
+            with self.side.attempt(_BOARD):
+                self._board.write(step, values)
 
     def evaluation(self, step: int, values: Mapping[str, float], title: str = "") -> None:
         """Writes the values of an evaluation; shows names without the part before the slash."""
@@ -123,34 +156,52 @@ class MetricsWriter:
         shown = "  ".join(f"{name.partition('/')[2]} {v:.4f}" for name, v in values.items())
         self.message(f"step {step}: {title}{shown}")
 
-    def progress(self, step: int, text: str, eta_sec: float, *, force: bool = False) -> None:
-        """Shows the progress of the run: on a terminal as a bar, else as a line every 10 s."""
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(step - self._bar.n)
+    def advance(self, step: int) -> None:
+        """Moves the progress bar of a terminal to this step."""
+        if not self._bar.disable:
+            with self.side.attempt(_BAR):
+                self._bar.update(step - self._bar.n)
+
+    def progress(
+        self, step: int, text: str, left_sec: float | None, *, force: bool = False
+    ) -> None:
+        """Shows numbers of a step: beside the bar of a terminal, else as a line every 10 s."""
+        if not self._bar.disable:
+            self._bar.set_postfix_str(text, refresh=False)
+            self.advance(step)
+            return
         now = time.monotonic()
-        if self._bar.disable and (force or now - self._printed >= 10):
+        if force or now - self._printed >= 10:
             self._printed = now
-            left = f"{int(eta_sec) // 60}:{int(eta_sec) % 60:02d} left"
-            self.message(f"step {step}/{self._last_step}  {text}  {left}")
+            left = "" if left_sec is None else f"  {_clock(left_sec)} left"
+            self.message(f"step {step}/{self._last_step}  {text}{left}")
 
     def message(self, text: str) -> None:
-        if self._file is not None:
+        if not self._silent:
             _log.info(text)
 
 
-def _open_records(path: Path, first_step: int) -> TextIO:
+def _clock(seconds: float) -> str:
+    """Returns a time as minutes and seconds, 5:07, or with hours, 1:05:07."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _open_records(run: Path, first_step: int) -> AppendedFile:
+    path = run / rundir.METRICS
     kept = [
         r
         for r in read_metrics(path)
         if r["step"] < first_step
         or (r["step"] == first_step and any(name.startswith("train/") for name in r))
     ]
-    rundir.write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
-    return path.open("a", encoding="utf-8")
+    rundir.write_whole(path, "".join(map(_line, kept)))
+    return AppendedFile(run, rundir.METRICS)
 
 
-def _open_board(folder: Path) -> Any:
-    """Opens TensorBoard's writer if it is installed; warns of absent optional packages."""
+def _has_tensorboard() -> bool:
+    """Returns whether TensorBoard is installed; warns of absent optional packages."""
     absent = [name for name in _OPTIONAL if importlib.util.find_spec(name) is None]
     if absent:
         extras, files = zip(*map(_OPTIONAL.__getitem__, absent), strict=True)
@@ -158,11 +209,7 @@ def _open_board(folder: Path) -> Any:
             f"{' and '.join(files)} will not be written, because {' and '.join(absent)} "
             f"cannot be imported; pip install 'mobilellm-jax[{','.join(extras)}]'."
         )
-    if "tensorboard" in absent:
-        return None
-    from tensorboard.summary import Writer
-
-    return Writer(str(folder))
+    return "tensorboard" not in absent
 
 
 def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:

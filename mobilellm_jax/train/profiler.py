@@ -13,8 +13,11 @@ from pathlib import Path
 import jax
 
 from mobilellm_jax.config import ConfigError
+from mobilellm_jax.train.side_records import SideRecords
 from mobilellm_jax.train.state import TrainState
 from mobilellm_jax.train.step import Batch, StepMetrics, TrainStep
+
+_PROFILE = "writing the profile"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ class ProfiledSteps:
 
 @contextlib.contextmanager
 def profiled(
-    step_fn: TrainStep, steps: ProfiledSteps, first_step: int, folder: Path
+    step_fn: TrainStep, steps: ProfiledSteps, first_step: int, folder: Path, side: SideRecords
 ) -> Iterator[TrainStep]:
     """Yields a training step that calls `step_fn`, and records a profile of some calls.
 
@@ -67,14 +70,20 @@ def profiled(
         number += 1
         if number == steps.first:
             jax.block_until_ready(state)
-            recording.callback(save_memory)
-            recording.enter_context(jax.profiler.trace(folder))
+            with side.attempt(_PROFILE):
+                recording.callback(save_memory)
+                recording.enter_context(jax.profiler.trace(folder))
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             state, metrics = step_fn(state, batch)
         if number == steps.last:
             jax.block_until_ready(state)
-            recording.close()
+            with side.attempt(_PROFILE):
+                recording.close()
         return state, metrics
 
-    with contextlib.ExitStack() as recording:
+    recording = contextlib.ExitStack()
+    try:
         yield step
+    finally:
+        with side.attempt(_PROFILE):
+            recording.close()

@@ -52,6 +52,7 @@ class Reporter:
         self._pending: tuple[int, StepMetrics] | None = None
         self._first_step: int | None = None
         self._began = time.perf_counter()
+        self._told_of_no_targets = False
 
     @property
     def diverged(self) -> bool:
@@ -90,12 +91,18 @@ class Reporter:
             self._writer.write(step, self._record_of(step, values) | rates)
         if values["skipped"]:
             self._writer.message(_skip_line(self._config, step, values))
+        if not values["targets"]:
+            self._tell_of_no_targets(step)
+        self._writer.advance(step)
         if due:
-            self._show(step, values["loss"], rates)
+            self._show(step, values, rates)
 
     def _record_of(self, step: int, values: Mapping[str, float]) -> dict[str, float | str]:
-        """Returns the record of a step; leaves out NaN and infinities, which JSON cannot hold."""
-        names = ("loss", "grad_norm", "learning_rate")
+        """Returns the record of a step; leaves out numbers that are not finite.
+
+        A batch without targets has no loss, and its gradient is no measurement.
+        """
+        names = ("loss", "grad_norm", "learning_rate") if values["targets"] else ("learning_rate",)
         record: dict[str, float | str] = {
             f"train/{name}": values[name] for name in names if math.isfinite(values[name])
         }
@@ -108,11 +115,21 @@ class Reporter:
             }
         return record
 
-    def _show(self, step: int, loss: float, rates: Mapping[str, float]) -> None:
+    def _tell_of_no_targets(self, step: int) -> None:
+        if not self._told_of_no_targets:
+            self._told_of_no_targets = True
+            batch = self._config.train.global_batch
+            self._writer.message(
+                f"NO TARGETS in step {step} (samples {(step - 1) * batch} to {step * batch - 1}): "
+                "loss masks exclude all tokens of its batch, so the step has no loss. The run does "
+                "not report later steps of this kind."
+            )
+
+    def _show(self, step: int, values: Mapping[str, float], rates: Mapping[str, float]) -> None:
         assert self._first_step is not None, "a step has been read"
         done, left = step - self._first_step, self._config.train.steps - step
-        eta = (time.perf_counter() - self._began) / done * left if done else 0.0
-        text = f"loss {loss:.4f}"
+        left_sec = (time.perf_counter() - self._began) / done * left if done and left else None
+        text = f"loss {values['loss']:.4f}" if values["targets"] else "no targets"
         if rates:
             mfu = "MFU n/a (peak not listed)"
             if "train/mfu" in rates:
@@ -121,7 +138,7 @@ class Reporter:
                 f"  {rates['train/tokens_per_sec']:,.0f} tokens/s  {mfu}"
                 f"  data wait {rates['train/data_wait']:.1%}"
             )
-        self._writer.progress(step, text, eta, force=not left)
+        self._writer.progress(step, text, left_sec, force=not left)
 
 
 def _skip_line(config: Config, step: int, values: Mapping[str, float]) -> str:

@@ -35,7 +35,7 @@ def judge(
     recent: Recent,
     loss: Float[Array, ""],
     grad_norm: Float[Array, ""],
-    finite: Bool[Array, ""],
+    measured: Bool[Array, ""],
     factor: float,
 ) -> tuple[Bool[Array, ""], Recent]:
     """Returns whether the step is a spike, and the list of recent values with this step in it.
@@ -43,7 +43,8 @@ def judge(
     A step is a spike if its loss or gradient norm exceeds a limit: `factor` standard deviations
     above the mean of the recent values. With `factor` 0, no step is a spike. The buffers store the
     limit instead of a higher value, so that one spike does not hide the next spike. If the values
-    stay high, the limit rises from step to step. The buffers ignore steps that are not finite.
+    stay high, the limit rises from step to step. The buffers ignore steps that were not `measured`,
+    because they were not finite or had no targets.
     """
     place = recent.seen % WINDOW_STEPS
     there_W = jnp.arange(WINDOW_STEPS) < recent.seen
@@ -56,10 +57,10 @@ def judge(
             deviation = jnp.std(old_W, where=there_W)
             limit = jnp.mean(old_W, where=there_W) + factor * deviation
             limit = jnp.where(recent.seen >= WINDOW_STEPS // 2, limit, jnp.inf)
-        kept = jnp.where(finite, jnp.minimum(new, limit), old_W[place])
+        kept = jnp.where(measured, jnp.minimum(new, limit), old_W[place])
         return new > limit, old_W.at[place].set(kept)
 
     loss_spikes, loss_W = look(recent.loss_W, loss)
     norm_spikes, grad_norm_W = look(recent.grad_norm_W, grad_norm)
-    seen = recent.seen + finite.astype(jnp.int32)
-    return finite & (loss_spikes | norm_spikes), Recent(loss_W, grad_norm_W, seen)
+    seen = recent.seen + measured.astype(jnp.int32)
+    return measured & (loss_spikes | norm_spikes), Recent(loss_W, grad_norm_W, seen)

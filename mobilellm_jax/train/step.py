@@ -102,7 +102,9 @@ def _step(
         new_params = optax.apply_updates(state.params, updates)
         update_norm = optax.tree.norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        spike, recent = judge(state.recent, loss, grad_norm, finite, config.train.spike_factor)
+        # A batch without targets has no loss, so its loss of 0 is no recent value.
+        measured = finite & (targets > 0)
+        spike, recent = judge(state.recent, loss, grad_norm, measured, config.train.spike_factor)
         good = finite & ~spike
         # Every `count` in the Optax state is the number of updates, so the code reads the first.
         (_, updates_made), *_ = optax.tree.get_all_with_path(state.optimizer, "count")

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Literal
 
 from mobilellm_jax.config import ConfigError
+from mobilellm_jax.processes.early_stop import stop_signals
 
 _LATEST = 16  # Number of remembered durations of each kind.
 _UNKNOWN_SAVE_SHARE = 0.1  # Assumed time of an unmeasured save, as a share of the limit.
@@ -23,7 +24,7 @@ _UNITS_SEC = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or SIGINT; after that, SIGINT ends the process at once.
+    """Remembers the first SIGTERM, SIGHUP or SIGINT; after that, SIGINT ends the process at once.
 
     A second SIGTERM has no effect, because schedulers repeat the signal. The operating system, not
     Python, handles the second SIGINT, so this signal also ends a process that waits inside a
@@ -37,7 +38,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # Python delivers signals to the main thread, and only the main thread may set handlers.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (*stop_signals(), signal.SIGINT):
                 self._old[number] = signal.signal(number, self._handle)
         return self
 

@@ -135,7 +135,7 @@ def test_silent_holder_on_another_host_counts_as_gone(
 ) -> None:
     write(tmp_path, ELSEWHERE)
     with RunLock(tmp_path) as lock:
-        lock.check()
+        assert lock.folder() == tmp_path
     watching, takes_over = caplog.messages
     assert "process 4711 on node7" in watching and "watching" in watching
     assert "takes over" in takes_over
@@ -173,10 +173,10 @@ def test_holder_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_run_that_slept_through_a_takeover_writes_no_more(tmp_path: Path) -> None:
     with RunLock(tmp_path) as lock:
-        lock.check()
+        assert lock.folder() == tmp_path
         write(tmp_path, ELSEWHERE)
         with pytest.raises(LockLostError, match="process 4711 on node7"):
-            lock.check()
+            lock.folder()
     assert json.loads((tmp_path / LOCK).read_text()) == ELSEWHERE
 
 

@@ -87,7 +87,7 @@ def test_records_are_on_disk_at_once_and_in_tensorboard(tmp_path: Path) -> None:
             {"step": 1, "train/loss": 2.5},
             {"step": 2, "train/loss": 2.25, "train/attention": "xla", "train/grad_norm": 1.0},
         ]
-    (events,) = (tmp_path / "tensorboard").iterdir()
+    (events,) = (tmp_path / "tensorboard" / tmp_path.name).iterdir()
     content = events.read_bytes()
     assert content.count(b"train/loss") == 2
     assert content.count(b"train/grad_norm") == 1
@@ -139,13 +139,13 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     with MetricsWriter(tmp_path, 0, 100) as writer:
         for step, passed["sec"] in ((1, 0.0), (2, 5.0), (3, 9.9), (4, 10.1), (5, 12.0), (6, 20.2)):
             writer.progress(step, f"loss {step}", 3725.9)
-        writer.progress(100, "loss 0", 0.0, force=True)
+        writer.progress(100, "loss 0", None, force=True)
         writer.message("by the way")
     assert caplog.messages == [
-        "step 1/100  loss 1  62:05 left",
-        "step 4/100  loss 4  62:05 left",
-        "step 6/100  loss 6  62:05 left",
-        "step 100/100  loss 0  0:00 left",
+        "step 1/100  loss 1  1:02:05 left",
+        "step 4/100  loss 4  1:02:05 left",
+        "step 6/100  loss 6  1:02:05 left",
+        "step 100/100  loss 0",
         "by the way",
     ]
 

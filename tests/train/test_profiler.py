@@ -10,6 +10,7 @@ import pytest
 
 from mobilellm_jax.config import ConfigError
 from mobilellm_jax.train.profiler import ProfiledSteps, profiled
+from mobilellm_jax.train.side_records import SideRecords
 
 
 def test_range_of_steps() -> None:
@@ -43,7 +44,7 @@ def test_trace_holds_these_steps_and_no_others(
 ) -> None:
     run = prepare(1)
     state: Any = run.state()
-    with profiled(run.step_fn, ProfiledSteps(3, 4), 1, tmp_path) as step:
+    with profiled(run.step_fn, ProfiledSteps(3, 4), 1, tmp_path, SideRecords()) as step:
         for seed in range(2, 7):
             state, _ = step(state, run.put(make_batch(seed)))
             assert (tmp_path / "memory-step-4.prof").exists() == (seed >= 4)
@@ -60,7 +61,7 @@ def test_run_that_ends_meanwhile_keeps_its_profile(
     run = prepare(1)
     with (
         pytest.raises(KeyboardInterrupt),
-        profiled(run.step_fn, ProfiledSteps(1, 9), 0, tmp_path) as step,
+        profiled(run.step_fn, ProfiledSteps(1, 9), 0, tmp_path, SideRecords()) as step,
     ):
         step(run.state(), run.put(make_batch(0)))
         raise KeyboardInterrupt
