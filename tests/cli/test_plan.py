@@ -99,7 +99,7 @@ def test_a_step_that_fits(compiler: Any, capsys: pytest.CaptureFixture[str]) -> 
     assert "30 x all-reduce f32[10] and 1 more among 4: blocks/attention/dot" in out
     for kind in ("all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
         assert f"{kind:20}none\n" in out
-    assert "1 loops of unknown length counted once" in out
+    assert "1 loop of unknown length counted as one iteration" in out
     assert "libtpu's estimate for v5e: 300 M cycles without attention kernels" in out
     assert "Not measured." in out
     # 3e8 cycles take 199.6 ms at 1.503 GHz, and 2,340 MB take 11.7 ms at 200 GB/s.
