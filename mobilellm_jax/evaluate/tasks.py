@@ -9,6 +9,7 @@ middle-school half of RACE. Other tasks of the harness run unchanged.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ import datasets
 import lm_eval
 import lm_eval.api.metrics
 import lm_eval.api.task
+import pyarrow
 from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -188,9 +190,36 @@ def local_rows(task: str, data_dir: str, num_fewshot: int, **_: object) -> dict[
     data = TASK_DATA[task]
     files = data.files(Path(data_dir), num_fewshot)
     return {
-        name: datasets.Dataset.from_list(read_rows(file, data.check))
+        name: datasets.Dataset.from_list(alike(read_rows(file, data.check)))
         for name, file in files.items()
     }
+
+
+def alike(values: list[Any]) -> list[Any]:
+    """Returns the values, with a text in place of each value where the types differ.
+
+    A column of a `datasets.Dataset` has one type. People's rows have columns that the task does not
+    use, with numbers in some rows and texts in others, and labels in both forms.
+    """
+    there = [value for value in values if value is not None]
+    if there and all(isinstance(value, dict) for value in there):
+        keys = dict.fromkeys(key for value in there for key in value)
+        columns = {key: alike([value.get(key) for value in there]) for key in keys}
+        rows = iter([{key: columns[key][i] for key in value} for i, value in enumerate(there)])
+        return [None if value is None else next(rows) for value in values]
+    if there and all(isinstance(value, list) for value in there):
+        items = iter(alike([item for value in there for item in value]))
+        return [
+            None if value is None else list(itertools.islice(items, len(value))) for value in values
+        ]
+    try:
+        pyarrow.array(there)
+    except (pyarrow.ArrowException, OverflowError):
+        return [
+            value if value is None or isinstance(value, str) else json.dumps(value)
+            for value in values
+        ]
+    return values
 
 
 def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -> None:

@@ -7,11 +7,14 @@ import itertools
 import json
 import lzma
 import os
+import shlex
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 import zstandard
 
@@ -22,6 +25,7 @@ from mobilellm_jax.data.sources.opening import open_source
 from mobilellm_jax.data.sources.source import BadLineError
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.evaluate import tasks
 from mobilellm_jax.storage.text_file import decoded_lines, read_lines, read_text
 from tests.data.reading import texts
 from tests.tiny import tokenizer_of_few_words
@@ -391,3 +395,56 @@ def test_somebodys_loss_masks_leave_nothing_to_learn(
     write("rows.jsonl", (row(0, 0) + row(0, 1)).replace("loss_mask", "other"))
     assert main(command) == 0
     assert "no target" not in capsys.readouterr().err
+
+
+def test_somebody_touches_a_source_and_prepares_again(
+    tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("a.jsonl", ROWS)
+    file = write("b.jsonl", ROWS)
+    command = ["prepare", f"--tokenizer={tokenizer}", "--source=jsonl:*.jsonl", "--output=out"]
+    assert main(command) == 0
+
+    def refusal() -> str:
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "SHA-256" not in error
+        return error
+
+    before = file.stat().st_mtime_ns
+    os.utime(file, (1, 1))
+    touched = refusal()
+    assert "b.jsonl was written again (at 1970-01-01" in touched
+    assert "the size is the same" in touched
+    # The remedy that the message names:
+    subprocess.run(shlex.split(touched.split("`")[1]), check=True)
+    assert file.stat().st_mtime_ns == before
+    assert main(command) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    write("b.jsonl", ROWS + b"{}")
+    assert f"b.jsonl has {len(ROWS) + 2:,} bytes and had {len(ROWS):,}" in refusal()
+    write("c.jsonl")
+    file.unlink()
+    assert "(b.jsonl is gone, c.jsonl is new)" in refusal() or "c.jsonl is new" in refusal()
+
+
+def test_somebodys_rows_have_an_unused_column_of_two_types() -> None:
+    rows = [
+        {"goal": "a", "id": 1, "label": 0, "meta": {"n": 1, "tags": [1]}},
+        {"goal": "b", "id": "p-2", "label": "1", "meta": {"n": "x", "tags": ["y", None]}},
+        {"goal": "c", "id": None, "label": 1, "meta": None},
+    ]
+    made = tasks.alike(rows)
+    assert [row["id"] for row in made] == ["1", "p-2", None]
+    assert [row["label"] for row in made] == ["0", "1", "1"]
+    assert made[1]["meta"] == {"n": "x", "tags": ["y", None]}
+    assert datasets.Dataset.from_list(made)[0]["meta"] == {"n": "1", "tags": ["1"]}
+    assert tasks.alike([{"x": 1}, {"x": 2.5}]) == [{"x": 1}, {"x": 2.5}]
+
+
+def test_somebody_evaluates_rows_with_mixed_ids() -> None:
+    row = {"goal": "Boil water", "sol1": "heat it", "sol2": "cool it", "label": 0}
+    lines = [json.dumps({**row, "id": name}) + "\n" for name in (1, "p-2")]
+    write("rows/piqa/validation.jsonl", "".join(lines))
+    made = tasks.local_rows("piqa", "rows", 0)["validation"]
+    assert (made["id"], made["label"]) == (["1", "p-2"], [0, 0])

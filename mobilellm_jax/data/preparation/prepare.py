@@ -29,6 +29,7 @@ from mobilellm_jax.data.preparation.held_out import (
     tokenizer_sample,
 )
 from mobilellm_jax.data.preparation.parts import Job, Part, Task, read_part
+from mobilellm_jax.data.preparation.source_files import changed_files
 from mobilellm_jax.data.preparation.workers import encode_pieces
 from mobilellm_jax.data.preparation.working_folder import settings_difference, working_folder
 from mobilellm_jax.data.shards import Counts, Manifest, SourceRecord, Split
@@ -99,10 +100,10 @@ def prepare(
         "on_bad_line": on_bad_line,
         "shard_tokens": shard_tokens,
     }
-    if made := _complete_output(output, settings):
+    if made := _complete_output(output, settings, opened):
         shutil.rmtree(work, ignore_errors=True)  # An earlier run was killed before it did this.
         return made
-    with working_folder(work, settings):
+    with working_folder(work, settings, opened):
         preparation = _Preparation(work, opened, weights, settings)
         job, tasks = preparation.plan(given, vocab_size)
         if runner == "beam":
@@ -364,7 +365,9 @@ def _check_settings(
             raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}.")
 
 
-def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | None:
+def _complete_output(
+    output: Path, settings: Mapping[str, Any], sources: Sequence[Source]
+) -> Manifest | None:
     """Returns the manifest of a complete `output`, or None if `output` is missing or empty."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
@@ -374,7 +377,8 @@ def _complete_output(output: Path, settings: Mapping[str, Any]) -> Manifest | No
             f"{shards.MANIFEST}); name another folder or delete it."
         )
     manifest = shards.open_tokens(output).manifest
-    if differing := settings_difference(manifest.settings, settings):
+    changed = changed_files(output, sources)
+    if differing := settings_difference(manifest.settings, settings, changed):
         raise UserError(
             f"output={str(output)!r} holds data made with other settings ({differing}); "
             "name another folder or delete it."

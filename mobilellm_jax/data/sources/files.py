@@ -6,7 +6,7 @@ import functools
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from mobilellm_jax.data.sources import source
@@ -55,6 +55,9 @@ class FileSource(Source):
 
     def identity(self) -> str:
         return identity(self.spec, self._files)
+
+    def files(self) -> Sequence[File]:
+        return self._files
 
     def pieces(self, split: str) -> list[Piece]:
         assert split == TRAIN, f"{self.spec} has no split {split}"

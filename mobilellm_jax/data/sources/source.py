@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 from mobilellm_jax import config
+from mobilellm_jax.data.sources.finding import File
 from mobilellm_jax.errors import UserError
 
 TRAIN = "train"
@@ -130,6 +131,10 @@ class Source(abc.ABC):
         The method does not read the documents. For files, the line depends on the names, sizes and
         stamps of the files.
         """
+
+    def files(self) -> Sequence[File]:
+        """Returns the files that the user may change; other sources have none."""
+        return ()
 
     @abc.abstractmethod
     def splits(self) -> tuple[str, ...]:

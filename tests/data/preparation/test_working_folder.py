@@ -8,6 +8,7 @@ import pytest
 from mobilellm_jax.data.preparation.working_folder import settings_difference, working_folder
 
 SETTINGS: dict[str, Any] = {"sources": ["text:a"], "weights": None, "on_bad_line": "stop"}
+EMPTY = {"job.json", "lock", "workers.lock", "output/sources.json"}
 
 
 def names(work: Path) -> set[str]:
@@ -16,7 +17,7 @@ def names(work: Path) -> set[str]:
 
 def interrupted(work: Path, **settings: Any) -> None:
     """Leaves the folder of a start that was stopped after its first part."""
-    with pytest.raises(KeyboardInterrupt), working_folder(work, SETTINGS | settings):
+    with pytest.raises(KeyboardInterrupt), working_folder(work, SETTINGS | settings, ()):
         (work / "parts" / "0.train.tokens").write_bytes(b"12")
         (work / "parts" / ".1.train.tokens.4711").write_bytes(b"1")
         raise KeyboardInterrupt
@@ -27,8 +28,8 @@ def test_a_part_is_gone_on_from_and_a_part_of_a_part_is_not(
 ) -> None:
     work = tmp_path / ".data.preparing"
     interrupted(work)
-    with working_folder(work, SETTINGS):
-        assert names(work) == {"job.json", "lock", "workers.lock", "parts/0.train.tokens"}
+    with working_folder(work, SETTINGS, ()):
+        assert names(work) == EMPTY | {"parts/0.train.tokens"}
     assert log_lines == [f"Going on with the interrupted preparation in {work}."]
 
 
@@ -37,34 +38,34 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     interrupted(work)
     with (
         pytest.raises(ValueError, match=r"other settings \(weights: there None, asked for \[1\]\)"),
-        working_folder(work, SETTINGS | {"weights": [1]}),
+        working_folder(work, SETTINGS | {"weights": [1]}, ()),
     ):
         pytest.fail("the folder of other settings was taken")
     assert "parts/0.train.tokens" in names(work)
     # A part that was read without a bad line is the same with --on_bad_line=skip.
-    with working_folder(work, SETTINGS | {"on_bad_line": "skip"}):
+    with working_folder(work, SETTINGS | {"on_bad_line": "skip"}, ()):
         assert "parts/0.train.tokens" in names(work)
 
 
 def test_without_a_part_nothing_of_an_earlier_start_counts(tmp_path: Path) -> None:
     work = tmp_path / ".data.preparing"
-    with pytest.raises(KeyboardInterrupt), working_folder(work, SETTINGS):
+    with pytest.raises(KeyboardInterrupt), working_folder(work, SETTINGS, ()):
         raise KeyboardInterrupt
     assert not work.exists()
     for folder in ("sources", "output"):
         (work / folder).mkdir(parents=True)
     for file in ("job.json", "pieces.sha256", "sources/0", "output/tokenizer.model"):
         (work / file).write_text("of other settings")
-    with working_folder(work, SETTINGS):
-        assert names(work) == {"job.json", "lock", "workers.lock"}
+    with working_folder(work, SETTINGS, ()):
+        assert names(work) == EMPTY
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     work = tmp_path / "deep" / ".data.preparing"
-    with working_folder(work, SETTINGS):
+    with working_folder(work, SETTINGS, ()):
         with (
             pytest.raises(ValueError, match=r"by another prepare \(process \d+ on .*wait for it"),
-            working_folder(work, SETTINGS),
+            working_folder(work, SETTINGS, ()),
         ):
             pytest.fail("two had it at once")
         # the error of the second start does not delete the folder

@@ -132,7 +132,7 @@ def test_the_feature_is_named(data_dir: Path) -> None:
 def test_text_that_is_not_utf8_is_a_bad_record(data_dir: Path) -> None:
     source = open_source("tfds:river_notes:test", data_dir)
     bad: list[BadLine] = []
-    ((name, text),) = read(source, on_bad=bad.append)
+    ((name, text, _),) = read(source, on_bad=bad.append)
     (only,) = bad
     assert text == "Po"
     # TFDS orders the examples in its own way.
