@@ -28,17 +28,23 @@ were saved and stopped.
 """
 
 import dataclasses
+import logging
+import re
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 from mobilellm_jax.cli.config_flags import CONFIG_HELP, load_recipe, parse_value
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
-from mobilellm_jax.config import ConfigError, near_miss
+from mobilellm_jax.config import ConfigError, field_types, near_miss
 from mobilellm_jax.errors import FAILED, SAVED_REQUEUE_ME
 from mobilellm_jax.paper.grids import GRIDS, SCALES, GridName
 
 T = TypeVar("T", bound=str)
+
+_log = logging.getLogger(__name__)
+# A value in quotes in front of a comma or the end, or a value without commas.
+_VALUE = re.compile(r""" "[^"]*"(?=,|$) | '[^']*'(?=,|$) | [^,]* """, re.VERBOSE | re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +62,8 @@ class Flags:
     group: str = flag("", "125M or 350M: only these rows of --scale=paper")
     sweep: list[str] = flag(
         [],
-        "GROUP.FIELD=VALUE,VALUE,...: train with each value; may be repeated, for all combinations",
+        "GROUP.FIELD=VALUE,VALUE,...: train with each value; may be repeated, for all "
+        "combinations. A value with commas stands in double quotes: 'data.path=\"a:0.7,b:0.3\",c'",
     )
     fixed_parameters: int | None = flag(
         None,
@@ -155,8 +162,33 @@ def _fields(asked: list[str]) -> dict[str, list[object]]:
             )
         if name in fields:
             raise UsageError(f"--sweep={name} is given twice; write all its values in one flag.")
-        fields[name] = [parse_value(name, value) for value in values.split(",")]
+        fields[name] = [parse_value(name, value) for value in _split(text, values)]
+        if field_types()[name] is str and len(fields[name]) > 1:
+            _log.info(
+                f"--sweep={name} has {len(fields[name])} values: "
+                f"{' | '.join(map(repr, fields[name]))}. A value that contains a comma stands in "
+                f"double quotes: --sweep='{name}=\"a:0.7,b:0.3\",c'"
+            )
     return fields
+
+
+def _split(flag: str, values: str) -> list[str]:
+    """Splits values at the commas outside quotes; a quoted value loses its quotes."""
+    found, position = [], 0
+    while position <= len(values):
+        match = _VALUE.match(values, position)
+        assert match is not None, "the last alternative matches every text"
+        value = match[0]
+        position = match.end() + 1
+        if value[:1] in ("'", '"'):
+            if len(value) < 2 or value[-1] != value[0]:
+                raise UsageError(
+                    f"--sweep={flag} has a value that begins with {value[0]} and does not end with "
+                    "it. Between quotes, a comma belongs to the value; write the second quote."
+                )
+            value = value[1:-1]
+        found.append(value)
+    return found
 
 
 def _rates(flags: Flags) -> list[float]:

@@ -153,23 +153,6 @@ def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
     Raises:
       ConfigError: if no width is a candidate.
     """
-    found = _candidates(model, parameters)
-    if not found:
-        widths = (model.head_dim // 2, model.head_dim // 4, model.head_dim // 8)
-        narrower = (dataclasses.replace(model, head_dim=width) for width in widths if width > 1)
-        works = next((m for m in narrower if _candidates(m, parameters)), None)
-        raise ConfigError(
-            f"no width gives model.num_blocks={model.num_blocks} with "
-            f"model.head_dim={model.head_dim} and model.vocab_size={model.vocab_size} "
-            f"{parameters:,} parameters within {TOLERANCE:.0%}; choose another number, fewer "
-            "blocks, narrower heads or a smaller vocabulary."
-            + (f" --config.model.head_dim={works.head_dim} works." if works else "")
-        )
-    return min(found, key=lambda pair: pair[0])[1]
-
-
-def _candidates(model: ModelConfig, parameters: int) -> list[tuple[float, ModelConfig]]:
-    """Returns the models of `solve_width`, each with the distance of its ratio from the wanted."""
     group = model.num_heads // model.num_kv_heads
     proportion = model.ffn_dim / model.embed_dim
     found: list[tuple[float, ModelConfig]] = []
@@ -185,4 +168,11 @@ def _candidates(model: ModelConfig, parameters: int) -> list[tuple[float, ModelC
         if abs(parameter_count(candidate) / parameters - 1) <= TOLERANCE:
             off = abs(math.log(candidate.ffn_dim / width / proportion))
             found.append((off, candidate))
-    return found
+    if not found:
+        raise ConfigError(
+            f"no width gives model.num_blocks={model.num_blocks} with "
+            f"model.head_dim={model.head_dim} and model.vocab_size={model.vocab_size} "
+            f"{parameters:,} parameters within {TOLERANCE:.0%}; choose another number, fewer "
+            "blocks, narrower heads or a smaller vocabulary."
+        )
+    return min(found, key=lambda pair: pair[0])[1]

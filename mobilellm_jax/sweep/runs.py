@@ -1,8 +1,11 @@
 """Lists the runs of a sweep: all combinations of rows, values of fields, rates and seeds."""
 
 import dataclasses
+import hashlib
 import itertools
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +14,10 @@ from mobilellm_jax.config.recipe import Recipe
 from mobilellm_jax.model.size import flops_per_token
 from mobilellm_jax.paper.grids import SHAPE, GridName, ScaleName, grid_rows, shape_name
 from mobilellm_jax.paper.sizes import SOLVED, solve_width
+
+_log = logging.getLogger(__name__)
+# Bytes of a name in front of the seed and the learning rate; a file name has at most 255.
+_LONGEST_NAME = 200
 
 TUNED = "optimizer.peak_lr"
 """The field whose value a run with `tune_from` takes from another run."""
@@ -89,26 +96,72 @@ def vary(
             f"--sweep={solved[0]} and --fixed_parameters={parameters} contradict each other, "
             f"because --fixed_parameters chooses {', '.join(SOLVED)}; leave one of the flags out."
         )
-    found: Variants = {}
-    for (base, old), values in itertools.product(
-        variants.items(), itertools.product(*fields.values())
-    ):
-        change = dict(zip(fields, values, strict=True))
+    changes = [dict(zip(fields, v, strict=True)) for v in itertools.product(*fields.values())]
+    found = []
+    for (base, old), change in itertools.product(variants.items(), changes):
+        where = "".join(f"--sweep={name}={value}: " for name, value in change.items())
         try:
             recipe = old.changed(change)
             config = recipe.config  # This raises if the config breaks a rule.
-            if parameters:
-                model = solve_width(config.model, parameters)
-                recipe = recipe.changed({name: getattr(model, name[6:]) for name in SOLVED})
         except ConfigError as error:
-            where = ", ".join(f"--sweep={name}={value}" for name, value in change.items())
-            raise ConfigError(f"{where}: {error}") from error
-        parts = [base, *(f"{name.split('.')[1]}={value}" for name, value in change.items())]
-        name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, parts)))  # A folder has this name.
-        if name in found:
-            raise ConfigError(f"{name} occurs twice; give each --sweep value once.")
-        found[name] = recipe
-    return found
+            raise ConfigError(f"{where}{error}") from error
+        if parameters:
+            try:
+                model = solve_width(config.model, parameters)
+            except ConfigError as error:
+                remedy = "" if base else _head_dim_that_works(old, changes, parameters)
+                raise ConfigError(f"{where}{error}{remedy}") from error
+            recipe = recipe.changed({name: getattr(model, name[6:]) for name in SOLVED})
+        found.append((base, change, recipe))
+    names = _folder_names([(base, change) for base, change, _ in found])
+    return {name: recipe for name, (_, _, recipe) in zip(names, found, strict=True)}
+
+
+def _head_dim_that_works(
+    recipe: Recipe, changes: Sequence[Mapping[str, Any]], parameters: int
+) -> str:
+    """Returns the advice of a head width with which all models of the sweep have a width, or ""."""
+    name = "model.head_dim"
+    now = recipe.config.model.head_dim
+    for head_dim in (now // 2, now // 4, now // 8, *range(8, 2 * now + 1, 8)):
+        try:
+            for change in changes:
+                if name in change:
+                    return ""  # The sweep itself sets the head width.
+                config = recipe.changed({**change, name: head_dim}).config
+                solve_width(config.model, parameters)
+        except ConfigError:
+            continue
+        return f" --config.{name}={head_dim} works for all models of this sweep."
+    return ""
+
+
+def _folder_names(models: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Returns a name for the folder of each model, which is a base and the values of fields.
+
+    A folder name has no slash, and some disks take "Data" and "data" for one name. If names are too
+    long or equal on such a disk, each gets a digest of its values in place of its end.
+
+    Raises:
+      ConfigError: if a model occurs twice.
+    """
+    texts = [
+        "-".join(filter(None, [base, *(f"{n.split('.')[1]}={v}" for n, v in change.items())]))
+        for base, change in models
+    ]
+    for text, number in Counter(texts).items():
+        if number > 1:
+            raise ConfigError(f"{text} occurs twice; give each --sweep value once.")
+    plain = [re.sub(r"[^\w.=+-]+", "_", text) for text in texts]
+    alike = Counter(name.casefold() for name in plain)
+    names = []
+    for text, name in zip(texts, plain, strict=True):
+        if len(name.encode()) > _LONGEST_NAME or alike[name.casefold()] > 1:
+            digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+            name = f"{name[:40]}-{digest}"
+            _log.info(f"{name} is the model with {text}")
+        names.append(name)
+    return names
 
 
 def with_seeds(variants: Variants, seeds: int, rates: Sequence[float] = ()) -> list[Run]:
@@ -123,7 +176,7 @@ def with_seeds(variants: Variants, seeds: int, rates: Sequence[float] = ()) -> l
         first = base.config
         own = {"train.seed": first.train.seed + seed, "data.seed": first.data.seed + seed}
         recipe = base.changed(own)
-        tuning = {f"{name}-lr{rate:g}-s0": rate for rate in rates}
+        tuning = {f"{name}-lr{_rate_name(rate)}-s0": rate for rate in rates}
         if tuning and seed == 0:
             runs += [
                 Run(name=tuned, config=recipe.changed({TUNED: rate}).config, model=name)
@@ -133,3 +186,8 @@ def with_seeds(variants: Variants, seeds: int, rates: Sequence[float] = ()) -> l
             own_name, tune_from = f"{name}-s{seed}", tuple(tuning)
             runs.append(Run(name=own_name, config=recipe.config, tune_from=tune_from, model=name))
     return runs
+
+
+def _rate_name(rate: float) -> str:
+    """Returns the rate with six digits if these are all, because names of old sweeps have six."""
+    return f"{rate:g}" if float(f"{rate:g}") == rate else repr(rate)

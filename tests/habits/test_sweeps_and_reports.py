@@ -338,3 +338,95 @@ def test_a_sweep_of_one_run_and_tiny_models(
     said = capsys.readouterr().err
     assert re.search(r"\n1 run, 0\.\d*[1-9]\d* GFLOP in all", said)
     assert "0.000" not in said
+
+
+def planned(tmp_path: Path) -> dict[str, str]:
+    """Returns the `data.path` of every run of the planned sweep."""
+    entries = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
+    return {entry["name"]: entry["config"]["data"]["path"] for entry in entries}
+
+
+def test_somebody_sweeps_over_a_mixture(
+    sweep: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("--sweep=data.path=a:0.7,b:0.3") == 0
+    said = capsys.readouterr().err
+    assert "has 2 values: 'a:0.7' | 'b:0.3'" in said
+    remedy = re.search(r"--sweep='(data.path=.*)'", said)
+    assert remedy is not None
+    (tmp_path / "sweep" / "sweep.json").unlink()
+    assert sweep(f"--sweep={remedy[1]}") == 0
+    assert list(planned(tmp_path).values()) == ["a:0.7,b:0.3", "c"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ("bob's,ann's", ["bob's", "ann's"]),
+        ("'a:1,b:1','c d'", ["a:1,b:1", "c d"]),
+        ('a"b,c"d', ['a"b', 'c"d']),
+        ('"a,b"', ["a,b"]),
+        ("Data,data", ["Data", "data"]),  # One folder on some disks.
+        ("x/a,x_a,x:a", ["x/a", "x_a", "x:a"]),  # No slash can be in a name.
+        ("é" * 150 + ",b", ["é" * 150, "b"]),
+        ("x" * 4000, ["x" * 4000]),
+    ],
+)
+def test_values_of_all_kinds_are_swept(
+    values: str, expected: list[str], sweep: Callable[..., int], tmp_path: Path
+) -> None:
+    assert sweep(f"--sweep=data.path={values}") == 0
+    found = planned(tmp_path)
+    assert list(found.values()) == expected
+    assert len({name.casefold() for name in found}) == len(expected)
+    for name in found:
+        files.log_file(tmp_path / "sweep", name).write_text("A file can have this name.")
+
+
+def test_somebody_forgets_the_second_quote(
+    sweep: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep('--sweep=data.path="a:0.7,b:0.3') == 2
+    assert "write the second quote" in capsys.readouterr().err
+    assert sweep('--sweep=data.path="a:0.7,b:0.3"') == 0
+
+
+def test_rates_that_differ_in_the_ninth_digit(sweep: Callable[..., int], tmp_path: Path) -> None:
+    assert sweep("--sweep=model.num_blocks=1", "--tune_lr=0.00123456781,0.00123456782") == 0
+    assert len(planned(tmp_path)) == 2
+
+
+def test_a_fixed_size_needs_narrower_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    common = ["sweep", "--config=configs/quickstart.py", "--plan", "--flops_per_sec=1e9"]
+    common += [f"--workdir={tmp_path / 'sweep'}", "--sweep=model.num_blocks=2,4,8"]
+    for parameters in (900_000, 860_000):
+        command = [*common, f"--fixed_parameters={parameters}"]
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        remedy = re.search(r"(--config\.model\.head_dim=\d+) works for all models", said)
+        assert remedy is not None, said
+        assert main([*command, remedy[1]]) == 0
+        assert "3 runs" in capsys.readouterr().err
+    heads = [*common[:-1], "--sweep=model.head_dim=64,66", "--fixed_parameters=600000"]
+    assert main(heads) == 2
+    assert "works" not in capsys.readouterr().err, "the sweep sets the width of heads itself"
+
+
+def test_a_computed_field_follows_the_swept_field(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from mobilellm_jax.config import to_config_dict\n\n"
+        "def get_config():\n    c = to_config_dict().unlock()\n"
+        "    c.optimizer.warmup_steps = c.train.get_ref('steps') // 10\n    return c\n"
+    )
+    folder = tmp_path / "sweep"
+    command = ["sweep", f"--config={recipe}", f"--workdir={folder}", "--plan"]
+    flags = ["--sweep=train.steps=60,200", "--flops_per_sec=1e12", "--seeds=2", "--tune_lr=1e-3"]
+    assert main([*command, *flags]) == 0
+    entries = json.loads((folder / "sweep.json").read_text())["runs"]
+    found = {(e["config"]["train"]["steps"], e["config"]["optimizer"]["warmup_steps"])
+             for e in entries}  # fmt: skip
+    assert found == {(60, 6), (200, 20)} and len(entries) == 4
