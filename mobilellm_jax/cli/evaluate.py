@@ -45,6 +45,7 @@ from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import CHECKPOINT_HELP, PARTS_HELP, QUANTIZE_HELP, chosen_scheme
 from mobilellm_jax.errors import MissingFileError, UserError, require
 from mobilellm_jax.quantize.schemes import Scheme
+from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.text_file import read_text
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ def _measure_perplexity(flags: Flags, output: Path | None, scheme: Scheme | None
     subject = _open(flags, scheme)
     length = subject.engine.config.max_seq_len
     text = CutText.cut(subject.tokenizer, content, length, flags.stride)
+    _log.info(f"scoring {len(text.windows):,} windows; the first one compiles the model")
     record: dict[str, Any] = {**subject.record, "file": str(file)}
     if flags.stride is not None:
         record["stride"] = flags.stride
     record |= dataclasses.asdict(perplexity(subject.engine, text))
-    result = json.dumps(record, indent=2) + "\n"
+    result = json.dumps(strict_json.with_null(record), indent=2) + "\n"
     print(result, end="", flush=True)
     if output is not None:
         write_whole(output, result)

@@ -111,11 +111,19 @@ def _given(flags: Flags) -> list[tuple[str, str]] | None:
     if flags.prompt_file is None:
         if flags.prompt is None:
             return None
-        return [(text, f"--prompt={_start(text)}") for text in flags.prompt]
+        return [(text, f"--prompt={_start(text)}") for text in map(_as_utf8, flags.prompt)]
     if flags.prompt is not None:
         raise UsageError("--prompt and --prompt_file exclude each other; put all in the file.")
     lines = read_lines("--prompt_file", Path(flags.prompt_file))
     return [(line, f"line {number} of {flags.prompt_file}") for number, line in enumerate(lines, 1)]
+
+
+def _as_utf8(text: str) -> str:
+    """Decodes the bytes that Python could not decode, because the locale is C or ASCII."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text  # The tokenizer refuses a text that is not UTF-8.
 
 
 def _start(text: str) -> str:
@@ -177,8 +185,8 @@ class _Speaker:
         from mobilellm_jax.generation.generate import new_tokens_for
         from mobilellm_jax.generation.text_stream import encode_prompt
 
-        ids = encode_prompt(self.model.tokenizer, text)
         try:
+            ids = encode_prompt(self.model.tokenizer, text)
             limit = new_tokens_for(self.model.config, ids, self.max_new_tokens, _DEFAULT_NEW_TOKENS)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error

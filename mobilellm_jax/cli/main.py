@@ -11,6 +11,7 @@ Exit codes:
 
 import importlib
 import inspect
+import io
 import keyword
 import select
 import sys
@@ -86,6 +87,7 @@ def _reader_is_gone() -> bool:
 
 def main(args: list[str]) -> int:
     """Runs one command and returns its exit code; an error that is a bug is raised."""
+    _print_any_character()
     show_messages()
     name = ""
     try:
@@ -107,6 +109,16 @@ def main(args: list[str]) -> int:
         start = "\n  " if len(lines) > 1 else " "
         print(f"mobilellm {name}:{start}" + "\n  ".join(lines), file=sys.stderr)
         return BAD_INPUT
+
+
+def _print_any_character() -> None:
+    r"""Makes standard output print a character that its encoding lacks as an escape such as \u65e5.
+
+    Texts of users and models may have any character, and latin-1 or ASCII can print few of them.
+    Python already does the same for standard error.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def import_command(name: str) -> ModuleType:

@@ -44,9 +44,10 @@ ATTENTION: Mapping[str, AttentionRules] = {
 
 
 def near_miss(name: str, candidates: Iterable[str]) -> str:
-    """Returns ' Did you mean ...?' for the candidate closest to `name`, or ''."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
+    """Returns ' Did you mean ...?' for the candidate closest to `name` in any case, or ''."""
+    lower = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name.lower(), list(lower), n=1, cutoff=0.6)
+    return f" Did you mean {lower[close[0]]}?" if close else ""
 
 
 # Each rule is a test and the message for a failed test. A test needs fields of valid types. The

@@ -103,7 +103,7 @@ class RuntimeEngine:
         if request.sampling.temperature > 0:
             raise UserError("An exported model only writes the likeliest tokens.")
         [prompt], [limit] = request.prompts, request.limits
-        for token in greedy(self.runtime, prompt, limit):
+        for token in greedy(self.runtime, prompt, limit, finite=True):
             if token == request.eos_id:
                 return
             yield [[token]]

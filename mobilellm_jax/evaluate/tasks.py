@@ -40,6 +40,7 @@ from mobilellm_jax.evaluate.harness import HarnessModel, writing_settings
 from mobilellm_jax.evaluate.paper_table import format_table
 from mobilellm_jax.evaluate.perplexity import exp
 from mobilellm_jax.evaluate.task_data import FEWSHOT, GROUPS, TASK_DATA, read_rows
+from mobilellm_jax.storage import strict_json
 
 _HERE = __name__
 _RUN_CODE = "HF_ALLOW_CODE_EVAL"  # The harness' metric for programs reads this variable too.
@@ -182,7 +183,8 @@ def format_results(results: Mapping[str, Any], config: ModelConfig) -> str:
 
 def as_json(results: Mapping[str, Any]) -> str:
     """Returns the results as JSON, as the harness itself would write them."""
-    return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
+    values = strict_json.with_null(results)
+    return json.dumps(values, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
 
 
 def local_rows(task: str, data_dir: str, num_fewshot: int, **_: object) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import NotFiniteError, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,20 @@ class Runtime(abc.ABC):
             )
 
 
-def greedy(runtime: Runtime, prompt: Sequence[int], count: int) -> Iterator[int]:
-    """Yields `count` tokens after `prompt`; each is the most likely next token."""
+def greedy(
+    runtime: Runtime, prompt: Sequence[int], count: int, *, finite: bool = False
+) -> Iterator[int]:
+    """Yields `count` tokens after `prompt`; each is the most likely next token.
+
+    With `finite`, logits that are NaN or infinite raise a `NotFiniteError`.
+    """
     logits_V = runtime.read(prompt)[-1]
     for left in reversed(range(count)):
+        if finite and not np.isfinite(logits_V.max()):
+            raise NotFiniteError(
+                f"{runtime.name} computes logits that are not finite, so it cannot choose a token; "
+                "the weights are damaged or too large."
+            )
         token = int(np.argmax(logits_V))
         yield token
         if left:

@@ -259,3 +259,14 @@ def _inside(name: str, key: str) -> str:
 
 def _wrong(name: str, value: Any, rule: str) -> JsonError:
     return JsonError(f"{name}={shown(value)} must be {rule}." if name else f"must be {rule}.")
+
+
+def with_null(value: Any) -> Any:
+    """Returns a value for JSON with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: with_null(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_null(each) for each in value]
+    return value
