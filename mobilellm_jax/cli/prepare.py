@@ -12,8 +12,9 @@ Kinds of sources:
   jsonl:GLOB[#FIELD]          Lines of JSON objects; each line is one document.
   parquet:GLOB[#FIELD]        Rows; each row is one document.
   tokens:GLOB                 Lines of {"token_ids": [...]}, with or without "loss_mask": [...].
-FIELD is the name of the field with the text (default: "text"). Files that end in .gz or .zst are
-decompressed, except parquet files. A GLOB may be an fsspec URL such as gs://bucket/*.jsonl.
+FIELD is the name of the field with the text (default: "text"). Files that are compressed with gzip,
+bzip2, xz or zstd are decompressed, except parquet files. A GLOB may be an fsspec URL such as
+gs://bucket/*.jsonl.
 
 If the command is killed, the same command continues the work. If the folder --output is finished
 and the settings are the same, the command does nothing. The number of workers does not change the

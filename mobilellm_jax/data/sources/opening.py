@@ -10,8 +10,7 @@
 FIELD names the feature, key or column that contains the text; the default is "text". The text after
 the last # is FIELD, so a pattern that contains a # must also give #FIELD. GLOB is a pattern of
 local paths, in which `**` matches folders of any depth, or of URLs that fsspec can open (s3://,
-gs://, file://). The files of text, jsonl and tokens may be compressed; their names then end in .gz
-or .zst.
+gs://, file://). The files of text, jsonl and tokens may be compressed with gzip, bzip2, xz or zstd.
 
 A source imports its library (TFDS, PyArrow, fsspec, zstandard) only when it uses this library. The
 start of a worker that reads one piece therefore takes only milliseconds.
