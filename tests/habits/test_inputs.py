@@ -283,13 +283,13 @@ def test_somebody_reads_from_a_web_server(server: str) -> None:
     write("b.jsonl", gzip.compress(ROWS))
     assert len(read(f"jsonl:{server}/*.jsonl")) == 80
     assert len(read(f"jsonl:{server}/a.jsonl")) == 40
-    with pytest.raises(UserError, match="matches nothing .*404"):
+    with pytest.raises(UserError, match="the pattern matches nothing"):
         read(f"jsonl:{server}/c.jsonl")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "*.jsonl"])
 def test_somebodys_host_does_not_answer(name: str) -> None:
-    with pytest.raises(UserError, match=r"Connect"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1/.* cannot be read .*check the address"):
         read(f"jsonl:http://127.0.0.1:1/{name}")
 
 

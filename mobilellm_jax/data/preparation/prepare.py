@@ -303,8 +303,8 @@ def _check_share(sources: Sequence[Source], manifest: Manifest) -> None:
     if share and not asked / _FAR_OFF <= share <= asked * _FAR_OFF:
         _log.warning(
             f"WARNING: the validation text is {share:.1%} of the text, not {asked:.1%} as "
-            "--validation_fraction asks, because whole documents are held out. Give more or "
-            "shorter documents, or another --validation_fraction."
+            "--validation_fraction asks, because the documents are few or of different lengths. "
+            "Give more or shorter documents, or another --validation_fraction."
         )
 
 

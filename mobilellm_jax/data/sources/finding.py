@@ -25,6 +25,7 @@ _STAMPS = (
 )
 # Number of requests at the same time for the sizes of files behind URLs.
 _REQUESTS_AT_ONCE = 16
+_NOT_FOUND = 404  # A web server's answer for a file that it does not have.
 _WILDCARDS = re.compile(r"[*?[]")
 _log = logging.getLogger(__name__)
 
@@ -281,8 +282,11 @@ def _find_remote(spec: str, pattern: str) -> list[File]:
     except UserError:
         raise
     except FileNotFoundError as error:  # Some storage systems raise this for a folder or a bucket.
-        why = f" ({' '.join(str(error.__cause__).split())})" if error.__cause__ else ""
-        raise MissingFileError(f"{culprit}: the pattern matches nothing{why}.") from error
+        # fsspec also raises this for a web server that does not answer, and keeps the reason.
+        cause = error.__cause__
+        if isinstance(cause, Exception) and getattr(cause, "status", None) != _NOT_FOUND:
+            raise unreachable(culprit, pattern, cause) from error
+        raise MissingFileError(f"{culprit}: the pattern matches nothing.") from error
     except Exception as error:  # Each storage system has its own errors.
         raise unreachable(culprit, pattern, error) from error
     if not files:
