@@ -137,7 +137,7 @@ def test_documented_commands_work(
     monkeypatch.chdir(kitchen)
     for place, args in filter(lambda pair: works_here(pair[1]), ALL):
         # Later commands open the stand-ins, so training and preparation write elsewhere.
-        changes = ["--workdir=new"] if args[0] == "train" else []
+        changes = ["--workdir=new", "--config.train.steps=16"] if args[0] == "train" else []
         changes += ["--output=new"] if args[0] == "prepare" else []
         changes += ["--vocab_size=600"] if "--vocab_size=" in shown(args) else []
         if "--config.model.vocab_size=" in shown(args):

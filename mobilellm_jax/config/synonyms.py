@@ -7,7 +7,7 @@ from mobilellm_jax.config.rules import near_miss
 
 _BATCH = "train.global_batch, the sequences of one optimizer step on all devices together"
 _LENGTH = "data.seq_len, and model.max_seq_len if the model must support longer sequences"
-_STEPS = "train.steps, the number of optimizer steps"
+_STEPS = "train.steps, which counts optimizer steps and not epochs"
 _PARTS = "train.accumulation_steps, which splits train.global_batch and does not enlarge it"
 _RATIO = "optimizer.min_lr_ratio, the final rate divided by optimizer.peak_lr"
 
@@ -71,7 +71,7 @@ def translated(name: str, known: Collection[str], *, prefix: str = "") -> str:
     """
     word = _word(name)
     if answer := _FIELDS.get(word):
-        return f" Here this is {re.sub(r'[a-z]+[.]', lambda m: prefix + m[0], answer)}."
+        return f" This program calls it {re.sub(r'[a-z]+[.]', lambda m: prefix + m[0], answer)}."
     same = [f"{prefix}{field}" for field in known if word == field.rpartition(".")[2]]
     return f" Did you mean {' or '.join(same)}?" if same else ""
 
@@ -79,7 +79,7 @@ def translated(name: str, known: Collection[str], *, prefix: str = "") -> str:
 def flag_hint(name: str, flags: Collection[str]) -> str:
     """Returns a sentence that names the flag of a command for an unknown flag `name`, or ""."""
     own = [flag for flag in _FLAGS.get(_word(name), ()) if flag in flags]
-    return f" Here this is --{own[0]}." if own else ""
+    return f" This command calls it --{own[0]}." if own else ""
 
 
 def _word(name: str) -> str:

@@ -207,10 +207,10 @@ def test_somebody_uses_the_word_of_another_tool(
 ) -> None:
     assert main(["train", "--config=mine.py", "--workdir=x", f"--config.{word}=1"]) == 2
     answer = capsys.readouterr().err
-    assert f"this is {field}" in answer or f"mean {field}?" in answer
+    assert f"calls it {field}" in answer or f"mean {field}?" in answer
     assert main(["plan", "--config=mine.py", f"--{word}=1"]) == 2
     answer = capsys.readouterr().err
-    assert f"this is --config.{field}" in answer or f"mean --config.{field}?" in answer
+    assert f"calls it --config.{field}" in answer or f"mean --config.{field}?" in answer
     (here / rundir.CONFIG).write_text('{"train": {"' + word + '": 1}}')
     with pytest.raises(ConfigError, match=field):
         load_config(rundir.CONFIG)
@@ -231,9 +231,9 @@ def test_every_word_of_another_tool_has_an_answer_that_exists() -> None:
         ("train --config=mine.py runs/x", "'runs/x'; write --workdir=runs/x."),
         ("inspect data/web", "'data/web'; write --data=data/web."),
         ("generate --checkpoint=runs/x Once", "'Once'; write flags as --name=value."),
-        ("generate --model=runs/x", "Here this is --checkpoint."),
-        ("sweep --grid=heads --out_dir=x", "Here this is --workdir."),
-        ("prepare --source=python_docs --output_dir=x", "Here this is --output."),
+        ("generate --model=runs/x", "This command calls it --checkpoint."),
+        ("sweep --grid=heads --out_dir=x", "This command calls it --workdir."),
+        ("prepare --source=python_docs --output_dir=x", "This command calls it --output."),
         ("train --config=mine.py --workdri=x", "Did you mean --workdir?"),
         ("train --config=mine.py --train.steps=5", "Did you mean --config.train.steps?"),
     ],
