@@ -16,6 +16,8 @@ from mobilellm_jax.cli.main import COMMANDS, import_command, main
 from mobilellm_jax.config import ConfigError, field_types, synonyms, to_json
 from mobilellm_jax.config.comments import comments
 from mobilellm_jax.export import formats
+from mobilellm_jax.processes.cluster import find_cluster
+from mobilellm_jax.sharding import make_mesh
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.runs import grid_variants, vary, with_seeds
@@ -331,3 +333,27 @@ def test_somebody_adds_a_feature_with_the_document_that_names_the_files() -> Non
             assert re.search(rf"\b{re.escape(name)}\b", source), f"{file} has no {name}"
     for file in re.findall(r"`((?:mobilellm_jax|tests)/[\w/.]+)`", text):
         assert (ROOT / file).exists(), file
+
+
+def test_somebody_has_eight_devices_in_one_machine(here: Path) -> None:
+    for override, axis in (("train.seed=0", "data"), ("mesh.fsdp=8", "fsdp")):
+        mesh = make_mesh(load_config("quickstart", [override]).mesh)
+        assert mesh.shape[axis] == 8 and mesh.size == 8
+
+
+@pytest.mark.parametrize(("tasks", "gpus"), [(1, list(range(8))), (8, [0])])
+def test_somebody_starts_srun_on_machines_with_eight_gpus(tasks: int, gpus: list[int]) -> None:
+    environment = {
+        "SLURM_NTASKS": str(2 * tasks),
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_STEP_TASKS_PER_NODE": f"{tasks}(x2)",
+        "SLURM_LOCALID": "0",
+        "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+    }
+    cluster = find_cluster(environment)
+    assert cluster.several and cluster.devices == gpus
+    text = (ROOT / "docs" / "training.md").read_text()
+    assert f"--ntasks-per-node={tasks}" in text
+    flags = define(import_command("train").Flags)
+    for flag in ("coordinator_address", "num_processes", "process_id"):
+        assert f"--{flag}=" in text and flag in flags
