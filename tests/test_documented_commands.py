@@ -21,6 +21,7 @@ from mobilellm_jax.export.formats import FORMATS
 from tests.documented import ROOT, documented_commands
 from tests.tiny import MODEL, RUN, prepared_words, random_params, save_run
 
+LONG = dataclasses.replace(MODEL, max_seq_len=1024)  # for --stride=512
 ALL = list(documented_commands())
 _NOT_PLANNED = ("--topology", "--launcher", "--sbatch_args")
 
@@ -89,7 +90,10 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stand_in.parent.mkdir(parents=True, exist_ok=True)
         stand_in.write_text(to_json(dataclasses.replace(RUN, data=data)))
     for name in ("quickstart", "ls", "mine", "quickstart_w4a8", "quickstart_w8a8"):
-        save_run(folder / "runs" / name, MODEL, random_params(MODEL))
+        save_run(folder / "runs" / name, LONG, random_params(LONG))
+    for name, layout in (("hf", "hf"), ("ls", "mobilellm")):
+        flags = [f"--checkpoint={folder}/runs/ls", f"--output={folder}/exported/{name}"]
+        assert main(["export", *flags, f"--format={layout}", "--noverify"]) == 0
     (folder / "words").mkdir()
     prepared_words(folder / "words")
     words, tokenizer = f"text:{folder}/words/*.txt", folder / "runs" / "tokenizer.model"

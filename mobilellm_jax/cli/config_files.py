@@ -113,7 +113,7 @@ def _run(path: Path, content: bytes) -> ConfigDict:
         exec(compile(content, path, "exec"), vars(module))
         config_dict = module.get_config() if hasattr(module, "get_config") else None
     except _FILE_ERRORS as error:
-        kinds = f" --config must name {_KINDS}." if path.suffix != ".py" else ""
+        kinds = f". --config must name {_KINDS}." if path.suffix != ".py" else ""
         raise ConfigError(
             f"{_place(path, error)}: {type(error).__name__}: {error}{kinds}"
         ) from error

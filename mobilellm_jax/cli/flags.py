@@ -92,7 +92,9 @@ def parse(name: str, kind: type[Flags], args: list[str]) -> tuple[Flags, list[st
     ]
     lines = [f"--{field.name} is missing: {field.metadata['help']}" for field in missing]
     if stray:
-        likely = f"--{missing[0].name}={stray[0]}" if missing else "flags as --name=value"
+        pairs = zip(missing, stray, strict=False)
+        likely = " ".join(f"--{field.name}={word}" for field, word in pairs)
+        likely = likely or "flags as --name=value"
         lines.insert(0, f"stray argument {stray[0]!r}; write {likely}.")
     if lines:
         raise UsageError("\n".join([*lines, f"See mobilellm {name} --help."]))

@@ -232,6 +232,7 @@ def test_every_word_of_another_tool_has_an_answer_that_exists() -> None:
         ("train mine.py --workdir=x", "'mine.py'; write --config=mine.py."),
         ("train --config=mine.py runs/x", "'runs/x'; write --workdir=runs/x."),
         ("inspect data/web", "'data/web'; write --data=data/web."),
+        ("import hf runs/x", "'hf'; write --source=hf --output=runs/x."),
         ("generate --checkpoint=runs/x Once", "'Once'; write flags as --name=value."),
         ("generate --model=runs/x", "This command calls it --checkpoint."),
         ("sweep --grid=heads --out_dir=x", "This command calls it --workdir."),
