@@ -7,6 +7,7 @@ rules of `config/rules.py`, and the error of a complete config lists all broken 
 """
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -55,6 +56,12 @@ class ConfigError(UserError):
     """A setting breaks a rule; the message names the field, its value, the rule and the remedy."""
 
 
+@functools.cache
+def _limits(group: type) -> dict[str, Any]:
+    """Returns {field: type with its limits} for a group of settings."""
+    return typing.get_type_hints(group, include_extras=True)
+
+
 class _Group:
     """A group of settings; its constructor checks the rules that read only this group.
 
@@ -64,7 +71,7 @@ class _Group:
     group = ""  # Name of the group in `Config`.
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self), include_extras=True)
+        hints = _limits(type(self))  # The search for a width makes thousands of groups.
         values = {f"{self.group}.{name}": value for name, value in vars(self).items()}
         limited = {f"{self.group}.{name}": hint for name, hint in hints.items()}
         alone = types.SimpleNamespace(**{self.group: self})

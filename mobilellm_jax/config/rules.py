@@ -113,8 +113,10 @@ def _problem(value: Any, limited: Any) -> str:
     expected, *limits = get_args(limited) if get_origin(limited) is Annotated else [limited]
     if get_origin(expected) is Literal:
         choices = get_args(expected)
+        if value in choices:
+            return ""
         hint = near_miss(value, choices) if isinstance(value, str) else ""
-        return "" if value in choices else f"be one of {', '.join(choices)}.{hint}"
+        return f"be one of {', '.join(choices)}.{hint}"
     if type(value) is not expected:
         found = "None" if value is None else type(value).__name__
         return f"be of type {expected.__name__}, not {found}."
