@@ -17,6 +17,7 @@ from mobilellm_jax.config import ConfigError, field_types, synonyms, to_json
 from mobilellm_jax.config.comments import comments
 from mobilellm_jax.export import formats
 from mobilellm_jax.processes.cluster import find_cluster
+from mobilellm_jax.processes.source_digest import source_digest
 from mobilellm_jax.sharding import make_mesh
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.sweep import folder as files
@@ -112,9 +113,11 @@ def test_somebody_installs_the_wheel_and_has_no_checkout(tmp_path: Path) -> None
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     script = (
         "import mobilellm_jax\n"
+        "from mobilellm_jax.processes.source_digest import source_digest\n"
         "from mobilellm_jax.cli.config_flags import load_config\n"
         "for name in ('quickstart', 'configs/sweep_tiny.py', 'quantize/quickstart_w4a8'):\n"
         "    print(load_config(name).data.path, mobilellm_jax.__file__)\n"
+        "print(source_digest())\n"
     )
     (tmp_path / "empty").mkdir()
     result = subprocess.run(
@@ -126,7 +129,7 @@ def test_somebody_installs_the_wheel_and_has_no_checkout(tmp_path: Path) -> None
     )
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
-        *("data/python_docs", "data/python_docs_2048", "data/python_docs")
+        *("data/python_docs", "data/python_docs_2048", "data/python_docs", source_digest())
     ]
     assert str(tmp_path / "build") in result.stdout
 
