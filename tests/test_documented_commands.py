@@ -149,6 +149,6 @@ def test_documented_commands_work(
         made = [arg.partition("=")[2] for arg in args if arg.startswith("--output=")]
         for output in ["new", *(made if args[0] in ("export", "import") else ())]:
             shutil.rmtree(output, ignore_errors=True)
-        monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the cat\n")))
         assert main([*args, *changes]) == 0, (place, args, capsys.readouterr().err)
         capsys.readouterr()
