@@ -71,7 +71,8 @@ class _Group:
     group = ""  # Name of the group in `Config`.
 
     def __post_init__(self) -> None:
-        hints = _limits(type(self))  # The search for a width makes thousands of groups.
+        # The search for a width makes thousands of groups, so their types are read once.
+        hints = _limits(type(self))  # type: ignore[arg-type]  # mypy: a class is no Hashable
         values = {f"{self.group}.{name}": value for name, value in vars(self).items()}
         limited = {f"{self.group}.{name}": hint for name, hint in hints.items()}
         alone = types.SimpleNamespace(**{self.group: self})
