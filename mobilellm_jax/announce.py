@@ -1,6 +1,7 @@
 """Writes the messages of process 0 at the start and end of training, and after bad steps."""
 
 import logging
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from mobilellm_jax.config import Config
+from mobilellm_jax.config import Config, changed_fields
 from mobilellm_jax.data.mixture import Mixture
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
 from mobilellm_jax.model.size import FLOP_CONVENTION, flops_per_token, parameter_count
@@ -17,6 +18,7 @@ from mobilellm_jax.quantize.schemes import trained_scheme
 from mobilellm_jax.sharding import bytes_per_device, count_slices
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.train.metrics import read_metrics
+from mobilellm_jax.train.optimizer import learning_rate
 from mobilellm_jax.train.state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -82,6 +84,33 @@ def _describe_slices(config: Config, mesh: Mesh) -> str:
     if slices > 1:
         return f", which come in {slices} slices (see mesh.dcn_data)"
     return ""
+
+
+def changed_rate(before: Config, config: Config, updates: int) -> None:
+    """Logs the old and the new learning rate of a resumed run if they differ.
+
+    `updates` is the number of updates so far.
+    """
+    old, new = (
+        float(learning_rate(each.optimizer, each.train.steps)(updates)) for each in (before, config)
+    )
+    if not distributed.is_first() or math.isclose(old, new, rel_tol=1e-6):
+        return
+    schedule = {"train.steps", *(f"optimizer.{name}" for name in vars(config.optimizer))}
+    changes = ", ".join(
+        f"{name}={theirs} to {ours}"
+        for name, (theirs, ours) in changed_fields(before, config).items()
+        if name in schedule
+    )
+    text = f"rate    the learning rate changes from {old:.4g} to {new:.4g} here ({changes})"
+    if not new > old > 0:
+        _log.info(text)
+        return
+    kept = config.optimizer.peak_lr * old / new
+    _log.warning(
+        f"{text}. A rise may undo some of the training. To go on with {old:.4g}, add "
+        f"--change_learning_rate --config.optimizer.peak_lr={kept:.4g}."
+    )
 
 
 def going_back(bad: range, good_step: int) -> None:

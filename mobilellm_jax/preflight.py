@@ -5,6 +5,7 @@ other rules. They raise a `ConfigError` with the field, its value, the rule and 
 """
 
 import dataclasses
+import json
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -44,6 +46,9 @@ from mobilellm_jax.train.state import mesh_violations
 _log = logging.getLogger(__name__)
 
 _MANY_EPOCHS, _USEFUL_EPOCHS = 100, 10
+LEARNING_RATE = frozenset(
+    f"optimizer.{name}" for name in ("peak_lr", "schedule", "warmup_steps", "min_lr_ratio")
+)
 _DATA_SEC = 24 * 3600.0  # Longest wait for processes that prepare or read the data.
 
 
@@ -53,6 +58,7 @@ class Ready:
 
     config: Config  # The config without `auto`.
     resume_step: int | None  # Step of the newest checkpoint; None for a new run.
+    before: Config | None  # Config of the run until now; None for a new run.
     mixture: Mixture
     tokenizer: Tokenizer
     mesh: Mesh
@@ -62,16 +68,27 @@ class Ready:
     evaluator: Evaluator  # Scores tasks and a text during training.
 
 
-def settle_run(config: Config, workdir: Path, profile: ProfiledSteps | None) -> Ready:
+def settle_run(
+    config: Config,
+    workdir: Path,
+    profile: ProfiledSteps | None,
+    *,
+    change_learning_rate: bool = False,
+) -> Ready:
     """Checks and prepares all that the run in `workdir` needs, and writes its config there.
 
-    A `UserError` says what is missing or damaged, or which settings contradict each other.
+    A `UserError` says what is missing or damaged, or which settings contradict each other. With
+    `change_learning_rate`, a resumed run may change the settings in `LEARNING_RATE`.
     """
     with distributed.together("checking the run"):
         resume_step: int | None = distributed.from_first(
             "the latest checkpoint", lambda: checkpoint.latest_step(workdir)
         )
-        config = settle(config, workdir, resume_step)
+        before = None
+        if resume_step is not None:
+            before = config_lib.read_json(workdir / rundir.CONFIG)
+        config = settle(config, workdir, resume_step, change_learning_rate)
+        check_memory(config)
         if profile is not None:
             profile.check(resume_step or 0, config.train.steps)
         mixture, tokenizer = open_data(config)
@@ -79,6 +96,7 @@ def settle_run(config: Config, workdir: Path, profile: ProfiledSteps | None) -> 
         ready = Ready(
             config=config,
             resume_step=resume_step,
+            before=before,
             mixture=mixture,
             tokenizer=tokenizer,
             mesh=mesh,
@@ -87,12 +105,13 @@ def settle_run(config: Config, workdir: Path, profile: ProfiledSteps | None) -> 
             params=_initial_params(config, tokenizer) if resume_step is None else None,
             evaluator=make_evaluator(config, tokenizer, mesh, rules),
         )
-        check_memory(config)
     if distributed.is_first():
         warn_of_epochs(config, mixture)
     with distributed.together("verifying the data", _DATA_SEC):
         verify(config, mixture)
     with distributed.together("starting the run folder"):
+        if before is not None and distributed.is_first():
+            _record_changes(workdir, before, ready)
         _record(config, tokenizer, workdir)
     return ready
 
@@ -141,7 +160,18 @@ def _lines(different: Mapping[str, tuple[Any, Any]]) -> str:
     )
 
 
-def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
+def _record_changes(workdir: Path, before: Config, ready: Ready) -> None:
+    """Appends the changed settings of a resumed run to its file of changes."""
+    changed = config_lib.changed_fields(before, ready.config)
+    if changed:
+        record = {"step": ready.resume_step, **{name: list(pair) for name, pair in changed.items()}}
+        with (workdir / rundir.CHANGES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def settle(
+    config: Config, workdir: Path, resume_step: int | None, change_learning_rate: bool = False
+) -> Config:
     """Returns the config without `auto`; raises if the run in `workdir` cannot resume with it."""
     device = jax.devices()[0]
     if resume_step is None:
@@ -154,7 +184,15 @@ def settle(config: Config, workdir: Path, resume_step: int | None) -> Config:
         "Use its values to resume it, or another --workdir. To start from its weights, set "
         f"--config.train.init_from={workdir}."
     )
-    check_same_run(workdir, old, config, MAY_CHANGE, remedy)
+    may_change = MAY_CHANGE
+    if change_learning_rate:
+        may_change |= LEARNING_RATE
+    elif LEARNING_RATE & set(config_lib.changed_fields(old, config)):
+        remedy = (
+            "To resume with another learning rate, add --change_learning_rate. Otherwise, use the "
+            f"values of the run, or another --workdir with --config.train.init_from={workdir}."
+        )
+    check_same_run(workdir, old, config, may_change, remedy)
     if not checkpoint.can_resume(workdir, resume_step):
         raise ConfigError(
             f"workdir={str(workdir)!r} holds a model without optimizer state (an import); train in "
@@ -290,7 +328,10 @@ def check(config: Config, mixture: Mixture) -> tuple[Mesh, Rules]:
 
 def check_memory(config: Config) -> None:
     """Raises if a training step cannot fit the memory; warns if it may not fit."""
-    missing = shortage(config, jax.devices())
+    try:
+        missing = shortage(config, jax.devices())
+    except ConfigError:  # The config does not fit the mesh. `check` reports this with other errors.
+        return
     if missing is not None and missing.is_certain:
         raise ConfigError(f"The run does not fit into memory: {missing}")
     if missing is not None:
@@ -344,4 +385,11 @@ def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
             f"{_lines(different)}{remedy}"
         )
     params: Params = opened.params
+    for path, array in jax.tree.leaves_with_path(params):
+        if not bool(jnp.isfinite(array).all()):
+            raise ConfigError(
+                f"train.init_from={config.train.init_from!r} has nan or inf in "
+                f"{jax.tree_util.keystr(path, simple=True, separator='/')}, so every loss would be "
+                "nan; start from another checkpoint."
+            )
     return params

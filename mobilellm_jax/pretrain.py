@@ -37,7 +37,7 @@ from mobilellm_jax.startup.messages import keep_messages
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.loop import Hooks, train_loop
 from mobilellm_jax.train.metrics import MetricsWriter, plot_losses, read_metrics
-from mobilellm_jax.train.optimizer import make_optimizer
+from mobilellm_jax.train.optimizer import make_optimizer, updates_made
 from mobilellm_jax.train.profiler import ProfiledSteps, profiled
 from mobilellm_jax.train.side_records import AppendedFile, SideRecords
 from mobilellm_jax.train.state import TrainState, abstract_state, init_state, is_finite
@@ -60,6 +60,8 @@ def pretrain(
     workdir: Path,
     profile: ProfiledSteps | None = None,
     walltime: Walltime | None = None,
+    *,
+    change_learning_rate: bool = False,
 ) -> bool:
     """Starts or resumes the run in `workdir`; no other run can use the folder at the same time.
 
@@ -79,7 +81,9 @@ def pretrain(
             preflight.check_writable(workdir)
             if distributed.is_first():
                 stack.enter_context(lock)
-        ready = preflight.settle_run(config, workdir, profile)
+        ready = preflight.settle_run(
+            config, workdir, profile, change_learning_rate=change_learning_rate
+        )
         if jax.default_backend() == "cpu":
             keep_freed_memory()
         folder = functools.partial(_run_folder, lock, ready)
@@ -177,7 +181,12 @@ class _Run:
     def _first_state(self, checkpoints: CheckpointWriter) -> TrainState:
         ready = self._ready
         if ready.resume_step is not None:
-            return checkpoints.restore(ready.resume_step, self.abstract)
+            state = checkpoints.restore(ready.resume_step, self.abstract)
+            if ready.before is not None:
+                announce.changed_rate(
+                    ready.before, self._config, int(updates_made(state.optimizer))
+                )
+            return state
         state = init_state(self._config, self._optimizer, ready.mesh, ready.rules, self.abstract)
         if ready.params is not None:
             placed = jax.tree.map(place, ready.params, self.abstract.params)

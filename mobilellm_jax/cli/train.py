@@ -7,8 +7,11 @@
 --show_config lists all settings. --config also takes the config.json of a run, to repeat the run,
 and --config.model=CKPT takes the shape of the model from a checkpoint.
 
-A larger --config.train.steps extends a finished run. JAX keeps compiled programs for later runs in
-~/.cache/mobilellm, or in the folder that JAX_COMPILATION_CACHE_DIR names.
+A larger --config.train.steps extends a finished run. This also changes the schedule of the learning
+rate, and the command prints the old and the new rate. With --change_learning_rate, a resumed run
+may change optimizer.peak_lr, schedule, warmup_steps and min_lr_ratio; WORKDIR/changes.jsonl keeps
+the old values. JAX keeps compiled programs for later runs in ~/.cache/mobilellm, or in the folder
+that JAX_COMPILATION_CACHE_DIR names.
 
 On SIGTERM, on Ctrl-C and at the end of --max_walltime, the command saves the run and ends with exit
 code 75. A scheduler may then start the same command again, and the run continues. A second Ctrl-C,
@@ -57,6 +60,9 @@ class Flags:
     profile_steps: str | None = flag(
         None, "steps FIRST:LAST to profile; the profile is in WORKDIR/profile"
     )
+    change_learning_rate: bool = flag(
+        False, "lets a resumed run change the learning rate and its schedule"
+    )
     max_walltime: str | None = flag(
         None,
         "time after which the run must be saved and ended: 3h50m, 5400 (seconds) or 3:50:00",
@@ -94,4 +100,6 @@ def _train(config: Config, flags: Flags) -> bool:
         flags.coordinator_address, flags.num_processes, flags.process_id, flags.peer_timeout
     )
     _log.info(f"start   {found}\n{settings}")
-    return pretrain(config, workdir, profile, walltime)
+    return pretrain(
+        config, workdir, profile, walltime, change_learning_rate=flags.change_learning_rate
+    )

@@ -1,7 +1,8 @@
 """The names of the files in a run folder, and functions that never leave a partial file.
 
 A run folder holds `config.json`, the tokenizer, `checkpoints/STEP/`, `metrics.jsonl`,
-`tensorboard/`, `loss.png` and sometimes `samples.txt`, `profile/` and `messages.txt`.
+`tensorboard/`, `loss.png` and sometimes `samples.txt`, `profile/`, `changes.jsonl` and
+`messages.txt`.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ TENSORBOARD = "tensorboard"
 LOSS_PLOT = "loss.png"
 PROFILE = "profile"
 SAMPLES = "samples.txt"
+CHANGES = "changes.jsonl"  # Settings that a resumed run changed: the step, old and new values.
 MESSAGES = "messages.txt"  # Messages of `train` that standard error could not take.
 OUTCOME = "outcome.json"  # Result and resources of a run; only `sweep` writes it.
 SENTENCEPIECE_MODEL = "tokenizer.model"

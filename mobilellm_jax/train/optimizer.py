@@ -51,6 +51,13 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules(parts, borders)
 
 
+def updates_made(state: optax.OptState) -> Any:
+    """Returns the number of updates in a state of an optimizer or in a larger tree."""
+    # Every `count` in the state is this number, so the code reads the first.
+    (_, count), *_ = optax.tree.get_all_with_path(state, "count")
+    return count
+
+
 def is_matrix(params: ParamsOrPlaceholder) -> Any:
     """Returns a tree: True for leaves with weight decay, False for the scales of norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)

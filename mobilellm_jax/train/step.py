@@ -23,7 +23,7 @@ from mobilellm_jax.sharding import (
     replicated,
 )
 from mobilellm_jax.train.loss import token_losses, weighted_loss
-from mobilellm_jax.train.optimizer import learning_rate
+from mobilellm_jax.train.optimizer import learning_rate, updates_made
 from mobilellm_jax.train.spikes import judge
 from mobilellm_jax.train.state import TrainState
 
@@ -106,8 +106,6 @@ def _step(
         measured = finite & (targets > 0)
         spike, recent = judge(state.recent, loss, grad_norm, measured, config.train.spike_factor)
         good = finite & ~spike
-        # Every `count` in the Optax state is the number of updates, so the code reads the first.
-        (_, updates_made), *_ = optax.tree.get_all_with_path(state.optimizer, "count")
         kept_params, kept_optimizer = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
             (new_params, new_optimizer),
@@ -125,7 +123,7 @@ def _step(
         return new_state, StepMetrics(
             loss=loss,
             grad_norm=grad_norm,
-            learning_rate=schedule(updates_made),
+            learning_rate=schedule(updates_made(state.optimizer)),
             targets=targets,
             update_norm=update_norm,
             skipped=~good,

@@ -13,13 +13,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
-from mobilellm_jax import checkpoint, pretrain
+from mobilellm_jax import announce, checkpoint, preflight, pretrain
 from mobilellm_jax.cli.main import main
-from mobilellm_jax.config import Config, EvaluateConfig, to_json
+from mobilellm_jax.config import Config, EvaluateConfig, changed, to_json
+from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.preparation.prepare import prepare
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.model.on_device import settle
+from mobilellm_jax.plan import memory
+from mobilellm_jax.plan.accounting import account_of
+from mobilellm_jax.plan.compiled import lower_step
 from mobilellm_jax.processes.run_lock import LOCK
-from mobilellm_jax.storage import rundir
+from mobilellm_jax.startup import host_memory
+from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.metrics import MetricsWriter, read_metrics
 from tests import tiny
 
@@ -74,7 +84,7 @@ def _compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     make = pretrain.make_train_step
 
     def made(config: Config, *arguments: Any) -> Any:
-        key = config.train.steps
+        key = config.train.steps, config.train.global_batch, config.optimizer.peak_lr
         if key not in _steps:
             _steps[key] = make(config, *arguments)
         return _steps[key]
@@ -82,7 +92,7 @@ def _compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "make_train_step", made)
 
 
-_steps: dict[int, Any] = {}
+_steps: dict[Any, Any] = {}
 
 
 def train(config: Config, run: Path, *flags: str) -> int:
@@ -317,3 +327,207 @@ def test_a_farewell_never_returns() -> None:
         "os.kill(os.getpid(), signal.SIGHUP); threading.Event().wait()"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 75
+
+
+# The memory of a machine, and absurd lengths.
+
+
+def test_somebody_trains_a_model_that_is_too_large_for_the_laptop(
+    config: Config, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = changed(config, {"train.global_batch": 64, "mesh.data": -1})
+    settled = settle(config, jax.devices()[0])
+    whole = account_of(settled, jax.devices()).total_bytes
+    monkeypatch.setattr(memory, "memory_per_device", lambda _: int(0.6 * whole))
+    assert train(config, run) == 2
+    said = capsys.readouterr().err
+    assert "The run does not fit into memory: a training step needs about" in said
+    assert not (run / rundir.CONFIG).exists()
+    # The remedy helps, also by the count of the compiler.
+    (flag,) = re.findall(r"Add (--config\.\S+);", said)
+    assert train(config, run, flag, "--config.train.steps=3") == 0
+    name, _, value = flag.removeprefix("--config.").partition("=")
+    small = lower_step(changed(settled, {name: int(value)}), jax.devices()).compile()
+    analysis = small.memory_analysis()
+    assert analysis is not None and analysis.peak_memory_in_bytes < 0.6 * whole
+    file = run.parent / "config.py"
+    assert main(["plan", f"--config={file}"]) == 0
+    assert f"does not fit        a training step needs about {whole / 2**30:,.1f} GiB" in (
+        capsys.readouterr().out
+    )
+
+
+def test_no_change_makes_a_model_fit(
+    config: Config, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "memory_per_device", lambda _: 1000)
+    assert train(config, run) == 2
+    assert "take a smaller model" in capsys.readouterr().err
+    assert main(["plan", f"--config={run.parent / 'config.py'}"]) == 1
+
+
+def test_a_device_runs_out_of_memory_although_the_count_fits(
+    config: Config, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    config = changed(config, {"train.global_batch": 64})
+    monkeypatch.setattr(pretrain, "make_train_step", lambda *_: full)
+    assert train(config, run) == 2
+    said = capsys.readouterr().err
+    assert "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes." in said
+    assert "Add --config.train.accumulation_steps=" in said and "Traceback" not in said
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path: Path) -> None:
+    (tmp_path / "groups").write_text("0::/box/inner\n")
+    (tmp_path / "box" / "inner").mkdir(parents=True)
+    (tmp_path / "box" / "memory.max").write_text("123456\n")
+    (tmp_path / "box" / "inner" / "memory.max").write_text("max\n")
+    assert list(host_memory._limits(tmp_path / "groups", tmp_path)) == [123456]
+    (tmp_path / "groups").write_text("9:cpu,memory:/job\n")
+    (tmp_path / "memory" / "job").mkdir(parents=True)
+    (tmp_path / "memory" / "job" / "memory.limit_in_bytes").write_text("77\n")
+    assert list(host_memory._limits(tmp_path / "groups", tmp_path)) == [77]
+
+
+def test_somebody_takes_the_steps_of_the_paper_for_a_small_text(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    mixture = open_mixture(config.data.path)
+    paper = changed(config, {"train.steps": 480_000, "optimizer.warmup_steps": 1000})
+    preflight.warn_of_epochs(paper, mixture)
+    (said,) = caplog.messages
+    flags = dict(re.findall(r"--config\.(\S+)=(\d+)", said))
+    assert set(flags) == {"train.steps", "optimizer.warmup_steps"}
+    preflight.warn_of_epochs(changed(paper, {n: int(v) for n, v in flags.items()}), mixture)
+    assert caplog.messages == [said]
+
+
+# Data without targets, and numbers that are none.
+
+
+def test_somebody_masks_all_tokens(
+    data: Path, config: Config, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run.parent / "calls.jsonl"
+    line = {"token_ids": list(range(10, 30)), "loss_mask": [0] * 20}
+    file.write_text(json.dumps(line) + "\n")
+    masked = run.parent / "masked"
+    prepare([f"tokens:{file}"], masked, tokenizer=data / "tokenizer.model", validation_fraction=0)
+    assert train(changed(config, {"data.path": str(masked)}), run) == 2
+    said = capsys.readouterr().err
+    assert f"data.path={str(masked)!r}: no token of masked is a target" in said
+    line["loss_mask"] = [1] * 20
+    file.write_text(json.dumps(line) + "\n")
+    again = run.parent / "again"
+    prepare([f"tokens:{file}"], again, tokenizer=data / "tokenizer.model", validation_fraction=0)
+    mixture = open_mixture(str(again))
+    preflight.check(changed(config, {"data.path": str(again)}), mixture)
+
+
+def test_a_batch_has_no_targets(
+    config: Config, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = pretrain.train_batches
+
+    def some_without(*args: Any, **flags: Any) -> Iterator[Any]:
+        for number, batch in enumerate(batches(*args, **flags)):
+            weights = batch["weights"] * (number not in (2, 3))
+            yield {**batch, "weights": weights}
+
+    monkeypatch.setattr(pretrain, "train_batches", some_without)
+    assert train(config, run) == 0
+    assert recorded_steps(run) == [1, 2, 5, 6]
+    said = capsys.readouterr().err
+    assert said.count("NO TARGETS in step 3 (samples 16 to 23)") == said.count("NO TARGETS") == 1
+
+
+def test_a_loss_that_is_no_number_is_json_for_other_programs(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, 0, 10) as writer:
+        writer.evaluation(1, {"validation/loss": math.nan, "validation/bpb": math.inf})
+    (line,) = (tmp_path / rundir.METRICS).read_bytes().splitlines()
+    assert strict_json.parse(line) == {"step": 1, "validation/loss": None, "validation/bpb": None}
+    (record,) = read_metrics(tmp_path / rundir.METRICS)
+    assert math.isnan(record["validation/loss"])
+    # Files of earlier versions can still be read.
+    (tmp_path / rundir.METRICS).write_text('{"step": 1, "validation/loss": NaN}\n')
+    (record,) = read_metrics(tmp_path / rundir.METRICS)
+    assert math.isnan(record["validation/loss"])
+
+
+def test_somebody_starts_from_weights_with_nan(
+    config: Config, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = jax.tree.map(lambda array: array + np.nan, tiny.random_params(config.model))
+    damaged = run.parent / "damaged" / "run"
+    checkpoint.save_model(damaged, config, params, load_tokenizer(Path(config.data.path)))
+    assert train(config, run, f"--config.train.init_from={damaged}") == 2
+    said = capsys.readouterr().err
+    assert f"train.init_from={str(damaged)!r} has nan or inf in " in said
+    assert "peak_lr" not in said
+
+
+def test_the_first_step_is_not_finite_and_the_rate_is_not_blamed(config: Config) -> None:
+    said = announce.divergence(config, Path("run"), range(1, 4), None)
+    assert "train.init_from" in said and "lower optimizer.peak_lr" not in said
+    assert "lower optimizer.peak_lr" in announce.divergence(config, Path("run"), range(4, 7), 2)
+
+
+# Longer runs, and what the output says.
+
+
+def test_somebody_extends_a_finished_run(
+    config: Config, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(config, run) == 0
+    capsys.readouterr()
+    assert train(config, run, "--config.optimizer.peak_lr=0.5") == 2
+    assert "add --change_learning_rate" in capsys.readouterr().err
+    # The first process does no step, because it would have to stop at once.
+    assert train(changed(config, {"train.steps": 8}), run, "--max_walltime=1") == 75
+    said = capsys.readouterr().err
+    assert "the learning rate changes from 0.001 to" in said and "(train.steps=6 to 8)" in said
+    (rate,) = re.findall(r"--change_learning_rate --config\.optimizer\.peak_lr=(\S+)\.", said)
+    flags = ["--change_learning_rate", f"--config.optimizer.peak_lr={rate}"]
+    assert train(changed(config, {"train.steps": 8}), run, *flags) == 0
+    changes = (run / rundir.CHANGES).read_text().splitlines()
+    assert json.loads(changes[0]) == {"step": 6, "train.steps": [6, 8]}
+    assert json.loads(changes[1])["optimizer.peak_lr"] == [0.01, float(rate)]
+
+
+def test_the_output_of_a_short_run(
+    config: Config, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(changed(config, {"train.eval_every": 6}), run) == 0
+    said = capsys.readouterr().err
+    assert "0:00 left" not in said
+    assert said.index("compiling the validation ...") < said.index("compiling the training step")
+    assert said.index("compiling the training step ...") < said.index("step 1/6  loss")
+    assert not (run / rundir.SAMPLES).exists()  # `docs/training.md` promises it for evaluate.every.
+    (events,) = (run / rundir.TENSORBOARD).rglob("events*")
+    assert events.parent.name == run.name
+    content = events.read_bytes()
+    for part in (b'"peak_lr": 0.01', b"_hparams_/session_start_info", b"optimizer.peak_lr"):
+        assert part in content
+
+
+def test_a_single_validation_is_no_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / rundir.METRICS).write_text('{"step": 0, "validation/loss": 1.977}\n')
+    announce.end(tmp_path, True, {})
+    assert "validation loss:          1.977 at step 0 (nats per token)" in caplog.text
+
+
+def test_the_bar_of_a_terminal_moves_at_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with MetricsWriter(tmp_path, 0, 100) as writer:
+        for step in range(1, 4):
+            time.sleep(0.11)  # tqdm draws at most ten times a second.
+            writer.advance(step)
+            assert f"{step}/100" in terminal.getvalue()
