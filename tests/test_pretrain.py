@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from mobilellm_jax import checkpoint, pretrain
+from mobilellm_jax import checkpoint, preflight, pretrain
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.config import Config, ConfigError, QuantizeConfig, from_json
 from mobilellm_jax.data.mixture import open_mixture
@@ -400,6 +400,8 @@ def test_bad_input_ends_with_one_message_before_any_compile(
     def compiled(*_: object, **__: object) -> None:
         raise AssertionError("computing began")
 
+    # The count of the memory traces the model with `jax.jit`, and compiles nothing.
+    monkeypatch.setattr(preflight, "shortage", lambda *_: None)
     monkeypatch.setattr(jax, "jit", compiled)
     monkeypatch.setattr(pretrain, "abstract_state", compiled)
     monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from mobilellm_jax.config import Config, ConfigError, changed
+from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.fit import Change, candidates, written
 from mobilellm_jax.startup.host_memory import usable_bytes
@@ -67,8 +68,10 @@ def shortage(
     `available` replaces the memory of the devices.
     """
     available = available or memory_per_device(devices)
+    if available is None or _generous_bytes(config) <= _COMFORTABLE * available:
+        return None
     needed = account_of(config, devices).total_bytes
-    if available is None or needed <= _COMFORTABLE * available:
+    if needed <= _COMFORTABLE * available:
         return None
     # Accumulation costs least on one machine, and remat takes a second of tracing for each value.
     for change in sorted(candidates(config, len(devices)), key=_cost):
@@ -79,6 +82,20 @@ def shortage(
         if then <= _COMFORTABLE * available:
             return Shortage(needed, available, change, then)
     return Shortage(needed, available, None, needed)
+
+
+def _generous_bytes(config: Config) -> int:
+    """Returns more bytes than a device needs, from a formula that takes no time.
+
+    `account_of` traces the model, which takes a second. A small run need not wait for it.
+    """
+    model, length = config.model, config.data.seq_len
+    rows = config.train.global_batch // config.train.accumulation_steps
+    widths = 40 * model.embed_dim + 10 * model.ffn_dim
+    widths += 10 * model.num_heads * (model.head_dim + length)
+    activations = 4 * rows * length * model.applied_depth * widths
+    logits = 12 * model.vocab_size * (config.train.loss_chunk + rows + model.embed_dim)
+    return activations + logits + 32 * parameter_count(model)
 
 
 def _cost(change: Change) -> tuple[bool, bool]:

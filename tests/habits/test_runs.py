@@ -338,6 +338,7 @@ def test_somebody_trains_a_model_that_is_too_large_for_the_laptop(
     config = changed(config, {"train.global_batch": 64, "mesh.data": -1})
     settled = settle(config, jax.devices()[0])
     whole = account_of(settled, jax.devices()).total_bytes
+    assert memory._generous_bytes(settled) > whole
     monkeypatch.setattr(memory, "memory_per_device", lambda _: int(0.6 * whole))
     assert train(config, run) == 2
     said = capsys.readouterr().err
