@@ -165,7 +165,10 @@ def solve_width(model: ModelConfig, parameters: int) -> ModelConfig:
             model, embed_dim=width, num_heads=heads, num_kv_heads=kv_heads
         )
         candidate = solve_ffn(heads_set, parameters)
-        if abs(parameter_count(candidate) / parameters - 1) <= TOLERANCE:
+        ratio = parameter_count(candidate) / parameters
+        if ratio > 1 + TOLERANCE and candidate.ffn_dim == _FFN_STEP:
+            break  # Wider models are even larger.
+        if abs(ratio - 1) <= TOLERANCE:
             off = abs(math.log(candidate.ffn_dim / width / proportion))
             found.append((off, candidate))
     if not found:
