@@ -4,6 +4,7 @@ A name proves nothing: a download may be compressed without saying so, and a clo
 files has small pointers under the right names.
 """
 
+import os
 import re
 import stat
 from pathlib import Path
@@ -77,10 +78,10 @@ def compression(name: str, first: bytes) -> str | None:
     for format_, pattern in _COMPRESSED.items():
         if pattern.match(first):
             return format_
-    if len(first) >= _SHORTEST_TEXT and _is_text(first):
+    named = _ENDINGS.get(os.path.splitext(name)[1])
+    if named and len(first) >= _SHORTEST_TEXT and _is_text(first):
         return None  # Some programs decompress a download and keep the ending of the name.
-    endings = [format_ for ending, format_ in _ENDINGS.items() if name.endswith(ending)]
-    return endings[0] if endings else None
+    return named
 
 
 def stand_in(first: bytes) -> Kind | None:
