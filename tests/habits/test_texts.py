@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -274,7 +275,7 @@ def test_finite_weights_whose_logits_overflow_write_no_text(sampling: Sampling) 
     params["embedding"]["table"] *= np.float32(1e3)
     request = Request([[1, 5]], max_new_tokens=3, sampling=sampling)
     with pytest.raises(NotFiniteError, match="logits that are not finite after prompt 1"):
-        generate(tiny.MODEL, params, request)
+        generate(tiny.MODEL, jax.device_put(params), request)
 
 
 def test_an_export_whose_logits_are_not_numbers_writes_no_text() -> None:
