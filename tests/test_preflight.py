@@ -170,10 +170,12 @@ def test_a_missing_mixture_is_not_prepared(prepared: Path, tmp_path: Path) -> No
 def test_no_held_out_targets_but_evaluation_is_refused(prepared: Path, tmp_path: Path) -> None:
     """The run also refuses data whose held-out tokens are all masked."""
     file = tmp_path / "tokens.jsonl"
-    lines = [{"token_ids": [50 + i, 60], "loss_mask": [0, 0]} for i in range(20)]
+    lines = [{"token_ids": [50 + i, 60], "loss_mask": [1, 1]} for i in range(20)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokenizer = prepared / "one" / "tokenizer.model"
     prepare([f"tokens:{file}"], tmp_path / "masked", tokenizer=tokenizer, validation_fraction=0.5)
+    for mask in (tmp_path / "masked").glob("validation*.loss_mask"):
+        mask.write_bytes(bytes(mask.stat().st_size))
     mixture = open_mixture(str(tmp_path / "masked"))
     config = Config()
     model = dataclasses.replace(config.model, vocab_size=300)

@@ -3,12 +3,16 @@
 import contextlib
 import dataclasses
 import io
+import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -397,7 +401,7 @@ def test_somebody_takes_the_steps_of_the_paper_for_a_small_text(
     config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     mixture = open_mixture(config.data.path)
-    paper = changed(config, {"train.steps": 480_000, "optimizer.warmup_steps": 1000})
+    paper = changed(config, {"train.steps": 480_000, "optimizer.warmup_steps": 100_000})
     preflight.warn_of_epochs(paper, mixture)
     (said,) = caplog.messages
     flags = dict(re.findall(r"--config\.(\S+)=(\d+)", said))
@@ -412,20 +416,18 @@ def test_somebody_takes_the_steps_of_the_paper_for_a_small_text(
 def test_somebody_masks_all_tokens(
     data: Path, config: Config, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = run.parent / "calls.jsonl"
-    line = {"token_ids": list(range(10, 30)), "loss_mask": [0] * 20}
+    """`prepare` refuses such data, but an earlier version of it did not."""
+    file, masked = run.parent / "calls.jsonl", run.parent / "masked"
+    line = {"token_ids": list(range(10, 30)), "loss_mask": [1] * 20}
     file.write_text(json.dumps(line) + "\n")
-    masked = run.parent / "masked"
     prepare([f"tokens:{file}"], masked, tokenizer=data / "tokenizer.model", validation_fraction=0)
-    assert train(changed(config, {"data.path": str(masked)}), run) == 2
+    config = changed(config, {"data.path": str(masked), "data.verify": False})
+    preflight.check(config, open_mixture(str(masked)))
+    (mask,) = masked.glob("*.loss_mask")
+    mask.write_bytes(bytes(mask.stat().st_size))
+    assert train(config, run) == 2
     said = capsys.readouterr().err
     assert f"data.path={str(masked)!r}: no token of masked is a target" in said
-    line["loss_mask"] = [1] * 20
-    file.write_text(json.dumps(line) + "\n")
-    again = run.parent / "again"
-    prepare([f"tokens:{file}"], again, tokenizer=data / "tokenizer.model", validation_fraction=0)
-    mixture = open_mixture(str(again))
-    preflight.check(changed(config, {"data.path": str(again)}), mixture)
 
 
 def test_a_batch_has_no_targets(
@@ -480,21 +482,22 @@ def test_the_first_step_is_not_finite_and_the_rate_is_not_blamed(config: Config)
 
 
 def test_somebody_extends_a_finished_run(
-    config: Config, run: Path, capsys: pytest.CaptureFixture[str]
+    config: Config, run: Path, at_step: AtStep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(config, run) == 0
     capsys.readouterr()
     assert train(config, run, "--config.optimizer.peak_lr=0.5") == 2
     assert "add --change_learning_rate" in capsys.readouterr().err
-    # The first process does no step, because it would have to stop at once.
-    assert train(changed(config, {"train.steps": 8}), run, "--max_walltime=1") == 75
+    at_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(changed(config, {"train.steps": 10}), run) == 75
     said = capsys.readouterr().err
-    assert "the learning rate changes from 0.001 to" in said and "(train.steps=6 to 8)" in said
+    assert "the learning rate changes from 0.001 to" in said and "(train.steps=6 to 10)" in said
     (rate,) = re.findall(r"--change_learning_rate --config\.optimizer\.peak_lr=(\S+)\.", said)
     flags = ["--change_learning_rate", f"--config.optimizer.peak_lr={rate}"]
-    assert train(changed(config, {"train.steps": 8}), run, *flags) == 0
+    at_step(7, bool)
+    assert train(changed(config, {"train.steps": 10}), run, *flags) == 0
     changes = (run / rundir.CHANGES).read_text().splitlines()
-    assert json.loads(changes[0]) == {"step": 6, "train.steps": [6, 8]}
+    assert json.loads(changes[0]) == {"step": 6, "train.steps": [6, 10]}
     assert json.loads(changes[1])["optimizer.peak_lr"] == [0.01, float(rate)]
 
 
