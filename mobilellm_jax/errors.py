@@ -4,10 +4,14 @@ The command line prints a `UserError` as one message and ends with exit code 2. 
 is a bug of this package, and the command line prints its traceback.
 """
 
+import errno
 import importlib.util
 
 FAILED = 1  # The command failed while it was running.
 SAVED_REQUEUE_ME = 75  # A scheduler may start the same command again (EX_TEMPFAIL).
+
+# The disk is full, a quota is used up, or a file exceeds the limit of `ulimit -f`.
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):

@@ -5,12 +5,14 @@ import logging
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from mobilellm_jax.checkpoint import (
     MODEL_PARTS,
-    latest_step,
+    is_step_folder,
+    latest_in,
     read_config,
-    restore_model,
+    restore_step,
     step_folder,
     steps,
 )
@@ -24,12 +26,13 @@ from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.quantize.parameters import bits_per_weight, quantize_model, stored_bytes
 from mobilellm_jax.quantize.schemes import Scheme
 from mobilellm_jax.storage import file_kind, rundir, sealing
+from mobilellm_jax.storage.user_path import user_path
 
 _log = logging.getLogger(__name__)
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 _LAYOUTS = (
     f"a run folder ({rundir.CHECKPOINTS}/STEP/ in it), a step folder "
-    f"(RUN/{rundir.CHECKPOINTS}/STEP) or a Hugging Face directory "
+    f"(RUN/{rundir.CHECKPOINTS}/STEP, or a copy of it) or a Hugging Face directory "
     f"({HUGGINGFACE_CONFIG} and weights)"
 )
 
@@ -42,7 +45,9 @@ class OpenedModel:
     params: Params  # Float32 or quantized arrays, on the default device.
     tokenizer: Tokenizer
     run_config: Config | None  # None for a Hugging Face directory.
-    step: int | None  # Completed optimizer steps; None for a Hugging Face directory.
+    # Completed optimizer steps; None for a Hugging Face directory, and for a renamed copy of a step
+    # that an older release wrote.
+    step: int | None
     origin: str  # Path of the checkpoint, for messages and records.
 
 
@@ -56,7 +61,7 @@ def open_model(ckpt: str | Path, scheme: Scheme | None = None) -> OpenedModel:
       UserError: if the folder is not a checkpoint, or its content cannot be used.
       ConfigError: if the embedding and the head are tied, and the scheme quantizes only one.
     """
-    opened = _open(Path(ckpt))
+    opened = _open(user_path("checkpoint", ckpt))
     config = dataclasses.replace(opened.config, compute_dtype="auto", attention="auto")
     opened = dataclasses.replace(opened, config=config)
     if scheme is None:
@@ -72,18 +77,13 @@ def open_model(ckpt: str | Path, scheme: Scheme | None = None) -> OpenedModel:
 def _open(folder: Path) -> OpenedModel:
     if not folder.is_dir():
         raise _missing(folder)
-    # We resolve the path, because it may be "." or a link to a step, such as "best".
-    run = folder.resolve().parent.parent
-    if folder.resolve().parent.name == rundir.CHECKPOINTS and folder.resolve().name.isdecimal():
-        return _open_step(run, int(folder.resolve().name))
+    if is_step_folder(folder):
+        # We resolve the path, because it may be "." or a link to a step, such as "best".
+        return _open_step(folder.resolve())
     if (folder / rundir.CHECKPOINTS).is_dir():
-        step = latest_step(folder, MODEL_PARTS)
-        if step is None:
-            raise MissingFileError(
-                f"checkpoint='{folder}' is a run with no complete checkpoint yet; let it train "
-                "until train.checkpoint_every."
-            )
-        return _open_step(folder, step, verified=True)
+        return _open_latest(folder, folder / rundir.CHECKPOINTS)
+    if any(is_step_folder(path) for path in folder.glob("[0-9]*")):
+        return _open_latest(folder, folder)
     if file_kind.is_there(folder / HUGGINGFACE_CONFIG) and any(
         next(folder.glob(pattern), None) for pattern in _WEIGHTS
     ):
@@ -98,7 +98,7 @@ def read_model_config(ckpt: str | Path) -> ModelConfig:
       MissingFileError: if the folder does not exist.
       UserError: if the folder is not a checkpoint, or describes a model that we cannot express.
     """
-    folder = Path(ckpt)
+    folder = user_path("checkpoint", ckpt)
     if not folder.is_dir():
         raise _missing(folder)
     if there := steps(folder):
@@ -121,16 +121,25 @@ def _no_checkpoint(folder: Path) -> UserError:
     )
 
 
-def _open_step(run: Path, step: int, *, verified: bool = False) -> OpenedModel:
-    restored = restore_model(run, step, verified=verified)
-    folder = run / rundir.CHECKPOINTS / str(step)
+def _open_latest(folder: Path, steps: Path) -> OpenedModel:
+    step = latest_in(epath.Path(steps), MODEL_PARTS)
+    if step is None:
+        raise MissingFileError(
+            f"checkpoint='{folder}' is a run with no complete checkpoint yet; let it train until "
+            "train.checkpoint_every."
+        )
+    return _open_step(steps / str(step), verified=True)
+
+
+def _open_step(folder: Path, *, verified: bool = False) -> OpenedModel:
+    restored = restore_step(folder, verified=verified)
     check_vocabulary(restored.tokenizer, restored.config.model, folder)
     return OpenedModel(
         config=restored.config.model,
         params=restored.params,
         tokenizer=restored.tokenizer,
         run_config=restored.config,
-        step=step,
+        step=restored.step,
         origin=str(folder),
     )
 

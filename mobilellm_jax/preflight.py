@@ -7,13 +7,11 @@ other rules. They raise a `ConfigError` with the field, its value, the rule and 
 import dataclasses
 import json
 import logging
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -40,6 +38,8 @@ from mobilellm_jax.run_record import MAY_CHANGE
 from mobilellm_jax.sharding import Rules, logical_rules, make_mesh
 from mobilellm_jax.startup import xla_flags
 from mobilellm_jax.storage import rundir
+from mobilellm_jax.storage.outputs import BELONGS_TOGETHER, own_folder
+from mobilellm_jax.storage.user_path import user_path
 from mobilellm_jax.train.profiler import ProfiledSteps
 from mobilellm_jax.train.state import mesh_violations
 
@@ -127,20 +127,14 @@ def local_workdir(workdir: str) -> Path:
             "object stores cannot do; mount the bucket (gcsfuse, mount-s3, JuiceFS) and give the "
             "path, or use another file system that all processes share."
         )
-    return Path(workdir)
+    return user_path("--workdir", workdir)
 
 
-def check_writable(workdir: Path) -> None:
-    """Creates the folder if it is missing, and writes a temporary file in it."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"workdir={str(workdir)!r} cannot be written: {error.strerror}; choose another "
-            "--workdir or change its permissions."
-        ) from error
+def take_workdir(workdir: Path) -> None:
+    """Makes the run folder if it is missing; raises a `UserError` if it holds something else."""
+    names = (*BELONGS_TOGETHER, rundir.METRICS, rundir.SAMPLES, rundir.LOSS_PLOT, "sweep.json")
+    real = own_folder("--workdir", workdir, "a run", rundir.is_run, names)
+    real.mkdir(parents=True, exist_ok=True)
 
 
 def check_same_run(
@@ -213,8 +207,7 @@ def open_data(config: Config) -> tuple[Mixture, Tokenizer]:
     """
     if not config.data.path:
         raise ConfigError("data.path is empty; name a folder that `mobilellm prepare` wrote.")
-    path = Path(config.data.path)
-    distributed.from_first("preparing the data", lambda: _prepare(config, path), _DATA_SEC)
+    distributed.from_first("preparing the data", lambda: _prepare(config), _DATA_SEC)
     mixture = open_mixture(config.data.path)
     tokenizer = load_tokenizer(mixture.tokenizer)
     if config.model.vocab_size != tokenizer.vocab_size:
@@ -226,8 +219,11 @@ def open_data(config: Config) -> tuple[Mixture, Tokenizer]:
     return mixture, tokenizer
 
 
-def _prepare(config: Config, path: Path) -> None:
-    if path.exists() or is_mixture(config.data.path):
+def _prepare(config: Config) -> None:
+    if is_mixture(config.data.path):
+        return
+    path = user_path("data.path", config.data.path)
+    if path.exists():
         return
     if not config.data.source:
         raise MissingFileError(
@@ -384,12 +380,4 @@ def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
             f"train.init_from={config.train.init_from!r} is another model:\n"
             f"{_lines(different)}{remedy}"
         )
-    params: Params = opened.params
-    for path, array in jax.tree.leaves_with_path(params):
-        if not bool(jnp.isfinite(array).all()):
-            raise ConfigError(
-                f"train.init_from={config.train.init_from!r} has nan or inf in "
-                f"{jax.tree_util.keystr(path, simple=True, separator='/')}, so every loss would be "
-                "nan; start from another checkpoint."
-            )
-    return params
+    return opened.params

@@ -78,7 +78,7 @@ def pretrain(
     with distributed.telling_failures(), contextlib.ExitStack() as stack:
         lock = RunLock(workdir)
         with distributed.together("taking the run folder"):
-            preflight.check_writable(workdir)
+            preflight.take_workdir(workdir)
             if distributed.is_first():
                 stack.enter_context(lock)
         ready = preflight.settle_run(

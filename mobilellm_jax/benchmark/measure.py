@@ -26,6 +26,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from mobilellm_jax.checkpoint import is_step_folder
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -66,8 +67,8 @@ class Measurement:
 def is_artifact(path: Path) -> bool:
     """Returns whether `path` is an export for a device; otherwise it is a checkpoint."""
     folder = path if path.is_dir() else path.parent
-    is_step = path.is_dir() and path.resolve().name.isdecimal()  # A step has a manifest too.
-    return path.is_file() or ((folder / sealing.MANIFEST).is_file() and not is_step)
+    # A step has a manifest too.
+    return path.is_file() or ((folder / sealing.MANIFEST).is_file() and not is_step_folder(folder))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ _BATTERY_JOULES = 50e3
 _TOKENS_PER_SEC = 10.0
 _MAX_BATTERY_HOURS = 168.0
 _LEAST_LOSS = 0.05  # Smallest range of the loss axis, in nats: exports differ by less from noise.
+RESULTS = ("benchmark.json", "benchmark.csv", "benchmark.md", "benchmark.png")
 
 
 def _column(title: str, form: str) -> Any:
@@ -79,10 +80,17 @@ def summarize(measurements: Sequence[Measurement], prompt_tokens: int) -> Row:
     )
 
 
+def is_benchmark(folder: Path) -> bool:
+    """Returns whether `write_results` wrote the results in a folder."""
+    table = folder / "benchmark.md"
+    first = next(field.metadata["title"] for field in dataclasses.fields(Row))
+    return table.is_file() and table.read_text("utf-8", errors="replace").startswith(f"| {first} ")
+
+
 def write_results(
     folder: Path, rows: Sequence[Row], measured: Sequence[Sequence[Measurement]], text: str
 ) -> None:
-    """Writes benchmark.md, .csv, .json and .png; `text` names the text that was read."""
+    """Writes the files of `RESULTS`; `text` names the text that was read."""
     folder.mkdir(parents=True, exist_ok=True)
     values = [dataclasses.asdict(each) for model in measured for each in model]
     write_whole(folder / "benchmark.json", json.dumps(values, indent=1) + "\n")

@@ -42,7 +42,12 @@ def whole_steps(run: epath.PathLike) -> list[int]:
 
 
 def latest_step(run: epath.PathLike, parts: Sequence[str] = ()) -> int | None:
-    """Returns the newest good step of a run (all files are unchanged), or None.
+    """Returns the newest good step of a run; see `latest_in`."""
+    return latest_in(checkpoints_folder(run), parts)
+
+
+def latest_in(folder: epath.Path, parts: Sequence[str] = ()) -> int | None:
+    """Returns the newest good step in a folder of steps (all files are unchanged), or None.
 
     The function reads every file of `parts`; an empty sequence means all parts. The log names each
     incomplete or damaged step that the function skips.
@@ -51,7 +56,7 @@ def latest_step(run: epath.PathLike, parts: Sequence[str] = ()) -> int | None:
       CheckpointError: if no existing checkpoint can be used, or the newest has another format
         version. A new run in the same folder would destroy these checkpoints.
     """
-    folder, skipped, lost = checkpoints_folder(run), [], False
+    skipped, lost = [], False
     for step in reversed(_numbered(folder)):
         try:
             read_content(folder / str(step))

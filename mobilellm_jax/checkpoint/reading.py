@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
@@ -17,6 +18,7 @@ from mobilellm_jax.config import Config
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.finite import non_finite, refuse_non_finite
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.storage import rundir, sealing, strict_json
 from mobilellm_jax.train.state import TrainState
@@ -51,6 +53,7 @@ class Content:
     config: Mapping[str, Any]
     arrays: Mapping[str, str]  # Maps the name of an array to its type and shape.
     data: Mapping[str, Any] | None  # A `DataState` and its version, or None.
+    step: int | None  # Completed steps; None in folders that older releases wrote.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class RestoredModel:
     config: Config
     params: Params
     tokenizer: Tokenizer
-    step: int
+    step: int | None  # Completed steps; None in a copy of an old folder.
 
 
 def checkpoints_folder(run: epath.PathLike) -> epath.Path:
@@ -82,12 +85,12 @@ def trees_of(state: TrainState) -> dict[str, Any]:
 def arrays_of(trees: Mapping[str, Any]) -> dict[str, str]:
     """Returns {path: type and shape} for all arrays, for example float32[30,576,9,64]."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(trees))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        )
-        for path, leaf in leaves
-    }
+    return {_name(keys): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for keys, leaf in leaves}
+
+
+def _name(keys: Any) -> str:
+    """Returns the name of an array from its keys in a tree."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def read_content(folder: epath.Path) -> Content:
@@ -112,6 +115,7 @@ def read_content(folder: epath.Path) -> Content:
             config=strict_json.get(content, "config", Mapping[str, Any]),
             arrays=strict_json.get(content, "arrays", Mapping[str, str]),
             data=strict_json.get(content, "data", Mapping[str, Any], None),
+            step=strict_json.get(content, "step", int, None),
         )
     except strict_json.JsonError as error:
         raise no_checkpoint(folder, error) from error
@@ -154,8 +158,19 @@ def composite(parts: Iterable[str]) -> ocp.CompositeCheckpointHandler:
     return ocp.CompositeCheckpointHandler(*parts, composite_options=options)
 
 
-def restore_model(run: epath.PathLike, step: int, *, verified: bool = False) -> RestoredModel:
-    """Returns the model that a run saved as `step`; all parameters are on one device.
+def is_step_folder(folder: Path) -> bool:
+    """Returns whether a folder is a checkpoint, also under another name; it may be damaged."""
+    is_copy = (folder / PARAMS).is_dir() and (folder / TOKENIZER).is_dir()
+    return is_copy or _is_in_run(folder.resolve())
+
+
+def restore_model(run: epath.PathLike, step: int) -> RestoredModel:
+    """Returns the model that a run saved as `step`; raises as `restore_step` does."""
+    return restore_step(step_folder(run, step))
+
+
+def restore_step(path: epath.PathLike, *, verified: bool = False) -> RestoredModel:
+    """Returns the model in a step folder, which may be a copy; its parameters are on one device.
 
     The function compares checksums, unless `verified` says that `latest_step` has just done so.
 
@@ -163,15 +178,22 @@ def restore_model(run: epath.PathLike, step: int, *, verified: bool = False) -> 
       DamagedError: if a file is missing or has changed; the message names all of them.
       CheckpointError: if the checkpoint has another format version or other arrays.
       ConfigError: if the config of the checkpoint breaks a rule.
+      UserError: if a parameter is not finite.
     """
-    folder = step_folder(run, step)
-    config = read_config(folder)
+    folder = epath.Path(path).absolute()
+    content = read_content(folder)
+    config = config_lib.from_object(content.config)
     if not verified:
         sealing.verify(folder, MODEL_PARTS)
     here = SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
     abstract = jax.tree.map(lambda leaf: leaf.update(sharding=here), shapes)
     params = _restore(folder, {PARAMS: abstract})[PARAMS]
+    bad: list[str] = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        bad += non_finite(_name(keys), np.asarray(leaf))
+    refuse_non_finite(folder, bad)
+    step = int(folder.name) if _is_in_run(folder) else content.step
     return RestoredModel(config, params, _tokenizer(folder), step)
 
 
@@ -217,6 +239,11 @@ def read_data_state(run: epath.PathLike, step: int) -> DataState:
     if state.next_sample < 0:
         raise no_checkpoint(folder, f"data.next_sample={state.next_sample} must not be negative.")
     return state
+
+
+def _is_in_run(folder: Path | epath.Path) -> bool:
+    """Returns whether the path is RUN/checkpoints/STEP, so that its name is the step."""
+    return folder.parent.name == rundir.CHECKPOINTS and folder.name.isdecimal()
 
 
 def _restore(folder: epath.Path, abstract: dict[str, Params]) -> dict[str, Params]:

@@ -4,7 +4,8 @@ A save copies the state from the devices while the next step waits. A thread doe
 writes the arrays. Then process 0 computes the checksums of the files, writes the manifest and gives
 the folder its name. All processes compare their results before the next save and at the end of the
 run. After a failed save, the next attempt saves the newest state. The run fails if the last attempt
-fails.
+fails. Every `Exception` counts as a failed save, because a library may raise any exception, and no
+exception may cost the steps of a run.
 """
 
 import contextlib
@@ -52,9 +53,6 @@ from mobilellm_jax.train.state import TrainState
 
 RETRY_SEC = (0.0, 60.0, 300.0)  # Waiting times from each failed save to the next attempt.
 _SETTLE_SEC = 1800  # Longest wait for another process's part of a save.
-
-# A file system, TensorStore or another process can raise these errors during a save.
-_FAILURES = (OSError, ValueError, RuntimeError)
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +106,7 @@ class CheckpointWriter:
         elif kind is not KeyboardInterrupt and self._pending is not None:
             # This save may hold the last state of the run. If the save fails, the log has its
             # error. The caller receives the error that ended the run.
-            with contextlib.suppress(*_FAILURES):
+            with contextlib.suppress(Exception):
                 self._pending[1].result()
 
     def save(self, step: int, state: TrainState, data: DataState) -> None:
@@ -126,7 +124,7 @@ class CheckpointWriter:
                 f"the place of checkpoint {step}", lambda: folders.make_room(self._folder, step)
             ):
                 trees = trees_of(state)
-                content = _content(self._config, trees)
+                content = _content(self._config, trees, step)
                 content["data"] = {"version": DATA_STATE_VERSION, **dataclasses.asdict(data)}
                 writer = _start_writing(work, trees, str(number))
                 saved = self._pool.submit(self._finish, step, work, writer, content)
@@ -134,7 +132,7 @@ class CheckpointWriter:
                 saved.set_result(None)
         except LockLostError:
             raise
-        except _FAILURES as error:
+        except Exception as error:
             self._fail(step, work, error)
             saved.set_exception(error)
         self._pending = step, saved
@@ -179,7 +177,7 @@ class CheckpointWriter:
             _complete(writer, work, content, self._tokenizer)
             if distributed.is_first():
                 folders.commit(self._folder, work, step)
-        except _FAILURES as error:
+        except Exception as error:
             self._fail(step, work, error)
             raise
         if distributed.is_first():
@@ -213,11 +211,12 @@ class CheckpointWriter:
         try:
             with distributed.together(f"saving checkpoint {step}", _SETTLE_SEC):
                 saved.result()
-        except _FAILURES as error:
+        except Exception as error:
             if self._failures == len(RETRY_SEC):
                 raise SaveError(
                     f"checkpoint {step} in {self._folder} could not be saved in "
-                    f"{self._failures + 1} attempts: {error} Earlier checkpoints are unchanged."
+                    f"{self._failures + 1} attempts: {error} Earlier checkpoints are unchanged. "
+                    "Correct the cause, and start the same command again."
                 ) from error
             if self._retry_at == math.inf:  # The save failed in another process.
                 self._retry_at = time.monotonic() + RETRY_SEC[self._failures]
@@ -238,15 +237,17 @@ def save_model(run: epath.PathLike, config: Config, params: Params, tokenizer: T
     folder, trees = checkpoints_folder(run), {PARAMS: jax.tree.map(np.asarray, params)}
     if folders.make_room(folder, 0):
         work = folders.work_folder(folder, 0, 1)
-        _complete(_start_writing(work, trees, "model"), work, _content(config, trees), tokenizer)
+        content = _content(config, trees, step=0)
+        _complete(_start_writing(work, trees, "model"), work, content, tokenizer)
         folders.commit(folder, work, 0)
 
 
-def _content(config: Config, trees: Mapping[str, Any]) -> dict[str, Any]:
+def _content(config: Config, trees: Mapping[str, Any], step: int) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(config),
         "arrays": arrays_of(trees),
+        "step": step,
     }
 
 

@@ -28,6 +28,7 @@ from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import QUANTIZE_HELP
 from mobilellm_jax.errors import UserError, require
 from mobilellm_jax.quantize.schemes import find_scheme
+from mobilellm_jax.storage.outputs import MODEL_FILES, own_folder
 from mobilellm_jax.storage.text_file import read_text
 
 
@@ -35,7 +36,7 @@ from mobilellm_jax.storage.text_file import read_text
 class Flags:
     """The flags of the command."""
 
-    artifact: list[str] = flag(
+    artifact: list[Path] = flag(
         None, "folder of `mobilellm export`, or a checkpoint; may be repeated", required=True
     )
     quantize: list[str] = flag(
@@ -43,29 +44,37 @@ class Flags:
         "also measure every checkpoint in JAX with this quantization; may be repeated. "
         + QUANTIZE_HELP,
     )
-    output: str = flag(None, "folder for the results", required=True)
+    output: Path = flag(None, "folder for the results", required=True)
     prompt_tokens: int = flag(128, "tokens of the prompt", lower_bound=1)
     new_tokens: int = flag(64, "tokens to decode", lower_bound=1)
     runs: int = flag(3, "processes per model", lower_bound=1)
     rounds: int = flag(3, "measurements in each process", lower_bound=1)
-    text: str = flag("", "UTF-8 text for the loss; the prompt comes from the same text")
+    text: Path | None = flag(None, "UTF-8 text for the loss; the prompt comes from the same text")
 
 
 def main(flags: Flags) -> None:
     """Measures the models, prints the table and writes the results."""
     from mobilellm_jax.benchmark.measure import Request, check, is_artifact, measure_all
-    from mobilellm_jax.benchmark.table import markdown, summarize, write_results
+    from mobilellm_jax.benchmark.table import (
+        RESULTS,
+        is_benchmark,
+        markdown,
+        summarize,
+        write_results,
+    )
     from mobilellm_jax.export.verify import TEXT
 
     require("matplotlib", "report", "the picture of mobilellm benchmark")
-    text = read_text("--text", Path(flags.text)) if flags.text else TEXT
-    text_name = flags.text or "the built-in text"
+    names = (*RESULTS, *MODEL_FILES)
+    folder = own_folder("--output", flags.output, "a benchmark", is_benchmark, names)
+    text = read_text("--text", flags.text) if flags.text else TEXT
+    text_name = str(flags.text) if flags.text else "the built-in text"
     if not text.strip():
         raise UserError(f"--text={flags.text} is empty; name a file with text.")
     schemes = [find_scheme(name).name for name in flags.quantize]
     requests = [
         Request(
-            path=path,
+            path=str(path),
             scheme=scheme,
             prompt_tokens=flags.prompt_tokens,
             new_tokens=flags.new_tokens,
@@ -73,7 +82,7 @@ def main(flags: Flags) -> None:
             text=text,
         )
         for path in flags.artifact
-        for scheme in [None, *([] if is_artifact(Path(path)) else schemes)]
+        for scheme in [None, *([] if is_artifact(path) else schemes)]
     ]
     if schemes and not any(request.scheme for request in requests):
         raise UsageError(
@@ -82,11 +91,8 @@ def main(flags: Flags) -> None:
         )
     for request in requests:
         check(request)
-    output = Path(flags.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output={output} is a file; name a folder.")
     measured = measure_all(requests, flags.runs)
     rows = [summarize(each, flags.prompt_tokens) for each in measured]
-    write_results(output, rows, measured, text_name)
-    print(markdown(rows, text_name), end="")
-    print(f"\n{output}/benchmark.md, .csv, .json, .png; energy and battery are estimates.")
+    print(markdown(rows, text_name), end="", flush=True)  # Before the disk can be full.
+    write_results(folder, rows, measured, text_name)
+    print(f"\n{flags.output}/benchmark.md, .csv, .json, .png; energy and battery are estimates.")

@@ -18,6 +18,7 @@ from mobilellm_jax.config import Config, ConfigError, near_miss
 from mobilellm_jax.config.recipe import Recipe, fixed, recipe_of
 from mobilellm_jax.errors import MissingFileError
 from mobilellm_jax.storage import rundir, strict_json
+from mobilellm_jax.storage.user_path import user_path
 
 _log = logging.getLogger(__name__)
 _FOLDER = Path("configs")
@@ -54,7 +55,7 @@ def read_recipe(name: str) -> Recipe:
 
 
 def _find(name: str) -> Path:
-    path = Path(name)
+    path = user_path("--config", name)
     if path.is_dir() and (path / rundir.CONFIG).is_file():
         return path / rundir.CONFIG
     if path.exists() and not path.is_dir():

@@ -2,7 +2,7 @@
 
 import errno
 
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import NO_SPACE, UserError
 
 _PATH_REFUSED = (
     FileExistsError,
@@ -18,8 +18,13 @@ class UsageError(UserError):
 
 
 def is_bad_input(error: Exception) -> bool:
-    """Returns whether the user caused the error: a `UserError`, or a path that cannot be used."""
+    """Returns whether the user can correct the error.
+
+    These errors are each `UserError`, a full disk, and a path that cannot be used.
+    """
     if isinstance(error, UserError):
+        return True
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return True
     if not isinstance(error, OSError) or error.filename is None:
         return False
@@ -36,6 +41,12 @@ def message(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        text = (
+            f"{where}{error.strerror}. Free some space, or name an output on another disk, and "
+            "start the same command again."
+        )
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
         for c in text

@@ -43,9 +43,10 @@ from typing import TYPE_CHECKING, Any
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import CHECKPOINT_HELP, PARTS_HELP, QUANTIZE_HELP, chosen_scheme
-from mobilellm_jax.errors import MissingFileError, UserError, require
+from mobilellm_jax.errors import require
 from mobilellm_jax.quantize.schemes import Scheme
 from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage.outputs import check_file
 from mobilellm_jax.storage.text_file import read_text
 
 if TYPE_CHECKING:
@@ -59,30 +60,30 @@ _log = logging.getLogger(__name__)
 class Flags:
     """The flags of the command."""
 
-    checkpoint: str | None = flag(None, CHECKPOINT_HELP)
-    artifact: str | None = flag(None, "folder of `mobilellm export`")
+    checkpoint: Path | None = flag(None, CHECKPOINT_HELP)
+    artifact: Path | None = flag(None, "folder of `mobilellm export`")
     tasks: list[str] | None = flag(
         None, "tasks or groups of tasks, separated by commas", commas=True
     )
     num_fewshot: int | None = flag(None, "solved examples before each question", lower_bound=0)
     limit: int | None = flag(None, "rows of each task, for a trial", lower_bound=1)
-    data_dir: str | None = flag(None, "folder with the tasks' rows; see above")
-    perplexity: str | None = flag(None, "text file in UTF-8")
+    data_dir: Path | None = flag(None, "folder with the tasks' rows; see above")
+    perplexity: Path | None = flag(None, "text file in UTF-8")
     stride: int | None = flag(
         None, "tokens that each window scores; a window reads model.max_seq_len tokens"
     )
     quantize: str | None = flag(None, QUANTIZE_HELP)
     quantized_parts: str | None = flag(None, PARTS_HELP)
-    output: str | None = flag(None, "file that also gets the result")
+    output: Path | None = flag(None, "file that also gets the result")
 
 
 def main(flags: Flags) -> None:
     """Evaluates the model and prints the result."""
     _check_flags(flags)
     scheme = chosen_scheme(flags.quantize, flags.quantized_parts)
-    output = Path(flags.output) if flags.output else None
+    output = flags.output
     if output is not None:
-        _check_output(output)
+        check_file("--output", output, _is_result)
     if flags.tasks is None:
         _measure_perplexity(flags, output, scheme)
     else:
@@ -93,7 +94,8 @@ def _measure_perplexity(flags: Flags, output: Path | None, scheme: Scheme | None
     from mobilellm_jax.evaluate.perplexity import CutText, perplexity
     from mobilellm_jax.storage.rundir import write_whole
 
-    file = Path(str(flags.perplexity))
+    file = flags.perplexity
+    assert file is not None, "`main` calls this function with --perplexity only"
     content = read_text("--perplexity", file)
     subject = _open(flags, scheme)
     length = subject.engine.config.max_seq_len
@@ -110,18 +112,20 @@ def _measure_perplexity(flags: Flags, output: Path | None, scheme: Scheme | None
 
 
 def _evaluate_tasks(flags: Flags, output: Path | None, scheme: Scheme | None) -> None:
-    data_dir = Path(flags.data_dir) if flags.data_dir else None
+    data_dir = flags.data_dir
     if data_dir is not None:
         # Local files need no network. The libraries read these variables when they are imported.
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     from mobilellm_jax.evaluate.harness import HarnessModel
     from mobilellm_jax.evaluate.journal import Journal
     from mobilellm_jax.evaluate.tasks import as_json, format_results, load_tasks, run_tasks
-    from mobilellm_jax.storage.rundir import write_whole
+    from mobilellm_jax.storage.rundir import is_special, write_whole
 
     tasks = load_tasks(flags.tasks or [], data_dir=data_dir, num_fewshot=flags.num_fewshot)
     subject = _open(flags, scheme)
-    path = output.with_name(f"{output.name}.journal") if output else None
+    path = None
+    if output is not None and not is_special(output):
+        path = output.with_name(f"{output.name}.journal")
     journal = Journal(path, subject.identity())
     if journal.replaced:
         _log.info(f"{path} was of another model; starting anew.")
@@ -166,7 +170,7 @@ def _open(flags: Flags, scheme: Scheme | None) -> _Subject:
             RuntimeEngine(info.model, info.precision, runtime),
             artifact.tokenizer(),
             str(artifact.folder),
-            {"artifact": flags.artifact, "precision": info.precision},
+            {"artifact": str(flags.artifact), "precision": info.precision},
             lambda: {"artifact": artifact.sha256, "runtime": runtime.name},
         )
     opened = open_model(str(flags.checkpoint), scheme)
@@ -183,14 +187,17 @@ def _open(flags: Flags, scheme: Scheme | None) -> _Subject:
     )
 
 
-def _check_output(output: Path) -> None:
-    """Refuses a file that cannot be written, before the evaluation starts."""
-    if output.is_dir():
-        raise UserError(f"--output={output} is a folder; name a file.")
-    if not output.parent.is_dir():
-        raise MissingFileError(
-            f"--output={output}: the folder {output.parent} does not exist; make it first."
+def _is_result(file: Path) -> bool:
+    """Returns whether `evaluate` wrote the file, so that a new result may replace it."""
+    try:
+        values = (
+            json.loads(file.read_text("utf-8"))
+            if file.stat().st_size < strict_json.MAX_BYTES
+            else None
         )
+    except ValueError:
+        return False
+    return isinstance(values, dict) and not {"results", "perplexity"}.isdisjoint(values)
 
 
 def _check_flags(flags: Flags) -> None:

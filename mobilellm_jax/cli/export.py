@@ -38,6 +38,7 @@ from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.formats import FORMATS, check_precision, offered
 from mobilellm_jax.export.source import DTYPES, Source
 from mobilellm_jax.model.size import parameter_count
+from mobilellm_jax.storage.outputs import new_folder
 
 _log = logging.getLogger(__name__)
 _QUANTIZATIONS = {name: ", ".join(offered(name, quantized=True)) for name in FORMATS}
@@ -47,9 +48,9 @@ _QUANTIZATIONS = {name: ", ".join(offered(name, quantized=True)) for name in FOR
 class Flags:
     """The flags of the command."""
 
-    checkpoint: str = flag(None, CHECKPOINT_HELP, required=True)
+    checkpoint: Path = flag(None, CHECKPOINT_HELP, required=True)
     format: str = flag("hf", "format, see above", enum_values=list(FORMATS))
-    output: str = flag(None, "folder to make", required=True)
+    output: Path = flag(None, "folder to make", required=True)
     dtype: str | None = flag(
         None,
         "type of the stored weights (default without --quantize: float32)",
@@ -76,11 +77,12 @@ def main(flags: Flags) -> None:
     from mobilellm_jax.export.model_card import Training
     from mobilellm_jax.open_model import open_model
 
+    output = flags.output
+    new_folder("--output", output)
     model = open_model(flags.checkpoint)
     training = None
     if model.run_config is not None and model.step is not None:
         training = Training(model.run_config, model.step)
-    output = Path(flags.output)
     exported = export(
         Source(model.config, model.params, model.tokenizer, model.origin),
         output,

@@ -1,7 +1,8 @@
 """Defines the flags of a command by a dataclass that has one field for each flag.
 
-absl defines and parses the flags. The type of a field decides how absl converts the value. We do
-not use absl's `app.run`, because its exit code is 1 if a flag is wrong, and ours is 2.
+absl defines and parses the flags. The type of a field decides how the value is converted. Every
+flag that names a file or a folder has the type `Path`, so `user_path` reads all of them in the same
+way. We do not use absl's `app.run`, because its exit code is 1 if a flag is wrong, and ours is 2.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from absl import flags
@@ -17,15 +19,18 @@ from mobilellm_jax.cli.config_flags import split_overrides
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.config import field_types, near_miss
 from mobilellm_jax.config.synonyms import flag_hint, translated
+from mobilellm_jax.storage.user_path import user_path
 
 Flags = TypeVar("Flags")
 
 _DEFINE: dict[Any, Callable[..., Any]] = {
     str: flags.DEFINE_string,
+    Path: flags.DEFINE_string,
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     bool: flags.DEFINE_bool,
     list[str]: flags.DEFINE_multi_string,
+    list[Path]: flags.DEFINE_multi_string,
     list[float]: flags.DEFINE_multi_float,
 }
 
@@ -44,13 +49,11 @@ def flag(default: Any, help: str, **settings: Any) -> Any:
 def define(kind: type) -> flags.FlagValues:
     """Returns absl flags for the fields of a dataclass, with their default values."""
     own: flags.FlagValues = flags.FlagValues()  # type: ignore[no-untyped-call]  # absl is untyped
-    hints = typing.get_type_hints(kind)
+    hints = _types(kind)
     for field in dataclasses.fields(kind):
         hint, settings = hints[field.name], dict(field.metadata)
         for ours in ("required", "unless"):
             settings.pop(ours, None)
-        if typing.get_origin(hint) is types.UnionType:
-            [hint] = [each for each in typing.get_args(hint) if each is not types.NoneType]
         if typing.get_origin(hint) is Literal:
             settings["enum_values"] = typing.get_args(hint)
         make: Callable[..., Any]
@@ -62,6 +65,22 @@ def define(kind: type) -> flags.FlagValues:
             make = _DEFINE[hint]
         make(field.name, flag_values=own, **settings)
     return own
+
+
+def _types(kind: type) -> dict[str, Any]:
+    """Returns {flag: type}; the type of a flag that may be None is the other type."""
+    hints = typing.get_type_hints(kind)
+    for name, hint in hints.items():
+        if typing.get_origin(hint) is types.UnionType:
+            [hints[name]] = [each for each in typing.get_args(hint) if each is not types.NoneType]
+    return hints
+
+
+def _converted(name: str, hint: Any, value: Any) -> Any:
+    """Returns the value of a flag; makes each text of a flag of paths a `Path`."""
+    if hint == list[Path] and value is not None:
+        return [user_path(f"--{name}", text) for text in value]
+    return user_path(f"--{name}", value) if hint is Path and value is not None else value
 
 
 def parse(name: str, kind: type[Flags], args: list[str]) -> tuple[Flags, list[str]]:
@@ -98,7 +117,8 @@ def parse(name: str, kind: type[Flags], args: list[str]) -> tuple[Flags, list[st
         lines.insert(0, f"stray argument {stray[0]!r}; write {likely}.")
     if lines:
         raise UsageError("\n".join([*lines, f"See mobilellm {name} --help."]))
-    return kind(**{flag: own[flag].value for flag in own}), overrides
+    hints = _types(kind)
+    return kind(**{flag: _converted(flag, hints[flag], own[flag].value) for flag in own}), overrides
 
 
 def _hint(unknown: str, own: flags.FlagValues) -> str:

@@ -44,12 +44,12 @@ _NAMED = 8  # Prompts that one error names.
 class Flags:
     """The flags of the command."""
 
-    checkpoint: str = flag(None, CHECKPOINT_HELP, required=True)
+    checkpoint: Path = flag(None, CHECKPOINT_HELP, required=True)
     prompt: list[str] | None = flag(
         None,
         "text to continue, may be repeated; without this flag the command reads standard input",
     )
-    prompt_file: str | None = flag(None, "UTF-8 text with a prompt on each line")
+    prompt_file: Path | None = flag(None, "UTF-8 text with a prompt on each line")
     batch_size: int = flag(8, "prompts to continue together", lower_bound=1)
     max_new_tokens: int | None = flag(
         None,
@@ -114,7 +114,7 @@ def _given(flags: Flags) -> list[tuple[str, str]] | None:
         return [(text, f"--prompt={_start(text)}") for text in map(_as_utf8, flags.prompt)]
     if flags.prompt is not None:
         raise UsageError("--prompt and --prompt_file exclude each other; put all in the file.")
-    lines = read_lines("--prompt_file", Path(flags.prompt_file))
+    lines = read_lines("--prompt_file", flags.prompt_file)
     return [(line, f"line {number} of {flags.prompt_file}") for number, line in enumerate(lines, 1)]
 
 

@@ -20,8 +20,8 @@ from mobilellm_jax.cli.flags import flag
 class Flags:
     """The flags of the command."""
 
-    source: str = flag(None, "Hugging Face directory", required=True)
-    output: str = flag(None, "run folder to make", required=True)
+    source: Path = flag(None, "Hugging Face directory", required=True)
+    output: Path = flag(None, "run folder to make", required=True)
 
 
 def main(flags: Flags) -> None:
@@ -30,10 +30,10 @@ def main(flags: Flags) -> None:
     from mobilellm_jax.config import Config, DataConfig
     from mobilellm_jax.export.huggingface.directory import read_huggingface
     from mobilellm_jax.model.size import parameter_count
-    from mobilellm_jax.storage.rundir import whole_directory
+    from mobilellm_jax.storage.outputs import whole_directory
 
-    source, output = Path(flags.source), Path(flags.output)
-    with whole_directory(output) as folder:
+    source, output = flags.source, flags.output
+    with whole_directory("--output", output) as folder:
         imported = read_huggingface(source)
         model = imported.config
         seq_len = min(DataConfig().seq_len, model.max_seq_len)

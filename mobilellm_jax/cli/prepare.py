@@ -40,8 +40,8 @@ class Flags:
         "share of a source in training, once per --source and in the same order; without weights, "
         "the share of a source is its share of the tokens",
     )
-    output: str = flag(None, "folder to make", required=True)
-    tokenizer: str | None = flag(
+    output: Path = flag(None, "folder to make", required=True)
+    tokenizer: Path | None = flag(
         None, "SentencePiece *.model or Hugging Face tokenizer.json to use"
     )
     vocab_size: int | None = flag(
@@ -73,9 +73,9 @@ def main(flags: Flags) -> None:
 
     prepare(
         flags.source,
-        Path(flags.output),
+        flags.output,
         weights=flags.weight,
-        tokenizer=Path(flags.tokenizer) if flags.tokenizer else None,
+        tokenizer=flags.tokenizer,
         vocab_size=flags.vocab_size,
         validation_fraction=flags.validation_fraction,
         on_bad_line=flags.on_bad_line,

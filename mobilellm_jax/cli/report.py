@@ -21,12 +21,12 @@ class Flags:
     """The flags of the command."""
 
     runs: str = flag(None, "pattern of run folders, in quotes", required=True)
-    output: str = flag(None, "folder for the page, made if missing", required=True)
+    output: Path = flag(None, "folder for the page, made if missing", required=True)
 
 
 def main(flags: Flags) -> None:
     """Writes the page and prints a summary."""
     from mobilellm_jax.report.write import write_report
 
-    for line in write_report(flags.runs, Path(flags.output)):
+    for line in write_report(flags.runs, flags.output):
         print(line)

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -153,8 +154,8 @@ def split_path(path: str) -> list[tuple[Path, Fraction]]:
     Raises:
       ConfigError: if a weight is missing or bad, or a folder is named twice.
     """
-    if Path(path).is_dir() or not is_mixture(path):
-        return [(Path(path), Fraction(1))]
+    if not is_mixture(path) or Path(path).is_dir():
+        return [(_folder(path), Fraction(1))]
     folders = [_weighted(path, item) for item in path.split(",")]
     for folder, count in Counter(folder for folder, _ in folders).items():
         if count > 1:
@@ -179,7 +180,13 @@ def _weighted(path: str, item: str) -> tuple[Path, Fraction]:
             "greater than 0, for example data/web:0.7. (A folder with a comma in its name cannot "
             "be part of a mixture; make a link with another name.)"
         )
-    return Path(folder), weight
+    return _folder(folder), weight
+
+
+def _folder(text: str) -> Path:
+    # A record of an old run may name the home folder of a user whom this system does not know.
+    # Such a path stays as it is, and no folder has this name.
+    return Path(os.path.expanduser(text))
 
 
 def _weight(text: str) -> Fraction | None:

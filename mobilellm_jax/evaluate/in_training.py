@@ -14,7 +14,6 @@ removes targets, the bytes of the other targets are not known, and bits per byte
 import dataclasses
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -32,6 +31,7 @@ from mobilellm_jax.evaluate.scoring import Scorer
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.sharding import Rules, local_rows, put_batch
 from mobilellm_jax.storage.text_file import read_text
+from mobilellm_jax.storage.user_path import user_path
 from mobilellm_jax.train.step import make_loss_sums
 
 Evaluator = Callable[[Params], dict[str, float]]
@@ -123,7 +123,7 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
     score_tasks = _task_scores(config, tokenizer) if chosen.tasks else None
     text = None
     if chosen.text:
-        content = read_text("evaluate.text", Path(chosen.text))
+        content = read_text("evaluate.text", user_path("evaluate.text", chosen.text))
         text = CutText.cut(tokenizer, content, length, stride=length)
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -146,7 +146,8 @@ def _task_scores(config: Config, tokenizer: Tokenizer) -> Callable[[JaxEngine], 
     from mobilellm_jax.evaluate.tasks import check_tasks, load_tasks, quick_scores
 
     names = [name.strip() for name in chosen.tasks.split(",")]
-    tasks = load_tasks(names, data_dir=Path(chosen.data_dir) if chosen.data_dir else None)
+    folder = user_path("evaluate.data_dir", chosen.data_dir) if chosen.data_dir else None
+    tasks = load_tasks(names, data_dir=folder)
     check_tasks(tasks, config.model, draws=True)
 
     def score(engine: JaxEngine) -> dict[str, float]:

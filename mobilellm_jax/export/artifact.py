@@ -18,6 +18,7 @@ from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.formats import FORMATS
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
 from mobilellm_jax.storage import rundir, sealing, strict_json
+from mobilellm_jax.storage.user_path import user_path
 
 VERSION = 1
 
@@ -72,7 +73,7 @@ def open_artifact(path: str | Path) -> Artifact:
       MissingFileError: if the path does not exist.
       UserError: if the folder is not an export, or is damaged.
     """
-    given = Path(path)
+    given = user_path("artifact", path)
     if not given.exists():
         names = [p.name for p in given.parent.iterdir()] if given.parent.is_dir() else []
         raise MissingFileError(

@@ -11,7 +11,7 @@ from mobilellm_jax.export.model_card import Training, write_model_card
 from mobilellm_jax.export.runtime import ArtifactInfo
 from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.verify import Verification, VerificationError, verify
-from mobilellm_jax.storage.rundir import whole_directory
+from mobilellm_jax.storage.outputs import whole_directory
 
 
 class Exported(NamedTuple):
@@ -41,7 +41,7 @@ def export(
       VerificationError: if the export differs from the checkpoint by more than allowed.
     """
     form = FORMATS[format_name]
-    with whole_directory(directory) as folder:
+    with whole_directory("--output", directory) as folder:
         if form.file:
             copy_tokenizer(source.tokenizer, folder)
         layers = form.write(source, folder, precision)

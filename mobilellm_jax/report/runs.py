@@ -11,6 +11,7 @@ from mobilellm_jax.config import Config, ConfigError, changed
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.run_record import RunRecord, State, read_record
 from mobilellm_jax.storage import rundir
+from mobilellm_jax.storage.user_path import expand_home
 
 _RUNS = "runs"  # Subfolder of a sweep that contains the runs.
 
@@ -62,7 +63,7 @@ def read_runs(pattern: str) -> tuple[list[Measured], list[Unreadable]]:
       ConfigError: if no run folder matches, or if none of the matching folders can be read.
     """
     folders: list[Path] = []
-    for name in sorted(globbing.glob(pattern)):
+    for name in sorted(globbing.glob(expand_home("--runs", pattern))):
         folder = Path(name)
         inside = sorted((folder / _RUNS).glob("*")) if not (folder / rundir.CONFIG).exists() else []
         folders += inside or [folder]

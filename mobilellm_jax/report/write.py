@@ -21,6 +21,7 @@ from mobilellm_jax.report.sections import (
     verdict_line,
 )
 from mobilellm_jax.storage import rundir
+from mobilellm_jax.storage.outputs import MODEL_FILES, own_folder
 
 PAGE = "index.html"
 
@@ -36,20 +37,21 @@ def write_report(pattern: str, output: Path) -> list[str]:
     """
     for package in ("jinja2", "matplotlib", "scipy"):
         require(package, "report", "mobilellm report")
+    folder = own_folder("--output", output, "a report", _is_report, (PAGE, *MODEL_FILES))
     runs, unreadable = read_runs(pattern)
     for each in unreadable:
         _log.warning(f"Left out: {each.reason}")
     models = group_seeds(runs)
     tables = grid_tables(models)
-    output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     sections = [grid_section(number, table) for number, table in enumerate(tables, start=1)]
     if models:
         sections.append(model_section(models, with_curves=not tables))
     for section in sections:
-        rundir.write_whole(output / f"{section.name}.csv", to_csv(section.rows))
-        rundir.write_whole(output / f"{section.name}.md", to_markdown(section.rows))
+        rundir.write_whole(folder / f"{section.name}.csv", to_csv(section.rows))
+        rundir.write_whole(folder / f"{section.name}.md", to_markdown(section.rows))
         for picture in section.pictures:
-            rundir.write_whole(output / f"{picture.name}.png", picture.light)
+            rundir.write_whole(folder / f"{picture.name}.png", picture.light)
     others = [_unfinished_line(run) for run in runs if not run.is_finished]
     lines = [_summary(models, len(runs) - len(others), len(tables))]
     if others or unreadable:
@@ -68,8 +70,13 @@ def write_report(pattern: str, output: Path) -> list[str]:
         made=f"Made {time.strftime('%Y-%m-%d %H:%M %z')} by mobilellm-jax "
         f"{mobilellm_jax.__version__}: {shlex.join(command)} with Python {sys.version.split()[0]}.",
     )
-    rundir.write_whole(output / PAGE, text)
+    rundir.write_whole(folder / PAGE, text)
     return [*lines, str(output / PAGE)]
+
+
+def _is_report(folder: Path) -> bool:
+    page = folder / PAGE
+    return page.is_file() and "by mobilellm-jax" in page.read_text("utf-8", errors="replace")
 
 
 def _title(models: Sequence[Model], *, with_grids: bool) -> str:

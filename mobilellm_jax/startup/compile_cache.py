@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 
 from mobilellm_jax.startup.cpu import cpu_features
+from mobilellm_jax.storage.unknown_owners import accept_unknown_owners
+from mobilellm_jax.storage.user_path import expand_home
 
 # jax keeps a program if its compilation takes at least this time; a training step takes seconds or
 # minutes. jax compiles a scalar operation faster than it finds a file, so it needs no file.
@@ -26,14 +28,20 @@ def use_compile_cache() -> str:
 
     Call this function before anything compiles, because jax reads these settings only once.
     """
+    accept_unknown_owners()
     settings = jax.config.values
     if not settings["jax_enable_compilation_cache"]:
         return "off (JAX_ENABLE_COMPILATION_CACHE)"
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_SEC)
     if chosen := settings["jax_compilation_cache_dir"]:
-        return str(chosen)
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        expanded = expand_home("JAX_COMPILATION_CACHE_DIR", chosen)
+        jax.config.update("jax_compilation_cache_dir", expanded)
+        return expanded
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser()
+    except RuntimeError:  # In a container, a user may have no home folder.
+        return "off (the system knows no home folder; JAX_COMPILATION_CACHE_DIR names a folder)"
     folder = caches / "mobilellm" / "compiled" / _processor()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

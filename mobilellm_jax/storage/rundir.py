@@ -5,11 +5,10 @@ A run folder holds `config.json`, the tokenizer, `checkpoints/STEP/`, `metrics.j
 `messages.txt`.
 """
 
-import contextlib
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,16 +30,34 @@ TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_FILES = (SENTENCEPIECE_MODEL, TOKENIZER_JSON)
 
 
+def is_run(folder: Path) -> bool:
+    """Returns whether the `config.json` in a folder is the config of a run, also an older one."""
+    try:
+        config = strict_json.read(folder / CONFIG)
+    except UserError:
+        return False
+    groups = [config.get(name) for name in ("model", "train")] if isinstance(config, dict) else []
+    return bool(groups) and all(isinstance(group, dict) for group in groups)
+
+
+def is_special(path: Path) -> bool:
+    """Returns whether `path` is a device, a pipe or an open file, which no rename may replace."""
+    is_open_file = str(path.absolute()).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    return is_open_file or (path.exists() and not path.is_file())
+
+
 class WholeFile:
     """A file that is absent or unchanged until `complete` puts all written content in place.
 
     This also holds after a crash. If the `with` block ends without a call of `complete`, the new
-    content is deleted.
+    content is deleted. If the path is a link, the link stays, and its target gets the content. A
+    device or a pipe has no earlier content to keep, so the content is written into it.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        handle, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        self._path = path if is_special(path) else Path(os.path.realpath(path))
+        folder = None if is_special(path) else self._path.parent
+        handle, self._temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
         self._file = os.fdopen(handle, "wb")
 
     def __enter__(self) -> Self:
@@ -58,8 +75,18 @@ class WholeFile:
     def complete(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
+        if is_special(self._path):
+            # `ab` keeps what is already in a file that the shell opened as standard output.
+            with open(self._temporary, "rb") as content, self._path.open("ab") as target:
+                shutil.copyfileobj(content, target)
+            return
         Path(self._temporary).chmod(0o644)
-        os.replace(self._temporary, self._path)
+        try:
+            os.replace(self._temporary, self._path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            shutil.copyfile(self._temporary, self._path)  # A mounted file keeps its place.
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -67,32 +94,6 @@ def write_whole(path: Path, content: bytes | str) -> None:
     with WholeFile(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.complete()
-
-
-@contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, and renames it to `path` after the block.
-
-    If the block raises an error, the temporary folder is deleted. All users can read the files,
-    also those of libraries (safetensors) that deny other users access.
-
-    Raises:
-      UserError: if `path` exists and is not an empty folder.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists; give a new folder, or delete this one first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:

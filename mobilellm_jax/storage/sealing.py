@@ -22,9 +22,12 @@ from etils import epath
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import file_kind, strict_json
+from mobilellm_jax.storage.unknown_owners import accept_unknown_owners
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 1 << 20  # Number of bytes that sha256_of reads at once.
+
+accept_unknown_owners()  # Whoever reads or writes a checkpoint imports this module.
 
 
 class DamagedError(UserError):

@@ -16,7 +16,12 @@ _log = logging.getLogger(__name__)
 
 
 def plan(runs: Sequence[Run], sweep: Path) -> None:
-    """Shows the models of the sweep and the number of runs in each state."""
+    """Shows the models of the sweep and the number of runs in each state.
+
+    Raises:
+      UserError: if `sweep` cannot be the folder of a sweep.
+    """
+    files.check_sweep(sweep)
     for line in estimate.plan_lines(runs):
         _log.info(line)
     states = [files.state_of(sweep, run) for run in runs]

@@ -24,6 +24,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.preflight import check_same_run
 from mobilellm_jax.run_record import MAY_CHANGE, RunRecord, State, read_record
 from mobilellm_jax.storage import rundir, strict_json
+from mobilellm_jax.storage.outputs import BELONGS_TOGETHER, own_folder
 from mobilellm_jax.sweep.runs import TUNED, Run
 
 SWEEP, TRIALS = "sweep.json", "trials.json"
@@ -37,6 +38,15 @@ _OWN = MAY_CHANGE | {"train.seed", "data.seed"}
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+
+
+def check_sweep(sweep: Path) -> None:
+    """Raises a `UserError` if the folder cannot be written or holds something else than a sweep."""
+
+    def is_sweep(folder: Path) -> bool:
+        return (folder / SWEEP).is_file()
+
+    own_folder("--workdir", sweep, "a sweep", is_sweep, BELONGS_TOGETHER)
 
 
 def run_folder(sweep: Path, name: str) -> Path:

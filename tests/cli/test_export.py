@@ -90,8 +90,8 @@ def test_bad_input_has_a_message_and_makes_nothing(
     full = f"--output={tmp_path}"
     for args, message in (
         (["import", f"--source={tmp_path / 'no'}", f"--output={new}"], "no Hugging Face directory"),
-        (["import", f"--source={source}", full], "exists; give a new folder"),
-        (["export", f"--checkpoint={source}", full], "exists; give a new folder"),
+        (["import", f"--source={source}", full], "holds source; name a new folder"),
+        (["export", f"--checkpoint={source}", full], "holds source; name a new folder"),
         (["export", f"--checkpoint={source}", "--format=pdf", f"--output={new}"], "hf|mobilellm"),
         (["export", f"--checkpoint={source}"], "--output is missing: folder to make"),
     ):

@@ -4,9 +4,9 @@ The processes of `workers.py`, or Beam, encode each piece of a source into a par
 `assembly.py` joins the parts into shards. The position of a document in the shards does not depend
 on the workers, so equal sources and settings give equal bytes for any number of workers.
 
-`prepare` works in the folder `.NAME.preparing` beside the output, and moves the complete output out
-of this folder at the end. If `prepare` is killed, the folder stays, and the next run uses the parts
-in it.
+`prepare` works in the folder `.NAME.preparing`. This folder is in the output if the output exists,
+and beside it otherwise. At the end, `prepare` moves the complete output out of this folder. If
+`prepare` is killed, the folder stays, and the next run uses the parts in it.
 """
 
 import collections
@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +40,7 @@ from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.startup.cpu import available_cores
 from mobilellm_jax.storage import rundir
+from mobilellm_jax.storage.outputs import give_name, is_empty, real_folder
 
 SHARD_TOKENS = 64_000_000
 # With more bad lines than this, a source probably does not have the format that the user named.
@@ -90,7 +90,8 @@ def prepare(
         sources, weights, tokenizer, vocab_size, validation_fraction, on_bad_line, workers, runner
     )
     given = load_tokenizer(tokenizer) if tokenizer else None
-    work = output.absolute().with_name(f".{output.name}.preparing")
+    final = real_folder("--output", output)
+    work = (final if final.exists() else final.parent) / f".{final.name}.preparing"
     opened = [open_source(spec, work / "sources" / str(i)) for i, spec in enumerate(sources)]
     settings = {
         "sources": [source.identity() for source in opened],
@@ -111,7 +112,7 @@ def prepare(
         else:
             parts = _encode(job, tasks, workers)
         manifest = preparation.finish(job, parts)
-        os.replace(work / "output", output)
+        give_name(work / "output", final)
         shutil.rmtree(work)
     _log_summary(output, manifest)
     _check_share(opened, manifest)
@@ -369,7 +370,7 @@ def _complete_output(
     output: Path, settings: Mapping[str, Any], sources: Sequence[Source]
 ) -> Manifest | None:
     """Returns the manifest of a complete `output`, or None if `output` is missing or empty."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if is_empty(output):
         return None
     if not (output / shards.MANIFEST).is_file():
         raise UserError(

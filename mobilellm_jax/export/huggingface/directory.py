@@ -39,6 +39,7 @@ from mobilellm_jax.export.huggingface.tokenizer_files import write_tokenizer_fil
 from mobilellm_jax.export.huggingface.torch_files import StoredTensor
 from mobilellm_jax.export.huggingface.weight_files import open_tensors, spare_pickle, write_tensors
 from mobilellm_jax.export.source import Source, narrowed
+from mobilellm_jax.model.finite import non_finite, refuse_non_finite
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.storage import file_kind, strict_json
 from mobilellm_jax.storage.rundir import TOKENIZER_FILES, write_whole
@@ -77,20 +78,25 @@ def read_huggingface(directory: Path) -> Imported:
 
     Raises:
       MissingFileError: if config.json, the weights or the tokenizer is missing.
-      UserError: if `ModelConfig` cannot express the model, or tensors or tokenizer do not fit it.
+      UserError: if `ModelConfig` cannot express the model, tensors or tokenizer do not fit it, or
+        a weight is not finite.
     """
     config = read_model_config(directory)
     stored = open_tensors(directory)
     _check_tensors(config, stored, directory)
     flat: dict[str, np.ndarray] = {}
+    bad: list[str] = []
     for name, row, layer in named_rows(config, config.num_blocks):
-        array = row.to_ours(stored[name].read().astype(np.float32), config)
+        values = stored[name].read().astype(np.float32)
+        bad += non_finite(name, values)
+        array = row.to_ours(values, config)
         if layer is None:
             flat[row.ours] = array
             continue
         if layer == 0:
             flat[row.ours] = np.empty((config.num_blocks, *array.shape), np.float32)
         flat[row.ours][layer] = array
+    refuse_non_finite(directory, bad)
     dtypes = {tensor.dtype for tensor in stored.values()}
     return Imported(
         config=config,

@@ -439,7 +439,7 @@ def test_nothing_is_left_of_an_export_that_fails(tiny_config, tiny_params, token
 
 def test_an_existing_folder_is_not_replaced(folder, tiny_config, tiny_params, tokenizer, tmp_path):
     config = tiny_config()
-    with pytest.raises(ValueError, match="exists; give a new folder"):
+    with pytest.raises(ValueError, match="name a new folder"):
         write_huggingface(config, tiny_params(config), tokenizer, folder)
     (tmp_path / "empty").mkdir()
     write_huggingface(config, tiny_params(config), tokenizer, tmp_path / "empty")
