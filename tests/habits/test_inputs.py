@@ -181,7 +181,7 @@ def tar(content: bytes) -> bytes:
             "git-annex pointer, .* `git annex get`",
         ),
         (tar(b"text"), "x is a tar archive; unpack it with `tar -xf`"),
-        (gzip.compress(tar(b"text")), "decompressed x is a tar archive"),
+        (gzip.compress(tar(b"text"), mtime=0), "decompressed x is a tar archive"),
         (b"PK\x03\x04\xff\xff", "it looks like a zip archive: unpack it"),
         ("text".encode("utf-16"), "it looks like UTF-16 text: convert it with `iconv -f UTF-16"),
         (b"%PDF-1.7\n\xe2\xe3\xcf\xd3", "it looks like a PDF"),
