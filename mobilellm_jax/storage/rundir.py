@@ -33,11 +33,12 @@ TOKENIZER_FILES = (SENTENCEPIECE_MODEL, TOKENIZER_JSON)
 def is_run(folder: Path) -> bool:
     """Returns whether the `config.json` in a folder is the config of a run, also an older one."""
     try:
-        config = strict_json.read(folder / CONFIG)
+        groups = strict_json.read(folder / CONFIG)
     except UserError:
         return False
-    groups = [config.get(name) for name in ("model", "train")] if isinstance(config, dict) else []
-    return bool(groups) and all(isinstance(group, dict) for group in groups)
+    return isinstance(groups, dict) and all(
+        isinstance(groups.get(name), dict) for name in ("model", "train")
+    )
 
 
 def is_special(path: Path) -> bool:

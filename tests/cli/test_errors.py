@@ -35,7 +35,6 @@ def test_other_errors_are_bugs(error: Exception) -> None:
         (errno.ENOTDIR, True),
         (errno.EACCES, True),
         (errno.EROFS, True),
-        (errno.ENOSPC, False),
         (errno.EIO, False),
     ],
     ids=errno.errorcode.get,
@@ -43,6 +42,11 @@ def test_other_errors_are_bugs(error: Exception) -> None:
 def test_a_refused_path_is_bad_input(number: int, expected: bool) -> None:
     assert is_bad_input(OSError(number, "reason", "path")) is expected
     assert not is_bad_input(OSError(number, "reason"))
+
+
+def test_a_full_disk_is_no_bug_of_the_program() -> None:
+    assert is_bad_input(OSError(errno.ENOSPC, "reason", "path"))
+    assert is_bad_input(OSError(errno.ENOSPC, "reason"))
 
 
 def test_a_refused_path_is_named_with_the_reason() -> None:

@@ -469,8 +469,11 @@ def test_a_copy_of_a_step_of_an_older_release_opens(trained: Path, tmp_path: Pat
 
 
 @pytest.fixture(scope="module", params=["hf", "run"])
-def damaged(request: pytest.FixtureRequest, model: Path, place: Path) -> Path:
+def damaged(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A model with one NaN and one infinite value in one array."""
+    place = tmp_path_factory.mktemp("weights")
     if request.param == "hf":
         folder = Path(shutil.copytree(model, place / "damaged"))
         weights = dict(load_file(folder / "model.safetensors"))

@@ -153,8 +153,12 @@ def test_somebody_pipes_the_output_into_head_or_closes_the_terminal(
 def test_somebody_closes_the_terminal_and_the_shell_sends_sighup(
     config: Config, run: Path, at_step: AtStep
 ) -> None:
-    at_step(3, lambda: os.kill(os.getpid(), signal.SIGHUP))
-    assert train(config, run) == 75
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The suite may run under nohup.
+    try:
+        at_step(3, lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert train(config, run) == 75
+    finally:
+        signal.signal(signal.SIGHUP, old)
     assert checkpoint.latest_step(run) in (3, 4)
 
 
@@ -325,7 +329,7 @@ def test_somebody_trains_in_a_thread_of_a_notebook(config: Config, run: Path) ->
 def test_a_farewell_never_returns() -> None:
     script = (
         "import os, signal, threading; from mobilellm_jax.processes import early_stop as e;"
-        "e._FAREWELLS_SEC = 0.1;"
+        "e._FAREWELLS_SEC = 0.1; signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # not under nohup
         "s = e.EarlyStop(); s.__enter__();"
         "c = e.FAREWELLS.during(threading.Event().wait); c.__enter__();"
         "os.kill(os.getpid(), signal.SIGHUP); threading.Event().wait()"
