@@ -192,8 +192,3 @@ def end(workdir: Path, finished: bool, failed: Mapping[str, str]) -> None:
     else:
         lines.append("  next:   the same command again goes on")
     _log.info("\n".join(lines))
-
-
-def counted(number: int, thing: str) -> str:
-    """Returns the number and the thing in the singular or in the plural, such as "1 run"."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"

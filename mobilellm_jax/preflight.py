@@ -116,20 +116,6 @@ def settle_run(
     return ready
 
 
-def local_workdir(workdir: str) -> Path:
-    """Returns the path of a run folder; raises a `ConfigError` for a URL.
-
-    A run appends to files and locks its folder, and object stores can do neither.
-    """
-    if "://" in workdir:
-        raise ConfigError(
-            f"workdir={workdir!r} is a URL, and a run appends to files and locks its folder, which "
-            "object stores cannot do; mount the bucket (gcsfuse, mount-s3, JuiceFS) and give the "
-            "path, or use another file system that all processes share."
-        )
-    return user_path("--workdir", workdir)
-
-
 def take_workdir(workdir: Path) -> None:
     """Makes the run folder if it is missing; raises a `UserError` if it holds something else."""
     names = (*BELONGS_TOGETHER, rundir.METRICS, rundir.SAMPLES, rundir.LOSS_PLOT, "sweep.json")

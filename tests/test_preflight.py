@@ -98,13 +98,14 @@ def flip_byte(file: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/run", "s3://b/run", "file:///tmp/run", "memory://x"])
-def test_a_url_is_no_run_folder(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_url_is_no_run_folder(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as error:
-        preflight.local_workdir(url)
-    for part in (f"workdir={url!r} is a URL", "mount the bucket"):
-        assert part in str(error.value)
-    assert preflight.local_workdir("runs/a") == Path("runs/a")
+    assert main(["train", "--config=quickstart", f"--workdir={url}"]) == 2
+    message = capsys.readouterr().err
+    for part in (f"--workdir={url!r} is a URL", "where the bucket is mounted"):
+        assert part in message
     assert not list(tmp_path.iterdir())
 
 

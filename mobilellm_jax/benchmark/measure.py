@@ -16,7 +16,6 @@ cores.
 
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.open_model import OpenedModel, open_model
 from mobilellm_jax.quantize.parameters import stored_bytes
 from mobilellm_jax.quantize.schemes import find_scheme
+from mobilellm_jax.startup.host_memory import peak_bytes
 from mobilellm_jax.storage import sealing, strict_json
 
 _STATUS = Path("/proc/self/status")
@@ -218,10 +218,7 @@ def _reset_peak() -> int:
 
 
 def _peak() -> int:
-    if _STATUS.is_file():
-        return _status("VmHWM")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return _status("VmHWM") if _STATUS.is_file() else peak_bytes()
 
 
 def _status(field: str) -> int:

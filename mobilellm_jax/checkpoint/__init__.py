@@ -14,43 +14,23 @@ step is good if its files match the manifest. `latest_step` and `restore_step` c
 before they are used.
 """
 
-from mobilellm_jax.checkpoint.folders import latest_in, latest_step, steps, whole_steps
-from mobilellm_jax.checkpoint.reading import (
-    FORMAT_VERSION,
-    MODEL_PARTS,
-    CheckpointError,
-    DataState,
-    can_resume,
-    is_step_folder,
-    read_config,
-    read_data_state,
-    restore_model,
-    restore_state,
-    restore_step,
-    step_folder,
-)
-from mobilellm_jax.checkpoint.saving import CheckpointWriter, SaveError, save_model
-from mobilellm_jax.storage.sealing import DamagedError
-
-__all__ = [
-    "FORMAT_VERSION",
-    "MODEL_PARTS",
-    "CheckpointError",
-    "CheckpointWriter",
-    "DamagedError",
-    "DataState",
-    "SaveError",
-    "can_resume",
-    "is_step_folder",
-    "latest_in",
-    "latest_step",
-    "read_config",
-    "read_data_state",
-    "restore_model",
-    "restore_state",
-    "restore_step",
-    "save_model",
-    "step_folder",
-    "steps",
-    "whole_steps",
-]
+from mobilellm_jax.checkpoint.folders import latest_in as latest_in
+from mobilellm_jax.checkpoint.folders import latest_step as latest_step
+from mobilellm_jax.checkpoint.folders import steps as steps
+from mobilellm_jax.checkpoint.folders import whole_steps as whole_steps
+from mobilellm_jax.checkpoint.reading import FORMAT_VERSION as FORMAT_VERSION
+from mobilellm_jax.checkpoint.reading import MODEL_PARTS as MODEL_PARTS
+from mobilellm_jax.checkpoint.reading import CheckpointError as CheckpointError
+from mobilellm_jax.checkpoint.reading import DataState as DataState
+from mobilellm_jax.checkpoint.reading import can_resume as can_resume
+from mobilellm_jax.checkpoint.reading import is_step_folder as is_step_folder
+from mobilellm_jax.checkpoint.reading import read_config as read_config
+from mobilellm_jax.checkpoint.reading import read_data_state as read_data_state
+from mobilellm_jax.checkpoint.reading import restore_model as restore_model
+from mobilellm_jax.checkpoint.reading import restore_state as restore_state
+from mobilellm_jax.checkpoint.reading import restore_step as restore_step
+from mobilellm_jax.checkpoint.reading import step_folder as step_folder
+from mobilellm_jax.checkpoint.saving import CheckpointWriter as CheckpointWriter
+from mobilellm_jax.checkpoint.saving import SaveError as SaveError
+from mobilellm_jax.checkpoint.saving import save_model as save_model
+from mobilellm_jax.storage.sealing import DamagedError as DamagedError

@@ -31,6 +31,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from mobilellm_jax.cli.config_flags import CONFIG_HELP, load_recipe, parse_value
@@ -52,7 +53,7 @@ class Flags:
     """The flags of the command."""
 
     config: str | None = flag(None, f"{CONFIG_HELP} (default: configs/sweep_SCALE.py)")
-    workdir: str = flag(None, "folder of the sweep, made if missing", required=True)
+    workdir: Path = flag(None, "folder of the sweep, made if missing", required=True)
     grid: list[str] = flag(
         [],
         "grids of the paper: depth_width, roadmap, embedding, heads, sharing, repeats, or all",
@@ -110,11 +111,9 @@ def main(flags: Flags, overrides: list[str]) -> int:
     recipe = load_recipe(file, overrides)
     base = recipe.config
     # The import of jax is slow, so errors in the config are reported before it.
-    from mobilellm_jax import preflight
     from mobilellm_jax.sweep import plan, run_here, submit
     from mobilellm_jax.sweep.runs import grid_variants, vary, with_seeds
 
-    sweep = preflight.local_workdir(flags.workdir)
     if base.train.init_from:
         raise ConfigError(
             f"train.init_from={base.train.init_from!r} has the shape of one model, and the models "
@@ -124,6 +123,7 @@ def main(flags: Flags, overrides: list[str]) -> int:
     if fields or flags.fixed_parameters:
         variants = vary(variants, fields, flags.fixed_parameters)
     runs = with_seeds(variants, flags.seeds, rates)
+    sweep = flags.workdir
     plan(runs, sweep)
     if flags.topology:
         from mobilellm_jax.sweep.chip_hours import price

@@ -27,6 +27,7 @@ seconds, the other processes report the number of this process and end with exit
 
 import dataclasses
 import logging
+from pathlib import Path
 
 from mobilellm_jax.cli.config_flags import CONFIG_HELP, load_recipe
 from mobilellm_jax.cli.flags import flag
@@ -43,7 +44,7 @@ class Flags:
     """The flags of the command."""
 
     config: str = flag(None, CONFIG_HELP, required=True)
-    workdir: str = flag(None, "run folder, made if missing", required=True, unless="show_config")
+    workdir: Path = flag(None, "run folder, made if missing", required=True, unless="show_config")
     show_config: bool = flag(
         False, "print every field of the config: its value, its meaning, and what set it; then stop"
     )
@@ -82,14 +83,12 @@ def main(flags: Flags, overrides: list[str]) -> int:
 
 def _train(config: Config, flags: Flags) -> bool:
     # The import of jax is slow, so errors in the config are reported before it.
-    from mobilellm_jax import preflight
     from mobilellm_jax.pretrain import pretrain
     from mobilellm_jax.processes import distributed
     from mobilellm_jax.startup.before_jax import before_jax
     from mobilellm_jax.train.profiler import ProfiledSteps
     from mobilellm_jax.train.stopping import Walltime, parse_duration
 
-    workdir = preflight.local_workdir(flags.workdir)
     walltime = None
     if flags.max_walltime is not None:
         walltime = Walltime(parse_duration("--max_walltime", flags.max_walltime))
@@ -101,5 +100,5 @@ def _train(config: Config, flags: Flags) -> bool:
     )
     _log.info(f"start   {found}\n{settings}")
     return pretrain(
-        config, workdir, profile, walltime, change_learning_rate=flags.change_learning_rate
+        config, flags.workdir, profile, walltime, change_learning_rate=flags.change_learning_rate
     )

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.config import COMPUTATION, ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.model.on_device import compute_dtype
 from mobilellm_jax.model.transformer import Params
@@ -24,9 +24,6 @@ from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.rundir import write_whole
 
 _FORMAT = 1
-# Config fields that may differ between runs of the same model. `identity` adds the actual compute
-# dtype.
-_NOT_THE_MODEL = ("attention", "init_std", "remat", "scan_unroll", "compute_dtype")
 
 
 def identity(
@@ -41,7 +38,7 @@ def identity(
     return {
         **({"quantized": quantized} if quantized else {}),
         "format": _FORMAT,
-        "model": {name: fields[name] for name in fields if name not in _NOT_THE_MODEL},
+        "model": {name: fields[name] for name in fields if name not in COMPUTATION},
         "weights": _fingerprint(params),
         "tokenizer": tokenizer.sha256,
         "compute_dtype": str(compute_dtype(config)),

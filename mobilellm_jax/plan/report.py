@@ -12,6 +12,7 @@ from mobilellm_jax.plan.hlo import COLLECTIVES, Program
 from mobilellm_jax.plan.memory import Shortage
 from mobilellm_jax.plan.prediction import Prediction
 from mobilellm_jax.plan.topology import Chip
+from mobilellm_jax.startup.messages import counted
 from mobilellm_jax.train.state import mesh_of
 
 _GIB = 2**30
@@ -30,9 +31,9 @@ def account_lines(config: Config, devices: Sequence[jax.Device]) -> list[str]:
         f"compute {model.compute_dtype}, attention {model.attention}, remat {model.remat}",
         "FLOPs": f"{account.flops_per_token:,} per token in sequences of {config.data.seq_len} "
         f"({FLOP_CONVENTION})",
-        "mesh": f"{axes}: {_counted(account.num_devices, 'device')}",
+        "mesh": f"{axes}: {counted(account.num_devices, 'device')}",
         "batch": f"{train.global_batch} x {config.data.seq_len} = {account.tokens_per_step:,} "
-        f"tokens a step; {_counted(account.rows, 'sequence')} on a device at once"
+        f"tokens a step; {counted(account.rows, 'sequence')} on a device at once"
         + (f", {train.accumulation_steps} times" if train.accumulation_steps > 1 else ""),
         "per device": f"weights {_gib(account.weight_bytes)}, optimizer "
         f"{_gib(account.optimizer_bytes)}, gradients {_gib(account.gradient_bytes)}, activations "
@@ -69,8 +70,8 @@ def step_lines(config: Config, step: CompiledStep, prediction: Prediction, chip:
     )
     lines = [*_lines({"fits": memory}), *_collective_lines(step.program)]
     if loops := step.program.unknown_loops:
-        counted = f"{_counted(loops, 'loop')} of unknown length counted as one iteration"
-        lines += _lines({"note": counted})
+        note = f"{counted(loops, 'loop')} of unknown length counted as one iteration"
+        lines += _lines({"note": note})
     cycles = step.program.estimated_cycles
     return lines + _prediction_lines(config.tokens_per_step, prediction, chip.name, cycles)
 
@@ -118,10 +119,6 @@ def _prediction_lines(
 
 def _lines(rows: Mapping[str, str]) -> list[str]:
     return [f"{name:{_WIDTH}}{text}" for name, text in rows.items()]
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _gib(size: float) -> str:

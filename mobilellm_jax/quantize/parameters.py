@@ -6,15 +6,12 @@ quantized separately.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mobilellm_jax.config import Config, ModelConfig
-from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.products import Kernel
 from mobilellm_jax.model.softmax import ATTENTION_PRODUCTS
 from mobilellm_jax.model.transformer import Params
@@ -38,9 +35,8 @@ def quantized(params: Params, scheme: Scheme) -> Params:
 
 
 def quantize_model(config: ModelConfig, params: Params, scheme: Scheme) -> Params:
-    """Checks scheme and parameters, and returns the `quantized` parameters."""
+    """Checks the scheme, and returns the `quantized` parameters."""
     check_scheme(scheme, config)
-    check_finite(params)
     integers: Params = jax.jit(functools.partial(quantized, scheme=scheme))(params)
     return integers
 
@@ -110,29 +106,3 @@ def bits_per_weight(params: Params) -> float:
         for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedKernel))
     )
     return 8 * stored_bytes(params) / numbers
-
-
-def as_arrays(kernel: QuantizedKernel, num_inputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a matrix for files: int8 values [inputs, outputs], float32 scales [groups, outputs].
-
-    Row i of the values uses row i // group_size of the scales. The result is int8 for 4-bit values
-    too. The embedding table has its input axis last, so the caller passes the transposed table.
-    """
-    values = np.asarray(kernel.values.astype(jnp.int8))
-    inputs = math.prod(values.shape[:num_inputs])
-    scale = np.asarray(kernel.scale)
-    return values.reshape(inputs, -1), scale.reshape(scale.shape[0], -1)
-
-
-def check_finite(params: Params) -> None:
-    """Raises a `UserError` with the names of parameters that are not finite."""
-    wrong = [
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not bool(jnp.all(jnp.isfinite(leaf)))
-    ]
-    if wrong:
-        raise UserError(
-            f"{', '.join(wrong)} must be finite to be quantized; choose an earlier checkpoint, "
-            "from before the training diverged."
-        )

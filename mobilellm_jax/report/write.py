@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mobilellm_jax
-from mobilellm_jax.announce import counted
 from mobilellm_jax.errors import require
 from mobilellm_jax.report.compare import Model, grid_tables, group_seeds
 from mobilellm_jax.report.page import page
@@ -20,6 +19,7 @@ from mobilellm_jax.report.sections import (
     to_markdown,
     verdict_line,
 )
+from mobilellm_jax.startup.messages import counted
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.storage.outputs import MODEL_FILES, own_folder
 

@@ -10,6 +10,7 @@ took longer than the arithmetic. With 125M parameters they took a sixth of the t
 import contextlib
 import ctypes
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,12 @@ def usable_bytes() -> int:
     """Returns the memory of this machine, or less if its container or its Slurm job has a limit."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *_limits()])
+
+
+def peak_bytes() -> int:
+    """Returns the largest resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, not KiB.
 
 
 def _limits(groups: Path = Path("/proc/self/cgroup"), root: Path = _CGROUPS) -> Iterator[int]:

@@ -74,6 +74,11 @@ def keep_messages(file: Callable[[], Path]) -> Iterator[None]:
             handler.instead = None
 
 
+def counted(number: int, thing: str) -> str:
+    """Returns the number and the thing in the singular or in the plural, such as "1 run"."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
 def open_closed_streams() -> None:
     """Opens /dev/null for each standard stream that this process began without (`2>&-`).
 

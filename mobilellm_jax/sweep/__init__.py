@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mobilellm_jax import preflight
-from mobilellm_jax.announce import counted
 from mobilellm_jax.config import ConfigError
+from mobilellm_jax.startup.messages import counted
 from mobilellm_jax.sweep import estimate, local, slurm
 from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.runs import Run

@@ -11,7 +11,6 @@ The operating system closes the pipe when the parent ends, even if the parent wa
 
 import json
 import os
-import resource
 import signal
 import statistics
 import sys
@@ -30,7 +29,7 @@ from mobilellm_jax.processes import distributed
 from mobilellm_jax.processes.early_stop import EarlyStop
 from mobilellm_jax.quantize.parameters import training_transform
 from mobilellm_jax.startup.before_jax import before_jax
-from mobilellm_jax.startup.host_memory import keep_freed_memory
+from mobilellm_jax.startup.host_memory import keep_freed_memory, peak_bytes
 from mobilellm_jax.startup.messages import show_messages
 from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.train.optimizer import make_optimizer
@@ -115,9 +114,7 @@ def _trial(sweep: Path, name: str) -> int:
 
 
 def _peaks() -> dict[str, int]:
-    # `ru_maxrss` is in KiB on Linux and in bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peaks = {"peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peaks = {"peak_host_bytes": peak_bytes()}
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         peaks["peak_device_bytes"] = int(stats["peak_bytes_in_use"])

@@ -8,9 +8,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mobilellm_jax.announce import counted
 from mobilellm_jax.config import Config
 from mobilellm_jax.model.size import flops_per_token, parameter_count
+from mobilellm_jax.startup.messages import counted
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.runs import Run

@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mobilellm_jax.announce import counted
 from mobilellm_jax.errors import SAVED_REQUEUE_ME, UserError
 from mobilellm_jax.processes.run_lock import RunLock
 from mobilellm_jax.run_record import State
+from mobilellm_jax.startup.messages import counted
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 from mobilellm_jax.sweep import folder as files

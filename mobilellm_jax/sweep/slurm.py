@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mobilellm_jax.announce import counted
 from mobilellm_jax.config import ConfigError
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
+from mobilellm_jax.startup.messages import counted
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.sweep.folder import SLURM
 from mobilellm_jax.sweep.runs import Run

@@ -84,10 +84,7 @@ def _check_record(record: Any) -> None:
 
 def _line(record: Mapping[str, Any]) -> str:
     """Returns a record as a line of JSON, with null for NaN and infinities."""
-    plain = {
-        n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in record.items()
-    }
-    return json.dumps(plain, allow_nan=False) + "\n"
+    return json.dumps(strict_json.with_null(record), allow_nan=False) + "\n"
 
 
 class MetricsWriter:
