@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from mobilellm_jax.train.step import TrainStep, make_train_step
 from mobilellm_jax.train.stopping import Walltime
 
 _SAMPLE_TOKENS = 64
+_DRAW_EVERY_SEC = 60.0
 
 
 class TrainingDivergedError(RuntimeError):
@@ -134,6 +136,7 @@ class _Run:
         self._ready, self._config = ready, ready.config
         self._folder, self._profile, self._walltime = folder, profile, walltime
         self._side = SideRecords()
+        self._drawn_at = time.monotonic()
         self._optimizer = make_optimizer(self._config.optimizer, self._config.train.steps)
         self.abstract = abstract_state(self._config, self._optimizer, ready.mesh, ready.rules)
         self._derive = derivation(self._config)
@@ -172,6 +175,7 @@ class _Run:
                 announce.end(self._folder(), finished, self._side.failed)
 
     def _plot(self) -> None:
+        self._drawn_at = time.monotonic()
         if distributed.is_first():
             with self._side.attempt(f"drawing {rundir.LOSS_PLOT}"):
                 folder = self._folder()
@@ -261,7 +265,8 @@ class _Run:
 
     def _validate(self, state: TrainState) -> Mapping[str, float]:
         values = self._validator(self._derive(state.params))
-        if 0 < int(state.step) < self._config.train.steps:  # `tell_the_end` draws the last one.
+        # Drawing takes up to a second, and `tell_the_end` draws the last picture.
+        if time.monotonic() - self._drawn_at > _DRAW_EVERY_SEC:
             self._plot()
         return values
 
