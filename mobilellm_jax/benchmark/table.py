@@ -2,9 +2,8 @@
 
 Energy is an estimate from the paper (Sec. 1): a token needs 0.1 J per billion parameters. The
 parameters of a block count once for each application of the block. Battery hours assume the paper's
-phone: its battery holds about 50 kJ, and it decodes 10 tokens/s. The estimate has only the energy
-of the model. For a tiny model, the rest of the phone empties the battery first, so the table says
-no more than "> 168" (a week).
+phone: its battery holds about 50 kJ, and it decodes 10 tokens/s. The estimate ignores the rest of
+the phone, so the table shows more than one week as "> 168" hours.
 """
 
 import csv
@@ -30,7 +29,7 @@ _JOULES_PER_TOKEN_AND_BILLION = 0.1
 _BATTERY_JOULES = 50e3
 _TOKENS_PER_SEC = 10.0
 _MAX_BATTERY_HOURS = 168.0
-_LEAST_LOSS = 0.05  # Smallest range of the loss axis, in nats: exports differ by less from noise.
+_LEAST_LOSS = 0.05  # Smallest range of the loss axis, in nats. Smaller differences are noise.
 RESULTS = ("benchmark.json", "benchmark.csv", "benchmark.md", "benchmark.png")
 
 
@@ -107,7 +106,7 @@ def joules_per_token(config: ModelConfig) -> float:
 
 
 def markdown(rows: Sequence[Row], text: str) -> str:
-    """Returns the table as Markdown, and a line that names the text of the measurements."""
+    """Returns the table as Markdown, with a last line that names the text that models read."""
     columns = dataclasses.fields(Row)
     titles = [column.metadata["title"] for column in columns]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(columns)]

@@ -11,7 +11,7 @@
 So a step folder needs no other file of the run, and a copy of it can have any name. Evaluation and
 export read only `params/` and `tokenizer/`. A step is complete if it has a manifest. A complete
 step is good if its files match the manifest. `latest_step` and `restore_step` compare the files
-before they are used.
+with the manifest before they use a step.
 """
 
 from mobilellm_jax.checkpoint.folders import latest_in as latest_in

@@ -63,7 +63,8 @@ def latest_in(folder: epath.Path, parts: Sequence[str] = ()) -> int | None:
             sealing.verify(folder / str(step), parts)
         except DamagedError as error:
             skipped.append(str(error))
-            # A local step gets its name after its manifest, so a missing manifest is damage.
+            # On a disk, a save writes the manifest before it names the folder after the step. So a
+            # local step folder without a manifest is damaged.
             lost |= sealing.is_local(folder) or not isinstance(error, UnsealedError)
             _log.warning(f"Skipped: {error}")
         else:

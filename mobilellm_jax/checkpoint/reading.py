@@ -48,7 +48,7 @@ class DataState:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """Describes a step. The manifest of the step folder stores this beside its list of files."""
+    """Describes a step. The manifest of the step folder holds this and a list of the files."""
 
     config: Mapping[str, Any]
     arrays: Mapping[str, str]  # Maps the name of an array to its type and shape.
@@ -159,7 +159,7 @@ def composite(parts: Iterable[str]) -> ocp.CompositeCheckpointHandler:
 
 
 def is_step_folder(folder: Path) -> bool:
-    """Returns whether a folder is a checkpoint, also under another name; it may be damaged."""
+    """Returns whether a folder is a step of a run or a copy of one; the step may be damaged."""
     is_copy = (folder / PARAMS).is_dir() and (folder / TOKENIZER).is_dir()
     return is_copy or _is_in_run(folder.resolve())
 

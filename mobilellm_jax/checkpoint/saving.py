@@ -189,7 +189,7 @@ class CheckpointWriter:
 
     def _fail(self, step: int, work: epath.Path, error: BaseException) -> None:
         """Logs a failed save and plans the next attempt; `_settle` counts the failure later."""
-        # The log omits the pages of settings at the end of a message of TensorStore.
+        # The log omits the settings that TensorStore appends to a message; they are very long.
         why = f"{type(error).__name__}: {str(error).split(' [tensorstore_spec')[0]}"
         if self._failures < len(RETRY_SEC):
             wait = RETRY_SEC[self._failures]
@@ -228,7 +228,7 @@ class CheckpointWriter:
 def save_model(run: epath.PathLike, config: Config, params: Params, tokenizer: Tokenizer) -> None:
     """Writes a run folder with `params` as its step 0.
 
-    Other commands open the folder like that of any run. The folder has no optimizer state, so
+    Other commands can open this folder as a run folder. The folder has no optimizer state, so
     training cannot resume there, but a new run can start from it with `train.init_from`.
     """
     Path(run).mkdir(parents=True, exist_ok=True)
@@ -284,5 +284,5 @@ def _complete(
 
 
 def _is_gone(state: TrainState) -> bool:
-    """Returns whether the next training step has reused the memory of `state`."""
+    """Returns whether a later training step has already reused the memory of `state`."""
     return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))

@@ -15,8 +15,8 @@ Each model is measured in several processes, and the models take turns. The tabl
   - the loss on a text (--text=FILE, or a built-in text)
 
 Energy and battery hours are not measured. They are estimates from the paper's numbers: 0.1 J per
-token and billion parameters, a phone battery of 50 kJ, and 10 tokens/s. For a tiny model, the rest
-of the phone empties the battery first, so the table says no more than a week. The command writes
+token and billion parameters, a phone battery of 50 kJ, and 10 tokens/s. The estimate ignores the
+rest of the phone, so the table shows more than one week as "> 168" hours. The command writes
 benchmark.md, .csv, .json and .png to --output.
 """
 

@@ -48,7 +48,7 @@ def read_recipe(name: str) -> Recipe:
     """
     path = _find(name)
     content = path.read_bytes()  # A pipe can be read only once.
-    # The first character decides, and not the name, because a copy may have any name.
+    # The first character tells JSON from Python. The file name does not: a copy may have any name.
     if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
         return fixed(_recorded(path, content), name)
     return recipe_of(_run(path, content), name)
@@ -74,7 +74,7 @@ def _find(name: str) -> Path:
 
 
 def _packaged() -> Path:
-    """Returns the folder of our recipes: in the package (wheel) or beside it (checkout)."""
+    """Returns the folder of our recipes: in the package (wheel) or next to it (checkout)."""
     package = Path(mobilellm_jax.__file__).parent
     inside = package / _FOLDER
     return inside if inside.is_dir() else package.parent / _FOLDER
@@ -86,7 +86,7 @@ def _recipes(folder: Path) -> Iterator[Path]:
 
 def _near_file(path: Path) -> str:
     folders = (_packaged(), _FOLDER)
-    # The name of one of our recipes works everywhere; a file of the user needs its path.
+    # The message proposes only our recipes, because --config finds only these by their name.
     files = {file.stem: f"{_FOLDER}/{file.relative_to(f)}" for f in folders for file in _recipes(f)}
     hint = near_miss(path.stem, files)
     for stem, file in files.items():

@@ -55,7 +55,9 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_recipe(file: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Loads a config file and applies `overrides` ("a.b=value"); the last of a field counts.
+    """Loads a config file and applies `overrides` ("a.b=value").
+
+    If several overrides set the same field, the last one applies.
 
     Raises:
       MissingFileError: if there is no such file.

@@ -20,7 +20,7 @@ class UsageError(UserError):
 def is_bad_input(error: Exception) -> bool:
     """Returns whether the user can correct the error.
 
-    These errors are each `UserError`, a full disk, and a path that cannot be used.
+    The user can correct every `UserError`, a full disk, and a path that cannot be used.
     """
     if isinstance(error, UserError):
         return True

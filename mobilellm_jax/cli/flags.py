@@ -1,6 +1,6 @@
 """Defines the flags of a command by a dataclass that has one field for each flag.
 
-absl defines and parses the flags. The type of a field decides how the value is converted. Every
+absl defines and parses the flags. It converts each value to the type of the field. Every
 flag that names a file or a folder has the type `Path`, so `user_path` reads all of them in the same
 way. We do not use absl's `app.run`, because its exit code is 1 if a flag is wrong, and ours is 2.
 """
@@ -68,7 +68,7 @@ def define(kind: type) -> flags.FlagValues:
 
 
 def _types(kind: type) -> dict[str, Any]:
-    """Returns {flag: type}; the type of a flag that may be None is the other type."""
+    """Returns {flag: type}; the type of a flag that is declared as `X | None` is X."""
     hints = typing.get_type_hints(kind)
     for name, hint in hints.items():
         if typing.get_origin(hint) is types.UnionType:
@@ -152,7 +152,7 @@ def usage(kind: type) -> str:
 
 
 def _help(field: "dataclasses.Field[Any]", each: "flags.Flag[Any]") -> str:
-    # absl appends words to `each.help`, so we use the text of the field.
+    # The help text comes from the field, because absl appends words of its own to `each.help`.
     text: str = field.metadata["help"]
     if choices := getattr(each.parser, "enum_values", None):
         text = f"{text}: {', '.join(choices)}"

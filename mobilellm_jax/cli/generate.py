@@ -181,7 +181,7 @@ class _Speaker:
     compiled: set["Shape"] = dataclasses.field(default_factory=set)
 
     def prompt(self, text: str, number: int, place: str) -> _Prompt:
-        """Returns a prompt that fits; the error of another prompt begins with its `place`."""
+        """Returns a prompt that fits the model; an error message begins with `place`."""
         from mobilellm_jax.generation.generate import new_tokens_for
         from mobilellm_jax.generation.text_stream import encode_prompt
 

@@ -61,7 +61,7 @@ def run() -> int:
 
 
 def _forget_unwritten_messages() -> None:
-    """Keeps Python from ending with code 120 because standard error cannot take a message."""
+    """Prevents exit code 120, which Python returns if it cannot flush standard error at exit."""
     try:
         sys.stderr.flush()
     except (OSError, ValueError):
@@ -71,8 +71,8 @@ def _forget_unwritten_messages() -> None:
 def _reader_is_gone() -> bool:
     """Returns whether the program that reads our output, such as `| head`, has ended.
 
-    If this program has ended, the function redirects the output to /dev/null, so that the flush at
-    the exit of our process does not fail again.
+    If the reader has ended, the function redirects our output to /dev/null. Otherwise the flush at
+    the exit of our process would fail again.
     """
     outputs = select.poll()
     outputs.register(1, 0)

@@ -38,7 +38,7 @@ QuantizeScheme = Literal[
 
 _T = TypeVar("_T")
 
-# Numbers within limits: the type, what the number must be, and the test.
+# Number types with limits. Each has the words for the error message, and a test of the value.
 Count = Annotated[int, "at least 1", lambda v: v >= 1]
 Natural = Annotated[int, "at least 0", lambda v: v >= 0]
 AxisSize = Annotated[int, "at least 1, or -1 for what is left", lambda v: v >= 1 or v == -1]
@@ -105,9 +105,9 @@ class ModelConfig(_Group):
     norm_eps: Positive = 1e-5  # Number added to the mean square in RMSNorm.
     init_std: Positive = 0.02  # Standard deviation of initial matrices; narrow models need more.
     attention: Attention = "auto"  # A name in ATTENTION; auto = the first that fits the device.
-    # The values that a block keeps for the backward pass; it computes the other values again. With
-    # none, it keeps all values; with dots, the outputs of attention and of wide matmuls; with
-    # attention, outputs of attention; with full, its input; with offload, its input in host memory.
+    # Values that a block keeps for the backward pass, which computes all other values again:
+    # none = all values; dots = the outputs of attention and of wide matmuls; attention = the
+    # outputs of attention; full = the block's input; offload = the block's input in host memory.
     remat: Remat = "none"
     scan_unroll: Count = 1  # Blocks per iteration of the layer loop; num_blocks = no loop.
     compute_dtype: ComputeDtype = "auto"  # Data type of activations; parameters are float32.
@@ -176,7 +176,8 @@ class TrainConfig(_Group):
     checkpoint_every: Count = 1000  # Steps between checkpoints.
     keep_checkpoints: Count = 3  # Number of newest checkpoints to keep.
     keep_every: Natural = 0  # Keep checkpoints at multiples of this number of steps; 0 = off.
-    max_bad_steps: Count = 10  # Consecutive steps with nan or inf until the run goes back or ends.
+    # After this number of consecutive steps with nan or inf, the run loads a checkpoint or ends.
+    max_bad_steps: Count = 10
     # The optimizer skips a step if the loss or gradient norm is this number of standard deviations
     # above the mean of the last 128 steps; 6 is a common choice; 0 = never.
     spike_factor: NotNegative = 0.0

@@ -44,13 +44,13 @@ class Recipe:
             group, _, name = dotted.partition(".")
             fields = groups.setdefault(group, {})
             if not isinstance(fields, dict):
-                continue  # `from_object` refuses a group that is no group.
+                continue  # `from_object` refuses a value in place of a group.
             if isinstance(fields.get(name), FieldReference):
                 fields[name].set(value, type_safe=False)
             else:
                 fields[name] = value
         for dotted, reference in _references(groups).items():
-            if not reference._ops:  # A missing value is named before a field that needs it.
+            if not reference._ops:  # Read before computed fields: the error names the missing one.
                 self._read(reference, dotted)
         return from_object({group: self._read(node, group) for group, node in groups.items()})
 
@@ -99,7 +99,7 @@ def _references(groups: Mapping[str, Any]) -> dict[str, FieldReference]:
 
 
 def _unlocked(node: Any) -> Any:
-    # A `ConfigDict` computes its references when it is copied or locked, and we must not do so yet.
+    # A copy or a lock of a `ConfigDict` would compute its references, which is too early here.
     if not isinstance(node, ConfigDict):
         return node
     items = node.items(preserve_field_references=True)

@@ -50,9 +50,9 @@ def near_miss(name: str, candidates: Iterable[str]) -> str:
     return f" Did you mean {lower[close[0]]}?" if close else ""
 
 
-# Each rule is a test and the message for a failed test. A test needs fields of valid types. The
-# message names these fields, so `violations` runs the test only if all fields in the message are
-# valid.
+# Each rule is a test and its error message. The message names every field that the test reads.
+# `violations` runs a test only if each field in its message has a valid value, because the test
+# could fail on a value of the wrong type.
 _RULES: tuple[tuple[Callable[["Config"], bool], str], ...] = (
     (
         lambda c: c.model.scan_unroll <= c.model.num_blocks,
@@ -88,7 +88,7 @@ _RULES: tuple[tuple[Callable[["Config"], bool], str], ...] = (
 
 
 def violations(config: Any, values: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[str]:
-    """Yields one message for each wrong value and for each broken rule between valid values.
+    """Yields a message for each wrong value, and for each broken rule whose fields are all valid.
 
     `config` is a `Config` or an object with some of its groups. The keys of `values` and `types`
     are the dotted names of their fields; the types include their limits.

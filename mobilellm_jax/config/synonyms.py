@@ -11,7 +11,7 @@ _STEPS = "train.steps, which counts optimizer steps and not epochs"
 _PARTS = "train.accumulation_steps, which splits train.global_batch and does not enlarge it"
 _RATIO = "optimizer.min_lr_ratio, the final rate divided by optimizer.peak_lr"
 
-# Each answer names our fields. It also says what they mean if other tools mean something else.
+# Each answer names our field for a word, and explains the field if other tools define it otherwise.
 _FIELDS: dict[str, str] = {
     **dict.fromkeys(("lr", "learning_rate", "max_lr"), "optimizer.peak_lr"),
     **dict.fromkeys(("min_lr", "final_lr"), _RATIO),
@@ -42,7 +42,7 @@ _FIELDS: dict[str, str] = {
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "model.remat"),
     **dict.fromkeys(("attn_implementation", "flash_attention"), "model.attention"),
 }
-# Each word has the flags that it may mean; a command uses the first of its own flags.
+# For each word, the flags that it can mean. The answer names the first flag that the command has.
 _FLAGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("out", "out_dir", "output_dir", "save_dir"), ("workdir", "output")),
     **dict.fromkeys(

@@ -117,7 +117,7 @@ class Mixture:
 
 
 def mixture_of(dataset: Dataset) -> Mixture:
-    """Returns the mixture that a folder describes; without weights, the folder is all of it."""
+    """Returns the mixture of a folder's sources, or of the folder alone if they have no weights."""
     return _mixture(str(dataset.path), [(dataset, Fraction(1))])
 
 
@@ -184,8 +184,8 @@ def _weighted(path: str, item: str) -> tuple[Path, Fraction]:
 
 
 def _folder(text: str) -> Path:
-    # A record of an old run may name the home folder of a user whom this system does not know.
-    # Such a path stays as it is, and no folder has this name.
+    # The record of an old run may contain `~user`. If this system does not know the user,
+    # `expanduser` does not change the path, and the folder is later reported as missing.
     return Path(os.path.expanduser(text))
 
 

@@ -114,7 +114,7 @@ class TokenStream:
     def loss_mask(self, start: int, stop: int) -> NDArray[np.uint8] | None:
         """Returns 1 for each token in [start, stop) that may be a target, and 0 for other tokens.
 
-        Returns None if the stream has no mask, so that every token may be a target.
+        Returns None if the stream has no mask; then every token may be a target.
         """
         if not self.has_loss_mask:
             return None

@@ -34,7 +34,7 @@ def count_targets(stream: TokenStream, boundaries: Boundaries) -> int:
 
 
 def has_targets(stream: TokenStream, boundaries: Boundaries) -> bool:
-    """Returns whether any weight is not 0; reads the loss mask only up to the first of these."""
+    """Returns whether any weight is not 0; stops reading the loss mask after such a weight."""
     return any(_targets_by_chunk(stream, boundaries))
 
 

@@ -34,7 +34,7 @@ _MAX_NEW_TOKENS = 256  # The harness' limit of new tokens for a task that sets n
 _PROMPT_TOKENS = 16_384  # Largest number of prompt tokens in a batch of several prompts.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
-# Some tasks name a feature that we lack with the value that switches the feature off.
+# Settings of features that we do not support. Tasks may set these values, which switch them off.
 _SWITCHED_OFF = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1}
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -43,7 +43,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 class _Prompt(NamedTuple):
     ids: list[int]
     settings: str  # A JSON text, which can be the key of a dict.
-    stream: int  # The number with which the text draws; 0 for a greedy text.
+    stream: int  # The text's number among the random streams of the seed; 0 for a greedy text.
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
@@ -164,7 +164,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             self.cut += len(ids) > room
             ids = ids[-room:]
             written = json.dumps(how, sort_keys=True)
-            # Equal prompts have one greedy text, but every sampled text has its own draws.
+            # Equal prompts have one greedy text, but each sampled text has its own random stream.
             identity = [stream] if _sampling(how).temperature > 0 else []
             keys.append(key("text", ids, written, *identity))
             prompts[keys[-1]] = _Prompt(ids, written, *(identity or [0]))
@@ -227,7 +227,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
 
 def writing_settings(request: Instance, config: ModelConfig, draws: bool) -> dict[str, Any]:
-    """Returns the settings of a request for a text in the harness' normal form, with defaults.
+    """Returns the settings of a request to generate text, normalized, and with the defaults.
 
     `draws` says whether the engine can sample texts.
 
@@ -270,10 +270,10 @@ def writing_settings(request: Instance, config: ModelConfig, draws: bool) -> dic
 
 
 def _streams(requests: Iterable[Instance]) -> Iterator[int]:
-    """Yields the number with which the text of each request draws.
+    """Yields the number of each request, which selects the random stream for sampling its text.
 
     The number depends on the task, the document and the repeat, and not on the other requests. The
-    repeats of a document have consecutive numbers, so they always differ.
+    repeats of a document have consecutive numbers, so no two repeats have the same number.
     """
     repeats: collections.Counter[str] = collections.Counter()
     for request in requests:

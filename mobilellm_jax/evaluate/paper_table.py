@@ -1,4 +1,4 @@
-"""Formats our scores beside the scores in the paper's Tables 3, 4 and 8."""
+"""Formats our scores next to the scores in the paper's Tables 3, 4 and 8."""
 
 import dataclasses
 import statistics

@@ -154,7 +154,7 @@ def _byte_lengths(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     The number is exact for SentencePiece. A token of a byte-level BPE may end with a part of a
     character. Such a part counts as one byte, although it may have two or three.
     """
-    # The decoder drops the space at the start of a text, so each token is decoded after another
+    # A decoder drops the space at the start of a text, so we put another token in front of each
     # token.
     before = tokenizer.encode("a")[-1]
     start = len(tokenizer.decode([before]))

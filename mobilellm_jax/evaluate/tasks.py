@@ -198,10 +198,10 @@ def local_rows(task: str, data_dir: str, num_fewshot: int, **_: object) -> dict[
 
 
 def alike(values: list[Any]) -> list[Any]:
-    """Returns the values, with a text in place of each value where the types differ.
+    """Returns the values; if the types in a column differ, its values become strings.
 
-    A column of a `datasets.Dataset` has one type. People's rows have columns that the task does not
-    use, with numbers in some rows and texts in others, and labels in both forms.
+    A column of a `datasets.Dataset` has one type. In a user's file, a label or an unused column may
+    be a number in some rows and a string in others.
     """
     there = [value for value in values if value is not None]
     if there and all(isinstance(value, dict) for value in there):
@@ -295,14 +295,14 @@ def _git_commit() -> str | None:
     return described.stdout.strip() or None
 
 
-# Version 0.4.13 of lm_eval has no settings for these behaviours, so we replace three names.
+# Version 0.4.13 of lm_eval has no settings for these behaviours, so we replace three names. Remove
+# a replacement when lm_eval has changed the behaviour.
 # - Task.build_all_requests shows a progress bar even if the output is a file. See
 #   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/api/task.py#L332
 # - get_git_commit_hash lets git print an error on stderr. See
 #   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/loggers/utils.py#L93
 # - The aggregations of perplexities call math.exp, which raises an error above 709 nats. See
 #   github.com/EleutherAI/lm-evaluation-harness/blob/v0.4.13/lm_eval/api/metrics.py#L53
-# Remove an entry when lm_eval can hide the bar, captures the stderr of git, or returns infinity.
 _REPLACED = (
     (lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=None)),
     (evaluator, "get_git_commit_hash", _git_commit),

@@ -9,7 +9,7 @@ INFORMATION = Path("/proc/cpuinfo")  # Only Linux has this file.
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """Returns the kernel's names of the CPU's features, such as "avx2"; none outside Linux."""
+    """Returns Linux's names of the CPU's features, such as "avx2"; no names on other systems."""
     if not INFORMATION.is_file():
         return frozenset()
     lines = INFORMATION.read_text("utf-8", errors="replace").splitlines()

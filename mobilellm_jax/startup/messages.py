@@ -1,7 +1,7 @@
 """Shows the package's log messages to the user.
 
 Every module logs its messages for the user with `logging.getLogger(__name__)`. A program that
-imports this package decides where they go. The command line and its child processes call
+imports this package chooses where the messages go. The command line and its child processes call
 `show_messages`.
 """
 
@@ -42,7 +42,7 @@ class _StandardError(logging.Handler):
                 self._append(self.instead(), text, error)
 
     def _append(self, file: Path, text: str, error: Exception) -> None:
-        # There is no third place for a message that this file cannot take.
+        # If this file cannot be written either, the message is lost.
         with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as opened:
             if not self.has_told:
                 opened.write(f"Standard error cannot be written ({error}); its messages follow.\n")
@@ -94,7 +94,7 @@ def open_closed_streams() -> None:
 
 
 def discard(stream: int) -> None:
-    """Sends what is written to a standard stream from now on to /dev/null."""
+    """Redirects a standard stream to /dev/null, so that later output is dropped."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere != stream:
         os.dup2(nowhere, stream)

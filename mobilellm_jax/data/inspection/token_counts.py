@@ -18,7 +18,7 @@ _CHUNK = 1 << 22
 
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """The occurrences of each id in `of_id`, and the number of documents of each length."""
+    """How often each token id occurs (`of_id`), and how many documents have each length."""
 
     of_id: NDArray[np.int64]
     documents: Counter[int]

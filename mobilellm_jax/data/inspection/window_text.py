@@ -18,14 +18,14 @@ from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, common_prefix
 from mobilellm_jax.data.windows import Batch
 
 LEGEND = (
-    "⟨BOS⟩ and ⟨EOS⟩ are tokens, ⟦ ⟧ holds what is no target; \\n, \\\\ and the like are escapes."
+    "⟨BOS⟩ and ⟨EOS⟩ are tokens, tokens in ⟦ ⟧ are not targets; \\n, \\\\ and the like are escapes."
 )
 
 _OUR_MARKS = "⟨⟩⟦⟧"
 _INDENT = "  "
 _NEWLINE = r"\n"
-# If a document begins before the window, the tokens of this text are decoded before it, because a
-# tokenizer would drop a space at the start.
+# A tokenizer drops a space at the start of what it decodes. So if a document begins before the
+# window, the tokens of this word are put in front of the document's tokens.
 _CONTEXT = "a"
 
 
@@ -92,7 +92,7 @@ def _heading(tokens: list[int], first: int, tokenizer: Tokenizer, columns: int) 
 
 
 def _shown(tokens: list[int], is_target: NDArray[np.bool_], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yields the text of a document in a window, in pieces that a line must not divide."""
+    """Yields the text of a document in a window, in pieces that must each stay on one line."""
     special = {tokenizer.bos_id: "⟨BOS⟩", tokenizer.eos_id: "⟨EOS⟩"}
     context = [] if tokens[0] in special else tokenizer.encode(_CONTEXT)
     text = tokenizer.decode(context)

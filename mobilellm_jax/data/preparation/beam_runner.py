@@ -1,7 +1,7 @@
 """Runs `prepare` on Apache Beam, which encodes pieces into parts and joins parts into shards.
 
 Beam's workers call the same functions as local workers, so both write equal files. Every Beam
-worker must find the sources and the working folder beside the output under the same paths, so the
+worker must find the sources and the working folder next to the output under the same paths, so the
 working folder must be on a shared disk. Beam requires older versions of some packages, so install
 it in a separate environment (`pip install 'mobilellm-jax[beam]'`).
 """

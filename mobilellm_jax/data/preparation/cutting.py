@@ -35,7 +35,7 @@ class HeldOut(NamedTuple):
 
 
 def digest(document: Document | TokenDocument) -> int:
-    """Returns a 64-bit hash of a document, which decides whether the document is held out."""
+    """Returns a 64-bit hash of a document; documents with small hashes are held out."""
     if isinstance(document, TokenDocument):
         content = np.asarray(document.ids, "<i8").tobytes()
     else:
@@ -67,7 +67,7 @@ def cut_documents(
 
 
 def place_to_cut(text: str, share: float) -> int:
-    """Returns the index at which about the last `share` of a text begins; both parts have text."""
+    """Returns where to cut a text so that the end has about `share` of it; no part is empty."""
     length = max(1, round(len(text) * share))
     wanted = max(1, len(text) - length)
     for mark in _BREAKS:

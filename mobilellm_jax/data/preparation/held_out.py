@@ -27,13 +27,13 @@ from mobilellm_jax.errors import UserError
 # This much text is enough to learn the merges of any vocabulary, and SentencePiece trains on it in
 # minutes.
 TOKENIZER_TRAINING_CHARACTERS = 50_000_000
-# If the document with the smallest digest is longer than this many characters, and has more than
-# this share of all text and more than this multiple of the text to hold out, only the end of this
-# document is held out.
+# Only the end of a document is held out if its length exceeds each of three limits: `_LONG`
+# characters, the share `_LARGE_SHARE` of all text, and `_MOST_TIMES_TOO_MUCH` times the wanted
+# length of the validation text.
 _LONG = 10_000
 _LARGE_SHARE = 0.1
 _MOST_TIMES_TOO_MUCH = 3
-# Smallest number of characters in the end of a document that is held out, if the document is long.
+# Smallest number of characters that are held out at the end of a long document.
 _SHORTEST_END = 1_000
 # Largest number of pieces that `tokenizer_sample` reads from one source.
 _PLACES = 256

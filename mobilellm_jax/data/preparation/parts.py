@@ -198,7 +198,7 @@ class _Encoded(NamedTuple):
         )
 
     def without_target(self, starts: NDArray[np.int64]) -> int:
-        """Returns the number of documents, which begin at `starts`, without any target."""
+        """Returns how many documents have no target; `starts` holds the documents' positions."""
         if self.loss_mask is None:
             return 0
         return int(np.count_nonzero(np.maximum.reduceat(self.loss_mask, starts) == 0))

@@ -5,7 +5,7 @@ The processes of `workers.py`, or Beam, encode each piece of a source into a par
 on the workers, so equal sources and settings give equal bytes for any number of workers.
 
 `prepare` works in the folder `.NAME.preparing`. This folder is in the output if the output exists,
-and beside it otherwise. At the end, `prepare` moves the complete output out of this folder. If
+and next to it otherwise. At the end, `prepare` moves the complete output out of this folder. If
 `prepare` is killed, the folder stays, and the next run uses the parts in it.
 """
 
@@ -49,7 +49,8 @@ MOST_BAD_LINES = 10_000
 BadLinePolicy = Literal["stop", "skip"]
 Runner = Literal["local", "beam"]
 
-# The size of two pieces. One process encodes smaller sources before a second process has started.
+# The size of two pieces. A second process would take longer to start than one process takes to
+# encode smaller sources.
 _TOO_SMALL_TO_SHARE_BYTES = 16_000_000
 # A validation share that differs by more than this factor from the wanted share is worth a warning.
 _FAR_OFF = 3

@@ -1,7 +1,7 @@
-"""Lists the files of the sources beside the tokens, and tells which of them have changed since.
+"""Stores a list of the sources' files with the tokens, and tells which files have changed since.
 
-The manifest holds only a checksum of all names, sizes and times, which decides whether the sources
-are the same. The list serves messages: it names the file that differs.
+The manifest holds only a checksum of all names, sizes and times. It shows whether the sources have
+changed. The list is used only to name the changed files in a message.
 """
 
 import datetime
@@ -29,7 +29,7 @@ def write_list(folder: Path, sources: Sequence[Source]) -> None:
 def changed_files(folder: Path, sources: Sequence[Source]) -> str:
     """Returns a text that names the files that differ from the list in `folder`.
 
-    The text is empty if there is no list, which older versions did not write, or no difference.
+    The text is empty if no file differs, or if `folder` has no list. Older versions wrote no list.
     """
     file = folder / _NAME
     if not file.is_file():
@@ -61,7 +61,7 @@ def _changes(old: Listed, new: Listed) -> Iterator[str]:
 
 
 def _times(path: str, old: str, new: str) -> str:
-    """Returns what a message says about two different stamps of a file of the same size."""
+    """Returns words for a message about a file with a new stamp and an unchanged size."""
     if not (old.isdecimal() and new.isdecimal()):
         return f"{old or 'no stamp'}; now {new or 'no stamp'}"
     before, now = (

@@ -1,4 +1,4 @@
-"""Creates and locks the folder beside the output in which `prepare` works."""
+"""Creates and locks the folder in which `prepare` works, next to the output."""
 
 import contextlib
 import json

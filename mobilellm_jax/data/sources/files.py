@@ -29,8 +29,8 @@ DOCUMENT_BYTES = 1 << 28
 This limit protects the memory: a few compressed kilobytes can expand to terabytes, and tokenizing a
 tenth of this size already takes gigabytes.
 """
-# A Git LFS or git-annex pointer has such a size. The first of these files are opened before the
-# work begins, and a later pointer is refused when it is read.
+# A Git LFS or git-annex pointer has such a size. Before the work begins, the first
+# `_POINTERS_CHECKED` files of such a size are checked. Later files are checked when they are read.
 _POINTER_BYTES = range(60, 200)
 _POINTERS_CHECKED = 1_000
 
@@ -74,7 +74,7 @@ class FileSource(Source):
 
     @functools.cached_property
     def _checked_files(self) -> list[File]:
-        """The files, after a look for pointers among them."""
+        """The files, after a check that the first small ones are not pointers."""
         small = (f for f in self._files if f.size_bytes in _POINTER_BYTES and "://" not in f.path)
         for file in itertools.islice(small, _POINTERS_CHECKED):
             with opened(file.path, file.size_bytes) as content:
@@ -188,7 +188,7 @@ def lines(path: str, size_bytes: int, start: int, stop: int) -> Iterator[tuple[i
         offset = start
         if start:
             # The line that contains the byte before `start` belongs to an earlier piece, so it is
-            # skipped. Only a plain file is divided, so the first bytes need no look.
+            # skipped. Only uncompressed files are divided, so no check for compression is needed.
             file.seek(start - 1)
             offset -= 1
             while True:

@@ -23,7 +23,7 @@ _STAMPS = (
     *("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "Last-Modified"),
     *("updated", "created"),
 )
-# Number of requests at the same time for the sizes of files behind URLs.
+# Number of files behind URLs whose sizes are requested at the same time.
 _REQUESTS_AT_ONCE = 16
 _NOT_FOUND = 404  # A web server's answer for a file that it does not have.
 _WILDCARDS = re.compile(r"[*?[]")
@@ -98,9 +98,9 @@ def unreachable(culprit: str, url: str, error: Exception) -> UserError:
 
 
 class _LocalSearch:
-    """Collects the files that match a pattern, and what was found instead of files.
+    """Collects the files that match a pattern, and the matching folders, devices and broken links.
 
-    A folder is a text that is empty or ends in a slash, so that paths look as the user wrote them.
+    Folders are strings that are empty or end in a slash, so that paths look as the user wrote them.
     """
 
     def __init__(self, spec: str) -> None:
@@ -230,7 +230,7 @@ class _LocalSearch:
         if known is None or known.path == file.path:
             self._found[real] = file
             return
-        # The path without links is kept, or else the first path.
+        # Of two paths to the same file, the path without links is kept, or else the smaller string.
         ordered = sorted((known, file), key=lambda f: (os.path.abspath(f.path) != real, f.path))
         self._found[real] = ordered[0]
         self._copies.append(ordered[1].path)
@@ -259,7 +259,7 @@ def _find_remote(spec: str, pattern: str) -> list[File]:
     filesystem, path = filesystem_of(pattern, culprit)
 
     def file_of(name: str, info: dict[str, Any]) -> File:
-        if info["size"] is None:  # The list of a web server has no sizes, but its files have.
+        if info["size"] is None:  # A web server lists no sizes, but tells the size of one file.
             info = filesystem.info(name)
         if info["size"] is None:
             raise UserError(
@@ -282,7 +282,7 @@ def _find_remote(spec: str, pattern: str) -> list[File]:
     except UserError:
         raise
     except FileNotFoundError as error:  # Some storage systems raise this for a folder or a bucket.
-        # fsspec also raises this for a web server that does not answer, and keeps the reason.
+        # fsspec also raises this if a web server does not answer, with the reason as the cause.
         cause = error.__cause__
         if isinstance(cause, Exception) and getattr(cause, "status", None) != _NOT_FOUND:
             raise unreachable(culprit, pattern, cause) from error

@@ -31,7 +31,7 @@ _JSON_TYPES = {
 
 
 class _Fault(Exception):  # noqa: N818  # Only this module uses it.
-    """The reason why bytes are not a document, and the position `at` of the fault in them."""
+    """The reason why a file or line is not a document; the fault is at byte `at`."""
 
     def __init__(self, reason: str, at: int = 0) -> None:
         super().__init__(reason)

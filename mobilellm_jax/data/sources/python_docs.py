@@ -31,8 +31,8 @@ _SKIPPED_FOLDERS = frozenset(
     "tests turtledemo".split()
 )
 # Modules with less text contain only boilerplate; for example, the docstrings of the 120
-# character-map codecs differ in one word. The text of a shorter class is part of its module's
-# document.
+# character-map codecs differ in one word. A class with less text has no document of its own; its
+# text is part of the module's document.
 _MIN_CHARACTERS = 200
 
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -45,7 +45,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
     """Copies the tokenizer file into `folder` under the usual file name, and returns the copy.
 
-    If a `tokenizer_config.json` is beside a `tokenizer.json`, it is copied too, because it may name
+    If the folder also has a `tokenizer_config.json`, it is copied too, because it may name
     BOS and EOS.
     """
     model = tokenizer.kind == SENTENCEPIECE

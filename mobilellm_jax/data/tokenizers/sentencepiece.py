@@ -117,8 +117,8 @@ class SentencePieceTokenizer:
         assert self._stand_in is not None, "_without_space_mark was called before"
         first, second, third = self._bytes(self._stand_in)
         stands = (ids[:-2] == first) & (ids[1:-1] == second) & (ids[2:] == third)
-        # `text` itself may contain the stand-in. The order of both characters in `text` shows which
-        # occurrences replaced U+2581.
+        # `text` itself may contain the stand-in. The order of U+2581 and the stand-in in `text`
+        # shows which stand-ins in `ids` replaced U+2581.
         found = re.findall(f"[{SPACE_MARK}{self._stand_in}]", text)
         positions = np.flatnonzero(stands)
         assert len(positions) == len(found), f"{self.file} lost {self._stand_in!r}"

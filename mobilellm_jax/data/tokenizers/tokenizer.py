@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
     bos_id: int  # BOS is stored before every document.
     eos_id: int  # EOS is stored after every document.
     unknown_id: int | None  # `encode` never returns the id of the unknown token.
-    byte_ids: list[int]  # Bytes 0 to 255 for characters without an id; empty without byte fallback.
+    byte_ids: list[int]  # Ids of the bytes 0 to 255; empty if the tokenizer has no byte fallback.
     sha256: str  # Hexadecimal SHA-256 of the file.
 
     def encode(self, text: str) -> list[int]:
