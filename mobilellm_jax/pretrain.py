@@ -191,7 +191,7 @@ class _Run:
                     ready.before, self._config, int(updates_made(state.optimizer))
                 )
             return state
-        state = init_state(self._config, self._optimizer, ready.mesh, ready.rules, self.abstract)
+        state = init_state(self._config, self._optimizer, ready.mesh, ready.rules)
         if ready.params is not None:
             placed = jax.tree.map(place, ready.params, self.abstract.params)
             state = dataclasses.replace(state, params=placed)

@@ -18,7 +18,7 @@ from mobilellm_jax.config import (
 from mobilellm_jax.data.preparation.prepare import prepare
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.model.transformer import Params, init_params
+from mobilellm_jax.model.transformer import Params, param_shapes
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -60,7 +60,7 @@ def prepared_words(folder: Path) -> Path:
 
 def random_params(config: ModelConfig) -> Params:
     """Returns parameters with different logits for every token. The norms' weights vary as well."""
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    shapes = param_shapes(config)
     rng = np.random.default_rng(0)
     params: Params = jax.tree.map(
         lambda shape: rng.normal(0, 0.3, shape.shape).astype(np.float32), shapes

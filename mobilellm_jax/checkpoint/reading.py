@@ -19,7 +19,7 @@ from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.finite import non_finite, refuse_non_finite
-from mobilellm_jax.model.transformer import Params, init_params
+from mobilellm_jax.model.transformer import Params, param_shapes
 from mobilellm_jax.storage import rundir, sealing, strict_json
 from mobilellm_jax.train.state import TrainState
 
@@ -186,8 +186,7 @@ def restore_step(path: epath.PathLike, *, verified: bool = False) -> RestoredMod
     if not verified:
         sealing.verify(folder, MODEL_PARTS)
     here = SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(lambda key: init_params(config.model, key), jax.random.key(0))
-    abstract = jax.tree.map(lambda leaf: leaf.update(sharding=here), shapes)
+    abstract = jax.tree.map(lambda leaf: leaf.update(sharding=here), param_shapes(config.model))
     params = _restore(folder, {PARAMS: abstract})[PARAMS]
     bad: list[str] = []
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mobilellm_jax.config import Config, DataConfig, ModelConfig, changed
 from mobilellm_jax.model.size import flops_per_token, parameter_count
-from mobilellm_jax.model.transformer import Params, Transformer, init_params
+from mobilellm_jax.model.transformer import Params, Transformer, param_shapes
 from mobilellm_jax.sharding import batch_shards, bytes_per_device
 from mobilellm_jax.train.optimizer import make_optimizer
 from mobilellm_jax.train.state import abstract_state, mesh_of
@@ -85,7 +85,7 @@ def _state_bytes(config: Config, devices: tuple[jax.Device, ...]) -> tuple[int, 
 def activation_bytes_per_row(model: ModelConfig, data: DataConfig) -> int:
     """Returns the bytes of the values that the forward pass keeps for one sequence."""
     transformer = Transformer(model)
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    params = param_shapes(model)
 
     def kept(rows: int) -> int:
         tokens_BT = jax.ShapeDtypeStruct((rows, data.seq_len), jnp.int32)

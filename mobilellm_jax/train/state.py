@@ -1,5 +1,6 @@
 """Defines the training state, its device mesh, and how the mesh splits its arrays."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.sharding import Mesh
+from jaxtyping import Array, Key
 
 from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.model.on_device import device_violations
-from mobilellm_jax.model.transformer import Params, init_boxed
+from mobilellm_jax.model.transformer import Params, boxed_shapes, init_boxed, param_shapes
 from mobilellm_jax.sharding import Rules, batch_shards, logical_rules, make_mesh, replicated, use
 from mobilellm_jax.train.spikes import Recent, nothing_yet
 
@@ -43,11 +45,12 @@ def abstract_state(
     The optimizer's arrays for a parameter are split like the parameter. Other arrays are copied to
     every device.
     """
+    boxed, params = boxed_shapes(config.model), param_shapes(config.model)
     with use(mesh, rules):
         # The seed is abstract too, because the mesh may consist of TPUs that this machine does not
         # have.
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
-        boxed, state = jax.eval_shape(lambda s: _init(config, optimizer, s), seed)
+        state = jax.eval_shape(functools.partial(_new_state, optimizer), params, seed)
         specs = nn.get_partition_spec(boxed)
         params_shardings = nn.logical_to_mesh_sharding(specs, mesh, list(rules))
     by_names = {_names(path): s for path, s in jax.tree.leaves_with_path(params_shardings)}
@@ -68,20 +71,13 @@ def _names(path: Path) -> tuple[str, ...]:
 
 
 def init_state(
-    config: Config,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    rules: Rules,
-    abstract: TrainState | None = None,
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh, rules: Rules
 ) -> TrainState:
-    """Returns a new state from `train.seed`; each device computes its own part.
-
-    A caller that has the `abstract_state` already passes it, because tracing it takes time.
-    """
-    abstract = abstract or abstract_state(config, optimizer, mesh, rules)
+    """Returns a new state from `train.seed`; each device computes its own part."""
+    abstract = abstract_state(config, optimizer, mesh, rules)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     with use(mesh, rules):
-        init = jax.jit(lambda seed: _init(config, optimizer, seed)[1], out_shardings=shardings)
+        init = jax.jit(lambda seed: _init(config, optimizer, seed), out_shardings=shardings)
         state: TrainState = init(jnp.uint32(config.train.seed))
     return state
 
@@ -122,14 +118,21 @@ def is_finite(state: TrainState) -> bool:
     return bool(_all_finite(jax.tree.leaves((state.params, state.optimizer))))
 
 
-def _init(
-    config: Config, optimizer: optax.GradientTransformation, seed: jax.Array
-) -> tuple[Params, TrainState]:
-    """Returns the parameters with their logical axes, and the state."""
-    init_key, run_key = jax.random.split(jax.random.key(seed))
-    boxed = init_boxed(config.model, init_key)
-    params = nn.unbox(boxed)
-    return boxed, TrainState(
+def _init(config: Config, optimizer: optax.GradientTransformation, seed: jax.Array) -> TrainState:
+    init_key, _ = _keys(seed)
+    return _new_state(optimizer, nn.unbox(init_boxed(config.model, init_key)), seed)
+
+
+def _keys(seed: jax.Array) -> Key[Array, "2"]:
+    """Returns two keys: for the parameters, and for the samples during training."""
+    return jax.random.split(jax.random.key(seed))
+
+
+def _new_state(
+    optimizer: optax.GradientTransformation, params: Params, seed: jax.Array
+) -> TrainState:
+    _, run_key = _keys(seed)
+    return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         optimizer=optimizer.init(params),

@@ -18,7 +18,7 @@ from mobilellm_jax.generation.generate import Request, generate, stream
 from mobilellm_jax.generation.sampling import GREEDY, Sampling
 from mobilellm_jax.model.cache import KVCache, init_cache
 from mobilellm_jax.model.decoding import decoding_weights
-from mobilellm_jax.model.transformer import Params, Transformer, init_params
+from mobilellm_jax.model.transformer import Params, Transformer, param_shapes
 from tests import tiny
 from tests.generation.test_sampling import naive_support
 from tests.huggingface import write_huggingface
@@ -49,7 +49,7 @@ def joined(parts: Iterable[list[list[int]]]) -> list[list[int]]:
 
 def lively_params(config: ModelConfig) -> Params:
     """Returns large weights, so that the next token depends on the whole context."""
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    shapes = param_shapes(config)
     rng = np.random.default_rng(0)
 
     def draw(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -25,7 +25,7 @@ from mobilellm_jax.model import attention_kernels
 from mobilellm_jax.model.attention_kernels import segment_starts, self_attention, splash, tokamax
 from mobilellm_jax.model.on_device import device_violations
 from mobilellm_jax.model.softmax import attend_by_token, causal_mask
-from mobilellm_jax.model.transformer import Params, Transformer, init_params
+from mobilellm_jax.model.transformer import Params, Transformer, param_shapes
 from mobilellm_jax.sharding import AXES, logical_rules, use
 
 LENGTH = 256
@@ -164,7 +164,7 @@ def test_cudnn_is_lowered_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         compute_dtype="bfloat16",
         attention="cudnn",
     )
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = param_shapes(config)
     tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
 
     def kernels(remat: Remat) -> list[str]:

@@ -12,7 +12,7 @@ from mobilellm_jax.model.attention import attend_within
 from mobilellm_jax.model.block import Block
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.rope import rotation
-from mobilellm_jax.model.transformer import Params, Transformer, init_params
+from mobilellm_jax.model.transformer import Params, Transformer, param_shapes
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
 SHARED = [(s, r) for s in ("immediate", "repeat_all", "reverse") for r in (2, 3)]
@@ -87,7 +87,7 @@ def test_scan_equals_an_unrolled_loop(
 
 def test_repeats_change_no_parameter(tiny: Callable[..., ModelConfig]) -> None:
     def shapes(config: ModelConfig) -> Params:
-        return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+        return param_shapes(config)
 
     plain = shapes(tiny())
     assert len(jax.tree.leaves(plain)) == 11
@@ -138,7 +138,7 @@ def test_policies_keep_what_they_say(tiny: Callable[..., ModelConfig]) -> None:
 
     def kept(remat: str) -> int:
         config = tiny(remat=remat)
-        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        params = param_shapes(config)
 
         def residuals(params: Params) -> Any:
             forward = functools.partial(Transformer(config).apply, tokens_BT=jnp.asarray(TOKENS))
@@ -160,7 +160,7 @@ def test_policies_keep_what_they_say(tiny: Callable[..., ModelConfig]) -> None:
 def test_offload_moves_block_inputs_to_the_host(tiny: Callable[..., ModelConfig]) -> None:
     def moved(remat: str) -> int:
         config = tiny(remat=remat)
-        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        params = param_shapes(config)
 
         def loss(params: Params) -> jax.Array:
             return jnp.sum(Transformer(config).apply({"params": params}, jnp.asarray(TOKENS)))

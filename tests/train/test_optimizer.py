@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 from mobilellm_jax.config import Config, OptimizerConfig
-from mobilellm_jax.model.transformer import init_params
+from mobilellm_jax.model.transformer import param_shapes
 from mobilellm_jax.train.optimizer import is_matrix, learning_rate, make_optimizer, muon_axes
 
 PEAK = 0.4
@@ -50,7 +49,7 @@ def test_wsd_falls_only_after_a_long_warm_up() -> None:
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
 def test_decay_is_for_all_but_the_norms(config: Config, activation: Any) -> None:
     model = dataclasses.replace(config.model, tie_embeddings=False, activation=activation)
-    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    params = param_shapes(model)
     flat = traverse_util.flatten_dict(is_matrix(params), sep="/")
     norms = {
         "blocks/attention_norm/scale",
@@ -134,7 +133,7 @@ def test_muon_orthogonalises_every_block_and_leaves_the_rest_to_adamw(
     config: Config, weight_decay: float
 ) -> None:
     model = dataclasses.replace(config.model, tie_embeddings=False)
-    shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    shapes = param_shapes(model)
     rng = np.random.default_rng(0)
     draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)  # noqa: E731
     params, gradient = jax.tree.map(draw, shapes), jax.tree.map(draw, shapes)
@@ -173,9 +172,7 @@ def test_muon_orthogonalises_every_block_and_leaves_the_rest_to_adamw(
 
 
 def test_muon_takes_each_matrix_as_inputs_by_outputs(config: Config) -> None:
-    axes = muon_axes(
-        jax.eval_shape(functools.partial(init_params, config.model), jax.random.key(0))
-    )
+    axes = muon_axes(param_shapes(config.model))
     assert axes["embedding"]["table"] is None
     assert axes["blocks"]["attention_norm"]["scale"] is None
     assert tuple(axes["blocks"]["attention"]["output"]) == ((1, 2), 3)

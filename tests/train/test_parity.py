@@ -26,7 +26,7 @@ from mobilellm_jax.config import (
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.export.huggingface.directory import read_huggingface
 from mobilellm_jax.model.layer_sharing import application_order
-from mobilellm_jax.model.transformer import Params, Transformer, init_params
+from mobilellm_jax.model.transformer import Params, Transformer, param_shapes
 from mobilellm_jax.sharding import AXES, logical_rules, put_batch
 from mobilellm_jax.train.loss import weighted_loss
 from mobilellm_jax.train.optimizer import make_optimizer
@@ -161,7 +161,7 @@ def test_gradient_of_a_shared_block_is_the_sum_over_its_copies(sharing: Sharing)
     shared = dataclasses.replace(SMALL, num_repeats=2, sharing=sharing)
     unshared = dataclasses.replace(SMALL, num_blocks=4)
     rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(functools.partial(init_params, SMALL), jax.random.key(0))
+    shapes = param_shapes(SMALL)
     params = jax.tree.map(
         lambda leaf: rng.normal(1 if leaf.ndim < 2 else 0, 0.2, leaf.shape).astype(np.float32),
         shapes,
