@@ -2,8 +2,9 @@
 
 `parse` and `read` accept any bytes. They return plain values or raise a `JsonError`. They refuse
 JSON that Python's reader accepts and that causes errors later: a key twice in one object, numbers
-that are not finite or beyond 64 bits, and deep nesting. `as_type` converts the values to
-an annotated type, such as a dataclass, and refuses a text with half a surrogate pair.
+that are not finite or have hundreds of digits, and deep nesting. `as_type` converts the values to
+an annotated type, such as a dataclass. It refuses a whole number beyond 64 bits, and a text with
+half a surrogate pair.
 
 The package msgspec also checks types, and its errors contain the path of the wrong field. But
 msgspec accepts a key that occurs twice, and it limits the depth only by the recursion limit of
@@ -34,6 +35,7 @@ MAX_DEPTH = 64
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INTEGERS = range(-(1 << 63), 1 << 64)
+_MAX_DIGITS = 300
 _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = _shortened.maxlong = 80
 _shortened.maxlevel = 3
@@ -164,6 +166,8 @@ def as_type(value: Any, expected: Any, name: str = "") -> Any:
         return float(value)
     if type(value) is not expected:
         raise _wrong(name, value, _NAMES[expected])
+    if expected is int and value not in _INTEGERS:
+        raise _wrong(name, value, "a whole number of at most 64 bits")
     if expected is str and not value.isascii() and _SURROGATE.search(value):
         raise _wrong(name, value, "a text without half a surrogate pair")
     return value
@@ -208,10 +212,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
-    # The time of `int` is quadratic in the number of digits, and `int` refuses thousands.
-    if len(text) > 20 or (number := int(text)) not in _INTEGERS:
-        raise JsonError(f"holds the whole number {text[:24]}..., which is beyond 64 bits.")
-    return number
+    # Other programs write large numbers: transformers writes 10^30 for "no limit". But `int` takes
+    # quadratic time, and it refuses a text with thousands of digits.
+    if len(text) > _MAX_DIGITS:
+        raise JsonError(f"holds the whole number {text[:24]}..., which has {len(text):,} digits.")
+    return int(text)
 
 
 def _number(text: str) -> float:

@@ -83,7 +83,7 @@ def test_tokenizer_config_json(tmp_path: Path) -> None:
         "bos_token": {"content": "<s>", "lstrip": False, "special": True},
         "eos_token": "</s>",
         "unk_token": None,
-        "model_max_length": 2048,
+        "model_max_length": 1000000000000000019884624838656,  # transformers: no limit
         "tokenizer_class": "PreTrainedTokenizerFast",
         "auto_map": {"AutoTokenizer": ["tokenization.Evil", None]},
     }

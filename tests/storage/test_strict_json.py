@@ -29,9 +29,7 @@ def test_values_equal_those_of_pythons_reader(value: Any) -> None:
         (b"NaN", "holds NaN, which is not a number in JSON"),
         (b"[-Infinity]", "holds -Infinity, which is not a number in JSON"),
         (b"1e999", "holds the number 1e999, which is beyond the range of floats"),
-        (b"18446744073709551616", "holds the whole number 18446744073709551616..., .* 64 bits"),
-        (b"-9223372036854775809", "holds the whole number -9223372036854775809..., .* 64 bits"),
-        (b"1" * 10_000, "holds the whole number 1{24}..., which is beyond 64 bits"),
+        (b"1" * 10_000, "holds the whole number 1{24}..., which has 10,000 digits"),
         (b"[" * 65 + b"]" * 65, "is nested more than 64 deep"),
         (b'{"a":' * 65 + b"1" + b"}" * 65, "is nested more than 64 deep"),
         (b"[" * 100_000, "is nested more than 64 deep"),
@@ -44,8 +42,17 @@ def test_refused_texts(content: bytes, message: str) -> None:
 
 def test_the_limits_of_depth_and_size_are_allowed() -> None:
     assert parse("[" * 64 + "]" * 64)
-    assert parse("18446744073709551615") == (1 << 64) - 1
-    assert parse("-9223372036854775808") == -(1 << 63)
+    assert as_type(parse("18446744073709551615"), int) == (1 << 64) - 1
+    assert as_type(parse("-9223372036854775808"), int) == -(1 << 63)
+
+
+@pytest.mark.parametrize("number", [1 << 64, -(1 << 63) - 1, 10**299])
+def test_a_whole_number_of_more_than_64_bits_is_refused_only_where_one_is_read(number: int) -> None:
+    content = parse(json.dumps({"unread": number}))
+    assert content == {"unread": number}
+    assert get(content, "unread", float) == pytest.approx(float(number))
+    with pytest.raises(JsonError, match="unread=.* must be a whole number of at most 64 bits"):
+        get(content, "unread", int)
 
 
 def test_numbers_that_are_not_finite_are_allowed_on_request() -> None:
