@@ -43,7 +43,7 @@ from mobilellm_jax.evaluate.journal import Journal
 from mobilellm_jax.evaluate.scoring import Scorer
 from mobilellm_jax.evaluate.tasks import load_tasks, run_tasks
 from mobilellm_jax.export.huggingface.directory import write_llama
-from mobilellm_jax.export.source import Source
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.paper.architectures import MOBILELLM
 from mobilellm_jax.sharding import logical_rules, make_mesh, replicated
@@ -102,7 +102,7 @@ def main() -> None:
         texts = ["".join(request.args) for request in asked]
         tokenizer = train_tokenizer(texts, 4096, folder / "tokenizer.model")
         (folder / "hf").mkdir()
-        write_llama(Source(config, params, tokenizer, "random"), folder / "hf", "float32")
+        write_llama(OpenedModel(config, params, tokenizer, "random"), folder / "hf", "float32")
         for size in arguments.batch_tokens.split(","):
             contenders[f"ours {size}"] = _ours(config, params, tokenizer, int(size))
         for size in arguments.batch_sizes.split(","):

@@ -37,10 +37,10 @@ import numpy as np
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.generation import generate
 from mobilellm_jax.generation.sampling import GREEDY
 from mobilellm_jax.model.layer_sharing import application_order
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.transformer import Params, init_params
 from mobilellm_jax.paper.architectures import MOBILELLM
 
@@ -199,7 +199,7 @@ def _llama_cpp(
     with tempfile.TemporaryDirectory() as name:
         # Few tokens have a text and the rest are padding, because only ids are used.
         tokenizer = train_tokenizer(["a b c"] * 9, 264, Path(name) / "tokenizer.model")
-        source = Source(config, params, tokenizer, "random weights")
+        source = OpenedModel(config, params, tokenizer, "random weights")
         write(source, Path(name), config.compute_dtype)
         model = load_model(Path(name) / "model.gguf", vocab_only=False)
     length = len(prompts[0])

@@ -16,13 +16,12 @@ from mobilellm_jax.checkpoint import (
     step_folder,
     steps,
 )
-from mobilellm_jax.config import Config, ModelConfig, near_miss
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.config import ModelConfig, near_miss
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.directory import CONFIG as HUGGINGFACE_CONFIG
 from mobilellm_jax.export.huggingface.directory import check_vocabulary, read_huggingface
 from mobilellm_jax.export.huggingface.directory import read_model_config as read_huggingface_config
-from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.quantize.parameters import bits_per_weight, quantize_model, stored_bytes
 from mobilellm_jax.quantize.schemes import Scheme
 from mobilellm_jax.storage import file_kind, rundir, sealing
@@ -37,24 +36,11 @@ _LAYOUTS = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OpenedModel:
-    """A model that is ready for use."""
-
-    config: ModelConfig  # Devices differ, so compute_dtype and attention are "auto".
-    params: Params  # Float32 or quantized arrays, on the default device.
-    tokenizer: Tokenizer
-    run_config: Config | None  # None for a Hugging Face directory.
-    # Completed optimizer steps; None for a Hugging Face directory, and for a renamed copy of a step
-    # that an older release wrote.
-    step: int | None
-    origin: str  # Path of the checkpoint, for messages and records.
-
-
 def open_model(ckpt: str | Path, scheme: Scheme | None = None) -> OpenedModel:
     """Opens a checkpoint; for a run folder, the latest step that is complete and undamaged.
 
-    `scheme` quantizes the parameters; without a scheme, they are float32.
+    `scheme` quantizes the parameters; without a scheme, they are float32. They are on the default
+    device. Devices differ, so `compute_dtype` and `attention` of the result are "auto".
 
     Raises:
       MissingFileError: if the folder does not exist, or is a run without a complete step.
@@ -132,28 +118,15 @@ def _open_latest(folder: Path, steps: Path) -> OpenedModel:
 
 
 def _open_step(folder: Path, *, verified: bool = False) -> OpenedModel:
-    restored = restore_step(folder, verified=verified)
-    check_vocabulary(restored.tokenizer, restored.config.model, folder)
-    return OpenedModel(
-        config=restored.config.model,
-        params=restored.params,
-        tokenizer=restored.tokenizer,
-        run_config=restored.config,
-        step=restored.step,
-        origin=str(folder),
-    )
+    opened = restore_step(folder, verified=verified)
+    check_vocabulary(opened.tokenizer, opened.config, folder)
+    return opened
 
 
 def _open_huggingface(folder: Path) -> OpenedModel:
     imported = read_huggingface(folder)
-    return OpenedModel(
-        config=imported.config,
-        params=jax.device_put(imported.params),
-        tokenizer=imported.tokenizer,
-        run_config=None,
-        step=None,
-        origin=str(folder),
-    )
+    params = jax.device_put(imported.params)
+    return OpenedModel(imported.config, params, imported.tokenizer, str(folder))
 
 
 def _missing(folder: Path) -> MissingFileError:

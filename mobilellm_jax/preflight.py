@@ -23,7 +23,7 @@ from mobilellm_jax.data.loader import required_streams
 from mobilellm_jax.data.mixture import Mixture, is_mixture, open_mixture
 from mobilellm_jax.data.preparation.prepare import prepare
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
-from mobilellm_jax.data.tokenizers.opening import copy_tokenizer, load_tokenizer
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.data.windows import count_targets, has_targets
@@ -220,18 +220,10 @@ def _prepare(config: Config) -> None:
     prepare([config.data.source], path, vocab_size=config.model.vocab_size)
 
 
-def write_config(config: Config, tokenizer: Tokenizer, workdir: Path) -> str:
-    """Writes the config and the tokenizer into a run folder; returns the text of the config."""
-    text = config_lib.to_json(config)
-    rundir.write_whole(workdir / rundir.CONFIG, text)
-    copy_tokenizer(tokenizer, workdir)
-    return text
-
-
 def _record(config: Config, tokenizer: Tokenizer, workdir: Path) -> None:
     """Writes config and tokenizer; raises if a process has another config or folder."""
     written: str = distributed.from_first(
-        "writing the config", lambda: write_config(config, tokenizer, workdir)
+        "writing the config", lambda: checkpoint.write_config(config, tokenizer, workdir)
     )
     if lines := _lines(config_lib.changed_fields(config_lib.from_json(written), config)):
         raise ConfigError(f"process 0 has another config:\n{lines}")

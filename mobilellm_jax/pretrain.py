@@ -121,7 +121,7 @@ def _run_folder(lock: RunLock, ready: Ready) -> Path:
     """
     folder = lock.folder()
     if not (folder / rundir.CONFIG).exists():
-        preflight.write_config(ready.config, ready.tokenizer, folder)
+        checkpoint.write_config(ready.config, ready.tokenizer, folder)
     return folder
 
 

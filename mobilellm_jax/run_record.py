@@ -90,7 +90,8 @@ class RunRecord:
         if self.last_step > steps:
             return "longer"
         loss = self.values("validation/loss").get(steps)
-        if self.config.train.steps == steps and (loss is not None or self._ended_at(steps)):
+        ended = outcome == "finished" and self.outcome.get("steps") == steps
+        if self.config.train.steps == steps and (loss is not None or ended):
             if outcome not in (None, "finished"):
                 return "started"
             return "finished" if loss is not None and math.isfinite(loss) else "diverged"
@@ -125,9 +126,6 @@ class RunRecord:
             return checkpoint.read_data_state(self.folder, saved[-1]).fingerprint if saved else None
         except UserError:  # An imported model, or a checkpoint of another version.
             return None
-
-    def _ended_at(self, steps: int) -> bool:
-        return self.outcome.get("state") == "finished" and self.outcome.get("steps") == steps
 
     @property
     def _is_imported(self) -> bool:

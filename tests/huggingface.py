@@ -7,7 +7,7 @@ from typing import Any
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.export.exporting import Exported, export
-from mobilellm_jax.export.source import Source
+from mobilellm_jax.model.opened import OpenedModel
 
 
 def write_huggingface(
@@ -19,5 +19,5 @@ def write_huggingface(
     dtype: str = "float32",
 ) -> Exported:
     """Exports a model without running the export."""
-    source = Source(config, params, tokenizer, "a test")
+    source = OpenedModel(config, params, tokenizer, "a test")
     return export(source, folder, format_name=layout, precision=dtype, verified=False)

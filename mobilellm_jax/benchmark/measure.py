@@ -34,7 +34,8 @@ from mobilellm_jax.evaluate.perplexity import CutText, perplexity
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.generation import generate
 from mobilellm_jax.generation.sampling import GREEDY
-from mobilellm_jax.open_model import OpenedModel, open_model
+from mobilellm_jax.model.opened import OpenedModel
+from mobilellm_jax.open_model import open_model
 from mobilellm_jax.quantize.parameters import stored_bytes
 from mobilellm_jax.quantize.schemes import find_scheme
 from mobilellm_jax.startup.host_memory import peak_bytes

@@ -33,4 +33,5 @@ from mobilellm_jax.checkpoint.reading import step_folder as step_folder
 from mobilellm_jax.checkpoint.saving import CheckpointWriter as CheckpointWriter
 from mobilellm_jax.checkpoint.saving import SaveError as SaveError
 from mobilellm_jax.checkpoint.saving import save_model as save_model
+from mobilellm_jax.checkpoint.saving import write_config as write_config
 from mobilellm_jax.storage.sealing import DamagedError as DamagedError

@@ -19,6 +19,7 @@ from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.finite import non_finite, refuse_non_finite
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.transformer import Params, param_shapes
 from mobilellm_jax.storage import rundir, sealing, strict_json
 from mobilellm_jax.train.state import TrainState
@@ -54,16 +55,6 @@ class Content:
     arrays: Mapping[str, str]  # Maps the name of an array to its type and shape.
     data: Mapping[str, Any] | None  # A `DataState` and its version, or None.
     step: int | None  # Completed steps; None in folders that older releases wrote.
-
-
-@dataclasses.dataclass(frozen=True)
-class RestoredModel:
-    """A model from a checkpoint; its float32 parameters are on the first device of the process."""
-
-    config: Config
-    params: Params
-    tokenizer: Tokenizer
-    step: int | None  # Completed steps; None in a copy of an old folder.
 
 
 def checkpoints_folder(run: epath.PathLike) -> epath.Path:
@@ -164,13 +155,15 @@ def is_step_folder(folder: Path) -> bool:
     return is_copy or _is_in_run(folder.resolve())
 
 
-def restore_model(run: epath.PathLike, step: int) -> RestoredModel:
+def restore_model(run: epath.PathLike, step: int) -> OpenedModel:
     """Returns the model that a run saved as `step`; raises as `restore_step` does."""
     return restore_step(step_folder(run, step))
 
 
-def restore_step(path: epath.PathLike, *, verified: bool = False) -> RestoredModel:
-    """Returns the model in a step folder, which may be a copy; its parameters are on one device.
+def restore_step(path: epath.PathLike, *, verified: bool = False) -> OpenedModel:
+    """Returns the model in a step folder, which may be a copy.
+
+    Its float32 parameters are on the first device of the process.
 
     The function compares checksums, unless `verified` says that `latest_step` has just done so.
 
@@ -193,7 +186,8 @@ def restore_step(path: epath.PathLike, *, verified: bool = False) -> RestoredMod
         bad += non_finite(_name(keys), np.asarray(leaf))
     refuse_non_finite(folder, bad)
     step = int(folder.name) if _is_in_run(folder) else content.step
-    return RestoredModel(config, params, _tokenizer(folder), step)
+    tokenizer = _tokenizer(folder)
+    return OpenedModel(config.model, params, tokenizer, str(folder), run_config=config, step=step)
 
 
 def restore_state(run: epath.PathLike, step: int, abstract: TrainState) -> TrainState:

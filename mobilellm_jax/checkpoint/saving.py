@@ -232,14 +232,21 @@ def save_model(run: epath.PathLike, config: Config, params: Params, tokenizer: T
     training cannot resume there, but a new run can start from it with `train.init_from`.
     """
     Path(run).mkdir(parents=True, exist_ok=True)
-    rundir.write_whole(Path(run) / rundir.CONFIG, config_lib.to_json(config))
-    copy_tokenizer(tokenizer, Path(run))
+    write_config(config, tokenizer, Path(run))
     folder, trees = checkpoints_folder(run), {PARAMS: jax.tree.map(np.asarray, params)}
     if folders.make_room(folder, 0):
         work = folders.work_folder(folder, 0, 1)
         content = _content(config, trees, step=0)
         _complete(_start_writing(work, trees, "model"), work, content, tokenizer)
         folders.commit(folder, work, 0)
+
+
+def write_config(config: Config, tokenizer: Tokenizer, run: Path) -> str:
+    """Writes the config and the tokenizer into a run folder; returns the text of the config."""
+    text = config_lib.to_json(config)
+    rundir.write_whole(run / rundir.CONFIG, text)
+    copy_tokenizer(tokenizer, run)
+    return text
 
 
 def _content(config: Config, trees: Mapping[str, Any], step: int) -> dict[str, Any]:

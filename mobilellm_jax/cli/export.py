@@ -36,7 +36,7 @@ from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import CHECKPOINT_HELP
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.formats import FORMATS, check_precision, offered
-from mobilellm_jax.export.source import DTYPES, Source
+from mobilellm_jax.export.source import DTYPES
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.storage.outputs import new_folder
 
@@ -74,23 +74,12 @@ def main(flags: Flags) -> None:
     verified = _verified(flags)
 
     from mobilellm_jax.export.exporting import export
-    from mobilellm_jax.export.model_card import Training
     from mobilellm_jax.open_model import open_model
 
     output = flags.output
     new_folder("--output", output)
     model = open_model(flags.checkpoint)
-    training = None
-    if model.run_config is not None and model.step is not None:
-        training = Training(model.run_config, model.step)
-    exported = export(
-        Source(model.config, model.params, model.tokenizer, model.origin),
-        output,
-        format_name=name,
-        precision=precision,
-        training=training,
-        verified=verified,
-    )
+    exported = export(model, output, format_name=name, precision=precision, verified=verified)
     config = model.config
     print(
         f"{output}: {model.origin}",

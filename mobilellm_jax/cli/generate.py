@@ -32,7 +32,7 @@ from mobilellm_jax.storage.text_file import decoded_lines, read_lines
 if TYPE_CHECKING:
     from mobilellm_jax.generation.generate import Prepared, Shape
     from mobilellm_jax.generation.sampling import Sampling
-    from mobilellm_jax.open_model import OpenedModel
+    from mobilellm_jax.model.opened import OpenedModel
 
 _log = logging.getLogger(__name__)
 _DEFAULT_NEW_TOKENS = 128

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
 from mobilellm_jax.export.artifact import model_bytes, seal_artifact
 from mobilellm_jax.export.formats import FORMATS
-from mobilellm_jax.export.model_card import Training, write_model_card
+from mobilellm_jax.export.model_card import write_model_card
 from mobilellm_jax.export.runtime import ArtifactInfo
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.verify import Verification, VerificationError, verify
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.storage.outputs import whole_directory
 
 
@@ -23,18 +23,16 @@ class Exported(NamedTuple):
 
 
 def export(
-    source: Source,
+    source: OpenedModel,
     directory: Path,
     *,
     format_name: str,
     precision: str = "float32",
-    training: Training | None = None,
     verified: bool = True,
 ) -> Exported:
     """Writes an export; `directory` appears only after all steps have succeeded.
 
-    `directory` must be new or empty. `training` describes the run for the model card; it is None if
-    the run is unknown.
+    `directory` must be new or empty.
 
     Raises:
       UserError: if `directory` is not empty, or the format cannot express the model or tokenizer.
@@ -66,7 +64,7 @@ def export(
         what = f"`{form.file}`" if form.file else "A Hugging Face directory"
         stored = f"{what} ({format_name}) in {precision}: {size:,} bytes."
         measured = found.lines() if found else ()
-        write_model_card(folder, source, training, stored=stored, measured=measured)
+        write_model_card(folder, source, stored=stored, measured=measured)
         if form.file:
             seal_artifact(folder, info)
     return Exported(layers, size, found)

@@ -9,7 +9,8 @@ from pathlib import Path
 from mobilellm_jax.config import near_miss
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.export.runtime import ArtifactInfo, Runtime
-from mobilellm_jax.export.source import DTYPES, Source
+from mobilellm_jax.export.source import DTYPES
+from mobilellm_jax.model.opened import OpenedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Format:
     precisions: Mapping[str, Precision]  # The keys are values of --dtype or --quantize.
     extra: str = "export"  # The extra of `setup.py` that installs the packages.
 
-    def write(self, source: Source, folder: Path, precision: str) -> int:
-        write: Callable[[Source, Path, str], int]
+    def write(self, source: OpenedModel, folder: Path, precision: str) -> int:
+        write: Callable[[OpenedModel, Path, str], int]
         write = pkgutil.resolve_name(f"{__package__}.{self.writer}")
         return write(source, folder, precision)
 

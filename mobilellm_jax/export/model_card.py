@@ -4,35 +4,20 @@ The card contains only known facts. The run's config names the token folders. Th
 data come from the manifests of these folders, if the folders still exist.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mobilellm_jax.config import Config
 from mobilellm_jax.data.mixture import split_path
 from mobilellm_jax.data.shards import read_manifest
-from mobilellm_jax.export.source import Source
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.size import parameter_count
 from mobilellm_jax.storage.rundir import write_whole
 
 FILE = "model_card.md"
 
 
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """The config of the run that wrote the checkpoint, and the step of the checkpoint."""
-
-    config: Config
-    step: int
-
-
 def write_model_card(
-    folder: Path,
-    source: Source,
-    training: Training | None,
-    *,
-    stored: str,
-    measured: Sequence[str],
+    folder: Path, source: OpenedModel, *, stored: str, measured: Sequence[str]
 ) -> None:
     """Writes the card into an exported folder.
 
@@ -66,7 +51,7 @@ Exported by mobilellm-jax from `{source.origin}`.
 
 ## Training
 
-{_training(training) if training else "Not known: the model came from a Hugging Face directory."}
+{_training(source)}
 
 ## Measured
 
@@ -75,8 +60,10 @@ Exported by mobilellm-jax from `{source.origin}`.
     write_whole(folder / FILE, card)
 
 
-def _training(training: Training) -> str:
-    config, step = training.config, training.step
+def _training(source: OpenedModel) -> str:
+    config, step = source.run_config, source.step
+    if config is None or step is None:
+        return "Not known: the model came from a Hugging Face directory."
     tokens = step * config.tokens_per_step
     data = "".join(f"\n| data | {line} |" for line in _data(config.data.path))
     return f"""\

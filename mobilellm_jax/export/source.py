@@ -1,6 +1,5 @@
-"""Describes the model to export, and contains the checks that several writers share."""
+"""The types of stored weights, and the checks that several writers share."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +7,6 @@ import ml_dtypes
 import numpy as np
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import UserError
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -16,16 +14,6 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The model that is exported."""
-
-    config: ModelConfig
-    params: Mapping[str, Any]  # In float32.
-    tokenizer: Tokenizer
-    origin: str  # The checkpoint that is exported.
 
 
 def narrowed(

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.formats import Precision
 from mobilellm_jax.export.runtime import Runtime, greedy
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.generation.generate import Request, generate
 from mobilellm_jax.generation.sampling import GREEDY
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.transformer import Params, Transformer
 
 POSITIONS = 256
@@ -101,7 +101,7 @@ class Verification:
         return found
 
 
-def verify(runtime: Runtime, source: Source) -> Verification:
+def verify(runtime: Runtime, source: OpenedModel) -> Verification:
     """Compares an export with its model; raises `VerificationError` if logits differ in shape."""
     config = dataclasses.replace(source.config, compute_dtype="float32", attention="xla")
     room = min(config.max_seq_len, runtime.max_seq_len)

@@ -110,11 +110,15 @@ def _check_length(runs: Sequence[Run], records: Mapping[str, RunRecord]) -> None
 
 def _check_schedules(sweep: Path, runs: Sequence[Run], records: Mapping[str, RunRecord]) -> None:
     """Warns of runs with two schedules; raises if a rate would be chosen among different ones."""
+    started = [run for run in runs if records[run.name].config is not None]
     others = {
-        run.name: step for run in runs if (step := _other_schedule(sweep, records[run.name], run))
+        run.name: step
+        for run in started
+        if (step := records[run.name].other_schedule_until(settled(sweep, run)))
     }
+    failed = {name for name, record in records.items() if record.outcome.get("state") == "failed"}
     for run in runs:
-        tuning = {others.get(name, 0) for name in run.tune_from if not _has_failed(records, name)}
+        tuning = {others.get(name, 0) for name in run.tune_from if name not in failed}
         if len(tuning) > 1 and records[run.name].config is None:
             raise ConfigError(
                 f"{run.name} takes its learning rate from the best of {', '.join(run.tune_from)}, "
@@ -128,17 +132,6 @@ def _check_schedules(sweep: Path, runs: Sequence[Run], records: Mapping[str, Run
             "comparable with runs that had one schedule, and `mobilellm report` shows them as "
             "models of their own. For comparable runs, use another --workdir."
         )
-
-
-def _other_schedule(sweep: Path, record: RunRecord, run: Run) -> int:
-    """Returns the last step with another schedule; a run with `tune_from` keeps its own rate."""
-    if record.config is None:
-        return 0
-    return record.other_schedule_until(settled(sweep, run))
-
-
-def _has_failed(records: Mapping[str, RunRecord], name: str) -> bool:
-    return name in records and records[name].outcome.get("state") == "failed"
 
 
 def check_data(sweep: Path, run: Run, fingerprint: str) -> None:

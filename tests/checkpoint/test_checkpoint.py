@@ -117,7 +117,7 @@ def test_model_opens_without_its_optimizer(tokenizer: Tokenizer, tmp_path: Path)
         if part.is_file():
             part.write_bytes(b"damaged")
     model = checkpoint.restore_model(tmp_path, 7)
-    assert (model.config, model.step) == (CONFIG, 7)
+    assert (model.run_config, model.step) == (CONFIG, 7)
     jax.tree.map(np.testing.assert_array_equal, state.params, model.params)
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(model.params))
     assert model.tokenizer.encode("a thin phone") == tokenizer.encode("a thin phone")

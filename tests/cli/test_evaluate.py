@@ -7,7 +7,8 @@ import pytest
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.evaluate.engine import jax_engine
 from mobilellm_jax.evaluate.perplexity import CutText, PerplexityResult, perplexity
-from mobilellm_jax.open_model import OpenedModel, open_model
+from mobilellm_jax.model.opened import OpenedModel
+from mobilellm_jax.open_model import open_model
 from mobilellm_jax.quantize.parameters import quantized, stored_bytes
 from mobilellm_jax.quantize.schemes import find_scheme
 from tests import tiny

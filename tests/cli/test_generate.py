@@ -11,7 +11,8 @@ from mobilellm_jax.cli.flags import define
 from mobilellm_jax.generation.generate import Request, generate, stream
 from mobilellm_jax.generation.sampling import GREEDY, Sampling
 from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
-from mobilellm_jax.open_model import OpenedModel, open_model
+from mobilellm_jax.model.opened import OpenedModel
+from mobilellm_jax.open_model import open_model
 from mobilellm_jax.quantize.parameters import quantized
 from mobilellm_jax.quantize.schemes import find_scheme
 from tests import tiny

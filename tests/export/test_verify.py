@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from mobilellm_jax.export.formats import EXACT, HALF
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.verify import VerificationError, verify
+from mobilellm_jax.model.opened import OpenedModel
 from tests.export.jax_runtime import JaxRuntime
 
 
 @pytest.fixture
-def source(tiny_config, tiny_params, tokenizer) -> Source:
+def source(tiny_config, tiny_params, tokenizer) -> OpenedModel:
     config = tiny_config(num_repeats=2)
-    return Source(config, tiny_params(config, 6.0), tokenizer, "here")
+    return OpenedModel(config, tiny_params(config, 6.0), tokenizer, "here")
 
 
 class Wrong:
@@ -31,7 +31,7 @@ class Wrong:
         return self._by_cache(self._inner.append(token))
 
 
-def test_the_same_model_passes(source: Source) -> None:
+def test_the_same_model_passes(source: OpenedModel) -> None:
     found = verify(JaxRuntime(source.config, source.params), source)
     assert found.problems(EXACT) == []
     assert found.positions == 256 and found.greedy_equal == found.greedy_tokens == 64
@@ -56,12 +56,12 @@ def changed(logits):
         ({"by_cache": lambda x: -x}, "greedy token 2 differs"),
     ],
 )
-def test_what_is_wrong_is_named(source: Source, wrong, problem: str) -> None:
+def test_what_is_wrong_is_named(source: OpenedModel, wrong, problem: str) -> None:
     runtime = Wrong(JaxRuntime(source.config, source.params), **wrong)
     assert any(problem in each for each in verify(runtime, source).problems(EXACT))
 
 
-def test_a_rise_of_the_loss_is_a_problem_and_a_fall_is_not(source: Source) -> None:
+def test_a_rise_of_the_loss_is_a_problem_and_a_fall_is_not(source: OpenedModel) -> None:
     found = verify(JaxRuntime(source.config, source.params), source)
     worse = dataclasses.replace(found, loss=found.loss_jax + HALF.loss * 1.5)
     assert "the loss rises by 0.015" in " ".join(worse.problems(HALF))
@@ -71,13 +71,13 @@ def test_a_rise_of_the_loss_is_a_problem_and_a_fall_is_not(source: Source) -> No
     )
 
 
-def test_another_vocabulary_is_refused(source: Source) -> None:
+def test_another_vocabulary_is_refused(source: OpenedModel) -> None:
     runtime = Wrong(JaxRuntime(source.config, source.params), at_once=lambda x: x[:, :-1])
     with pytest.raises(VerificationError, match=r"\(256, 319\), and the model has \(256, 320\)"):
         verify(runtime, source)
 
 
-def test_a_short_model_is_verified_over_what_it_reads(source: Source) -> None:
+def test_a_short_model_is_verified_over_what_it_reads(source: OpenedModel) -> None:
     config = dataclasses.replace(source.config, max_seq_len=48)
     short = dataclasses.replace(source, config=config)
     found = verify(JaxRuntime(config, source.params), short)

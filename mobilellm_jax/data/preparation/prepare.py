@@ -87,9 +87,7 @@ def prepare(
         `output` contains other data.
       MissingFileError: if the tokenizer file is missing, or a pattern matches nothing.
     """
-    _check_settings(
-        sources, weights, tokenizer, vocab_size, validation_fraction, on_bad_line, workers, runner
-    )
+    _check_settings(sources, weights, tokenizer, vocab_size, validation_fraction, workers)
     given = load_tokenizer(tokenizer) if tokenizer else None
     final = real_folder("--output", output)
     work = (final if final.exists() else final.parent) / f".{final.name}.preparing"
@@ -328,9 +326,7 @@ def _check_settings(
     tokenizer: Path | None,
     vocab_size: int | None,
     validation_fraction: float,
-    on_bad_line: BadLinePolicy,
     workers: int | None,
-    runner: Runner,
 ) -> None:
     if not sources:
         raise UserError("source is empty; give at least one, for example --source=python_docs.")
@@ -359,12 +355,6 @@ def _check_settings(
         )
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} must be at least 1.")
-    for name, value, choices in (
-        ("on_bad_line", on_bad_line, ("stop", "skip")),
-        ("runner", runner, ("local", "beam")),
-    ):
-        if value not in choices:
-            raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}.")
 
 
 def _complete_output(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ SPACE_MARK = "\u2581"
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
+@runtime_checkable  # The tests check the types of arguments.
 class Tokenizer(Protocol):
     """The interface of every tokenizer."""
 

@@ -34,8 +34,9 @@ from torchao.quantization.quant_api import (
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.export.source import Source, check_groups
+from mobilellm_jax.export.source import check_groups
 from mobilellm_jax.export.torch_decoder import TorchDecoder
+from mobilellm_jax.model.opened import OpenedModel
 
 CHUNK = 128
 """The largest number of tokens per call; more tokens' logits would fill a phone's memory."""
@@ -45,7 +46,7 @@ _GROUP = 32  # Number of weights of a row that share a scale in 4 bits.
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # The stubs of torch lack int4.
 
 
-def write(source: Source, folder: Path, precision: str) -> int:
+def write(source: OpenedModel, folder: Path, precision: str) -> int:
     """Writes the program and, if needed, `model.ptd`; returns how many blocks they contain."""
     config = source.config
     if config.max_seq_len < _SHORTEST:

@@ -18,13 +18,14 @@ from mobilellm_jax.export.gguf.header import ALIGNMENT, stored_type, write_heade
 from mobilellm_jax.export.gguf.tokenizer import refused
 from mobilellm_jax.export.huggingface.layout import their_tensors
 from mobilellm_jax.export.huggingface.tokenizer_files import PROBES
-from mobilellm_jax.export.source import DTYPES, Source, narrowed
+from mobilellm_jax.export.source import DTYPES, narrowed
 from mobilellm_jax.model.layer_sharing import application_order
+from mobilellm_jax.model.opened import OpenedModel
 
 FILE = "model.gguf"
 
 
-def write(source: Source, folder: Path, precision: str) -> int:
+def write(source: OpenedModel, folder: Path, precision: str) -> int:
     """Writes `model.gguf` into `folder`; returns how many layers it contains."""
     config = source.config
     order = application_order(config.num_blocks, config.num_repeats, config.sharing)

@@ -38,9 +38,10 @@ from mobilellm_jax.export.huggingface.layout import (
 from mobilellm_jax.export.huggingface.tokenizer_files import write_tokenizer_files
 from mobilellm_jax.export.huggingface.torch_files import StoredTensor
 from mobilellm_jax.export.huggingface.weight_files import open_tensors, spare_pickle, write_tensors
-from mobilellm_jax.export.source import Source, narrowed
+from mobilellm_jax.export.source import narrowed
 from mobilellm_jax.model.finite import non_finite, refuse_non_finite
 from mobilellm_jax.model.layer_sharing import application_order
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.storage import file_kind, strict_json
 from mobilellm_jax.storage.rundir import TOKENIZER_FILES, write_whole
 
@@ -58,7 +59,7 @@ class Imported(NamedTuple):
     dtype: str  # Dtype of the stored weights; an export in this dtype stores the same bits.
 
 
-def write_llama(source: Source, folder: Path, precision: str) -> int:
+def write_llama(source: OpenedModel, folder: Path, precision: str) -> int:
     """Writes the layout `hf`; returns how many layers it contains."""
     config = source.config
     check_llama(config)
@@ -66,7 +67,7 @@ def write_llama(source: Source, folder: Path, precision: str) -> int:
     return _write_files(source, folder, precision, "hf", order)
 
 
-def write_mobilellm(source: Source, folder: Path, precision: str) -> int:
+def write_mobilellm(source: OpenedModel, folder: Path, precision: str) -> int:
     """Writes the layout `mobilellm`; returns how many blocks it contains."""
     shutil.copyfile(Path(__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     blocks = range(source.config.num_blocks)
@@ -118,7 +119,7 @@ def read_model_config(directory: Path) -> ModelConfig:
 
 
 def _write_files(
-    source: Source, folder: Path, dtype: str, layout: Layout, blocks: Sequence[int]
+    source: OpenedModel, folder: Path, dtype: str, layout: Layout, blocks: Sequence[int]
 ) -> int:
     """Writes all files of a model whose layer i is block `blocks[i]`."""
     config, tokenizer = source.config, source.tokenizer

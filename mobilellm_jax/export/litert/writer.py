@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.litert.signatures import cache_shapes, capacity, signatures
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.torch_decoder import TorchDecoder
+from mobilellm_jax.model.opened import OpenedModel
 
 
-def write(source: Source, folder: Path, precision: str) -> int:
+def write(source: OpenedModel, folder: Path, precision: str) -> int:
     """Writes `model.tflite`; returns how many blocks it contains."""
     config = source.config
     decoder = TorchDecoder(config, source.params, capacity(config))

@@ -23,8 +23,9 @@ import onnx
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.export.onnx.graph import MICROSOFT, WEIGHTS, Graph
-from mobilellm_jax.export.source import DTYPES, Source, narrowed
+from mobilellm_jax.export.source import DTYPES, narrowed
 from mobilellm_jax.model.layer_sharing import application_order
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.rope import rotation
 
 FILE = "model.onnx"
@@ -38,7 +39,7 @@ _HEAD_MULTIPLE = 16
 _END = np.iinfo(np.int64).max
 
 
-def write(source: Source, folder: Path, precision: str) -> int:
+def write(source: OpenedModel, folder: Path, precision: str) -> int:
     """Writes `model.onnx` and its weights; returns how many blocks they contain.
 
     ONNX Runtime converts float16 and bfloat16 weights to float32 when it loads the file. 64 weights
@@ -74,7 +75,7 @@ class _Block(NamedTuple):
     down: _Matrix
 
 
-def _write_model(graph: Graph, source: Source, precision: str) -> None:
+def _write_model(graph: Graph, source: OpenedModel, precision: str) -> None:
     config, params = source.config, source.params
     bits = _BITS.get(precision, 0)
     store = DTYPES.get(precision, DTYPES["float32"])
@@ -110,7 +111,9 @@ def _write_model(graph: Graph, source: Source, precision: str) -> None:
     _score(graph, x_1TD, head)
 
 
-def _add_block(graph: Graph, source: Source, u: int, store: np.dtype[Any], bits: int) -> _Block:
+def _add_block(
+    graph: Graph, source: OpenedModel, u: int, store: np.dtype[Any], bits: int
+) -> _Block:
     config = source.config
     blocks = source.params["blocks"]
     attention, feed_forward = blocks["attention"], blocks["feed_forward"]

@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import save_file
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.stablehlo.runtime import DECODE, HASHES, PREFILL, WEIGHTS
 from mobilellm_jax.model.attention import attend_within
 from mobilellm_jax.model.cache import AlignedCache
@@ -33,6 +32,7 @@ from mobilellm_jax.model.decoding import (
     decoding_weights,
 )
 from mobilellm_jax.model.on_device import compute_dtype
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.softmax import AttentionProducts
 from mobilellm_jax.storage.rundir import write_whole
 
@@ -43,7 +43,7 @@ Cache = dict[str, Any]
 """The number `length`, and the lists `keys` and `values` with an array per block application."""
 
 
-def write(source: Source, folder: Path, precision: str) -> int:
+def write(source: OpenedModel, folder: Path, precision: str) -> int:
     """Writes functions and weights in `precision`; returns how many blocks they contain."""
     dtype: Any = precision
     config = dataclasses.replace(source.config, compute_dtype=dtype, attention="xla")

@@ -9,8 +9,8 @@ import pytest
 
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.exporting import export
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.torch_decoder import TorchDecoder
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.size import parameter_count
 from tests.export.rooms import (
     assert_all_of_the_room_is_exact,
@@ -50,7 +50,7 @@ def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
     """Returns a model, two sequences, their logits, and the verified artefact."""
     config, params, tokens_BT, logits_BTV = make_model(scale=5.0, max_seq_len=ROOM, **fields)
     folder = tmp_path_factory.mktemp("executorch") / precision
-    source = Source(config, params, tokenizer, "a test")
+    source = OpenedModel(config, params, tokenizer, "a test")
     made = export(source, folder, format_name="executorch", precision=precision)
     assert made.layers == config.num_blocks
     tokens, logits = tokens_BT[:, :ROOM].tolist(), logits_BTV[:, :ROOM]
@@ -122,7 +122,7 @@ def test_four_bits_are_sixteen_levels_in_each_group(make_model) -> None:
 
 def test_inputs_that_are_no_whole_groups_are_refused(make_model, tokenizer, tmp_path) -> None:
     config, params, *_ = make_model(ffn_dim=40)
-    source = Source(config, params, tokenizer, "a test")
+    source = OpenedModel(config, params, tokenizer, "a test")
     with pytest.raises(ValueError, match=r"model\.ffn_dim=40 must be a multiple of 32"):
         export(source, tmp_path / "x", format_name="executorch", precision="8da4w", verified=False)
     assert not (tmp_path / "x").exists()
@@ -144,7 +144,7 @@ def test_damaged_and_foreign_programs_are_refused(exact, tmp_path) -> None:
 
 def test_sequences_too_short_are_refused(make_model, tokenizer, tmp_path) -> None:
     config, params, *_ = make_model(max_seq_len=3)
-    source = Source(config, params, tokenizer, "a test")
+    source = OpenedModel(config, params, tokenizer, "a test")
     with pytest.raises(ValueError, match="model.max_seq_len=3 must be at least 4"):
         export(
             source, tmp_path / "x", format_name="executorch", precision="float32", verified=False

@@ -12,7 +12,7 @@ from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.export.gguf.header import check_header
 from mobilellm_jax.export.gguf.writer import write
 from mobilellm_jax.export.runtime import ArtifactInfo
-from mobilellm_jax.export.source import Source
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.transformer import init_params
 
 CONFIG = ModelConfig(
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
     tokenizer = train_tokenizer(["the quick brown fox"] * 9, 290, folder / "tokenizer.model")
     params = init_params(CONFIG, jax.random.key(0))
-    write(Source(CONFIG, params, tokenizer, "a test"), folder, "q8_0")
+    write(OpenedModel(CONFIG, params, tokenizer, "a test"), folder, "q8_0")
     return folder
 
 

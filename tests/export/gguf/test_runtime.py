@@ -15,7 +15,7 @@ from mobilellm_jax.export.artifact import Artifact, open_artifact
 from mobilellm_jax.export.exporting import export
 from mobilellm_jax.export.gguf import header
 from mobilellm_jax.export.gguf import runtime as llama_cpp
-from mobilellm_jax.export.source import Source
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.transformer import init_params
 
 CONFIG = ModelConfig(
@@ -33,10 +33,10 @@ CONFIG = ModelConfig(
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Source:
+def source(tmp_path_factory) -> OpenedModel:
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     tokenizer = train_tokenizer(["the quick brown fox"] * 9, 290, file)
-    return Source(CONFIG, init_params(CONFIG, jax.random.key(0)), tokenizer, "a test")
+    return OpenedModel(CONFIG, init_params(CONFIG, jax.random.key(0)), tokenizer, "a test")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from mobilellm_jax.export.gguf.runtime import LlamaCppVocabulary
 from mobilellm_jax.export.gguf.tokenizer import vocabulary_of
 from mobilellm_jax.export.gguf.writer import write
 from mobilellm_jax.export.huggingface.tokenizer_files import PROBES
-from mobilellm_jax.export.source import Source
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.transformer import init_params
 
 TEXTS = [
@@ -98,7 +98,7 @@ def in_llama_cpp(tiny_config, tmp_path):
         params = init_params(config, jax.random.key(0))
         folder = tmp_path / "written"
         folder.mkdir()
-        write(Source(config, params, tokenizer, "a test"), folder, "float32")
+        write(OpenedModel(config, params, tokenizer, "a test"), folder, "float32")
         return tokenizer, LlamaCppVocabulary(folder / "model.gguf")
 
     return opened

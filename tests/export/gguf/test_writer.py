@@ -15,8 +15,8 @@ from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.formats import FORMATS
 from mobilellm_jax.export.gguf import runtime as llama_cpp
 from mobilellm_jax.export.gguf.writer import write
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.verify import verify
+from mobilellm_jax.model.opened import OpenedModel
 
 SHAPES = {
     "immediate": {"num_repeats": 2},
@@ -40,9 +40,9 @@ def one_thread(monkeypatch):
 def make_source(make_model, tokenizer):
     """Returns a function that makes a model to export; its matrices are large enough to matter."""
 
-    def make(scale: float = 8.0, **fields) -> Source:
+    def make(scale: float = 8.0, **fields) -> OpenedModel:
         config, params, _, _ = make_model(scale, **({"max_seq_len": 96} | fields))
-        return Source(config, params, tokenizer, "a test")
+        return OpenedModel(config, params, tokenizer, "a test")
 
     return make
 

@@ -9,7 +9,7 @@ import pytest
 
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.exporting import export
-from mobilellm_jax.export.source import Source
+from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.size import parameter_count
 from tests.export.rooms import (
     assert_all_of_the_room_is_exact,
@@ -46,7 +46,7 @@ def exported(make_model, tokenizer, tmp_path_factory, precision, **fields):
     tokens_BT = np.concatenate([tokens_BT, tokens_BT[::-1]], axis=1)[:, :ROOM]
     logits_BTV = np.asarray(make_model.logits(config)(params, tokens_BT))
     folder = tmp_path_factory.mktemp("litert") / precision
-    source = Source(config, params, tokenizer, "a test")
+    source = OpenedModel(config, params, tokenizer, "a test")
     made = export(source, folder, format_name="litert", precision=precision)
     assert made.layers == config.num_blocks
     return config, tokens_BT.tolist(), logits_BTV, open_artifact(folder)

@@ -13,7 +13,7 @@ from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.exporting import export
 from mobilellm_jax.export.onnx.runtime import OnnxRuntime
 from mobilellm_jax.export.runtime import greedy
-from mobilellm_jax.export.source import Source
+from mobilellm_jax.model.opened import OpenedModel
 from tests.export.conftest import random_params, tiny, tokenizer  # noqa: F401  # a fixture
 from tests.export.examples import run_example
 
@@ -25,7 +25,7 @@ SUMS = 1e-4  # float32 sums in another order, of logits of up to 10
 @pytest.fixture(scope="module")
 def artifacts(tokenizer, tmp_path_factory):  # noqa: F811
     config = tiny(num_repeats=2, max_seq_len=ROOM)
-    source = Source(config, random_params(config, 6.0), tokenizer, "random")
+    source = OpenedModel(config, random_params(config, 6.0), tokenizer, "random")
     made = {}
     for precision in ("float32", "int8"):
         folder = tmp_path_factory.mktemp("onnx") / precision

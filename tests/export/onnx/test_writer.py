@@ -10,8 +10,8 @@ from mobilellm_jax.export import exporting
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.formats import EXACT, FORMATS
 from mobilellm_jax.export.onnx import writer as onnx_file
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.verify import verify
+from mobilellm_jax.model.opened import OpenedModel
 from tests.export.shapes import SCALE, SHAPES
 
 
@@ -19,7 +19,7 @@ from tests.export.shapes import SCALE, SHAPES
 def make_source(tiny_config, tiny_params, tokenizer):
     def make(**fields):
         config = tiny_config(**fields)
-        return Source(config, tiny_params(config, SCALE), tokenizer, "random")
+        return OpenedModel(config, tiny_params(config, SCALE), tokenizer, "random")
 
     return make
 

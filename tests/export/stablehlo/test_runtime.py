@@ -9,8 +9,8 @@ pytest.importorskip("flatbuffers", reason="the export extra")
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.exporting import export
 from mobilellm_jax.export.runtime import greedy
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.stablehlo.runtime import StableHloRuntime
+from mobilellm_jax.model.opened import OpenedModel
 from tests.export.conftest import random_params, tiny, tokenizer  # noqa: F401  # a fixture
 from tests.export.examples import run_example
 
@@ -26,7 +26,7 @@ def artifact(tokenizer, tmp_path_factory):  # noqa: F811
 
 def exported(tokenizer, folder, **fields):  # noqa: F811
     config = tiny(max_seq_len=ROOM, **fields)
-    source = Source(config, random_params(config, 6.0), tokenizer, "random")
+    source = OpenedModel(config, random_params(config, 6.0), tokenizer, "random")
     export(source, folder, format_name="stablehlo", precision="float32", verified=False)
     return open_artifact(folder)
 

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 from mobilellm_jax.export import exporting
 from mobilellm_jax.export.artifact import open_artifact
 from mobilellm_jax.export.formats import EXACT
-from mobilellm_jax.export.source import Source
 from mobilellm_jax.export.stablehlo.writer import DECODE, PREFILL, WEIGHTS
 from mobilellm_jax.export.verify import verify
+from mobilellm_jax.model.opened import OpenedModel
 from tests.export.shapes import SCALE, SHAPES
 
 
@@ -20,7 +20,7 @@ from tests.export.shapes import SCALE, SHAPES
 def make_source(tiny_config, tiny_params, tokenizer):
     def make(**fields):
         config = tiny_config(**fields)
-        return Source(config, tiny_params(config, SCALE), tokenizer, "random")
+        return OpenedModel(config, tiny_params(config, SCALE), tokenizer, "random")
 
     return make
 
