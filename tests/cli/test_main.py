@@ -106,7 +106,11 @@ def test_overrides_reach_the_command(train_with: Callable[..., None]) -> None:
     assert cli.main(["train", CONFIG, *overrides, "--workdir=x"]) == 0
     [(flags, given)] = received
     assert given == ["train.steps=5", "mesh.data=-1"]
-    assert (flags.config, flags.workdir, flags.process_id) == ("configs/quickstart.py", "x", None)
+    assert (flags.config, flags.workdir, flags.process_id) == (
+        "configs/quickstart.py",
+        Path("x"),
+        None,
+    )
 
 
 def test_overrides_are_refused_without_config(capsys: pytest.CaptureFixture[str]) -> None:
