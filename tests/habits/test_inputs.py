@@ -287,10 +287,43 @@ def test_somebody_reads_from_a_web_server(server: str) -> None:
         read(f"jsonl:{server}/c.jsonl")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "*.jsonl"])
-def test_somebodys_host_does_not_answer(name: str) -> None:
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1/a", "http://127.0.0.1:1/*", "ftp://127.0.0.1:1/a"]
+)
+def test_somebodys_host_does_not_answer(url: str) -> None:
     with pytest.raises(UserError, match=r"127\.0\.0\.1:1/.* cannot be read .*check the address"):
-        read(f"jsonl:http://127.0.0.1:1/{name}")
+        read(f"jsonl:{url}")
+
+
+@pytest.mark.parametrize(
+    ("length", "sent", "why"),
+    [("40", 20, "received 20 of 40 bytes"), (None, 0, "it ends after 0 of "), (None, 900, None)],
+)
+def test_somebodys_connection_breaks_off(
+    length: str | None, sent: int, why: str | None, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that has died sends too few bytes; one that sends them in small pieces is slow."""
+
+    def do_get(self: Quiet) -> None:
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        self.send_response(206)
+        if length is not None:
+            self.send_header("Content-Length", length)
+        self.end_headers()
+        self.wfile.write(ROWS[first : min(first + sent, last + 1)])
+
+    write("a.jsonl", ROWS)
+    monkeypatch.setattr(Quiet, "do_GET", do_get)
+    if why is None:
+        assert len(read(f"jsonl:{server}/a.jsonl")) == 40
+        return
+    with pytest.raises(
+        UserError, match=rf"a\.jsonl cannot be read .*{why}.*start the same command"
+    ):
+        read(f"jsonl:{server}/a.jsonl")
+    monkeypatch.undo()  # The remedy: the network works again.
+    monkeypatch.chdir(Path("a.jsonl").absolute().parent)
+    assert len(read(f"jsonl:{server}/a.jsonl")) == 40
 
 
 def test_somebodys_prompts_come_from_windows_and_from_an_old_mac() -> None:

@@ -119,7 +119,7 @@ def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
             raw = filesystem.open(inner, "rb")
         except Exception as error:  # Each storage system has its own errors.
             raise unreachable("A source", path, error) from error
-        buffered: BinaryIO = io.BufferedReader(raw, _BUFFER_BYTES)
+        buffered: BinaryIO = io.BufferedReader(_Remote(raw, path), _BUFFER_BYTES)
     else:
         buffered = open(path, "rb", buffering=_BUFFER_BYTES)
     with buffered as file:
@@ -131,6 +131,51 @@ def opened(path: str, size_bytes: int) -> Iterator[BinaryIO]:
             )
         file.seek(0)
         yield file
+
+
+class _Remote(io.RawIOBase):
+    """A file at a URL; names the file if the server fails while the file is read.
+
+    If a server ends its answers too early, fsspec returns no bytes and no error. The rest of the
+    file would then be lost in silence.
+    """
+
+    def __init__(self, file: Any, url: str) -> None:
+        self._file = file
+        self._url = url
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return int(self._file.seek(offset, whence))
+        except Exception as error:  # Each storage system has its own errors.
+            raise self._failed(error) from error
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        start = self._file.tell()
+        try:
+            content = self._file.read(len(buffer))
+        except Exception as error:
+            raise self._failed(error) from error
+        if not content and start < self._file.size:
+            raise self._failed(EOFError(f"it ends after {start:,} of {self._file.size:,} bytes"))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _failed(self, error: Exception) -> UserError:
+        return unreachable("A source", self._url, error)
 
 
 def first_bytes(file: BinaryIO, path: str) -> bytes:

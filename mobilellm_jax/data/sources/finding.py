@@ -85,15 +85,19 @@ def filesystem_of(url: str, culprit: str) -> tuple[Any, str]:
             f"{culprit}: {error}; fsspec knows the protocols "
             f"{', '.join(sorted(fsspec.available_protocols()))}."
         ) from error
+    except Exception as error:  # Some storage systems (ftp, github) connect at once.
+        raise unreachable(culprit, url, error) from error
     return filesystem, path
 
 
 def unreachable(culprit: str, url: str, error: Exception) -> UserError:
     """Returns the error for a server that does not answer, or answers with an error."""
     why = " ".join(str(error).split()) or type(error).__name__
+    if "support range requests" in why:  # fsspec names a remedy for programmers.
+        why = "this server sends a large file only as a whole"
     return UserError(
         f"{culprit}: {url} cannot be read ({why}); check the address, the network and the login, "
-        "or download the files and name the local copies."
+        "and start the same command again, or download the files and name the local copies."
     )
 
 
