@@ -27,7 +27,7 @@ from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.data.windows import count_targets, has_targets
-from mobilellm_jax.errors import MissingFileError
+from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.evaluate.in_training import Evaluator, make_evaluator
 from mobilellm_jax.model.on_device import settle as settle_for_device
 from mobilellm_jax.model.transformer import Params
@@ -38,7 +38,7 @@ from mobilellm_jax.run_record import MAY_CHANGE
 from mobilellm_jax.sharding import Rules, logical_rules, make_mesh
 from mobilellm_jax.startup import xla_flags
 from mobilellm_jax.storage import rundir
-from mobilellm_jax.storage.outputs import BELONGS_TOGETHER, own_folder
+from mobilellm_jax.storage.outputs import BELONGS_TOGETHER, is_empty, own_folder
 from mobilellm_jax.storage.user_path import user_path
 from mobilellm_jax.train.profiler import ProfiledSteps
 from mobilellm_jax.train.state import mesh_violations
@@ -209,7 +209,8 @@ def _prepare(config: Config) -> None:
     if is_mixture(config.data.path):
         return
     path = user_path("data.path", config.data.path)
-    if path.exists():
+    # A folder that is mounted into a container exists before anything is in it.
+    if path.exists() and not (config.data.source and is_empty(path)):
         return
     if not config.data.source:
         raise MissingFileError(
@@ -341,7 +342,10 @@ def held_out_targets(config: Config, mixture: Mixture) -> int:
 def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
     if not config.train.init_from:
         return None
-    opened = open_model(config.train.init_from)
+    try:
+        opened = open_model(config.train.init_from)
+    except UserError as error:
+        raise ConfigError(f"train.init_from={config.train.init_from!r}: {error}") from error
     theirs, ours = dataclasses.asdict(opened.config), dataclasses.asdict(config.model)
     free = (*config_lib.COMPUTATION, "max_seq_len")
     different: dict[str, tuple[Any, Any]] = {

@@ -17,7 +17,7 @@ from mobilellm_jax import config as config_lib
 from mobilellm_jax.config import Config, ConfigError, near_miss
 from mobilellm_jax.config.recipe import Recipe, fixed, recipe_of
 from mobilellm_jax.errors import MissingFileError
-from mobilellm_jax.storage import rundir, strict_json
+from mobilellm_jax.storage import file_kind, rundir, strict_json
 from mobilellm_jax.storage.user_path import user_path
 
 _log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ def read_recipe(name: str) -> Recipe:
     """
     path = _find(name)
     content = path.read_bytes()  # A pipe can be read only once.
+    file_kind.refuse_stand_in(f"--config={name}", content[: file_kind.FIRST_BYTES])
     # The first character tells JSON from Python. The file name does not: a copy may have any name.
     if content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
         return fixed(_recorded(path, content), name)
@@ -70,6 +71,8 @@ def _find(name: str) -> Path:
         raise MissingFileError(
             f"--config={name} is a folder without {rundir.CONFIG}; name {_KINDS}."
         )
+    if path.is_symlink():
+        raise MissingFileError(f"--config={name} {file_kind.absence(path)}.")
     raise MissingFileError(f"--config={name} is not a file.{_near_file(path)}")
 
 
@@ -114,9 +117,10 @@ def _run(path: Path, content: bytes) -> ConfigDict:
         exec(compile(content, path, "exec"), vars(module))
         config_dict = module.get_config() if hasattr(module, "get_config") else None
     except _FILE_ERRORS as error:
+        kind = file_kind.explanation(content[: file_kind.FIRST_BYTES])
         kinds = f". --config must name {_KINDS}." if path.suffix != ".py" else ""
         raise ConfigError(
-            f"{_place(path, error)}: {type(error).__name__}: {error}{kinds}"
+            f"{_place(path, error)}: {type(error).__name__}: {error}{kind}{kinds}"
         ) from error
     if not isinstance(config_dict, ConfigDict):
         raise ConfigError(f"--config={path} must define a get_config() that returns a ConfigDict.")
@@ -125,7 +129,7 @@ def _run(path: Path, content: bytes) -> ConfigDict:
 
 def _place(path: Path, error: BaseException) -> str:
     """Returns `path:line` for the line of the config file that raised the error."""
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.lineno is not None:
         return f"{path}:{error.lineno}"
     frames = traceback.walk_tb(error.__traceback__)
     lines = [line for frame, line in frames if frame.f_code.co_filename == str(path)]

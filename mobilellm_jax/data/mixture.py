@@ -154,7 +154,7 @@ def split_path(path: str) -> list[tuple[Path, Fraction]]:
     Raises:
       ConfigError: if a weight is missing or bad, or a folder is named twice.
     """
-    if not is_mixture(path) or Path(path).is_dir():
+    if not is_mixture(path) or _folder(path).is_dir():
         return [(_folder(path), Fraction(1))]
     folders = [_weighted(path, item) for item in path.split(",")]
     for folder, count in Counter(folder for folder, _ in folders).items():

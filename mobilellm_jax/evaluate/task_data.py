@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilellm_jax.errors import MissingFileError, UserError
-from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage import file_kind, strict_json
 from mobilellm_jax.storage.strict_json import JsonError, shown
 
 FEWSHOT = "fewshot"
@@ -49,7 +49,7 @@ def read_rows(file: Path, check: Check) -> list[Row]:
       UserError: if a row is wrong; the message names the file and the line.
     """
     if not file.is_file():
-        raise MissingFileError(f"{file} does not exist; it should hold JSON lines.")
+        raise MissingFileError(f"{file} {file_kind.absence(file)}; it should hold JSON lines.")
     rows = strict_json.read_lines(
         file,
         lambda row: check(strict_json.as_type(row, dict[str, Any], "the row")),

@@ -40,7 +40,7 @@ from mobilellm_jax.evaluate.harness import HarnessModel, writing_settings
 from mobilellm_jax.evaluate.paper_table import format_table
 from mobilellm_jax.evaluate.perplexity import exp
 from mobilellm_jax.evaluate.task_data import FEWSHOT, GROUPS, TASK_DATA, read_rows
-from mobilellm_jax.storage import strict_json
+from mobilellm_jax.storage import file_kind, strict_json
 
 _HERE = __name__
 _RUN_CODE = "HF_ALLOW_CODE_EVAL"  # The harness' metric for programs reads this variable too.
@@ -98,9 +98,14 @@ def load_tasks(
             )
         try:
             loaded = manager.load(list(wanted))
-        except OSError as error:
-            error.add_note("If the network is not available, --data_dir=DIR reads local files.")
-            raise
+        except OSError as error:  # The libraries of the harness also raise it without a network.
+            remedy = "check the network and the free space"
+            if not foreign:
+                remedy += ", or read local files with --data_dir=DIR"
+            raise UserError(
+                f"--tasks={','.join(wanted)}: the harness cannot download what it needs; {remedy}: "
+                f"{error}"
+            ) from error
     for name, task in loaded["tasks"].items():
         given = task.get_config("num_fewshot")
         # A task file sets this number to 0 if the task must not have examples.
@@ -231,7 +236,7 @@ def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -
         )
     files = {name: TASK_DATA[name].files(data_dir, _shots(name, num_fewshot)) for name in names}
     missing = {name: [f for f in files[name].values() if not f.is_file()] for name in names}
-    lines = [f"  {name}: {', '.join(map(str, gone))}" for name, gone in missing.items() if gone]
+    lines = [f"  {name}: {', '.join(map(_absent, gone))}" for name, gone in missing.items() if gone]
     if lines:
         there = ",".join(name for name in names if not missing[name])
         remedy = f"add them, or leave the tasks out: --tasks={there}" if there else "add them"
@@ -245,6 +250,10 @@ def _check_rows(names: Sequence[str], data_dir: Path, num_fewshot: int | None) -
                 f"{files[name][data.fewshot]} has {counts[data.fewshot]} rows, and {name} with "
                 f"{shots} examples needs at least {shots + 1}; add rows, or lower --num_fewshot."
             )
+
+
+def _absent(file: Path) -> str:
+    return f"{file} {file_kind.absence(file)}" if file.is_symlink() else str(file)
 
 
 def _shots(name: str, num_fewshot: int | None) -> int:

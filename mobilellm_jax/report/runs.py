@@ -10,7 +10,7 @@ from pathlib import Path
 from mobilellm_jax.config import Config, ConfigError, changed
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.run_record import RunRecord, State, read_record
-from mobilellm_jax.storage import rundir
+from mobilellm_jax.storage import file_kind, rundir
 from mobilellm_jax.storage.user_path import expand_home
 
 _RUNS = "runs"  # Subfolder of a sweep that contains the runs.
@@ -63,12 +63,13 @@ def read_runs(pattern: str) -> tuple[list[Measured], list[Unreadable]]:
       ConfigError: if no run folder matches, or if none of the matching folders can be read.
     """
     folders: list[Path] = []
-    for name in sorted(globbing.glob(expand_home("--runs", pattern))):
-        folder = Path(name)
-        inside = sorted((folder / _RUNS).glob("*")) if not (folder / rundir.CONFIG).exists() else []
-        folders += inside or [folder]
     runs: list[Measured] = []
     unreadable: list[Unreadable] = []
+    for folder in _matching(pattern):
+        if folder.is_symlink() and not folder.exists():
+            unreadable.append(Unreadable(folder, f"{folder} {file_kind.absence(folder)}."))
+        inside = sorted((folder / _RUNS).glob("*")) if not (folder / rundir.CONFIG).exists() else []
+        folders += inside or [folder]
     for folder in folders:
         if not (folder / rundir.CONFIG).exists():
             continue
@@ -85,6 +86,13 @@ def read_runs(pattern: str) -> tuple[list[Measured], list[Unreadable]]:
             "pattern in quotes: --runs='runs/tiny/runs/*'."
         )
     return _with_names_of_data(runs), unreadable
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Returns the matches of a pattern; brackets may also be part of a name."""
+    path = expand_home("--runs", pattern)
+    names = globbing.glob(path) or globbing.glob(path.replace("[", "[[]"))
+    return [Path(name) for name in sorted(names)]
 
 
 def _measured(record: RunRecord) -> Measured:

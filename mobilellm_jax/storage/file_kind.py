@@ -54,6 +54,9 @@ _OTHERS = {
     re.compile(rb"\x1f\x9d"): Kind("a file of `compress`", "decompress it with `gzip -d`"),
     re.compile(rb"PAR1"): Kind("a Parquet file", "a source of such files is parquet:GLOB"),
     re.compile(rb"ARROW1"): Kind("an Arrow file", "write it as Parquet or as JSON lines"),
+    re.compile(rb".{4}\0{4}\{", re.DOTALL): Kind(
+        "a safetensors file", "give it a name that ends in .safetensors"
+    ),
     re.compile(rb"%PDF-"): Kind("a PDF", "convert it to text, for example with `pdftotext`"),
     re.compile(rb"\xff\xfe|\xfe\xff"): Kind(
         "UTF-16 text", "convert it with `iconv -f UTF-16 -t UTF-8`"
@@ -62,7 +65,7 @@ _OTHERS = {
         "a web page", "download the file itself; the page may say why it was sent instead"
     ),
     **{
-        pattern: Kind(f"compressed with {name}", "decompress it first")
+        pattern: Kind(f"a file that {name} compressed", "decompress it first")
         for name, pattern in _COMPRESSED.items()
     },
 }

@@ -7,6 +7,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import datasets
 import pytest
 import zstandard
 
+from mobilellm_jax.cli.config_flags import load_config
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.data.shards import Manifest, open_tokens
 from mobilellm_jax.data.sources import finding
@@ -111,6 +113,9 @@ def test_somebodys_names_have_brackets_and_the_path_begins_with_a_tilde(
     assert found("~/part-*") == [f"{tmp_path}/part-1.txt", f"{tmp_path}/part-3.txt"]
     write("~/own.txt")
     assert found("~/*.txt") == ["~/own.txt"]
+    for name in ("~nobody9", "$CORPUS", "${CORPUS}"):
+        with pytest.raises(UserError, match=rf"only a shell replaces {re.escape(name)}, so write"):
+            found(f"{name}/*.txt")
 
 
 def test_somebody_has_not_fetched_a_file_of_dvc() -> None:
@@ -251,6 +256,33 @@ LLAMA = {
     "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (POINTER, "--config=x.py is a Git LFS pointer, .* `git lfs pull`"),
+        ("def get_config(): pass".encode("utf-16"), "x.py: SyntaxError: .* UTF-16 text: convert"),
+        (gzip.compress(b"{}", mtime=0), "x.py: SyntaxError: .* gzip compressed: decompress it"),
+        (None, "--config=x.py is a link to gone.py, which does not exist; fetch the target"),
+    ],
+)
+def test_somebodys_config_is_not_what_its_name_says(content: bytes | None, message: str) -> None:
+    if content is None:
+        os.symlink("gone.py", "x.py")
+    else:
+        write("x.py", content)
+    with pytest.raises(UserError, match=message):
+        load_config("x.py")
+
+
+def test_somebodys_rows_are_behind_a_broken_link() -> None:
+    Path("rows/piqa").mkdir(parents=True)
+    os.symlink("gone", "rows/piqa/validation.jsonl")
+    with pytest.raises(
+        UserError, match=r"validation\.jsonl is a link to gone, which does not exist"
+    ):
+        tasks.load_tasks(["piqa"], data_dir=Path("rows"))
 
 
 def test_somebody_renamed_the_tokenizer(tokenizer: Path) -> None:

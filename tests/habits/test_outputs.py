@@ -21,7 +21,8 @@ from mobilellm_jax.cli.config_flags import load_config
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.open_model import open_model
-from mobilellm_jax.preflight import settle_run, take_workdir
+from mobilellm_jax.preflight import open_data, settle_run, take_workdir
+from mobilellm_jax.report.runs import read_runs
 from mobilellm_jax.startup.compile_cache import use_compile_cache
 from mobilellm_jax.storage import outputs, rundir, sealing
 from mobilellm_jax.storage.user_path import user_path
@@ -160,6 +161,16 @@ def test_somebody_writes_a_report_beside_their_own_page(
         assert main([*command, f"--output={tmp_path / 'new'}"]) == 0
 
 
+def test_somebodys_runs_have_brackets_in_their_names_or_are_broken_links(
+    trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "[a] run" / "1")
+    (tmp_path / "[a] run" / "2").symlink_to("gone")
+    runs, unreadable = read_runs(f"{tmp_path}/[a] run/*")
+    assert [run.folder.name for run in runs] == ["1"]
+    assert ["2 is a link to gone, which" in each.reason for each in unreadable] == [True]
+
+
 def test_somebody_gives_evaluate_the_same_file_as_text_and_output(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +239,15 @@ def test_somebody_mounts_the_output_folder_into_a_container(
     assert main(["prepare", *flags, f"--output={mounted}"]) == 0
     assert contents(mounted).keys() == contents(tokens).keys()
     assert main(["prepare", *flags, f"--output={mounted}"]) == 0  # nothing to do
+
+
+def test_somebody_mounts_a_folder_into_which_train_prepares_the_data(
+    mounted: Path, recipe: Path, place: Path
+) -> None:
+    source = f"data.source=text:{place}/[0-9]*.txt"
+    config = load_config(str(recipe), [f"data.path={mounted}", source])
+    mixture, _ = open_data(config)
+    assert mixture.datasets[0].path == mounted
 
 
 def test_somebody_names_the_current_folder_as_the_output(
@@ -398,7 +418,7 @@ def test_somebody_may_not_write_the_parent_of_the_output(
 
 
 def test_somebody_writes_a_tilde_after_the_equals_sign(
-    model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tokens: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir()
@@ -406,11 +426,18 @@ def test_somebody_writes_a_tilde_after_the_equals_sign(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(here)
     shutil.copytree(tokens, home / "tokens")
+    shutil.copytree(tokens, home / "a,b")
     imported(model, "~/run")
     assert main(["inspect", "--data=~/tokens:0.5,~/tokens/../tokens:0.5", "--sample=0"]) == 0
+    assert main(["inspect", "--data=~/a,b", "--sample=0"]) == 0
     assert main(["generate", "--checkpoint=~/run", "--prompt=the", "--max_new_tokens=1"]) == 0
     assert main(["export", "--checkpoint=~/run", "--output=~/hf", "--noverify"]) == 0
-    assert {path.name for path in home.iterdir()} == {"tokens", "run", "hf"}
+    shutil.copy(recipe, home)
+    names = ["train.init_from=~/run", "data.path=~/tokens", "model.head_dim=4"]
+    with pytest.raises(UserError, match="train.init_from='~/run' is another model"):
+        settle_run(load_config("~/recipe.py", names), here / "new", None)
+    assert load_config("~/recipe.py", ["model=~/run"]).model.embed_dim == 16
+    assert {path.name for path in home.iterdir()} == {"tokens", "a,b", "run", "hf", "recipe.py"}
     assert list(here.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mobilellm_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from mobilellm_jax.errors import NotFiniteError
+from mobilellm_jax.errors import NotFiniteError, UserError
 from mobilellm_jax.evaluate.engine import RuntimeEngine
 from mobilellm_jax.export.runtime import Runtime
 from mobilellm_jax.generation.generate import Request, generate
@@ -201,6 +202,33 @@ def test_a_task_that_cannot_be_served_ends_before_any_likelihood(
     monkeypatch.setattr(Scorer, "scores", None)  # A likelihood would raise a TypeError.
     with pytest.raises(ValueError, match=f"The task triviaqa asks for texts .*{message}"):
         evaluation.texts("piqa")
+
+
+def test_somebody_runs_a_task_that_runs_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="the eval extra")
+    from mobilellm_jax.evaluate.tasks import Tasks, check_tasks
+
+    task = types.SimpleNamespace(UNSAFE_CODE=True, instances=[], build_all_requests=lambda limit: 0)
+    tasks: Any = Tasks({"tasks": {"humaneval": task}}, manager=None)
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    with pytest.raises(UserError, match="humaneval runs the programs .* set HF_ALLOW_CODE_EVAL=1"):
+        check_tasks(tasks, tiny.MODEL, draws=True)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    check_tasks(tasks, tiny.MODEL, draws=True)
+
+
+def test_somebody_evaluates_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="the eval extra")
+    from lm_eval.tasks import TaskManager
+
+    def offline(*_: object) -> None:
+        raise ConnectionError("Couldn't reach the Hugging Face Hub")
+
+    monkeypatch.setattr(TaskManager, "load", offline)
+    assert cli.main(["evaluate", f"--checkpoint={run}", "--tasks=piqa"]) == 2
+    assert "check the network and the free space, or read local files" in capsys.readouterr().err
 
 
 def test_somebody_saved_the_prompts_with_a_windows_editor(

@@ -153,6 +153,8 @@ class _LocalSearch:
             )
         if not self._found:
             what = "folders only; add /**/*.txt or the like" if self._folders else "nothing"
+            if shell := re.match(r"~[^/]*|.*?(\$\w+|\$\{\w+\})", pattern):
+                what += f"; only a shell replaces {shell[1] or shell[0]}, so write the whole path"
             raise MissingFileError(f"source={self._spec!r}: the pattern matches {what}.")
         return sorted(self._found.values(), key=lambda file: file.path)
 
