@@ -272,15 +272,7 @@ def verify(config: Config, mixture: Mixture) -> None:
 
 def check(config: Config, mixture: Mixture) -> tuple[Mesh, Rules]:
     """Checks the rules that need data or devices; returns the mesh and its sharding rules."""
-    violations = []
-    for component, stream in zip(mixture.components, required_streams(mixture, TRAIN), strict=True):
-        if not has_targets(stream, config.data.boundaries):
-            violations.append(
-                f"data.path={config.data.path!r}: no token of {component.name} is a target, so "
-                "there is no loss. Loss masks or document borders (data.boundaries="
-                f"{config.data.boundaries!r}) exclude all of them; prepare the data again with "
-                "loss_mask 1 for the tokens to learn."
-            )
+    violations = without_targets(config, mixture)
     mesh = make_mesh(config.mesh)
     on_gpu = mesh.devices.flat[0].platform == "gpu"
     if config.train.deterministic and on_gpu and not xla_flags.is_deterministic():
@@ -299,6 +291,19 @@ def check(config: Config, mixture: Mixture) -> tuple[Mesh, Rules]:
     if violations:
         raise ConfigError("\n".join(violations))
     return mesh, logical_rules(config.model, mesh.shape)
+
+
+def without_targets(config: Config, mixture: Mixture) -> list[str]:
+    """Returns a message for each component of the training data that has no targets."""
+    streams = zip(mixture.components, required_streams(mixture, TRAIN), strict=True)
+    return [
+        f"data.path={config.data.path!r}: no token of {component.name} is a target, so there is no "
+        "loss. Loss masks or document borders (data.boundaries="
+        f"{config.data.boundaries!r}) exclude all of them; prepare the data again with loss_mask 1 "
+        "for the tokens to learn."
+        for component, stream in streams
+        if not has_targets(stream, config.data.boundaries)
+    ]
 
 
 def check_memory(config: Config) -> None:

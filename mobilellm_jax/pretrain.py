@@ -212,7 +212,8 @@ class _Run:
         )
         is_first = distributed.is_first()
         if is_first:
-            self._cut_samples(first_step)
+            with self._side.attempt(f"removing later samples from {rundir.SAMPLES}"):
+                self._cut_samples(first_step)
         writer = MetricsWriter(
             self._folder() if is_first else Path(),
             first_step,
@@ -290,8 +291,8 @@ class _Run:
         texts = generate(model, params, request)
         if not distributed.is_first():
             return
-        records = [{"step": step, "text": tokenizer.decode(ids)} for ids in texts]
         with self._side.attempt(f"writing {rundir.SAMPLES}"):
+            records = [{"step": step, "text": tokenizer.decode(ids)} for ids in texts]
             file = AppendedFile(self._folder(), rundir.SAMPLES)
             with contextlib.closing(file):
                 file.append("".join(json.dumps(record) + "\n" for record in records).encode())

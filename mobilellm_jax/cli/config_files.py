@@ -4,6 +4,7 @@ The recipes of `configs/` are also in the wheel, so their names work in every fo
 """
 
 import logging
+import sys
 import traceback
 import types
 from collections.abc import Iterator
@@ -111,8 +112,12 @@ def _recorded(path: Path, content: bytes) -> Config:
 
 
 def _run(path: Path, content: bytes) -> ConfigDict:
+    """Returns the `ConfigDict` of a Python file, which may import the files beside it."""
     module = types.ModuleType("config_file")
     module.__file__ = str(path)
+    folder = str(path.parent.absolute())
+    # Last, so that a file of the user does not take the place of a library.
+    sys.path.append(folder)
     try:
         exec(compile(content, path, "exec"), vars(module))
         config_dict = module.get_config() if hasattr(module, "get_config") else None
@@ -122,6 +127,8 @@ def _run(path: Path, content: bytes) -> ConfigDict:
         raise ConfigError(
             f"{_place(path, error)}: {type(error).__name__}: {error}{kind}{kinds}"
         ) from error
+    finally:
+        sys.path.remove(folder)
     if not isinstance(config_dict, ConfigDict):
         raise ConfigError(f"--config={path} must define a get_config() that returns a ConfigDict.")
     return config_dict

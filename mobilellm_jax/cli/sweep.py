@@ -32,7 +32,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mobilellm_jax.cli.config_flags import CONFIG_HELP, load_recipe, parse_value
 from mobilellm_jax.cli.errors import UsageError
@@ -162,7 +162,7 @@ def _fields(asked: list[str]) -> dict[str, list[object]]:
             )
         if name in fields:
             raise UsageError(f"--sweep={name} is given twice; write all its values in one flag.")
-        fields[name] = [parse_value(name, value) for value in _split(text, values)]
+        fields[name] = [_value(text, name, value) for value in _split(text, values)]
         if field_types()[name] is str and len(fields[name]) > 1:
             _log.info(
                 f"--sweep={name} has {len(fields[name])} values: "
@@ -170,6 +170,15 @@ def _fields(asked: list[str]) -> dict[str, list[object]]:
                 f"double quotes: --sweep='{name}=\"a:0.7,b:0.3\",c'"
             )
     return fields
+
+
+def _value(whole: str, field: str, text: str, flag: str = "sweep") -> Any:
+    """Converts one value of a flag to the type of a field; `whole` is the text of the flag."""
+    try:
+        return parse_value(field, text)
+    except ConfigError as error:
+        comma = " Remove the comma beside it." if not text else ""
+        raise UsageError(f"--{flag}={whole}: {error}{comma}") from error
 
 
 def _split(flag: str, values: str) -> list[str]:
@@ -194,7 +203,7 @@ def _split(flag: str, values: str) -> list[str]:
 def _rates(flags: Flags) -> list[float]:
     rates = []
     for text in flags.tune_lr:
-        rate = parse_value("optimizer.peak_lr", text)
+        rate = _value(",".join(flags.tune_lr), "optimizer.peak_lr", text, "tune_lr")
         if rate in rates:
             raise UsageError(f"--tune_lr={','.join(flags.tune_lr)} has {text} twice.")
         rates.append(rate)

@@ -118,13 +118,8 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
     chosen = config.evaluate
     if not (chosen.tasks or chosen.text):
         return lambda params: {}
-    length = config.model.max_seq_len
     scorer = Scorer(config.model, mesh, rules)
-    score_tasks = _task_scores(config, tokenizer) if chosen.tasks else None
-    text = None
-    if chosen.text:
-        content = read_text("evaluate.text", user_path("evaluate.text", chosen.text))
-        text = CutText.cut(tokenizer, content, length, stride=length)
+    score_tasks, text = read_inputs(config, tokenizer)
 
     def evaluate(params: Params) -> dict[str, float]:
         engine = JaxEngine(scorer, params)
@@ -136,6 +131,22 @@ def make_evaluator(config: Config, tokenizer: Tokenizer, mesh: Mesh, rules: Rule
         return {f"evaluate/{name}": value for name, value in values.items()}
 
     return evaluate
+
+
+def read_inputs(
+    config: Config, tokenizer: Tokenizer
+) -> tuple[Callable[[JaxEngine], dict[str, float]] | None, CutText | None]:
+    """Reads what evaluations during training need: the tasks and the text; starts no backend.
+
+    Raises:
+      UserError, MissingFileError: as `make_evaluator`.
+    """
+    chosen, length = config.evaluate, config.model.max_seq_len
+    score_tasks = _task_scores(config, tokenizer) if chosen.tasks else None
+    if not chosen.text:
+        return score_tasks, None
+    content = read_text("evaluate.text", user_path("evaluate.text", chosen.text))
+    return score_tasks, CutText.cut(tokenizer, content, length, stride=length)
 
 
 def _task_scores(config: Config, tokenizer: Tokenizer) -> Callable[[JaxEngine], dict[str, float]]:

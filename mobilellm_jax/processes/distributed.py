@@ -172,6 +172,27 @@ def together(what: str, timeout_sec: float = _AGREE_SEC) -> Iterator[None]:
         _raise_if_failed(verdict, verdict["process"], what)
 
 
+def errors_of_all(what: str, error: str, timeout_sec: float = _AGREE_SEC) -> list[str]:
+    """Returns the error of each process, or "" for a process without an error.
+
+    All processes call this function, and it waits until all of them have done so.
+
+    Raises:
+      DistributedError: if a process did not call the function in time.
+    """
+    client = _client()
+    if client is None:
+        return [error]
+    own, count = process_state().process_id, process_state().num_processes
+    key = _membership.key(what)
+    client.key_value_set(f"{key}/{own}", json.dumps(error))
+    if own == 0:
+        errors = [json.loads(_read(client, f"{key}/{p}", what, timeout_sec)) for p in range(count)]
+        client.key_value_set(f"{key}/all", json.dumps(errors))
+    answer: list[str] = json.loads(_read(client, f"{key}/all", what, timeout_sec))
+    return answer
+
+
 def leave(how: Parting, why: str = "") -> None:
     """Tells the other processes that this process ends, and why (see `Peers.leave`)."""
     if _membership.peers is not None:

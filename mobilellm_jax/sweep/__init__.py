@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mobilellm_jax import preflight
 from mobilellm_jax.config import ConfigError
+from mobilellm_jax.evaluate.in_training import read_inputs
 from mobilellm_jax.startup.messages import counted
 from mobilellm_jax.sweep import estimate, local, slurm
 from mobilellm_jax.sweep import folder as files
@@ -105,8 +106,8 @@ def check_data(runs: Sequence[Run], sweep: Path) -> dict[str, int]:
     the runs start, because otherwise each process would prepare the data or report the same error.
 
     Raises:
-      ConfigError: if the vocabulary of a model differs from the vocabulary of its data, or if a run
-        would not evaluate any held-out target, or if a run in the folder was trained on other data.
+      ConfigError: if the vocabulary of a model differs from the vocabulary of its data, if a run
+        would not train or evaluate any target, or if a run in the folder was trained on other data.
       FileNotFoundError: if data are missing and the recipe names no source.
     """
     targets: dict[tuple[object, ...], int] = {}
@@ -114,9 +115,14 @@ def check_data(runs: Sequence[Run], sweep: Path) -> dict[str, int]:
     batches: dict[str, int] = {}
     for run in runs:
         train, data = run.config.train, run.config.data
-        key = (data.path, data.source, data.boundaries, run.config.model.vocab_size)
+        # `read_inputs` depends on the evaluations and on the length of the model's sequences.
+        evaluated = (run.config.evaluate, run.config.model.max_seq_len)
+        key = (data.path, data.source, data.boundaries, run.config.model.vocab_size, *evaluated)
         if key not in targets:
-            mixture, _ = preflight.open_data(run.config)
+            mixture, tokenizer = preflight.open_data(run.config)
+            read_inputs(run.config, tokenizer)
+            if lines := preflight.without_targets(run.config, mixture):
+                raise ConfigError("\n".join(lines))
             targets[key] = preflight.held_out_targets(run.config, mixture)
             fingerprints[key] = mixture.fingerprint
         files.check_data(sweep, run, fingerprints[key])

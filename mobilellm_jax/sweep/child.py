@@ -21,7 +21,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mobilellm_jax.errors import SAVED_REQUEUE_ME
+from mobilellm_jax import preflight
+from mobilellm_jax.errors import SAVED_REQUEUE_ME, UserError
 from mobilellm_jax.model.on_device import settle
 from mobilellm_jax.plan.compiled import batch_shapes
 from mobilellm_jax.pretrain import pretrain
@@ -83,7 +84,10 @@ def _run(sweep: Path, name: str) -> int:
 
 
 def _trial(sweep: Path, name: str) -> int:
-    """Prints the median time of a step on random tokens, and the time until the first step ends."""
+    """Prints the median time of a step on random tokens, and the time until the first step ends.
+
+    If the settings do not fit this machine, the function prints the reason instead.
+    """
     config = files.find_run(sweep, name).config
     began = time.perf_counter()
     before_jax(deterministic=config.train.deterministic)
@@ -91,7 +95,12 @@ def _trial(sweep: Path, name: str) -> int:
     if devices[0].platform == "cpu":
         keep_freed_memory()
     config = settle(config, devices[0])
-    mesh, rules = mesh_of(config, devices)
+    try:
+        preflight.check_memory(config)
+        mesh, rules = mesh_of(config, devices)
+    except UserError as error:
+        print(json.dumps({"refused": str(error)}))
+        return 0
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = init_state(config, optimizer, mesh, rules)
     step = make_train_step(config, optimizer, mesh, rules, state, training_transform(config))

@@ -4,11 +4,12 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mobilellm_jax.config import Config
+from mobilellm_jax.config import Config, ConfigError
 from mobilellm_jax.model.size import flops_per_token, parameter_count
 from mobilellm_jax.startup.messages import counted
 from mobilellm_jax.storage import strict_json
@@ -49,8 +50,16 @@ def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot]) -> dict[str
     and does not repeat them. A trial also fills the compile cache, so the runs of its model start
     faster. The result has no entry for a model whose trial failed; the log of its run will later
     show the error.
+
+    Raises:
+      ConfigError: if the settings of a model do not fit this machine, for example its memory.
     """
-    known = files.read_results(sweep / files.TRIALS, Speed)
+    stored = files.read_results(sweep / files.TRIALS, Speed)
+    # The speed belongs to this machine, and to a slot of this size.
+    place = f"{socket.gethostname()} / {len(slots)}: "
+    known = {
+        key.removeprefix(place): speed for key, speed in stored.items() if key.startswith(place)
+    }
     missing = {key_of(run): run for run in runs if key_of(run) not in known}
     if not missing:
         return known
@@ -68,7 +77,10 @@ def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot]) -> dict[str
             free.append(slot)
         if process.returncode:
             return None
-        speed: Speed = strict_json.as_type(strict_json.parse(output.splitlines()[-1]), Speed)
+        found = strict_json.parse(output.splitlines()[-1])
+        if "refused" in found:
+            raise ConfigError(f"{run.name}: {strict_json.get(found, 'refused', str)}")
+        speed: Speed = strict_json.as_type(found, Speed)
         return speed
 
     with concurrent.futures.ThreadPoolExecutor(len(slots)) as pool:
@@ -76,8 +88,8 @@ def try_all(sweep: Path, runs: Sequence[Run], slots: Sequence[Slot]) -> dict[str
         for number, ((key, run), speed) in enumerate(tried, start=1):
             result = "the trial failed"
             if speed is not None:
-                known[key] = speed
-                files.write_results(sweep / files.TRIALS, known)
+                known[key] = stored[place + key] = speed
+                files.write_results(sweep / files.TRIALS, stored)
                 result = f"{speed.step_sec:.3f} s a step"
             _log.info(f"  {number}/{len(missing)} {run.name}: {result}")
     return known

@@ -13,6 +13,11 @@ from pathlib import Path
 
 import jax
 
+from mobilellm_jax.processes import distributed
+
+_WAIT_AFTER_ERROR_SEC = 60.0  # Longest wait of a process with an error for the other processes.
+_LONGEST_ERROR = 2000  # Longest error in characters that a process tells the others.
+
 _log = logging.getLogger(__name__)
 
 
@@ -44,13 +49,44 @@ class SideRecords:
                 self._failing.remove(what)
                 _log.info(f"{what} works again")
 
-    def attempt_together(self, what: str) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def attempt_together(self, what: str) -> Iterator[None]:
         """Like `attempt`, for a block that all processes run together.
 
-        With several processes, the error is raised, because the other processes would wait for this
-        process inside the block.
+        At its end, the processes wait for each other. If all of them arrive there, no process waits
+        for another inside the block, so training can go on. The error is raised if another process
+        does not arrive, because it may wait for this process. It is also raised if it comes from a
+        program on the devices, because the devices of the processes may then be out of step.
         """
-        return contextlib.nullcontext() if jax.process_count() > 1 else self.attempt(what)
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        if jax.process_count() > 1:
+            error = _error_of_any(what, error)
+        with self.attempt(what):
+            if error is not None:
+                raise error
+
+
+def _error_of_any(what: str, own: Exception | None) -> Exception | None:
+    """Waits until all processes have left a block; returns the error of this or another process.
+
+    `own` is the error of this process, or None.
+    """
+    if isinstance(own, jax.errors.JaxRuntimeError):
+        raise own
+    text = "" if own is None else f"{type(own).__name__}: {own}"[:_LONGEST_ERROR]
+    limit = {} if own is None else {"timeout_sec": _WAIT_AFTER_ERROR_SEC}
+    try:
+        errors = distributed.errors_of_all(what, text, **limit)
+    except distributed.DistributedError as missing:
+        raise (own or missing) from None
+    for process, error in enumerate(errors):
+        if error and own is None:
+            return distributed.DistributedError(f"in process {process}: {error}")
+    return own
 
 
 class AppendedFile:

@@ -31,10 +31,12 @@ from mobilellm_jax.model.on_device import settle
 from mobilellm_jax.plan import memory
 from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.plan.compiled import lower_step
+from mobilellm_jax.processes import distributed
 from mobilellm_jax.processes.run_lock import LOCK
 from mobilellm_jax.startup import host_memory
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.metrics import MetricsWriter, read_metrics
+from mobilellm_jax.train.side_records import SideRecords
 from tests import tiny
 
 STEPS = 6
@@ -300,6 +302,50 @@ def test_an_evaluation_fails_while_a_run_trains(
     assert "failed: the samples and scores at step 6 (KeyError: 'no such field')" in said
 
 
+@pytest.mark.parametrize(
+    ("own", "others", "result"),
+    [
+        ("", ["", ""], ""),
+        ("KeyError", ["KeyError: 'k'", ""], "training goes on"),
+        ("", ["", "KeyError: 'k'"], "(DistributedError: in process 1: KeyError: 'k')"),
+        ("KeyError", None, "raised"),  # The other process waits in a collective.
+        ("JaxRuntimeError", [], "raised"),
+    ],
+)
+def test_an_evaluation_of_two_processes_fails(
+    own: str,
+    others: list[str] | None,
+    result: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def errors_of_all(what: str, error: str, timeout_sec: float = 0.0) -> list[str]:
+        if others is None:
+            raise distributed.DistributedError("no message from the other processes")
+        return others
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "errors_of_all", errors_of_all)
+    kinds = {"KeyError": KeyError, "JaxRuntimeError": jax.errors.JaxRuntimeError}
+    expected = pytest.raises(kinds[own]) if result == "raised" else contextlib.nullcontext()
+    with expected, SideRecords().attempt_together("the validation"):
+        if own:
+            raise kinds[own]("k")
+    assert (result in caplog.text) if result != "raised" else not caplog.text
+
+
+def test_the_texts_of_a_run_cannot_be_written(
+    config: Config, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = changed(config, {"evaluate.every": STEPS})
+    monkeypatch.setattr(pretrain, "generate", lambda *_: [[{}]])
+    assert train(config, run) == 0
+    assert "FAILED writing samples.jsonl (" in capsys.readouterr().err
+    (run / rundir.SAMPLES).write_text("somebody edited this\n")
+    assert train(changed(config, {"train.steps": 8}), run) == 0
+    assert "FAILED removing later samples from samples.jsonl (" in capsys.readouterr().err
+
+
 def test_somebody_unplugs_the_disk_with_the_data(
     config: Config, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,8 +476,11 @@ def test_somebody_masks_all_tokens(
     (mask,) = masked.glob("*.loss_mask")
     mask.write_bytes(bytes(mask.stat().st_size))
     assert train(config, run) == 2
-    said = capsys.readouterr().err
-    assert f"data.path={str(masked)!r}: no token of masked is a target" in said
+    message = f"data.path={str(masked)!r}: no token of masked is a target"
+    assert message in capsys.readouterr().err
+    sweep = ["sweep", f"--config={run.parent / 'config.py'}", f"--workdir={run.parent / 'sweep'}"]
+    assert main([*sweep, "--sweep=model.num_blocks=1,2", "--flops_per_sec=1e9"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_batch_has_no_targets(

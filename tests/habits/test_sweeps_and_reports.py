@@ -1,6 +1,8 @@
 """What users do with sweeps, reports and pictures; each test has the name of a habit."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -8,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 from matplotlib.figure import Figure
 
@@ -16,10 +20,12 @@ from mobilellm_jax import run_record
 from mobilellm_jax.benchmark import table as benchmark
 from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.cli.main import main
-from mobilellm_jax.config import Config, changed, to_json
+from mobilellm_jax.config import Config, ConfigError, changed, to_json
+from mobilellm_jax.plan import memory
+from mobilellm_jax.plan.accounting import account_of
 from mobilellm_jax.report.compare import group_seeds
 from mobilellm_jax.report.runs import read_runs
-from mobilellm_jax.sweep import estimate, slots
+from mobilellm_jax.sweep import child, estimate, slots
 from mobilellm_jax.sweep import folder as files
 from mobilellm_jax.sweep.runs import Run
 from mobilellm_jax.train.metrics import plot_losses
@@ -329,6 +335,48 @@ def test_the_time_left_follows_from_the_time_taken(
     assert pace.seconds_left(runs[2:], [(runs[1], 10.0, 0.0)]) == pytest.approx(0.2 * 150 / 2)
     pace.ended(runs[0], 40.0, 1.0)
     assert pace.seconds_left(runs[2:], []) == pytest.approx(40.0)
+
+
+class _TrialHere:
+    """Stands for a slot; a trial runs in this process, which then has the role of the child."""
+
+    name, count = "here", 0
+
+    def start(self, what: str, folder: Path, name: str, **_: object) -> "_TrialHere":
+        self.count += 1
+        self.returncode, self._run = 0, (what, str(folder), name)
+        return self
+
+    def communicate(self) -> tuple[bytes, None]:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            self.returncode = child.main([*self._run])
+        return said.getvalue().encode(), None
+
+
+def test_a_model_of_a_sweep_is_too_large_for_the_laptop(
+    sweep: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep says so before its first run starts, like `train`, and its remedy helps."""
+    large = ("--config.train.global_batch=64", "--config.train.eval_every=0")
+    assert sweep(*large, "--sweep=model.num_blocks=2") == 0
+    (run,) = files.read_runs(tmp_path / "sweep", ["num_blocks=2-s0"])
+    needed = account_of(run.config, jax.devices()[:1]).total_bytes
+    monkeypatch.setattr(memory, "memory_per_device", lambda _: int(0.6 * needed))
+    monkeypatch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]])
+    slot: Any = _TrialHere()
+    with pytest.raises(ConfigError, match="num_blocks=2-s0: The run does not fit") as caught:
+        estimate.try_all(tmp_path / "sweep", [run], [slot])
+    (flag,) = re.findall(r"Add (--config\.\S+);", str(caught.value))
+    (tmp_path / "sweep" / "sweep.json").unlink()
+    assert sweep(*large, "--sweep=model.num_blocks=2", flag) == 0
+    (run,) = files.read_runs(tmp_path / "sweep", ["num_blocks=2-s0"])
+    assert estimate.try_all(tmp_path / "sweep", [run], [slot]).keys() == {estimate.key_of(run)}
+    # A trial is not repeated, unless the runs get another share of the machine.
+    estimate.try_all(tmp_path / "sweep", [run], [slot])
+    assert slot.count == 2
+    estimate.try_all(tmp_path / "sweep", [run], [slot, slot])
+    assert slot.count == 3
 
 
 def test_a_sweep_of_one_run_and_tiny_models(
