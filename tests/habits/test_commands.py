@@ -148,6 +148,19 @@ def test_somebody_copies_a_config_under_an_odd_name(here: Path) -> None:
     assert load_config("record") == RUN
 
 
+def test_somebody_imports_a_file_beside_the_config(here: Path) -> None:
+    (here / "variants").mkdir()
+    (here / "variants" / "deep_base.py").write_text(COMPUTED)
+    (here / "variants" / "deep.py").write_text(
+        "import deep_base\n\ndef get_config():\n    config = deep_base.get_config()\n"
+        "    config.model.num_blocks = 7\n    return config\n"
+    )
+    before = list(sys.path)
+    config = load_config("variants/deep.py", ["train.steps=60"])
+    assert (config.model.num_blocks, config.optimizer.warmup_steps) == (7, 6)
+    assert sys.path == before
+
+
 def test_somebody_repeats_a_run_from_its_record(here: Path) -> None:
     (here / "run").mkdir()
     (here / "run" / rundir.CONFIG).write_text(to_json(RUN))

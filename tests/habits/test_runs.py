@@ -340,10 +340,10 @@ def test_the_texts_of_a_run_cannot_be_written(
     config = changed(config, {"evaluate.every": STEPS})
     monkeypatch.setattr(pretrain, "generate", lambda *_: [[{}]])
     assert train(config, run) == 0
-    assert "FAILED writing samples.jsonl (" in capsys.readouterr().err
+    assert "FAILED writing samples.txt (" in capsys.readouterr().err
     (run / rundir.SAMPLES).write_text("somebody edited this\n")
     assert train(changed(config, {"train.steps": 8}), run) == 0
-    assert "FAILED removing later samples from samples.jsonl (" in capsys.readouterr().err
+    assert "FAILED removing later samples from samples.txt (" in capsys.readouterr().err
 
 
 def test_somebody_unplugs_the_disk_with_the_data(
@@ -481,6 +481,18 @@ def test_somebody_masks_all_tokens(
     sweep = ["sweep", f"--config={run.parent / 'config.py'}", f"--workdir={run.parent / 'sweep'}"]
     assert main([*sweep, "--sweep=model.num_blocks=1,2", "--flops_per_sec=1e9"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_somebody_sweeps_with_an_evaluation_that_cannot_run(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    flags = ["--sweep=model.num_blocks=1,2", "--flops_per_sec=1e9", "--config.evaluate.every=3"]
+    command = ["sweep", f"--config={file}", f"--workdir={tmp_path / 'sweep'}", *flags]
+    assert main([*command, "--config.evaluate.text=nothere.txt"]) == 2
+    assert "evaluate.text=nothere.txt does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_batch_has_no_targets(

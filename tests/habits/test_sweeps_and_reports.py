@@ -431,6 +431,16 @@ def test_values_of_all_kinds_are_swept(
         files.log_file(tmp_path / "sweep", name).write_text("A file can have this name.")
 
 
+@pytest.mark.parametrize("flag", ["--sweep=model.num_blocks=1,", "--tune_lr=1e-3,,1e-2"])
+def test_somebody_writes_a_comma_too_many(
+    flag: str, sweep: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(flag) == 2
+    said = capsys.readouterr().err
+    assert f"{flag}: " in said and "Remove the comma beside it." in said
+    assert sweep(flag.removesuffix(",").replace(",,", ",")) == 0
+
+
 def test_somebody_forgets_the_second_quote(
     sweep: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
