@@ -79,6 +79,19 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
+def can_show_a_bar() -> bool:
+    """Returns whether standard error is a terminal with a width, on which a bar can be drawn.
+
+    The terminal of a container (`docker run -t`) or of `script` may have a width of 0.
+    """
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # A notebook's stream has no descriptor.
+        return True
+
+
 def open_closed_streams() -> None:
     """Opens /dev/null for each standard stream that this process began without (`2>&-`).
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mobilellm_jax.config import Config, ModelConfig
 from mobilellm_jax.model.size import flops_per_token
+from mobilellm_jax.startup.messages import can_show_a_bar
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.storage.picture import png, shorten
 from mobilellm_jax.train.board import Board
@@ -122,7 +123,7 @@ class MetricsWriter:
             initial=first_step,
             unit="step",
             file=sys.stderr,
-            disable=silent or not sys.stderr.isatty(),
+            disable=silent or not can_show_a_bar(),
             dynamic_ncols=True,
         )
         self._printed = -math.inf

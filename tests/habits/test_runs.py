@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import math
@@ -9,8 +10,10 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -600,3 +603,12 @@ def test_the_bar_of_a_terminal_moves_at_each_step(
             time.sleep(0.11)  # tqdm draws at most ten times a second.
             writer.advance(step)
             assert f"{step}/100" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("columns", [0, 80])
+def test_the_terminal_of_a_container_has_no_width(columns: int, tmp_path: Path) -> None:
+    reader, writer = os.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with standard_error_is(writer), MetricsWriter(tmp_path, 0, 100) as metrics:
+        assert metrics._bar.disable == (columns == 0)  # Without a bar, the writer prints lines.
+    os.close(reader)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task
 from mobilellm_jax.data.shards import Counts
+from mobilellm_jax.startup.messages import can_show_a_bar
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
 WORKERS_LOCK = "workers.lock"  # Every worker process holds this lock while it runs.
@@ -163,7 +164,7 @@ class _Progress(tqdm):  # type: ignore[type-arg]  # It takes no type argument at
     """Shows encoded bytes, documents/s and tokens/s: as a bar on a terminal, else in the log."""
 
     def __init__(self, total: int, done: int) -> None:
-        self._on_terminal = sys.stderr.isatty()
+        self._on_terminal = can_show_a_bar()
         self._next_log_sec = _LOG_EVERY_SEC
         super().__init__(
             desc="encoding",
