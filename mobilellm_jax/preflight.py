@@ -126,7 +126,7 @@ def take_workdir(workdir: Path) -> None:
 def check_same_run(
     workdir: Path, old: Config, new: Config, may_change: frozenset[str], remedy: str
 ) -> None:
-    """Raises if `new` differs from `old`, the config in `workdir`, where it may not."""
+    """Raises a ConfigError if `new` changes a field of the run in `workdir` that may not change."""
     changed = config_lib.changed_fields(old, new)
     if lines := _lines({name: pair for name, pair in changed.items() if name not in may_change}):
         raise ConfigError(

@@ -250,8 +250,8 @@ class _Run:
     def _newest_good(self, checkpoints: CheckpointWriter) -> TrainState | None:
         """Returns the newest saved state from which the run can recover, or None.
 
-        The function skips a checkpoint that a signal caused between bad steps, and a checkpoint
-        whose state has nan or inf.
+        The function skips a checkpoint whose state has nan or inf. It also skips a checkpoint that
+        was saved after a bad step, because a signal had arrived.
         """
         checkpoints.wait()
         steps: list[int] = distributed.from_first(

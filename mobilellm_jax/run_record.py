@@ -1,7 +1,7 @@
-"""Decides from the files of a run its state, and with what it can be compared.
+"""Reads the state of a run from its files, and tells whether two runs are comparable.
 
-`sweep`, `report` and `train` all ask this file, so that they agree. A run that cannot be read is an
-error that names the run.
+`sweep`, `report` and `train` all use this file, so that they agree. If a run cannot be read, the
+error names the run.
 
 Two runs are comparable if they differ only in their seeds and in settings without an effect on the
 numbers, if they read the same data, and if their learning rate followed the same schedule from
@@ -75,12 +75,12 @@ class RunRecord:
         return str(self.outcome.get("reason", "unknown"))
 
     def state(self, steps: int) -> State:
-        """Returns the state of the run beside a request for `steps` steps.
+        """Returns the state of the run for a command that wants a run of `steps` steps.
 
-        A run that has taken more steps is `longer`: its schedule was another one, so its loss at
-        `steps` is not the loss of such a run. A run that diverged has reached the last step without
-        a finite validation loss. `sweep` records the outcome of a run. Without this record, a run
-        is finished if it has a validation loss at its last step.
+        A run that has taken more steps is `longer`. Its learning rate followed a longer schedule,
+        so its loss at `steps` differs from the loss of a run that ends there. A run that diverged
+        has reached the last step without a finite validation loss. `sweep` records the outcome of a
+        run. Without this record, a run is finished if it has a validation loss at its last step.
         """
         outcome = self.outcome.get("state")
         if outcome == "failed":
@@ -100,8 +100,8 @@ class RunRecord:
     def other_schedule_until(self, config: Config) -> int:
         """Returns the last step whose learning rate is not the rate of a run with `config`, or 0.
 
-        `train/skipped_steps` counts the steps that made no update, because the schedule does not
-        count them.
+        The schedule counts only steps that made an update, so this method subtracts the steps that
+        `train/skipped_steps` counts.
         """
         skipped, rates, updates, steps = 0, [], [], []
         for record in self.records:

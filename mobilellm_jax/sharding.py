@@ -129,7 +129,7 @@ def logical_rules(model: ModelConfig, shape: Mapping[str, int]) -> Rules:
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
-    """Makes jax traces inside the `with` statement use `mesh` and `rules`."""
+    """Sets the mesh and the rules for all functions that jax traces inside the `with` statement."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
 

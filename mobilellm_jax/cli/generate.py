@@ -68,7 +68,7 @@ class Flags:
     quantize: str | None = flag(None, QUANTIZE_HELP)
     quantized_parts: str | None = flag(None, PARTS_HELP)
     seed: int = flag(
-        0, "seed of the random draws; the n-th prompt draws from the seed and n, in any batch"
+        0, "random seed; the random numbers of the n-th prompt depend only on the seed and n"
     )
 
 

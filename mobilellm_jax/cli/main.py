@@ -39,7 +39,7 @@ COMMANDS = {
     "export": "write a checkpoint in a format that other programs read, also on phones",
     "benchmark": "measure exports in their own runtimes: size, speed, memory, loss",
     "sweep": "train many models to compare: the paper's grids, or your own values",
-    "report": "turn runs into one page: curves, and the paper's tables beside our numbers",
+    "report": "turn runs into one page: curves, and the paper's tables next to our numbers",
 }
 
 _HELP = {"-h", "-help", "--help"}

@@ -1,4 +1,4 @@
-"""Shows runs on one page: curves, our numbers beside the paper's tables, speed and memory.
+"""Shows runs on one page: curves, our numbers next to the paper's tables, speed and memory.
 
   mobilellm report --runs='runs/tiny/runs/*' --output=runs/tiny/report
   mobilellm report --runs=runs/tiny --output=report

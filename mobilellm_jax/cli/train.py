@@ -55,7 +55,7 @@ class Flags:
     process_id: int | None = flag(None, "number of this process, from 0", lower_bound=0)
     peer_timeout: float = flag(
         60.0,
-        "seconds of silence after which another process counts as dead; 0: never",
+        "seconds of silence after which another process is considered dead; 0: never",
         lower_bound=0.0,
     )
     profile_steps: str | None = flag(

@@ -72,7 +72,7 @@ class _Group:
 
     def __post_init__(self) -> None:
         # The search for a width makes thousands of groups, so their types are read once.
-        hints = _limits(type(self))  # type: ignore[arg-type]  # mypy: a class is no Hashable
+        hints = _limits(type(self))  # type: ignore[arg-type]  # mypy: a class is not Hashable
         values = {f"{self.group}.{name}": value for name, value in vars(self).items()}
         limited = {f"{self.group}.{name}": hint for name, hint in hints.items()}
         alone = types.SimpleNamespace(**{self.group: self})

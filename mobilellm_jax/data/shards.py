@@ -283,15 +283,15 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield f"dtype={shown(manifest.dtype)} is not {wanted}, as vocab_size demands"
     for name in ("bos_id", "eos_id"):
         if not 0 <= getattr(manifest, name) < manifest.vocab_size:
-            yield f"{name}={getattr(manifest, name)} is no id below vocab_size"
+            yield f"{name}={getattr(manifest, name)} is not an id below vocab_size"
     for name, split in manifest.splits.items():
         # A name that contains a slash could refer to a file outside the folder.
         if not _SPLIT_NAME.fullmatch(name):
-            yield f"{shown(name)} is no name of a split"
+            yield f"{shown(name)} is not the name of a split"
         yield from _impossible(f"split {name}", split)
         for index, shard in enumerate(split.shards):
             if shard.name != shard_name(name, index, len(split.shards)):
-                yield f"{shown(shard.name)} is no name of shard {index} of split {name}"
+                yield f"{shown(shard.name)} is not the name of shard {index} of split {name}"
             if not {TOKENS, OFFSETS} <= shard.files.keys() <= {TOKENS, OFFSETS, LOSS_MASK}:
                 yield f"shard {shard.name} has files {', '.join(map(shown, shard.files))}"
             yield from _impossible(f"shard {shard.name}", shard)

@@ -65,7 +65,7 @@ def _rule(suffix: str, shard: Shard, manifest: Manifest) -> tuple[np.dtype[Any],
         return np.dtype(manifest.dtype).newbyteorder("<"), beyond
     if suffix == LOSS_MASK:
         return LOSS_MASK_DTYPE, functools.partial(_beyond, "loss mask", 2)
-    assert suffix == OFFSETS, f"{suffix} is no array of a shard"
+    assert suffix == OFFSETS, f"{suffix} is not an array of a shard"
     return OFFSET_DTYPE, _Ascending(shard.tokens)
 
 

@@ -73,7 +73,7 @@ class Verification:
     def lines(self) -> list[str]:
         rise = self.loss - self.loss_jax
         return [
-            f"verified in {self.runtime}, {self.positions} positions beside JAX in float32:",
+            f"verified in {self.runtime}, {self.positions} positions against JAX in float32:",
             f"  logits read at once: off by {self.read_error:.1e} at most, "
             f"{self.read_error / self.scale:.1e} of the largest ({self.largest_logit:.3g})",
             f"  logits by the cache: off by {self.append_error:.1e} at most, "

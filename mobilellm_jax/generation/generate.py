@@ -44,12 +44,12 @@ class Request:
 
     prompts: Sequence[Sequence[int]]  # Token ids; each prompt has at least one token.
     _: dataclasses.KW_ONLY
-    # A text that draws no EOS ends after this many new tokens: one number for all, or one for each.
+    # A text without EOS ends after this number of new tokens: one number for all, or one for each.
     max_new_tokens: int | Sequence[int]
     sampling: Sampling = DEFAULT
     eos_id: int | None = None  # The token that ends a row; with None, no token ends a row.
-    # The number of each text, in [0, 2^32). A text draws from the seed and its number, whatever its
-    # place in the batch. With None, the texts have the numbers 0, 1, 2 ...
+    # The number of each text, in [0, 2^32). The seed and this number give the random key of the
+    # text, so its place in the batch has no effect. With None, the numbers are 0, 1, 2 ...
     streams: Sequence[int] | None = None
 
     @property
@@ -83,7 +83,7 @@ def generate(config: ModelConfig, params: Params | Prepared, request: Request) -
     """Continues each prompt; returns the new tokens, without the prompt and without EOS.
 
     A greedy continuation depends only on its prompt. A sampled continuation also depends on the
-    seed and on the number of its text (`Request.streams`). No row depends on the other rows.
+    seed and on its number in `Request.streams`. No row depends on the other rows.
 
     Raises:
       UserError: if a prompt is empty, or if a prompt and its `max_new_tokens` together exceed
@@ -128,7 +128,7 @@ class _State:
 
 @struct.dataclass
 class _Ends:
-    """The conditions that end a row: it draws the token `stop`, or it has `limit_B` tokens."""
+    """The conditions that end a row: it gets the token `stop`, or it has `limit_B` tokens."""
 
     stop: Int[Array, ""]
     limit_B: Int[Array, "B"]

@@ -30,7 +30,7 @@ class Sampling:
     temperature: float = 0.8  # If 0, the likeliest token is always taken (greedy).
     top_k: int = 0  # Number of tokens to keep; 0 keeps all.
     top_p: float = 0.95  # Probability in (0, 1]; 1 keeps all tokens.
-    seed: int = 0  # In [0, 2^32). Each text draws with a key from this seed and its own number.
+    seed: int = 0  # In [0, 2^32). The seed and the number of a text give the text's random key.
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -82,7 +82,7 @@ def draw_of(sampling: Sampling, vocab_size: int, streams_B: Int[np.ndarray, "B"]
 def next_token(
     logits_BV: Float[Array, "B V"], draw: Draw, drawn: Int[Array, ""]
 ) -> Int[Array, "B"]:
-    """Draws a token for each row; `drawn` is the number of earlier draws for each row."""
+    """Samples a token for each row; `drawn` is the number of tokens sampled before for each row."""
     if draw.method == "greedy":
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     # The largest logit becomes 0, so the division by a small temperature cannot give +infinity.
@@ -102,16 +102,15 @@ def truncate(
     """Sets the logits of all tokens that are not in both the top k and the top p to -infinity.
 
     The likeliest token is always kept. Of two tokens with equal logits, the token with the lower id
-    counts as likelier.
+    comes first.
     """
     k = jnp.where(top_k > 0, top_k, logits_BV.shape[-1]).astype(jnp.float32)
     in_k_BV = _likeliest(logits_BV, jnp.ones_like(logits_BV), k)
     largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
     weight_BV = jnp.where(in_k_BV, jnp.exp(logits_BV - largest_B1), 0.0)
     share_B1 = top_p * jnp.sum(weight_BV, axis=-1, keepdims=True)
-    # With top_p = 1, a rounded sum could reach the total before the last token, so the amount is
-    # infinite. The lower bound 1e-30 makes sure that the likeliest token, whose weight is 1, is
-    # kept.
+    # With top_p = 1, no token may be removed. A rounded sum could reach the total too early, so the
+    # limit is infinite. The lower bound 1e-30 keeps the likeliest token, whose weight is 1.
     share_B1 = jnp.where(top_p >= 1, jnp.inf, jnp.maximum(share_B1, 1e-30))
     in_p_BV = _likeliest(logits_BV, weight_BV, share_B1)
     return jnp.where(in_k_BV & in_p_BV, logits_BV, -jnp.inf)

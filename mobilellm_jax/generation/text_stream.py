@@ -34,9 +34,9 @@ def decode_stream(
         text = tokenizer.decode(ids)
         stable = len(text.rstrip(_REPLACEMENT))
         if byte is not None:
-            # If a run of byte tokens is not UTF-8, the `tokenizers` library replaces the whole run
-            # by U+FFFD, even its valid characters. So no character of a run is final before the run
-            # ends.
+            # If a sequence of byte tokens is not UTF-8, the `tokenizers` library replaces the whole
+            # sequence by U+FFFD, even its valid characters. So these characters can still change
+            # until the sequence ends.
             longer = tokenizer.decode([*ids, byte])
             stable = min(stable, common_prefix(text, longer))
         if stable > shown:

@@ -63,7 +63,7 @@ def tokamax(
     *,
     implementation: str = "mosaic_gpu",
 ) -> Queries:
-    """Calls Tokamax's Hopper kernel, and passes the first visible key of each query.
+    """Calls Tokamax's Hopper kernel with a mask that stores the first visible key of each query.
 
     Tokamax's private class `Mask` describes packed documents by one number per query instead of T
     booleans. The public `tokamax.dot_product_attention` takes dense masks only (0.0.12 and 0.0.17),

@@ -1,4 +1,4 @@
-"""Refuses weights that contain NaN or infinity, however a model is opened."""
+"""Refuses weights that contain NaN or infinity, in models of every format."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ from mobilellm_jax.errors import UserError
 
 
 def non_finite(name: str, array: np.ndarray) -> list[str]:
-    """Returns one text with the number of NaN and infinite values, or [] if there are none."""
+    """Returns a list with one message if values are NaN or infinite, and otherwise []."""
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     return [f"{name} has {bad:,} of {array.size:,}"] if bad else []
 
 
 def refuse_non_finite(where: object, found: Sequence[str]) -> None:
-    """Raises a `UserError` if `found` has texts of `non_finite`.
+    """Raises a `UserError` if `found`, the messages of `non_finite`, is not empty.
 
     One such value makes every output of a model useless, and no later error would name the array.
     """

@@ -120,8 +120,8 @@ def apply_blocks(
             reverse=config.sharing == "reverse" and r % 2 == 1,
             unroll=config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "blocks"},
-            # The check traces the body once more. It also decides which random numbers a new model
-            # gets, so it stays there.
+            # The check traces the body once more, so it is off after initialization. During
+            # initialization it is on: without it, a new model would get other random numbers.
             check_constancy_invariants=blocks.is_initializing(),
         )
         carry, _ = scan(blocks, carry, jnp.asarray(scan_slots_UR, jnp.int32))

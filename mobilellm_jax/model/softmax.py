@@ -201,8 +201,8 @@ def _blocks(length: int) -> list[slice]:
     """Cuts the queries into blocks; more blocks waste fewer scores, but enlarge the program."""
     mesh = jax.sharding.get_abstract_mesh()
     split = not mesh.empty and mesh.shape.get("sequence", 1) > 1
-    # If the mesh splits the sequence, all queries form one block, because one device alone would
-    # compute a smaller block.
+    # If the mesh splits the sequence, all queries form one block. A smaller block would lie on one
+    # device, and the other devices would wait.
     count = 1 if split else max(1, min(_MOST_BLOCKS, length // _SMALLEST_BLOCK))
     size = -(-length // count)
     return [slice(start, min(length, start + size)) for start in range(0, length, size)]

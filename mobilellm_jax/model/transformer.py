@@ -145,7 +145,7 @@ def head_matrix(params: Params, config: ModelConfig) -> Kernel:
 
 
 def gathered(table_VD: Table) -> Table:
-    """Returns the table with arrays that are not split over `fsdp`."""
+    """Returns an embedding table or head whose arrays are not split over the mesh axis `fsdp`."""
     axes = ("vocab", "activation_embed")
     return cast(Table, jax.tree.map(lambda x: nn.with_logical_constraint(x, axes), table_VD))
 

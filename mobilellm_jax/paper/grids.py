@@ -151,7 +151,7 @@ def _compared_with(row: GridRow, rows: list[GridRow]) -> str:
 
     Each step of the roadmap is compared with the step before it, with two exceptions: layer sharing
     is compared with grouped-query attention, and layer sharing with 1T tokens is compared with 1T
-    tokens alone. In each other grid, all rows have the same reference row.
+    tokens alone. In every other grid, all rows are compared with the same row.
     """
     group = [r for r in rows if r.group == row.group]
     if row.grid == "roadmap":

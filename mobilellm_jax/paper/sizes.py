@@ -94,8 +94,8 @@ def _of_fixed_width(base: ModelConfig, scale: SmallScale) -> ModelConfig:
         num_kv_heads=max(1, base.num_kv_heads // scale.divisor),
         head_dim=scale.width // heads,
     )
-    # All rows have the same feed-forward width. With as many key-value heads as heads, a model has
-    # the scale's number of parameters.
+    # All rows have the same feed-forward width. It gives `scale.parameters` parameters to the model
+    # in which each query head has its own key-value head.
     full = dataclasses.replace(model, num_kv_heads=heads, tie_embeddings=False)
     return dataclasses.replace(model, ffn_dim=solve_ffn(full, scale.parameters).ffn_dim)
 

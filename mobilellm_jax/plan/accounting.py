@@ -51,7 +51,8 @@ def account_of(config: Config, devices: Sequence[jax.Device]) -> Account:
     train, model, seq_len = config.train, config.model, config.data.seq_len
     shards = batch_shards(mesh)
     rows = train.global_batch // train.accumulation_steps // shards
-    # Neither change moves the size of the state, so all candidates of `fit.py` share one trace.
+    # Accumulation and remat do not change the size of the training state. With fixed values for
+    # both, all candidates of `fit.py` share one trace.
     plain = changed(config, {"train.accumulation_steps": 1, "model.remat": "none"})
     weights, optimizer = _state_bytes(plain, tuple(devices))
     chunk = chunk_positions(config, rows * shards, shards) * rows

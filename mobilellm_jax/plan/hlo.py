@@ -58,7 +58,7 @@ class Collective:
 
     kind: str
     shape: str  # Types and sizes of the arrays, without memory layouts.
-    payload_bytes: int  # Bytes on one device of the complete array, before a split or after a join.
+    payload_bytes: int  # Bytes of the result on one device; for a reduce-scatter, of its operand.
     group: int  # Number of devices that exchange data with each other.
     times: int  # Number of transfers per execution of the program.
     origin: str  # Name of the operation in the source program.
@@ -76,7 +76,7 @@ class Program:
     """The operations in one execution of a compiled program."""
 
     collectives: tuple[Collective, ...]
-    estimated_cycles: int | None  # Cycles by the TPU compiler, which does not count Pallas kernels.
+    estimated_cycles: int | None  # Estimate of the TPU compiler, without Pallas kernels.
     kernels: dict[str, int]  # Number of calls of each Pallas kernel per execution.
     unknown_loops: int  # Number of loops of unknown length, whose bodies count once.
 

@@ -28,7 +28,7 @@ class Shortage:
 
     @property
     def is_certain(self) -> bool:
-        """Whether the run cannot fit, although the computed bytes are not exact."""
+        """Whether the shortage is larger than the error of the computed bytes."""
         return self.needed_bytes > _TOO_LARGE * self.available_bytes
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ def memory_per_device(devices: Sequence[jax.Device]) -> int | None:
 def shortage(
     config: Config, devices: Sequence[jax.Device], available: int | None = None
 ) -> Shortage | None:
-    """Returns what is missing for a run; None if the run fits, or if the memory is not known.
+    """Returns the shortage of memory for a run; None if the run fits, or the memory is unknown.
 
     The function compiles nothing. `settle` must have replaced every "auto" in `config`.
     `available` replaces the memory of the devices.
@@ -73,7 +73,8 @@ def shortage(
     needed = account_of(config, devices).total_bytes
     if needed <= _COMFORTABLE * available:
         return None
-    # Accumulation costs least on one machine, and remat takes a second of tracing for each value.
+    # Changes of accumulation come first, because they slow down a run on one machine least. Each
+    # value of remat needs a trace of the model, which takes a second.
     for change in sorted(candidates(config, len(devices)), key=_cost):
         try:
             then = account_of(changed(config, change), devices).total_bytes
@@ -85,9 +86,9 @@ def shortage(
 
 
 def _generous_bytes(config: Config) -> int:
-    """Returns more bytes than a device needs, from a formula that takes no time.
+    """Returns an upper bound of the bytes that a device needs.
 
-    `account_of` traces the model, which takes a second. A small run need not wait for it.
+    `account_of` traces the model, which takes a second. For a small run, this formula is enough.
     """
     model, length = config.model, config.data.seq_len
     rows = config.train.global_batch // config.train.accumulation_steps
@@ -103,7 +104,7 @@ def _cost(change: Change) -> tuple[bool, bool]:
 
 
 def shortage_after(config: Config, devices: Sequence[jax.Device]) -> Shortage:
-    """Returns what is missing for a run that ran out of memory.
+    """Returns the shortage of memory for a run that ran out of memory.
 
     The run needed more than computed. So the change has to need at most three quarters of the
     computed bytes, or of the available bytes if these are fewer.

@@ -42,7 +42,7 @@ class Chip:
     matrix_unit: int  # Number of rows, and of columns, of a matrix unit.
     dimensions: int  # Number of dimensions of a slice.
     most_chips: int  # Number of chips in the largest slice.
-    variant: str | None = None  # libtpu's name for the mode in which each chip is one device.
+    variant: str | None = None  # Name in libtpu of the mode in which each chip is one device.
 
 
 _CHIPS = {

@@ -1,7 +1,7 @@
 """Connects the processes of one run, and sends short messages between them.
 
-jax itself runs the compiled training program in every process. This file serves the Python code
-around that program. `jax.distributed` connects the processes (Slurm, Kubernetes JobSet, TPU
+jax itself runs the compiled training program in every process. This file coordinates the Python
+code around that program. `jax.distributed` connects the processes (Slurm, Kubernetes JobSet, TPU
 metadata, Open MPI or flags). Only process 0 writes files, and it sends its results to the others. A
 check that fails in one process ends all processes with the same message. Every wait has a time
 limit. A run with a single process needs no coordinator.
@@ -48,7 +48,7 @@ class DistributedError(RuntimeError):
 
 
 class _Membership:
-    """The connections of this process in its run; there is one instance per process."""
+    """The connections of this process to the other processes of its run."""
 
     def __init__(self) -> None:
         self.peers: Peers | None = None  # Watches the other processes.
@@ -81,8 +81,8 @@ def start(
       coordinator_address: HOST:PORT of process 0.
       num_processes: number of processes; 1 without the others ignores the environment.
       process_id: number of this process, from 0.
-      peer_timeout_sec: a process that sends no message for this time counts as gone; with 0, only
-        jax watches the processes.
+      peer_timeout_sec: a process that sends no message for this time is considered gone; with 0,
+        only jax watches the processes.
 
     Raises:
       ConfigError: if arguments are missing or wrong, or if process 0 runs other code.
@@ -222,8 +222,8 @@ def telling_failures() -> Iterator[None]:
 def _at_exit() -> None:
     leave("done")
     if getattr(sys, "last_value", None) is not None:
-        # Python has printed the traceback. jax would now wait for the other processes. They wait
-        # for this process elsewhere in the program, so jax would abort after its time limit.
+        # Python has printed the traceback. jax would now wait until the other processes exit too.
+        # They do not exit, because they wait for this process. So jax would abort after a timeout.
         try:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -232,7 +232,7 @@ def _at_exit() -> None:
 
 
 def _wait_for(address: str) -> None:
-    """Waits until process 0 listens; after a wait of its own, jax would abort with no reason."""
+    """Waits until process 0 listens. If jax waited instead, it would abort without a message."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + _START_SEC
     while True:
@@ -291,7 +291,7 @@ def _watch_peers(timeout_sec: float) -> None:
 
 
 def _check_code() -> None:
-    """Checks that all processes run the same code; different code could wait for ever."""
+    """Checks that all processes run the same code; otherwise they could wait for ever."""
     with together("comparing versions"):
         own = _code()
         first = from_first("versions", lambda: own)

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
 
-_FAREWELLS_SEC = 30.0  # Longest time that the farewells of a process may take.
+_FAREWELLS_SEC = 30.0  # Longest time for the functions in `FAREWELLS`; then the process ends.
 
 _log = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ def stop_signals() -> list[signal.Signals]:
 
 
 class Farewells:
-    """The functions that a process calls, the oldest first, when a signal ends it.
+    """Functions that a process calls when a signal ends it, in the order of their registration.
 
-    A run registers its last message to the other processes before it registers the release of its
-    lock. So the others receive the message before another run can lock the folder.
+    A run first registers the function that tells the other processes that it ends, and then the
+    function that releases its lock. So the others know this before another run can lock the folder.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Farewells:
             try:
                 call()
             except BaseException as error:
-                with contextlib.suppress(Exception):  # The next farewell counts more.
+                with contextlib.suppress(Exception):  # The next function must run in any case.
                     _log.warning(f"While stopping: {type(error).__name__}: {error}")
 
 
@@ -114,7 +114,7 @@ class EarlyStop:
     def _end(self, name: str) -> None:
         self._ending.set()
         try:
-            # A message or a farewell may wait for ever, for example for a terminal that is paused.
+            # The warning and the functions in `FAREWELLS` may block, as on a paused terminal.
             last = threading.Timer(_FAREWELLS_SEC, os._exit, [SAVED_REQUEUE_ME])
             last.daemon = True
             last.start()

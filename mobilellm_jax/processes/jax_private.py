@@ -27,9 +27,10 @@ def delay_aborts() -> None:
     The client of jax aborts as soon as process 0 does not answer. A C++ thread calls `abort`, and
     no Python code can prevent that: jax's `missed_heartbeat_callback` fails with `std::bad_cast`
     (jax 0.10.2, https://github.com/jax-ml/jax/blob/main/jaxlib/_jax.cc). This
-    function makes libc's `sleep` the handler of SIGABRT; POSIX allows `sleep` in a handler. Its
-    argument is the number of the signal, so the aborting thread sleeps for 6 seconds and then ends
-    the process. Remove this function when the callback of jax works.
+    function makes libc's `sleep` the handler of SIGABRT; POSIX allows `sleep` in a handler. The
+    system calls a handler with the number of the signal, which is 6 for SIGABRT. So the aborting
+    thread sleeps for 6 seconds and then ends the process. Remove this function when the callback of
+    jax works.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p

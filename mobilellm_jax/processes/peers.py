@@ -2,9 +2,9 @@
 
 When a process dies or hangs, the others wait in a collective, or jax aborts them without naming it.
 So every process keeps a connection to process 0, and both ends send a short message (a beat) in
-equal intervals. Process 0 tells the others which process is gone. A process counts as gone if its
-connection closes without a parting message, or if it sends nothing for `timeout_sec`. All times are
-from monotonic clocks.
+equal intervals. Process 0 tells the others which process is gone. A process is considered gone if
+its connection closes without a last message, or if it sends nothing for `timeout_sec`. All times
+are from monotonic clocks.
 """
 
 import asyncio
@@ -73,7 +73,7 @@ class Peers:
         self._talks: set[asyncio.Task[None]] = set()
         self._members: dict[int, Member] = {}
         self._heard: dict[int, float] = {}  # Time of each process's last message.
-        self._all_heard = 0.0  # Process 0 has heard every process after this time.
+        self._all_heard = 0.0  # Process 0 got a message from every process after this time.
         self._ends_at: float | None = None
         self._ending = (FAILED, "")
         self._parting: dict[str, Any] = {}  # The last message of this process.
@@ -144,7 +144,7 @@ class Peers:
         while not self._leaving.is_set():
             now = time.monotonic()
             if now - woke > self._timeout_sec / 2:
-                # This process was paused and could not read messages, so no one counts as gone.
+                # This process was paused and read no messages. So no process is considered gone.
                 self._heard = dict.fromkeys(self._heard, now)
             woke = now
             self._judge(now)

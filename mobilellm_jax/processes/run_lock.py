@@ -3,8 +3,9 @@
 The process that may write (the holder) locks `run.lock` in the folder with `flock`, and writes a
 line about itself there. The kernel releases the lock when the holder dies. On NFS 4, and on Lustre
 mounted with flock, the lock works across hosts. Other file systems have no such lock, or one that
-other hosts do not see. There the line decides: every few seconds, the holder raises a count in the
-line. A constant count means that the holder is gone. The processes do not compare clocks of hosts.
+other hosts do not see. On these, the line shows whether the holder is alive: every few seconds, the
+holder increments a counter in the line. If the counter stays the same, the holder is gone. The
+processes do not compare clocks of hosts.
 """
 
 import contextlib
@@ -26,15 +27,15 @@ from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
 LOCK = "run.lock"
-BEAT_SEC = 5.0  # Time between two counts of a holder.
-SILENT_SEC = 60.0  # A holder on another host with no new count for this time is gone.
+BEAT_SEC = 5.0  # Time between two increments of the counter in `run.lock`.
+SILENT_SEC = 60.0  # If a holder on another host does not increment it for this time, it is gone.
 _FAREWELL_SEC = 5.0  # Longest wait of a stopping process for `_take` in its main thread.
 
 _log = logging.getLogger(__name__)
 
 
 class LockLostError(RuntimeError):
-    """Another run has taken over the folder, because this run wrote no count for too long."""
+    """Another run has taken over the folder, because this run did not update its lock file."""
 
 
 class RunLock:
@@ -53,7 +54,7 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         with contextlib.ExitStack() as stack:
-            # SIGTERM can end the process at any time from here on, and must not leave the file.
+            # From here on, SIGTERM can end the process at any time. The lock file is then removed.
             stack.enter_context(FAREWELLS.during(self._let_go))
             with self._changing:
                 self._lock = self._take()
@@ -70,7 +71,7 @@ class RunLock:
 
     @property
     def last_folder(self) -> Path:
-        """The run folder as it was last found; reading it touches no file."""
+        """The last known path of the run folder; this property does not look at the disk."""
         return self._path.parent
 
     def folder(self) -> Path:

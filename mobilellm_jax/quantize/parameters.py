@@ -1,4 +1,4 @@
-"""Quantizes parameters: to integers after training, to floats on levels during training.
+"""Quantizes parameters: to integers after training, and to rounded floats during training.
 
 Checkpoints hold only float parameters. `quantized` and `on_levels` are pure functions that jax can
 trace, also on a mesh. The parameters stack the matrices of all blocks, but each block's matrix is

@@ -1,1 +1,1 @@
-"""Turns run folders into a page with curves, the paper's tables beside ours, speed and memory."""
+"""Turns run folders into a page with curves, the paper's tables and ours, speed and memory."""

@@ -125,7 +125,8 @@ def mean(values: Sequence[float]) -> Mean:
 def group_seeds(runs: Sequence[Measured]) -> list[Model]:
     """Groups finished runs into models; a model's name shows the fields that differ.
 
-    A run that was continued with a larger `train.steps` is no seed of a run that had one schedule.
+    The runs of a model differ only in their seeds. A run that was continued with a larger
+    `train.steps` is another model, because its learning rate followed two schedules.
     """
     names = sorted(config_lib.field_types().keys() - NO_RESULT)
     groups: dict[str, list[Measured]] = {}

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 _MARKERS = "osD^vP*Xhp"
 _WIDTH_IN, _DPI = 4.8, 200  # A narrow picture keeps its text legible on a phone.
 _LINE_IN = 0.17  # Height of a line of the legend.
-# Characters of a line of the legend with one column, and with two.
+# Longest line of the legend in characters, if the legend has one column or two columns.
 _ONE_COLUMN, _TWO_COLUMNS = 62, 28
 _LONGEST_LABEL = 2 * _ONE_COLUMN
-_FEW = 8  # A curve of so few points shows each of them.
+_FEW = 8  # A curve with at most this number of points shows each point.
 _LEAST_LOSS = 0.05  # Smallest range of a loss axis in nats: seeds differ by about this much.
 _LEAST_SPEED = 0.2  # Smallest range of a speed axis, as a share of the highest speed.
 _LOSS = "validation loss (nats per token)"
@@ -194,7 +194,7 @@ def _points(
 def _picture(
     name: str, title: str, caption: str, draw: Draw, labels: Sequence[str] = ()
 ) -> Picture:
-    """Draws both versions; `labels` are the texts of the legend, for which the picture grows."""
+    """Draws both versions; the height depends on the number of lines in the legend (`labels`)."""
     lines = sum(label.count("\n") + 1 for label in labels) / _columns(labels)
     size = (_WIDTH_IN, 0.72 * _WIDTH_IN + _LINE_IN * lines)
 

@@ -80,7 +80,7 @@ footer{margin-top:3rem;border-top:1px solid var(--line);overflow-wrap:anywhere}
 <p>The paper MobileLLM (Liu et al. 2024, arXiv:2402.14905) compares small language models that
 differ in one thing: depth against width, kinds of attention heads, shared embeddings, shared
 layers. This page repeats those comparisons{% if smaller %} with much smaller models{% endif %} and
-shows the paper's numbers beside them.</p>
+shows the paper's numbers next to ours.</p>
 {% endif %}
 {% for text in lead %}
 <p>{{ text }}</p>

@@ -56,8 +56,8 @@ class Unreadable:
 def read_runs(pattern: str) -> tuple[list[Measured], list[Unreadable]]:
     """Reads the runs in all matching folders; for the folder of a sweep, reads all its runs.
 
-    A folder that cannot be read, for example because a newer version wrote it, does not keep the
-    others from the report.
+    The second list has the folders that cannot be read, for example because a newer version wrote
+    them.
 
     Raises:
       ConfigError: if no run folder matches, or if none of the matching folders can be read.
@@ -127,12 +127,12 @@ def _finite(values: dict[int, float]) -> dict[int, float]:
 
 
 def _with_names_of_data(runs: Sequence[Measured]) -> list[Measured]:
-    """Gives runs with the same data the same `data.path`, and runs with other data another one.
+    """Sets `data.path` so that two runs have the same path exactly if they have the same data.
 
-    A path is the name of a place: two paths can lead to the same data, and a folder can be prepared
-    again between two runs. Where the checkpoints of a run are gone, the path is all that is known.
+    Two paths can lead to the same data, and a folder can be prepared again between two runs. A run
+    without checkpoints keeps its path, because nothing else is known about its data.
     """
-    names: dict[str, str] = {}  # Path that stands for the data with this fingerprint.
+    names: dict[str, str] = {}  # The path to show for the data with each fingerprint.
     for run in runs:
         if run.data is not None and run.data not in names:
             path = run.config.data.path

@@ -32,7 +32,7 @@ class Section:
 
 
 def grid_section(number: int, table: Table) -> Section:
-    """Returns the section of a grid, whose table has the paper's values beside ours."""
+    """Returns the section of a grid, whose table has the paper's values next to ours."""
     about, name = ABOUT[table.grid], f"{number}-{table.grid}"
     group = f", {table.group}" if table.scale == "paper" else ""
     setting = f": {table.setting}" if table.setting else ""
@@ -76,7 +76,7 @@ def verdict_line(tables: Sequence[Table]) -> str:
     parts = [f"{number} {verdict}" for verdict, number in counts.most_common()]
     if not parts:
         return ""
-    return f"Differences beside the paper's: {counts.total()}, of which {', '.join(parts)}."
+    return f"Differences compared with the paper's: {counts.total()}, of which {', '.join(parts)}."
 
 
 def to_csv(rows: Rows) -> str:

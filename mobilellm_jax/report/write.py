@@ -87,7 +87,7 @@ def _title(models: Sequence[Model], *, with_grids: bool) -> str:
 
 def _summary(models: Sequence[Model], finished: int, grids: int) -> str:
     text = f"{counted(len(models), 'model')} of {counted(finished, 'finished run')}"
-    return f"{text}, {counted(grids, 'table')} beside the paper's" if grids else text
+    return f"{text}, {counted(grids, 'table')} next to the paper's" if grids else text
 
 
 def _models_line(models: Sequence[Model]) -> str:

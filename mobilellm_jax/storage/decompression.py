@@ -112,7 +112,7 @@ def _format(compression: str, name: str) -> _Format:
             lzma.LZMAError,
             in_steps=True,
         )
-    assert compression == "zstd", f"{compression} is no format of file_kind"
+    assert compression == "zstd", f"{compression} is not a format of file_kind"
     require("zstandard", "data", name)
     import zstandard
 

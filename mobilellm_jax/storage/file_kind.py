@@ -45,7 +45,8 @@ _STAND_INS = {
         "a tar archive", "unpack it with `tar -xf` and name the files in it"
     ),
 }
-# A text may begin like one of these files, so they are named only after reading has failed.
+# A text file may begin with the same bytes as one of these kinds. So a message proposes such a kind
+# only after the file could not be read.
 _OTHERS = {
     re.compile(rb"PK\x03\x04"): Kind("a zip archive", "unpack it and name the files in it"),
     re.compile(rb"7z\xbc\xaf\x27\x1c"): Kind("a 7z archive", "unpack it and name the files in it"),
@@ -75,7 +76,7 @@ def compression(name: str, first: bytes) -> str | None:
     """Returns the format that decompresses a file, or None for a file that is not compressed.
 
     Args:
-      name: name of the file; its ending decides only if the first bytes are no known start.
+      name: name of the file; its ending is used only if the first bytes show no known format.
       first: the first `FIRST_BYTES` bytes of the file, or all its bytes.
     """
     for format_, pattern in _COMPRESSED.items():
@@ -134,10 +135,10 @@ def check_is_file(what: str, file: Path, wanted: str) -> None:
 
 
 def is_there(file: Path) -> bool:
-    """Returns whether a folder has a file; refuses a broken link and a pointer in its place.
+    """Returns whether a file exists; refuses a broken link, a pointer and an archive.
 
     Raises:
-      MissingFileError: if the file is a link that leads nowhere.
+      MissingFileError: if the file is a broken link.
       UserError: if the file is a pointer or an archive.
     """
     if file.is_symlink() and not file.exists():
@@ -163,7 +164,7 @@ def _first_match(kinds: dict[re.Pattern[bytes], Kind], first: bytes) -> Kind | N
 
 
 def _is_text(first: bytes) -> bool:
-    """Returns whether bytes are UTF-8 without control characters; the last one may be cut off."""
+    """Returns whether bytes are UTF-8 without control characters; the last character may be cut."""
     try:
         text = first.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Decides whether a command may write to the output that a user names, and gives it its name.
+"""Checks that a command may write to its output, and moves complete outputs to their place.
 
 Every command calls one of these functions before its work, so an output that cannot be written
 costs no work. An output may be a mounted folder (`docker -v`), the current folder, or a link to
@@ -38,7 +38,7 @@ _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
 def real_folder(flag: str, folder: Path) -> Path:
-    """Returns the folder to which `folder` leads, after a check that it can be written.
+    """Returns the absolute path of `folder`, after a check that the folder can be written.
 
     The folder may be missing. In this case its nearest existing parent must be writable.
 
@@ -48,7 +48,7 @@ def real_folder(flag: str, folder: Path) -> Path:
     """
     there = folder
     try:
-        # Other hosts may know a path only by its links, so a link is followed only if it has to be.
+        # Other hosts may know only the path with links, so links are replaced only if necessary.
         there = real = folder.absolute()
         if ".." in folder.parts or any(map(_is_open_link, (real, *real.parents))):
             there = real = Path(os.path.realpath(folder))
@@ -74,12 +74,12 @@ def real_folder(flag: str, folder: Path) -> Path:
 
 
 def is_empty(folder: Path) -> bool:
-    """Returns whether a folder is missing or has no content; a mounted disk has `lost+found`."""
+    """Returns whether a folder is missing or empty; `lost+found` of a mounted disk is ignored."""
     return not folder.exists() or not _content(folder)
 
 
 def new_folder(flag: str, folder: Path) -> Path:
-    """Returns the folder to which `folder` leads, as `real_folder` does.
+    """Returns the absolute path of a missing or empty folder, as `real_folder` does.
 
     Raises:
       UserError: if `folder` cannot be written, or is not empty.
@@ -96,7 +96,7 @@ def new_folder(flag: str, folder: Path) -> Path:
 def own_folder(
     flag: str, folder: Path, what: str, is_own: Callable[[Path], bool], names: Sequence[str]
 ) -> Path:
-    """Checks a folder in which a command may replace earlier files of its own.
+    """Checks an output folder in which a command may replace only files that it wrote earlier.
 
     Args:
       flag: the flag, for messages.
@@ -120,7 +120,7 @@ def own_folder(
 
 
 def check_file(flag: str, file: Path, is_own: Callable[[Path], bool]) -> None:
-    """Checks a file that a command will write at its end; a device such as /dev/null is accepted.
+    """Checks a file that a command will write after its work; accepts a device such as /dev/null.
 
     Raises:
       MissingFileError: if the folder of the file does not exist.
@@ -150,8 +150,8 @@ def whole_directory(flag: str, folder: Path) -> Iterator[Path]:
     If `folder` is missing, the temporary folder is renamed, so all files appear at once. If
     `folder` exists, it may be a mount or the current folder, which no rename can replace. Its new
     files then move into it, and the file that readers need most moves last. If the block raises an
-    error, the temporary folder is deleted. All users can read the files, also those of libraries
-    (safetensors) that deny other users access.
+    error, the temporary folder is deleted. All users get permission to read the files, because some
+    libraries (safetensors) write files that only their owner can read.
 
     Raises:
       UserError: as `new_folder` does.

@@ -2,8 +2,8 @@
 
 Notebooks set MPLBACKEND to a backend of their own, and a command that a notebook starts inherits
 the variable. matplotlib then fails at its import, although `Figure` needs no such backend. The
-user's matplotlibrc may ask for LaTeX or for other sizes. In a text of a picture, such as the name
-of a run, a dollar sign is a dollar sign and does not begin a formula.
+user's matplotlibrc may ask for LaTeX or for other sizes. Text in a picture, such as the name of a
+run, may contain a dollar sign, which does not begin a formula.
 """
 
 import contextlib

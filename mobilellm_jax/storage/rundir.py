@@ -77,7 +77,7 @@ class WholeFile:
         self._file.flush()
         os.fsync(self._file.fileno())
         if is_special(self._path):
-            # `ab` keeps what is already in a file that the shell opened as standard output.
+            # The file may be a standard output with earlier content, which mode `ab` keeps.
             with open(self._temporary, "rb") as content, self._path.open("ab") as target:
                 shutil.copyfileobj(content, target)
             return

@@ -136,9 +136,9 @@ def share_done(sweep: Path, run: Run) -> float:
 class Pace:
     """Estimates the rest of a sweep from the expected times and from the times that runs took.
 
-    A run counts as measured when it has ended, or has taken a fifth of its steps since it was
-    started. A younger run has spent most of its time in compilation. As long as no run counts, the
-    expected times are the estimate.
+    The class uses the time of a run that has ended, or has taken a fifth of its steps since it was
+    started. Before that, compilation takes most of the time. As long as there is no such run, the
+    estimate uses only the expected times.
     """
 
     _ENOUGH = 0.2
@@ -148,14 +148,18 @@ class Pace:
         self._took, self._expected = 0.0, 0.0
 
     def ended(self, run: Run, seconds: float, share: float) -> None:
-        """Counts a run that took `seconds` for this share of its steps."""
+        """Adds a run that took `seconds` for this share of its steps."""
         self._took += seconds
         self._expected += share * self._expected_sec[run.name]
 
     def seconds_left(
         self, waiting: Sequence[Run], running: Sequence[tuple[Run, float, float]]
     ) -> float:
-        """Returns the estimate; `running` has a run, its seconds, and its share at its start."""
+        """Returns the estimate.
+
+        Each entry of `running` has a run, the seconds since its start, and the share of its steps
+        that it had taken before this start.
+        """
         took, expected = self._took, self._expected
         for run, seconds, first in running:
             share = share_done(self._sweep, run) - first

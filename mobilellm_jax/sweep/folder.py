@@ -32,7 +32,7 @@ RUNS, LOGS, SLURM = "runs", "logs", "slurm"
 ENDED: tuple[State, ...] = ("finished", "diverged")
 _VERSION = 1
 
-# Fields that a run keeps, although the run that found its learning rate has other values.
+# Fields that a run does not take over from the run that found the learning rate.
 _OWN = MAY_CHANGE | {"train.seed", "data.seed"}
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_sweep(sweep: Path) -> None:
-    """Raises a `UserError` if the folder cannot be written or holds something else than a sweep."""
+    """Raises a `UserError` if the folder cannot be written, or holds files of other commands."""
 
     def is_sweep(folder: Path) -> bool:
         return (folder / SWEEP).is_file()
@@ -109,7 +109,11 @@ def _check_length(runs: Sequence[Run], records: Mapping[str, RunRecord]) -> None
 
 
 def _check_schedules(sweep: Path, runs: Sequence[Run], records: Mapping[str, RunRecord]) -> None:
-    """Warns of runs with two schedules; raises if a rate would be chosen among different ones."""
+    """Warns of runs that followed two schedules.
+
+    Raises:
+      ConfigError: if a new run would take the best learning rate of runs with different schedules.
+    """
     started = [run for run in runs if records[run.name].config is not None]
     others = {
         run.name: step
@@ -137,8 +141,8 @@ def _check_schedules(sweep: Path, runs: Sequence[Run], records: Mapping[str, Run
 def check_data(sweep: Path, run: Run, fingerprint: str) -> None:
     """Raises a ConfigError if the run in the folder was trained on data with another fingerprint.
 
-    Two token folders can have the same path, one after the other, and other paths can give the run
-    the same name.
+    The data can differ although the run has the same name: somebody has prepared other data under
+    the same path, or has named another path.
     """
     record = read_record(run_folder(sweep, run.name))
     if record.data not in (None, fingerprint):
@@ -245,7 +249,7 @@ def settled(sweep: Path, run: Run) -> Config:
 
 
 def state_of(sweep: Path, run: Run) -> State:
-    """Returns the state of a run; only a run whose process has recorded this is finished."""
+    """Returns the state of a run; a run has ended only if its process has recorded the outcome."""
     record = read_record(run_folder(sweep, run.name))
     state = record.state(run.config.train.steps)
     return state if record.outcome or state not in ENDED else "started"
@@ -274,7 +278,7 @@ def write_outcome(
 def last_value(sweep: Path, run: Run, name: str) -> float | None:
     """Returns the last recorded value of the metric `name` of a run, or None.
 
-    The result is also None if the records cannot be read, because a run under way may lose them.
+    The result is also None if the records cannot be read, which may happen while the run goes on.
     """
     try:
         records = read_record(run_folder(sweep, run.name)).records
@@ -286,7 +290,7 @@ def last_value(sweep: Path, run: Run, name: str) -> float | None:
 def read_results(file: Path, kind: type[T]) -> dict[str, T]:
     """Reads the results that `write_results` wrote; returns {} if the file does not exist.
 
-    Results can be measured again, so a damaged file causes a warning and counts as empty.
+    Results can be measured again. So if the file is damaged, the function warns and returns {}.
     """
     try:
         found = strict_json.read(file) if file.exists() else {}

@@ -16,7 +16,8 @@ from mobilellm_jax.paper.grids import SHAPE, GridName, ScaleName, grid_rows, sha
 from mobilellm_jax.paper.sizes import SOLVED, solve_width
 
 _log = logging.getLogger(__name__)
-# Bytes of a name in front of the seed and the learning rate; a file name has at most 255.
+# Longest name of a model in bytes. The name of a run is the name of its model, the seed and the
+# learning rate; a file name has at most 255 bytes.
 _LONGEST_NAME = 200
 
 TUNED = "optimizer.peak_lr"
@@ -120,7 +121,7 @@ def vary(
 def _head_dim_that_works(
     recipe: Recipe, changes: Sequence[Mapping[str, Any]], parameters: int
 ) -> str:
-    """Returns the advice of a head width with which all models of the sweep have a width, or ""."""
+    """Returns a sentence with a head width that works for all models of the sweep, or ""."""
     name = "model.head_dim"
     now = recipe.config.model.head_dim
     for head_dim in (now // 2, now // 4, now // 8, *range(8, 2 * now + 1, 8)):
@@ -137,10 +138,10 @@ def _head_dim_that_works(
 
 
 def _folder_names(models: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Returns a name for the folder of each model, which is a base and the values of fields.
+    """Returns a folder name for each model: a base, followed by the values of fields.
 
-    A folder name has no slash, and some disks take "Data" and "data" for one name. If names are too
-    long or equal on such a disk, each gets a digest of its values in place of its end.
+    A folder name has no slash, and some disks do not distinguish "Data" and "data". If a name is
+    too long, or equal to another name on such a disk, a digest of the values replaces its end.
 
     Raises:
       ConfigError: if a model occurs twice.
@@ -189,5 +190,5 @@ def with_seeds(variants: Variants, seeds: int, rates: Sequence[float] = ()) -> l
 
 
 def _rate_name(rate: float) -> str:
-    """Returns the rate with six digits if these are all, because names of old sweeps have six."""
+    """Returns a rate as text: with six digits, as in old sweeps, if these are exact; else all."""
     return f"{rate:g}" if float(f"{rate:g}") == rate else repr(rate)

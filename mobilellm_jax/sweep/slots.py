@@ -20,7 +20,7 @@ PACKAGE_PARENT = str(Path(mobilellm_jax.__file__).parent.parent)
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A share of the machine that trains one run at a time."""
+    """A part of the machine's devices; one run at a time is trained on it."""
 
     name: str
     environment: dict[str, str]

@@ -1,6 +1,6 @@
 """Submits the runs of a sweep to Slurm as job arrays, and keeps the scripts.
 
-A file beside each script lists the names of its runs. Task i of the job array trains the run in
+A file next to each script lists the names of its runs. Task i of the job array trains the run in
 line i. Slurm sends SIGTERM two minutes before it ends a task early (--time, preemption). The task
 then saves its run and puts itself back into the queue. `submit` refuses a sweep that still has a
 job in the queue.

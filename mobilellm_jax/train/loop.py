@@ -50,7 +50,8 @@ def train_loop(
 ) -> tuple[TrainState, range]:
     """Trains from `state.step` to `train.steps`; returns the last state and the bad steps.
 
-    The bad steps are the last steps of a diverged run, which were not finite; else there are none.
+    If the run diverged, the bad steps are its last steps, whose loss or gradient was not finite.
+    Otherwise there are no bad steps.
     If a signal arrived or `walltime` is up, the loop saves at the end of the step and stops. With
     several processes, all of them save and stop one step later. Until the first step has been
     compiled, the caller handles signals. A run diverges if its last `train.max_bad_steps` steps
@@ -136,7 +137,7 @@ class _Watch:
         return ""
 
     def compiling(self, what: str) -> None:
-        """Says before the first use that the next seconds or minutes pass with compiling."""
+        """Tells the user, before the first use of `what`, that its compilation begins."""
         if what not in self.compiled:
             self.compiled.add(what)
             self.writer.message(f"compiling {what} ...")

@@ -72,8 +72,8 @@ def _forward(
         logits_BCV = scores("BCD,VD->BCV", x_BCD, narrow_head_VD)
         log_normalizer_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         total += jnp.sum(_losses(logits_BCV, log_normalizer_BC, targets_BC) * weights_BC)
-        # d loss / d logits = softmax - one-hot. The one-hot array is a comparison, because the
-        # compiler can fuse a comparison with its neighbours, but not a scatter.
+        # d loss / d logits = softmax - one-hot. A comparison makes the one-hot array, because the
+        # compiler can fuse a comparison with the operations around it. It cannot fuse a scatter.
         hit_BCV = jnp.arange(head_VD.shape[0])[None, None, :] == targets_BC[:, :, None]
         softmax_BCV = jnp.exp(logits_BCV - log_normalizer_BC[:, :, None])
         grad_BCV = ((softmax_BCV - hit_BCV) * weights_BC[:, :, None]).astype(dtype)

@@ -97,7 +97,7 @@ class MetricsWriter:
     incomplete; the loop repeats them. A warning names the optional packages that are not installed.
     With `silent`, the writer writes and shows nothing, as in every process except the first.
 
-    An error of a method is a warning, and training goes on (`SideRecords`).
+    If a method fails, a warning says so, and training goes on (`SideRecords`).
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class MetricsWriter:
     def progress(
         self, step: int, text: str, left_sec: float | None, *, force: bool = False
     ) -> None:
-        """Shows numbers of a step: beside the bar of a terminal, else as a line every 10 s."""
+        """Shows numbers of a step after the progress bar; without a bar, prints them every 10 s."""
         if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
             self.advance(step)

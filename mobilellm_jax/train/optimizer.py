@@ -100,7 +100,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _with_rms_of_adamw(updates: ParamsOrPlaceholder) -> Any:
-    """Scales orthogonal matrices, whose root mean square is 1 / sqrt(longer side), to AdamW's."""
+    """Scales orthogonal updates to the root mean square of AdamW's updates.
+
+    The root mean square of an orthogonal matrix is 1 / sqrt(longer side).
+    """
 
     def scale(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
         sides = [

@@ -8,7 +8,7 @@ from typing import TypeVar
 Read = TypeVar("Read")
 Placed = TypeVar("Placed")
 
-_AHEAD = 2  # Batches that wait on the devices; two, because some batches take longer to read.
+_AHEAD = 2  # Batches that are placed in advance. Some batches take longer to read, so 1 is too few.
 
 
 def prefetch(

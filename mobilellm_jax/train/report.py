@@ -100,7 +100,7 @@ class Reporter:
     def _record_of(self, step: int, values: Mapping[str, float]) -> dict[str, float | str]:
         """Returns the record of a step; leaves out numbers that are not finite.
 
-        A batch without targets has no loss, and its gradient is no measurement.
+        A batch without targets has neither a loss nor a meaningful gradient.
         """
         names = ("loss", "grad_norm", "learning_rate") if values["targets"] else ("learning_rate",)
         record: dict[str, float | str] = {

@@ -1,7 +1,7 @@
-"""Lets a run go on if something beside its steps and checkpoints fails.
+"""Lets a run go on if something other than its steps and checkpoints fails.
 
 Metrics, curves, samples, evaluations and the progress bar are side records. If one of them fails, a
-warning says so, and training goes on. Checkpoints are no side records: `checkpoint/saving.py`
+warning says so, and training goes on. Checkpoints are not side records: `checkpoint/saving.py`
 repeats a save that failed.
 """
 
@@ -90,7 +90,7 @@ def _error_of_any(what: str, own: Exception | None) -> Exception | None:
 
 
 class AppendedFile:
-    """A file of a run to which the run appends; never holds a part of what one call appended.
+    """A file to which a run appends; it holds the whole content of a call or nothing of it.
 
     Content that could not be written stays in memory, and the next call writes it first. The file
     stays open, so the run folder may be renamed. If somebody deletes the file, the next call
@@ -112,7 +112,7 @@ class AppendedFile:
         self._write()
 
     def close(self) -> None:
-        """Closes the file; raises an `OSError` if waiting content cannot be written."""
+        """Closes the file; raises an `OSError` if the content in memory cannot be written."""
         try:
             self._write()
         finally:

@@ -1,8 +1,8 @@
 """Guards against spikes: compares loss and gradient norm of a step with recent values.
 
-The recent values are part of the training state, so a resumed run decides like an uninterrupted
-run. The state holds the recent values even if the guard is off. So a run that begins to spike can
-be resumed with the guard on.
+The recent values are part of the training state, so a resumed run finds the same spikes as an
+uninterrupted run. The state holds the recent values even if the guard is off. So a run that begins
+to spike can be resumed with the guard on.
 """
 
 from typing import Any
@@ -43,8 +43,8 @@ def judge(
     A step is a spike if its loss or gradient norm exceeds a limit: `factor` standard deviations
     above the mean of the recent values. With `factor` 0, no step is a spike. The buffers store the
     limit instead of a higher value, so that one spike does not hide the next spike. If the values
-    stay high, the limit rises from step to step. The buffers ignore steps that were not `measured`,
-    because they were not finite or had no targets.
+    stay high, the limit rises from step to step. `measured` is False for a step that was not finite
+    or had no targets; the buffers ignore such a step.
     """
     place = recent.seen % WINDOW_STEPS
     there_W = jnp.arange(WINDOW_STEPS) < recent.seen

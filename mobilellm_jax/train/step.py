@@ -102,7 +102,7 @@ def _step(
         new_params = optax.apply_updates(state.params, updates)
         update_norm = optax.tree.norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        # A batch without targets has no loss, so its loss of 0 is no recent value.
+        # The loss of a batch without targets is 0, which must not become one of the recent values.
         measured = finite & (targets > 0)
         spike, recent = judge(state.recent, loss, grad_norm, measured, config.train.spike_factor)
         good = finite & ~spike

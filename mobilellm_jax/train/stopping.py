@@ -69,7 +69,7 @@ class Walltime:
 
     @property
     def needs_a_save(self) -> bool:
-        """Whether the limit needs the time of a save, and none has been measured."""
+        """Whether the run has a time limit, and the time of a save has not been measured yet."""
         return math.isfinite(self.limit_sec) and "save" not in self._taken
 
     def measured(self, what: Literal["step", "save", "look"], seconds: float) -> None:
@@ -78,8 +78,8 @@ class Walltime:
     def is_up(self, look_is_near: bool) -> bool:
         """Returns whether the run has to stop now in order to save before the limit.
 
-        The estimated time to stop includes two steps, because the processes agree one step late.
-        The estimate also includes two saves, because a save may have to wait for an earlier save.
+        The estimate includes two steps, because the processes take one more step until they agree
+        to stop. It also includes two saves, because a save may have to wait for an earlier save.
         """
         unknown_save = min(_UNKNOWN_SAVE_MAX_SEC, _UNKNOWN_SAVE_SHARE * self.limit_sec)
         ahead = 2 * self._longest("step") + 2 * self._longest("save", unknown_save)

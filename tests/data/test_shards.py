@@ -117,12 +117,12 @@ def test_the_manifest_survives_a_round_trip(write_tokens: Any) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("train-00001-of-00003", "../../etc/passwd", "'../../etc/passwd' is no name of shard 1"),
-        ("train-00001-of-00003", "train-00000-of-00003", "is no name of shard 1 of split train"),
-        ('"train": {', '"../x": {', r"'\.\./x' is no name of a split"),
+        ("train-00001-of-00003", "../../etc/passwd", "passwd' is not the name of shard 1"),
+        ("train-00001-of-00003", "train-00000-of-00003", "is not the name of shard 1 of split"),
+        ('"train": {', '"../x": {', r"'\.\./x' is not the name of a split"),
         ('"vocab_size": 1000', '"vocab_size": 4294967296', "is not between 1 and 16777216"),
         ('"vocab_size": 1000', '"vocab_size": 70000', "dtype='uint16' is not uint32"),
-        ('"bos_id": 1', '"bos_id": -1', "bos_id=-1 is no id below vocab_size"),
+        ('"bos_id": 1', '"bos_id": -1', "bos_id=-1 is not an id below vocab_size"),
         ('"documents": 2', '"documents": -2', "has -2 documents in"),
         ('"documents": 2', '"documents": 0', "has 6 tokens without a document"),
         ('"weight": null', '"weight": 0', "weight=0.0 of source 1 is not above 0"),

@@ -66,7 +66,7 @@ def test_the_page_explains_itself(page: Path) -> None:
         "How to read it",
         "What it does not show",
         "Depth against width (Table 11, tiny)",
-        "Differences beside the paper's: ",
+        "Differences compared with the paper's: ",
         "20 models of 1.24 to 1.42 million parameters, 4.10 million tokens each, 3 seeds",
         "late-s0, step 1500 of 2000, under way or stopped",
         "broken-s0, step 1500 of 2000, failed: <b>OSError</b>: & full",  # shown as text

@@ -365,7 +365,7 @@ def _complete_output(
         return None
     if not (output / shards.MANIFEST).is_file():
         raise UserError(
-            f"output={str(output)!r} exists, but is no folder of token shards (it has no "
+            f"output={str(output)!r} exists, but is not a folder of token shards (it has no "
             f"{shards.MANIFEST}); name another folder or delete it."
         )
     manifest = shards.open_tokens(output).manifest

@@ -170,8 +170,8 @@ def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
         except strict_json.JsonError as error:
             raise UserError(f"{config}: {error}") from error
         if eos:
-            # Qwen and some other models have no BOS, and separate documents by EOS. EOS then also
-            # serves as BOS.
+            # Qwen and some other models have no BOS, and separate documents by EOS. EOS then is also
+            # used as BOS.
             return bos or eos, eos
     for bos, eos in _USUAL_BOS_EOS:
         if bos in special and eos in special:
@@ -180,7 +180,7 @@ def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
     raise UserError(
         f"{file} does not say which tokens are BOS and EOS; its special tokens are "
         f"{shown_tokens or 'none'}. Put a {TOKENIZER_CONFIG} with bos_token and eos_token "
-        "beside it."
+        "into its folder."
     )
 
 

@@ -30,7 +30,7 @@ class ExecutorchRuntime(Runtime):
             names = program.method_names
             method = program.load_method(_METHOD) if _METHOD in names else None
         except RuntimeError as error:
-            raise UserError(f"{file} is no program that ExecuTorch loads: {error}") from error
+            raise UserError(f"ExecuTorch cannot load {file}: {error}") from error
         if method is None:
             raise wrong_model(file, info, f", because its methods are {sorted(names)}")
         meta = method.metadata

@@ -42,7 +42,7 @@ CHUNK = 128
 """The largest number of tokens per call; more tokens' logits would fill a phone's memory."""
 
 _SHORTEST = 4
-_GROUP = 32  # Number of weights of a row that share a scale in 4 bits.
+_GROUP = 32  # Number of 4-bit weights in a row that have one scale together.
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # The stubs of torch lack int4.
 
 
@@ -139,15 +139,15 @@ def _quantize(decoder: TorchDecoder, precision: str) -> None:
     rows = Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))
     groups = Int8DynamicActivationIntxWeightConfig(_INT4, PerGroup(_GROUP))
     blocks = {"8da8w": rows, "8da4w": groups}[precision]
-    # The head has the 8 bits of the embedding table, because tied models have one matrix for both.
+    # The head has 8-bit weights, like the embedding table: in a tied model, both are one matrix.
     quantize_(decoder, rows, lambda module, _: module is decoder.head)
     quantize_(decoder.blocks, blocks)
 
 
 def _exported(program: _Program, config: ModelConfig) -> torch.export.ExportedProgram:
     longest = min(CHUNK, config.max_seq_len)
-    # The example must not have 1 token, because the exporter turns a size of 1 into a constant. It
-    # must not have the largest number of tokens either.
+    # The example has neither 1 token nor the largest number of tokens, because the exporter could
+    # turn these numbers into constants.
     tokens_1T = torch.zeros(1, max(2, longest - 1), dtype=torch.long)
     length = torch.export.Dim("length", min=1, max=longest)
     with torch.no_grad():

@@ -45,7 +45,7 @@ _WORDS: dict[str, list[dict[str, Any]]] = {
         {"type": "ByteLevel", "use_regex": False},
     ],
 }
-_WHOLE_WORDS = ("llama-bpe",)  # Rules that do not apply merges to a word that is a token.
+_WHOLE_WORDS = ("llama-bpe",)  # With these rules, no merges are applied to a word that is a token.
 
 
 class Vocabulary(NamedTuple):
@@ -99,7 +99,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
     tokens = []
     for piece, kind in zip(model.pieces, types, strict=True):
         text = piece.piece
-        # The result of a merge is a normal token in SentencePiece, but any token in llama.cpp.
+        # SentencePiece merges pieces only into normal tokens; llama.cpp uses tokens of every kind.
         if kind is TokenType.BYTE and _reached(text, pieces):
             raise refused(tokenizer, [f"Its pieces would merge to {text}, the name of a byte."])
         while kind is not TokenType.NORMAL and _reached(text, pieces):
@@ -117,7 +117,7 @@ def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def _reached(text: str, pieces: set[str]) -> bool:
-    """Returns whether `text` is one character, or two parts that are pieces or characters."""
+    """Returns whether a merge can give `text`: it is one character, or two pieces or characters."""
 
     def whole(part: str) -> bool:
         return len(part) == 1 or part in pieces

@@ -75,7 +75,7 @@ def write_mobilellm(source: OpenedModel, folder: Path, precision: str) -> int:
 
 
 def read_huggingface(directory: Path) -> Imported:
-    """Reads a directory with a Llama, with a model of the paper's code, or from `write_mobilellm`.
+    """Reads a Llama model, a model of the paper's code, or the files of `write_mobilellm`.
 
     Raises:
       MissingFileError: if config.json, the weights or the tokenizer is missing.
@@ -112,7 +112,7 @@ def read_model_config(directory: Path) -> ModelConfig:
     """Returns the model that config.json describes; raises as `read_huggingface` does."""
     file = directory / CONFIG
     if not file_kind.is_there(file):
-        raise MissingFileError(f"{directory} is no Hugging Face directory: it has no {CONFIG}.")
+        raise MissingFileError(f"{directory} is not a Hugging Face directory: it has no {CONFIG}.")
     # The directory's Python code, which config.json may name (auto_map), is never run.
     values = strict_json.as_type(strict_json.read(file), dict[str, Any], str(file))
     return from_config_json(values, file)
@@ -179,8 +179,9 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> 
 def _open_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
     """Opens the tokenizer file that has as many tokens as the model.
 
-    If both files or none have this number, the SentencePiece model is preferred. The two sizes
-    differ if tokens were added to the tokenizer, because only tokenizer.json contains them.
+    If both files have as many tokens, or if none has, the function chooses the SentencePiece model.
+    The two sizes differ if tokens were added to the tokenizer, because only tokenizer.json contains
+    them.
     """
     found = [
         load_tokenizer(directory / name)

@@ -149,7 +149,7 @@ def inexpressible(proto: Any) -> list[str]:
     normal = [p.piece for p in proto.pieces if p.type == _Piece.NORMAL]
     lone = set("".join(normal)).difference(normal)
     if lone:
-        problems.append(f"{min(lone)!r} occurs in its pieces but is no piece itself.")
+        problems.append(f"{min(lone)!r} occurs in its pieces but is not a piece itself.")
     return problems
 
 

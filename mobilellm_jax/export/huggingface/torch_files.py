@@ -32,8 +32,8 @@ from mobilellm_jax.storage.strict_json import plain, shown
 # The pickle of a thousand tensors has a quarter of a megabyte.
 _MOST_PICKLE_BYTES = 1 << 22
 _MOST_AXES = 8
-# Tied weights are stored once and have two names. With more names for the same numbers, a small
-# file could fill the memory.
+# Tied weights are stored once, and two tensors refer to them. If more tensors could refer to the
+# same numbers, a small file could fill the memory.
 _MOST_SHARING = 2
 
 _DTYPES = {
@@ -306,7 +306,7 @@ def _storage(identifier: Any) -> _Storage:
     match identifier:
         case ("storage", _Name("torch", kind), str(key), str(), int(values)) if values >= 0:
             return _Storage(kind, key, values)
-    raise _Refused(f"its pickle refers to {shown(identifier)}, which is no storage of a tensor")
+    raise _Refused(f"its pickle refers to {shown(identifier)}, which is not the data of a tensor")
 
 
 def _called(function: Any, arguments: Any) -> Any:

@@ -107,9 +107,9 @@ def _open_shards(
     for file in files:
         # A name with a slash could refer to a file outside of the folder.
         if not _SHARD_NAME.fullmatch(file):
-            raise UserError(f"{index}: weight_map names {plain(file)}, which is no file beside it.")
+            raise UserError(f"{index}: weight_map names {plain(file)}, which is not a file name.")
         if not file_kind.is_there(index.parent / file):
-            raise MissingFileError(f"{index} names the shard {file}, which is not beside it.")
+            raise MissingFileError(f"{index} names the shard {file}, which is not in the folder.")
         found = open_file(index.parent / file)
         for name in found:
             if name in tensors or weight_map.get(name, file) != file:

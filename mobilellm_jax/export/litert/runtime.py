@@ -46,8 +46,7 @@ class LitertRuntime(Runtime):
         self._calls.sort(key=lambda call: (call.length, call.span))
 
     def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        # For each length, the last call in the list can use the whole cache, so at least one call
-        # is large enough.
+        # For each length, one call uses the whole cache, so the search always finds a call.
         call = next(
             call
             for call in self._calls
@@ -97,7 +96,7 @@ def _opened(file: Path) -> tuple[Any, dict[str, _Arrays]]:
             }
         return model, found
     except RuntimeError as error:
-        raise UserError(f"{file} is no model that LiteRT loads: {error}") from error
+        raise UserError(f"LiteRT cannot load {file}: {error}") from error
 
 
 def _arrays(config: ModelConfig, length: int) -> _Arrays:

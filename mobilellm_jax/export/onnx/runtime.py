@@ -88,7 +88,7 @@ def _opened(file: Path) -> tuple[Any, dict[str, Any]]:
         return session, {array.name: array.shape for array in arrays}
     except _REFUSALS as error:
         raise UserError(
-            f"{file} is no model that ONNX Runtime {onnxruntime.__version__} loads; export again: "
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {file}; export the model again: "
             f"{error}"
         ) from error
 

@@ -65,7 +65,7 @@ class _Matrix(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """The initializers of a block: norms by their names, and matrices."""
+    """The weights of a block; a norm is given by the name of its initializer."""
 
     attention_norm: str
     input: _Matrix  # The matrices of queries, keys and values, side by side.

@@ -200,7 +200,7 @@ def test_a_folder_with_other_things_is_not_touched(corpus: Path, tmp_path: Path)
     output = tmp_path / "precious"
     output.mkdir()
     (output / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match=r"precious' exists, but is no folder of token shards"):
+    with pytest.raises(ValueError, match=r"precious' exists, but is not a folder of token shards"):
         prepare([f"text:{corpus}/*.txt"], output, vocab_size=300)
     assert [f.name for f in output.iterdir()] == ["thesis.txt"]
     (output / "thesis.txt").unlink()

@@ -135,7 +135,7 @@ def test_damaged_and_foreign_programs_are_refused(exact, tmp_path) -> None:
     for damage in (cut, garble, without_embeddings):
         folder = shutil.copytree(artifact.folder, tmp_path / damage.__name__)
         damage(folder)
-        with pytest.raises(ValueError, match="model.pte is no program that ExecuTorch loads"):
+        with pytest.raises(ValueError, match="ExecuTorch cannot load .*model.pte"):
             ExecutorchRuntime(folder / "model.pte", artifact.info)
     other = dataclasses.replace(artifact.info.model, vocab_size=321)
     with pytest.raises(ValueError, match="is not the model of 321 tokens"):

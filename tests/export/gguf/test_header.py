@@ -46,7 +46,7 @@ def written(folder) -> bytes:
 
 @pytest.fixture
 def check(folder):
-    """Returns a function that checks a file with the given bytes beside the tokenizer."""
+    """Returns a function that checks a file with the given bytes next to the tokenizer."""
 
     def run(content: bytes, info: ArtifactInfo = INFO):
         file = folder / "changed.gguf"

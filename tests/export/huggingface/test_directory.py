@@ -372,7 +372,7 @@ def test_weights_of_several_dtypes_count_as_float32(folder):
 
 
 def test_what_is_no_directory_of_a_model_is_refused(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no Hugging Face directory"):
+    with pytest.raises(FileNotFoundError, match="is not a Hugging Face directory"):
         read_huggingface(tmp_path / "nothing")
     shutil.copytree(folder, tmp_path / "bare")
     for file in (tmp_path / "bare").glob("tokenizer*"):

@@ -90,7 +90,7 @@ def test_an_index_does_not_leave_its_folder(name, tmp_path):
     index = json.loads(file.read_text())
     index["weight_map"]["b"] = name
     file.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index.json: weight_map names .* no file beside it"):
+    with pytest.raises(ValueError, match=r"index.json: weight_map names .* not a file name"):
         open_tensors(folder)
 
 
