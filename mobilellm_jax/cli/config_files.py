@@ -112,7 +112,7 @@ def _recorded(path: Path, content: bytes) -> Config:
 
 
 def _run(path: Path, content: bytes) -> ConfigDict:
-    """Returns the `ConfigDict` of a Python file, which may import the files beside it."""
+    """Returns the `ConfigDict` of a Python file, which may import files of its folder."""
     module = types.ModuleType("config_file")
     module.__file__ = str(path)
     folder = str(path.parent.absolute())

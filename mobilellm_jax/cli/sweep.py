@@ -19,7 +19,7 @@ trained once. Ctrl-C saves all runs. Each run is a folder in WORKDIR/runs, like 
 and the output of the run is in WORKDIR/logs.
 
 --scale chooses the size of the models: paper (125M and 350M), small (about 20M) or tiny (1.4M
-parameters). The other settings come from configs/sweep_SCALE.py or --config. A seed decides the
+parameters). The other settings come from configs/sweep_SCALE.py or --config. A seed sets the
 initial parameters and the order of the data. With --tune_lr, the first seed of every model is
 trained with each learning rate, and the other seeds with the best rate only.
 

@@ -245,7 +245,7 @@ class Peers:
 
     def _be_told(self, process: int, text: str) -> None:
         if process == self._me.process:
-            text = f"the other processes gave up this process, because it seemed dead: {text}"
+            text = f"the other processes have ended, because this process seemed dead: {text}"
         self._finish(SAVED_REQUEUE_ME, f"PEERS: {text}")
 
     def _finish(self, code: int, text: str) -> None:

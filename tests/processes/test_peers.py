@@ -147,7 +147,7 @@ def test_a_process_that_was_given_up_hears_it(run: Run) -> None:
     assert gone["gone"] == 1
     member = run.make(1, 2, 30)
     member._be_told(gone["gone"], gone["why"])
-    assert "the other processes gave up this process, because it seemed dead" in run.ends[1][1]
+    assert "the other processes have ended, because this process seemed dead" in run.ends[1][1]
 
 
 def test_a_parting_message_ends_no_other_process(run: Run) -> None:

@@ -170,8 +170,8 @@ def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
         except strict_json.JsonError as error:
             raise UserError(f"{config}: {error}") from error
         if eos:
-            # Qwen and some other models have no BOS, and separate documents by EOS. EOS then is also
-            # used as BOS.
+            # Qwen and some other models have no BOS, and separate documents by EOS. They
+            # also use EOS as BOS.
             return bos or eos, eos
     for bos, eos in _USUAL_BOS_EOS:
         if bos in special and eos in special:

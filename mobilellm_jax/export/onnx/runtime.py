@@ -88,8 +88,7 @@ def _opened(file: Path) -> tuple[Any, dict[str, Any]]:
         return session, {array.name: array.shape for array in arrays}
     except _REFUSALS as error:
         raise UserError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {file}; export the model again: "
-            f"{error}"
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {file}; export again: {error}"
         ) from error
 
 

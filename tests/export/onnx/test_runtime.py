@@ -109,7 +109,7 @@ def test_a_prompt_in_parts_as_an_app_may_read_it(artifacts):
 def test_a_truncated_file_is_refused(file, copied):
     data = (copied.folder / file).read_bytes()
     (copied.folder / file).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="ONNX Runtime .* cannot load .* export the model again"):
+    with pytest.raises(ValueError, match="ONNX Runtime .* cannot load .* export again"):
         OnnxRuntime(copied.file, copied.info)
 
 
