@@ -5,6 +5,7 @@ starts in a fraction of a second. Each process runs the `main` of the command li
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -13,8 +14,19 @@ from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+# The server imports this file. As in conftest.py, Python looks for garbage less often.
+gc.set_threshold(200_000, 50, 1000)
+
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["mobilellm_jax.cli.train", "mobilellm_jax.pretrain", __name__])
+_server.set_forkserver_preload(
+    [
+        *("mobilellm_jax.cli.main", "mobilellm_jax.cli.train", "mobilellm_jax.pretrain", __name__),
+        # A run imports these when it writes its first record and picture.
+        *("matplotlib.style", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+        "tensorboard.plugins.hparams.summary_v2",
+        "tensorboard.summary.writer.record_writer",
+    ]
+)
 
 
 def start(
