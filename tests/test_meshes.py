@@ -31,6 +31,7 @@ from mobilellm_jax.config import (
 from mobilellm_jax.data.preparation.prepare import prepare
 from mobilellm_jax.errors import SAVED_REQUEUE_ME
 from mobilellm_jax.sharding import make_mesh
+from mobilellm_jax.train import side_records
 from tests import lives
 from tests.together import free_port
 
@@ -210,6 +211,42 @@ def test_a_run_goes_on_as_two_processes_and_back(
     assert [s["step"] for s in samples(workdir)] == [10]  # both processes hold parameters
     go_on(config, MeshConfig(), workdir, None)
     assert_same_run(workdir, on_one_device)
+
+
+def fail_validation(when: str) -> None:
+    """Makes the validation of this process fail after or before its programs on the devices."""
+    side_records._WAIT_AFTER_ERROR_SEC = 5.0
+    validate = pretrain._Run._validate
+
+    def failing(self: Any, state: Any) -> Any:
+        if when == "after":
+            validate(self, state)
+        raise KeyError("no such field")
+
+    pretrain._Run._validate = failing  # type: ignore[method-assign]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("own", "other", "goes_on"),
+    [("after", "after", True), (None, "after", True), ("before", None, False)],
+)
+def test_an_evaluation_fails_in_a_run_of_two_processes(
+    own: str | None, other: str | None, goes_on: bool, config: Config, tmp_path: Path
+) -> None:
+    """The run goes on, unless a process waits in the evaluation for one that has failed before."""
+    workdir, train = tmp_path / "run", dataclasses.replace(config.train, checkpoint_every=5)
+    short = dataclasses.replace(train, eval_every=8, steps=12)
+    two = dataclasses.replace(config, train=short, evaluate=EvaluateConfig())
+    befores = [bool if w is None else functools.partial(fail_validation, w) for w in (own, other)]
+    commands = commands_of([two, two], [workdir, workdir], tmp_path)
+    commands = [[*command, "--peer_timeout=5"] for command in commands]
+    results = lives.run_as_two(commands, tmp_path, befores)
+    assert [result.returncode == 0 for result in results] == [goes_on, goes_on], results
+    assert checkpoint.latest_step(workdir) == (12 if goes_on else None)
+    said = "".join(result.stderr for result in results)
+    assert "KeyError: 'no such field'" in said
+    assert ("training goes on" in said) == goes_on
 
 
 @pytest.mark.parametrize("mistake", ["another config", "another folder"])
