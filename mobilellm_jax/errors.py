@@ -6,12 +6,18 @@ is a bug of this package, and the command line prints its traceback.
 
 import errno
 import importlib.util
+import os
 
 FAILED = 1  # The command failed while it was running.
 SAVED_REQUEUE_ME = 75  # A scheduler may start the same command again (EX_TEMPFAIL).
 
 # The disk is full, a quota is used up, or a file exceeds the limit of `ulimit -f`.
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def no_space(error: BaseException) -> int | None:
+    """Returns the `errno` of a full disk, also if a library reports one in an error of its own."""
+    return next((code for code in NO_SPACE if os.strerror(code) in str(error)), None)
 
 
 class UserError(ValueError):

@@ -44,6 +44,7 @@ from mobilellm_jax.checkpoint.reading import (
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError, no_space
 from mobilellm_jax.model.transformer import Params
 from mobilellm_jax.processes import distributed
 from mobilellm_jax.processes.agreement import Agreement
@@ -59,6 +60,10 @@ _log = logging.getLogger(__name__)
 
 class SaveError(RuntimeError):
     """All attempts to save a checkpoint failed."""
+
+
+class FullDiskError(SaveError, UserError):
+    """All attempts to save a checkpoint failed, because the disk is full."""
 
 
 class CheckpointWriter:
@@ -213,7 +218,8 @@ class CheckpointWriter:
                 saved.result()
         except Exception as error:
             if self._failures == len(RETRY_SEC):
-                raise SaveError(
+                kind = SaveError if no_space(error) is None else FullDiskError
+                raise kind(
                     f"checkpoint {step} in {self._folder} could not be saved in "
                     f"{self._failures + 1} attempts: {error} Earlier checkpoints are unchanged. "
                     "Correct the cause, and start the same command again."

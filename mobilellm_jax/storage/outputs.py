@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from mobilellm_jax.errors import NO_SPACE, MissingFileError, UserError
+from mobilellm_jax.errors import MissingFileError, UserError, no_space
 from mobilellm_jax.storage import rundir
 from mobilellm_jax.storage.sealing import MANIFEST
 
@@ -169,10 +169,8 @@ def whole_directory(flag: str, folder: Path) -> Iterator[Path]:
         give_name(temporary, real)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        # Libraries (safetensors, TensorStore) have errors of their own for a full disk.
-        for code in NO_SPACE:
-            if os.strerror(code) in str(error):
-                raise OSError(code, os.strerror(code), str(folder)) from error
+        if (code := no_space(error)) is not None:
+            raise OSError(code, os.strerror(code), str(folder)) from error
         raise
 
 

@@ -26,6 +26,7 @@ from mobilellm_jax import checkpoint
 from mobilellm_jax.checkpoint import folders, saving
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.processes.run_lock import LockLostError
 from mobilellm_jax.storage import sealing
 from tests.checkpoint.test_checkpoint import CONFIG, DATA, abstract, filled, tokenizer
@@ -378,6 +379,21 @@ def test_the_last_attempt_fails_the_run_and_hides_no_other_error(
             writer.save(6, FIRST, DATA)
             writer.save(9, FIRST, DATA)
     assert "this was the last attempt" in said[-1]
+    assert checkpoint.latest_step(run) == 2
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_disk_of_a_run_is_full(
+    run: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("TensorStore: No space left on device")
+
+    monkeypatch.setattr(sealing, "seal", fail)
+    with pytest.raises(UserError, match="Earlier checkpoints are unchanged. Correct the cause"):
+        with checkpoint.CheckpointWriter(run, CONFIG, tokenizer) as writer:
+            writer.save(3, FIRST, DATA)
+            writer.wait()
     assert checkpoint.latest_step(run) == 2
 
 
