@@ -30,6 +30,7 @@ def main(flags: Flags) -> None:
     from mobilellm_jax.config import Config, DataConfig
     from mobilellm_jax.export.huggingface.directory import read_huggingface
     from mobilellm_jax.model.size import parameter_count
+    from mobilellm_jax.startup.messages import counted
     from mobilellm_jax.storage.outputs import whole_directory
 
     source, output = flags.source, flags.output
@@ -39,10 +40,12 @@ def main(flags: Flags) -> None:
         seq_len = min(DataConfig().seq_len, model.max_seq_len)
         config = Config(model=model, data=DataConfig(seq_len=seq_len))
         save_model(folder, config, imported.params, imported.tokenizer)
+    repeats = ""
+    if model.num_repeats > 1:
+        repeats = f", each applied {model.num_repeats} times ({model.sharing})"
     print(
         f"{output}: step 0",
-        f"{parameter_count(model):,} parameters, {model.num_blocks} blocks, each applied "
-        f"{model.num_repeats} times" + (f" ({model.sharing})" if model.num_repeats > 1 else ""),
+        f"{parameter_count(model):,} parameters, {counted(model.num_blocks, 'block')}{repeats}",
         f"the weights were {imported.dtype}: export --dtype={imported.dtype} gives the same bits",
         sep="\n  ",
     )

@@ -177,7 +177,9 @@ def test_somebody_trains_on_from_an_imported_model(
 ) -> None:
     save_run(here / "source", MODEL, random_params(MODEL))
     assert main(["export", "--checkpoint=source", "--output=hf", "--noverify"]) == 0
+    capsys.readouterr()
     assert main(["import", "--source=hf", "--output=imported"]) == 0
+    assert "1 block\n" in capsys.readouterr().out  # and not "applied 1 times"
     for checkpoint in ("imported", "imported/checkpoints/0", "hf"):
         overrides = [f"model={checkpoint}", "data.seq_len=32", "model.scan_unroll=1"]
         config = load_config("quickstart", overrides)

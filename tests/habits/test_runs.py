@@ -39,6 +39,7 @@ from mobilellm_jax.processes.run_lock import LOCK
 from mobilellm_jax.startup import host_memory
 from mobilellm_jax.storage import rundir, strict_json
 from mobilellm_jax.train.metrics import MetricsWriter, read_metrics
+from mobilellm_jax.train.report import Reporter
 from mobilellm_jax.train.side_records import SideRecords
 from tests import tiny
 
@@ -598,10 +599,15 @@ def test_the_bar_of_a_terminal_moves_at_each_step(
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
+    names = ("grad_norm", "learning_rate", "skipped", "skipped_steps", "bad_steps", "spike")
+    metrics: Any = {**dict.fromkeys(names, 0.0), "loss": 1.0, "targets": 8.0}
+    rare = changed(tiny.RUN, {"train.log_every": 50, "train.steps": 100})
     with MetricsWriter(tmp_path, 0, 100) as writer:
+        report = Reporter(rare, writer)
         for step in range(1, 4):
             time.sleep(0.11)  # tqdm draws at most ten times a second.
-            writer.advance(step)
+            report.step(step, metrics)
+            report.flush()
             assert f"{step}/100" in terminal.getvalue()
 
 
