@@ -58,9 +58,9 @@ def curves(name: str, labelled: Sequence[tuple[str, Model]]) -> Picture:
             style = "-" if number < len(theme.series) else "--"
             marker = "o" if len(x) <= _FEW else ""
             if marker and len(labelled) == 1:
-                style = ""  # The training loss shows how the loss falls between the points.
+                style = "none"  # The training loss shows how the loss falls between the points.
             means = [statistics.fmean(v) for v in values]
-            axes.plot(x, means, style, color=color, marker=marker, label=label)
+            axes.plot(x, means, linestyle=style, color=color, marker=marker, label=label)
             if len(series) > 1:
                 least, most = [min(v) for v in values], [max(v) for v in values]
                 axes.fill_between(x, least, most, color=color, alpha=0.2, linewidth=0)
