@@ -15,7 +15,6 @@ import io
 import keyword
 import select
 import sys
-from importlib import metadata
 from types import ModuleType
 
 from mobilellm_jax import __version__
@@ -95,7 +94,10 @@ def main(args: list[str]) -> int:
             print(_overview())
             return 0
         if args[0] == "--version":
-            print(f"mobilellm-jax {__version__} (jax {metadata.version('jax')})")
+            import importlib.metadata  # The import takes longer than the rest of `--version`.
+
+            jax = importlib.metadata.version("jax")
+            print(f"mobilellm-jax {__version__} (jax {jax})")
             return 0
         name, *rest = [*args[1:], "--help"] if args[0] == "help" else args
         return _run(name, rest)
