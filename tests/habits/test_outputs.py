@@ -355,7 +355,7 @@ def test_somebody_has_a_full_disk(
     with full_disk(512):
         assert main([command, *flags, f"--output={output}"]) == 2
     assert "Free some space" in capsys.readouterr().err
-    assert not output.exists()
+    assert list(tmp_path.iterdir()) == [text]
     assert main([command, *flags, f"--output={output}"]) == 0  # the remedy
 
 

@@ -150,7 +150,7 @@ class Evaluation:
 
 @pytest.fixture(scope="module")
 def evaluation(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    return Evaluation(run, tmp_path_factory.mktemp("rows"), ["triviaqa", "piqa"])
+    return Evaluation(run, tmp_path_factory.mktemp("rows"), ["piqa", "triviaqa"])
 
 
 SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 2.0}
@@ -167,6 +167,7 @@ def test_somebody_scores_pass_at_4_which_needs_four_different_texts(
     # The evaluation was killed after some texts. The same command gives the texts of one run.
     journal = tmp_path / "journal"
     assert evaluation.texts("triviaqa", journal) == texts
+    # The texts are the last answers in the journal, because the likelihoods come first.
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:-3]))
     assert evaluation.texts("triviaqa", journal) == texts
