@@ -122,11 +122,15 @@ class _LocalSearch:
         if first.startswith("~") and not os.path.lexists(first):
             pattern = os.path.expanduser(pattern)
         root = "/" if pattern.startswith("/") else ""
-        yield from self._expand(root, pattern[len(root) :].split("/"))
+        for in_folder in self._expand(root, pattern[len(root) :].split("/")):
+            yield from in_folder
 
     def add(self, path: str) -> None:
         try:
-            status = os.stat(path)
+            status = os.lstat(path)
+            is_link = stat.S_ISLNK(status.st_mode)
+            if is_link:
+                status = os.stat(path)
         except OSError:  # For example, the target of a link is missing, or a link leads to itself.
             self._broken.append(path)
             return
@@ -135,7 +139,8 @@ class _LocalSearch:
         elif not stat.S_ISREG(status.st_mode):
             self._special.append(path)
         else:
-            self._add_file(File(path, status.st_size, str(status.st_mtime_ns)))
+            file = File(path, status.st_size, str(status.st_mtime_ns))
+            self._add_file(file, os.path.realpath(path) if is_link else self._real_path(path))
 
     def files(self, pattern: str) -> list[File]:
         if self._broken:
@@ -158,14 +163,15 @@ class _LocalSearch:
             raise MissingFileError(f"source={self._spec!r}: the pattern matches {what}.")
         return sorted(self._found.values(), key=lambda file: file.path)
 
-    def _expand(self, folder: str, parts: Sequence[str]) -> Iterator[str]:
+    def _expand(self, folder: str, parts: Sequence[str]) -> Iterator[list[str]]:
+        """Yields the paths that match in one folder after another."""
         part, rest = parts[0], parts[1:]
         if part == "**":
             rest = rest or ["*"]
             for below in self._folders_below(folder):
                 yield from self._expand(below, rest)
         elif not rest:
-            yield from (folder + name for name in self._names(folder, part))
+            yield [folder + name for name in self._names(folder, part)]
         elif not part:  # The pattern contains two slashes in a row.
             yield from self._expand(f"{folder}/", rest)
         else:
@@ -227,11 +233,7 @@ class _LocalSearch:
             "not exist. If the target was a folder, its files are left out."
         )
 
-    def _add_file(self, file: File) -> None:
-        folder, name = os.path.split(file.path)
-        real = os.path.join(self._real_folder(folder), name)
-        if os.path.islink(file.path):
-            real = os.path.realpath(file.path)
+    def _add_file(self, file: File, real: str) -> None:
         known = self._found.get(real)
         if known is None or known.path == file.path:
             self._found[real] = file
@@ -240,6 +242,12 @@ class _LocalSearch:
         ordered = sorted((known, file), key=lambda f: (os.path.abspath(f.path) != real, f.path))
         self._found[real] = ordered[0]
         self._copies.append(ordered[1].path)
+
+    def _real_path(self, path: str) -> str:
+        """Returns the path of a file, which is not a link, without links to its folders."""
+        # A corpus has up to millions of files, and the functions of `os.path` are slow.
+        folder, slash, name = path.rpartition("/")
+        return f"{self._real_folder(folder + slash).rstrip('/')}/{name}"
 
     def _real_folder(self, folder: str) -> str:
         if folder not in self._real:
