@@ -125,6 +125,15 @@ def test_the_edge_is_locked() -> None:
             "evaluate.tasks='piqa' has no effect, because evaluate.every=0; set "
             "--config.evaluate.every to a number of steps.",
         ),
+        (
+            {"model__rope_factor": 8.0},
+            "model.rope_factor=8.0 has no effect, because model.rope_scaling='none'; set it to "
+            "linear or llama3.",
+        ),
+        (
+            {"model__rope_low_freq_factor": 4.0},
+            "model.rope_low_freq_factor=4.0 must be less than model.rope_high_freq_factor=4.0.",
+        ),
         ({"model__norm_eps": 0.0}, "model.norm_eps=0.0 must be greater than 0."),
         ({"model__scan_unroll": 31}, "model.scan_unroll=31 must be at most model.num_blocks=30."),
         (

@@ -26,6 +26,7 @@ from mobilellm_jax.storage.strict_json import plain, shown
 
 Sharing = Literal["immediate", "repeat_all", "reverse"]
 Activation = Literal["swiglu", "relu", "gelu"]
+RopeScaling = Literal["none", "linear", "llama3"]
 Remat = Literal["none", "dots", "attention", "full", "offload"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 Attention = Literal["auto", "xla", "cudnn", "splash", "tokamax"]
@@ -102,6 +103,13 @@ class ModelConfig(_Group):
     tie_embeddings: bool = True  # The output matrix is the embedding table (paper Sec. 2.3).
     max_seq_len: Count = 2048  # Longest supported sequence in tokens.
     rope_theta: Positive = 10_000.0  # Base of the rotary angles.
+    # Rotations slowed down for a longer context: linear = all pairs; llama3 = only the pairs that
+    # make few turns within rope_original_len tokens.
+    rope_scaling: RopeScaling = "none"
+    rope_factor: Positive = 1.0  # Number that divides the frequency of a slowed pair.
+    rope_low_freq_factor: Positive = 1.0  # llama3 divides the frequencies below this many turns.
+    rope_high_freq_factor: Positive = 4.0  # llama3 keeps the frequencies above this many turns.
+    rope_original_len: Count = 8192  # Context in tokens before the llama3 scaling.
     norm_eps: Positive = 1e-5  # Number added to the mean square in RMSNorm.
     init_std: Positive = 0.02  # Standard deviation of initial matrices; narrow models need more.
     attention: Attention = "auto"  # A name in ATTENTION; auto = the first that fits the device.

@@ -60,6 +60,16 @@ _RULES: tuple[tuple[Callable[["Config"], bool], str], ...] = (
         "model.num_blocks={model.num_blocks}.",
     ),
     (
+        lambda c: c.model.rope_scaling != "none" or c.model.rope_factor == 1,
+        "model.rope_factor={model.rope_factor} has no effect, because "
+        "model.rope_scaling={model.rope_scaling!r}; set it to linear or llama3.",
+    ),
+    (
+        lambda c: c.model.rope_low_freq_factor < c.model.rope_high_freq_factor,
+        "model.rope_low_freq_factor={model.rope_low_freq_factor} must be less than "
+        "model.rope_high_freq_factor={model.rope_high_freq_factor}.",
+    ),
+    (
         lambda c: c.data.seq_len <= c.model.max_seq_len,
         "data.seq_len={data.seq_len} must be at most model.max_seq_len={model.max_seq_len}; "
         "shorten the windows or raise model.max_seq_len.",

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from mobilellm_jax.config import Activation, ModelConfig
 from mobilellm_jax.model.layer_sharing import application_order
+from mobilellm_jax.model.rope import frequencies
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Maps (slot, q_1TNH, k_1TKH, v_1TKH) to out_1TNH, and updates the cache."""
@@ -44,9 +45,9 @@ class TorchDecoder(nn.Module):
             self.head = _linear(np.asarray(params["embedding"]["table"]).T)
         else:
             self.head = _linear(params["head"]["kernel"])
-        exponents_H = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+        frequencies_P = _tensor(frequencies(config))
         positions_S = torch.arange(positions or config.max_seq_len).float()
-        angles_SH = positions_S[:, None] * (1.0 / config.rope_theta**exponents_H)[None]
+        angles_SH = positions_S[:, None] * frequencies_P[None]
         self.register_buffer("cos_SH", angles_SH.cos(), persistent=False)
         self.register_buffer("sin_SH", angles_SH.sin(), persistent=False)
 

@@ -132,7 +132,7 @@ def apply_unrolled(
       The float32 logits, and the second result of every layer's attention.
     """
     block = Block(config)
-    turn = rotation(positions_BT, config.head_dim, config.rope_theta)
+    turn = rotation(positions_BT, config)
     x_BTD: Any = weights.table_VD[tokens_BT].astype(compute_dtype(config))
     memory = []
     order = application_order(config.num_blocks, config.num_repeats, config.sharing)

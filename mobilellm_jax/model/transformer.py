@@ -121,7 +121,7 @@ class Transformer(nn.Module):
         memory: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         config = self.config
-        turn = rotation(positions_BT, config.head_dim, config.rope_theta)
+        turn = rotation(positions_BT, config)
         x_BTD = self._embed(tokens_BT)
         x_BTD, memory = apply_blocks(self.blocks, config, x_BTD, turn, attend_in_slot, memory)
         return self.final_norm(x_BTD), memory

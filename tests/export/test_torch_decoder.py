@@ -15,6 +15,7 @@ MODELS = {
     "untied": {"tie_embeddings": False},
     "relu": {"activation": "relu"},
     "gelu": {"activation": "gelu"},
+    "rope llama3": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_len": 64},
     "one key head, wide": {"num_kv_heads": 1, "head_dim": 24},
 }
 

@@ -72,7 +72,7 @@ def test_scan_equals_an_unrolled_loop(
     def by_hand(params: Params, tokens: jax.Array) -> jax.Array:
         """Calls a block layer after layer, without a scan."""
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        turn = rotation(positions, config.head_dim, config.rope_theta)
+        turn = rotation(positions, config)
         attend = attend_within(config, None)
         x = params["embedding"]["table"][tokens]
         for u in application_order(3, 2, "reverse"):

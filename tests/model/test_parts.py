@@ -31,10 +31,14 @@ def test_norm_of_bfloat16_is_computed_in_float32() -> None:
     np.testing.assert_array_equal(np.asarray(out, np.float32), 1.0)
 
 
+def heads(head_dim: int, rope_theta: float) -> ModelConfig:
+    return ModelConfig(head_dim=head_dim, rope_theta=rope_theta)
+
+
 def test_rotation_turns_pairs_by_their_angles() -> None:
     x = RNG.normal(size=(1, 4, 2, 6))
     positions = np.array([[0, 1, 5, 100]], np.int32)
-    out = rotate(jnp.asarray(x, jnp.float32), rotation(jnp.asarray(positions), 6, 100.0))
+    out = rotate(jnp.asarray(x, jnp.float32), rotation(jnp.asarray(positions), heads(6, 100.0)))
     for pair in range(3):
         angle = positions[0] * 100.0 ** (-2 * pair / 6)
         turned = (x[0, :, :, pair] + 1j * x[0, :, :, pair + 3]) * np.exp(1j * angle)[:, None]
@@ -47,7 +51,7 @@ def test_rotated_scores_depend_on_distance_only() -> None:
     q, k = (jnp.asarray(RNG.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def score(query: int, key: int) -> float:
-        at = [rotation(jnp.asarray([[p]], jnp.int32), 8, 10_000.0) for p in (query, key)]
+        at = [rotation(jnp.asarray([[p]], jnp.int32), heads(8, 10_000.0)) for p in (query, key)]
         return float(jnp.sum(rotate(q, at[0]) * rotate(k, at[1])))
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)

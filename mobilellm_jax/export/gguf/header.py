@@ -7,12 +7,14 @@ with another header. The checksums in the manifest protect the weights.
 """
 
 import contextlib
+import dataclasses
 import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
@@ -22,7 +24,9 @@ from mobilellm_jax.export.gguf.tokenizer import Vocabulary, vocabulary_of
 from mobilellm_jax.export.huggingface.layout import their_shapes
 from mobilellm_jax.export.runtime import ArtifactInfo, wrong_model
 from mobilellm_jax.export.source import check_groups
+from mobilellm_jax.model.rope import frequencies
 
+ROPE_DIVISORS = "rope_freqs.weight"
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # Every tensor starts at a multiple of this.
 _ARCHITECTURE = "llama"
 _Type, _FileType = gguf.GGMLQuantizationType, gguf.LlamaFileType
@@ -70,6 +74,12 @@ def write_header(file: Path, config: ModelConfig, tokenizer: Tokenizer, precisio
     return weight_bytes
 
 
+def rope_divisors(config: ModelConfig) -> np.ndarray:
+    """Returns the numbers by which llama.cpp divides the frequency of every pair of channels."""
+    plain = dataclasses.replace(config, rope_scaling="none", rope_factor=1.0)
+    return np.asarray(frequencies(plain) / frequencies(config), np.float32)
+
+
 def check_header(file: Path, info: ArtifactInfo) -> None:
     """Checks that `file` has the header and the size that our writer gives it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -100,6 +110,12 @@ def _describe_model(writer: Any, config: ModelConfig) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_factor)
+    if config.rope_scaling == "llama3":
+        # llama.cpp reads the divisors from the tensor `ROPE_DIVISORS`, and not this length.
+        writer.add_rope_scaling_orig_ctx_len(config.rope_original_len)
     writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
@@ -124,6 +140,11 @@ def _list_tensors(writer: Any, config: ModelConfig, precision: str) -> int:
     layers = config.applied_depth
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     total = 0
+    if config.rope_scaling == "llama3":
+        size = rope_divisors(config).nbytes
+        pairs = (config.head_dim // 2,)
+        writer.add_tensor_info(ROPE_DIVISORS, pairs, "float32", size, raw_dtype=_Type.F32)
+        total += size + -size % ALIGNMENT
     for theirs, shape in their_shapes(config, layers).items():
         kind = stored_type(len(shape), precision)
         size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 
 from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, Tokenizer
-from mobilellm_jax.export.gguf.header import ALIGNMENT, stored_type, write_header
+from mobilellm_jax.export.gguf.header import ALIGNMENT, rope_divisors, stored_type, write_header
 from mobilellm_jax.export.gguf.tokenizer import refused
 from mobilellm_jax.export.huggingface.layout import their_tensors
 from mobilellm_jax.export.huggingface.tokenizer_files import PROBES
@@ -32,6 +32,9 @@ def write(source: OpenedModel, folder: Path, precision: str) -> int:
     write_header(folder / FILE, config, source.tokenizer, precision)
     matrix_dtype = DTYPES.get(precision, DTYPES["float16"])  # If quantized, scales are float16.
     with (folder / FILE).open("ab") as file:
+        if config.rope_scaling == "llama3":
+            file.write(rope_divisors(config).tobytes())
+            file.write(bytes(-file.tell() % ALIGNMENT))
         for name, array in their_tensors(config, source.params, order):
             kind = stored_type(array.ndim, precision)
             if name.endswith(("q_proj.weight", "k_proj.weight")):

@@ -8,13 +8,13 @@ cannot.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import traverse_util
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
@@ -25,13 +25,14 @@ from mobilellm_jax.export.huggingface.config import (
     Layout,
     check_llama,
     from_config_json,
+    ignores_head,
     to_config_json,
 )
 from mobilellm_jax.export.huggingface.layout import (
     EMBEDDING,
     HEAD,
     check_shapes,
-    named_rows,
+    our_params,
     their_shapes,
     their_tensors,
 )
@@ -39,12 +40,12 @@ from mobilellm_jax.export.huggingface.tokenizer_files import write_tokenizer_fil
 from mobilellm_jax.export.huggingface.torch_files import StoredTensor
 from mobilellm_jax.export.huggingface.weight_files import open_tensors, spare_pickle, write_tensors
 from mobilellm_jax.export.source import narrowed
-from mobilellm_jax.model.finite import non_finite, refuse_non_finite
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.storage import file_kind, strict_json
 from mobilellm_jax.storage.rundir import TOKENIZER_FILES, write_whole
 
+_log = logging.getLogger(__name__)
 CONFIG = "config.json"
 # Old versions of transformers stored these RoPE frequencies. The config determines them.
 _DERIVED = "rotary_emb.inv_freq"
@@ -82,26 +83,15 @@ def read_huggingface(directory: Path) -> Imported:
       UserError: if `ModelConfig` cannot express the model, tensors or tokenizer do not fit it, or
         a weight is not finite.
     """
-    config = read_model_config(directory)
+    values = _read_config_json(directory)
+    config = from_config_json(values, directory / CONFIG)
     stored = open_tensors(directory)
+    _drop_head(config, stored, directory, ignored=ignores_head(values))
     _check_tensors(config, stored, directory)
-    flat: dict[str, np.ndarray] = {}
-    bad: list[str] = []
-    for name, row, layer in named_rows(config, config.num_blocks):
-        values = stored[name].read().astype(np.float32)
-        bad += non_finite(name, values)
-        array = row.to_ours(values, config)
-        if layer is None:
-            flat[row.ours] = array
-            continue
-        if layer == 0:
-            flat[row.ours] = np.empty((config.num_blocks, *array.shape), np.float32)
-        flat[row.ours][layer] = array
-    refuse_non_finite(directory, bad)
     dtypes = {tensor.dtype for tensor in stored.values()}
     return Imported(
         config=config,
-        params=traverse_util.unflatten_dict(flat, sep="/"),  # type: ignore[no-untyped-call]  # flax
+        params=our_params(config, lambda name: stored[name].read(), directory),
         tokenizer=_open_tokenizer(directory, config),
         # Only float32 can store the values of several dtypes exactly.
         dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
@@ -110,12 +100,16 @@ def read_huggingface(directory: Path) -> Imported:
 
 def read_model_config(directory: Path) -> ModelConfig:
     """Returns the model that config.json describes; raises as `read_huggingface` does."""
+    return from_config_json(_read_config_json(directory), directory / CONFIG)
+
+
+def _read_config_json(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG
     if not file_kind.is_there(file):
         raise MissingFileError(f"{directory} is not a Hugging Face directory: it has no {CONFIG}.")
     # The directory's Python code, which config.json may name (auto_map), is never run.
-    values = strict_json.as_type(strict_json.read(file), dict[str, Any], str(file))
-    return from_config_json(values, file)
+    values: dict[str, Any] = strict_json.as_type(strict_json.read(file), dict[str, Any], str(file))
+    return values
 
 
 def _write_files(
@@ -134,19 +128,34 @@ def _write_files(
     return len(blocks)
 
 
-def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directory: Path) -> None:
-    """Checks that `stored` fits the model; removes a duplicate head and RoPE frequencies."""
-    for name in [name for name in stored if name.endswith(_DERIVED)]:
-        del stored[name]
+def _drop_head(
+    config: ModelConfig, stored: dict[str, StoredTensor], directory: Path, *, ignored: bool
+) -> None:
+    """Removes a head that a tied model does not need from `stored`.
+
+    A head that differs from the embeddings is an error, unless the model's own code ignores it.
+    """
     both = config.tie_embeddings and {HEAD, EMBEDDING} <= stored.keys()
-    if both and stored[HEAD].shape == stored[EMBEDDING].shape:
-        if not np.array_equal(stored[HEAD].read(), stored[EMBEDDING].read()):
+    if not both or stored[HEAD].shape != stored[EMBEDDING].shape:
+        return
+    if not np.array_equal(stored[HEAD].read(), stored[EMBEDDING].read()):
+        if not ignored:
             raise UserError(
                 f"{directory}: config.json ties the embeddings, but {HEAD} and {EMBEDDING} "
                 "differ; if the model is not tied, set tie_word_embeddings (and share_embedding) "
                 "to false in config.json."
             )
-        del stored[HEAD]
+        _log.warning(
+            f"{directory}: {HEAD} differs from {EMBEDDING} and is left out, because config.json "
+            "has share_embedding=true, and the paper's code then ignores this tensor."
+        )
+    del stored[HEAD]
+
+
+def _check_tensors(config: ModelConfig, stored: dict[str, StoredTensor], directory: Path) -> None:
+    """Checks that `stored` fits the model; removes RoPE frequencies."""
+    for name in [name for name in stored if name.endswith(_DERIVED)]:
+        del stored[name]
     remedy = ""
     spare = spare_pickle(directory)
     if spare:

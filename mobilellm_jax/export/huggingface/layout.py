@@ -1,7 +1,8 @@
 """Maps our parameters to the names and shapes of a Llama's tensors, for Hugging Face and GGUF."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from flax import traverse_util
 
 from mobilellm_jax.config import ModelConfig
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.finite import non_finite, refuse_non_finite
 from mobilellm_jax.storage.strict_json import plain
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -101,6 +103,33 @@ def their_tensors(
     for name, row, layer in named_rows(config, len(blocks)):
         array = flat[row.ours]
         yield name, row.to_theirs(array if layer is None else array[blocks[layer]], config)
+
+
+def our_params(
+    config: ModelConfig, read: Callable[[str], np.ndarray], source: Path
+) -> dict[str, Any]:
+    """Returns our parameter tree, in float32, of a model without repeats.
+
+    Args:
+      config: the model.
+      read: returns the values of the tensor with Hugging Face's name.
+      source: the file or folder of the tensors, for the message if a weight is not finite.
+    """
+    flat: dict[str, np.ndarray] = {}
+    bad: list[str] = []
+    for name, row, layer in named_rows(config, config.num_blocks):
+        values = read(name).astype(np.float32)
+        bad += non_finite(name, values)
+        array = row.to_ours(values, config)
+        if layer is None:
+            flat[row.ours] = array
+            continue
+        if layer == 0:
+            flat[row.ours] = np.empty((config.num_blocks, *array.shape), np.float32)
+        flat[row.ours][layer] = array
+    refuse_non_finite(source, bad)
+    tree: dict[str, Any] = traverse_util.unflatten_dict(flat, sep="/")  # type: ignore[no-untyped-call]  # flax
+    return tree
 
 
 def check_shapes(expected: Shapes, found: Shapes, where: str, remedy: str = "") -> None:

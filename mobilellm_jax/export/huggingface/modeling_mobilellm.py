@@ -9,6 +9,7 @@ cache. If embeddings are shared, the embedding table is also the matrix of the o
 # mypy: ignore-errors
 
 import dataclasses
+import math
 
 import torch
 from torch import nn
@@ -41,6 +42,7 @@ _DEFAULTS = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
+    "rotary_scaling": None,
     "initializer_range": 0.02,
     "use_cache": True,
 }
@@ -188,7 +190,7 @@ class MobileLLMModel(MobileLLMPreTrainedModel):
         standing = torch.arange(seen, seen + x.shape[1], device=x.device)
         if position_ids is None:
             position_ids = standing[None]
-        rotation = rotation_at(position_ids, self.config.head_dim, self.config.rope_theta)
+        rotation = rotation_at(position_ids, self.config)
         mask = causal_mask(standing, attention_mask)
         states = []
         for slot, block in enumerate(self.config.application_order):
@@ -273,10 +275,27 @@ def add_slots(cache, count):
         layers.extend(type(layers[0])() for _ in range(count - len(layers)))
 
 
-def rotation_at(position_ids, head_dim, theta):
-    """Returns cosine and sine of position * theta^(-2i / head_dim), repeated for both halves."""
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
+def frequencies(config, device):
+    """Returns theta^(-2i / head_dim) of every pair i, scaled as `rotary_scaling` says."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    plain = 1.0 / config.rope_theta**exponents
+    scaling = config.rotary_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "default":
+        return plain
+    slowed = plain / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slowed
+    if scaling["rope_type"] != "llama3":
+        raise ValueError(f"RoPE scaling {scaling['rope_type']!r} is not supported.")
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / plain)
+    share = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - share) * slowed + share * plain
+
+
+def rotation_at(position_ids, config):
+    """Returns cosine and sine of position * frequency, repeated for both halves of a head."""
+    angles = position_ids[:, None, :, None].float() * frequencies(config, position_ids.device)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

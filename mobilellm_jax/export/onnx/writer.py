@@ -199,7 +199,7 @@ def _add_context(graph: Graph, config: ModelConfig, tokens: str, length: str) ->
     total = graph.node("Add", length, graph.node("Cast", new, to=onnx.TensorProto.INT32))
     one = graph.constant("one", np.ones(1, np.int32))
     positions_1S = jnp.arange(config.max_seq_len, dtype=jnp.int32)[None]
-    turn = rotation(positions_1S, config.head_dim, config.rope_theta)
+    turn = rotation(positions_1S, config)
 
     def angles(name: str, values_1S1H: Any) -> str:
         half = (_head_width(config.head_dim) - config.head_dim) // 2

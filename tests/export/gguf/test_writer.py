@@ -25,6 +25,11 @@ SHAPES = {
     "untied": {"tie_embeddings": False},
     "head_dim": {"head_dim": 24},  # 4 x 24 is not embed_dim
     "one key-value head": {"num_kv_heads": 1, "rope_theta": 500.0, "norm_eps": 1e-3},
+    "rope linear": {"rope_scaling": "linear", "rope_factor": 4.0},
+    "rope llama3": {
+        **{"rope_scaling": "llama3", "rope_factor": 8.0, "rope_theta": 100.0},
+        "rope_original_len": 64,
+    },
     "padded vocabulary": {"vocab_size": 333, "embed_dim": 60},
 }
 QUANTIZED = [name for name, precision in FORMATS["gguf"].precisions.items() if name != "float32"]

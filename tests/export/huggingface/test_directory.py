@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
 from mobilellm_jax.export.huggingface.directory import read_huggingface
@@ -158,8 +165,12 @@ LLAMA = {
 
 
 def random_llama(**changes):
+    return random_model(LlamaForCausalLM, LlamaConfig, **changes)
+
+
+def random_model(model_class, config_class, **changes):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(LLAMA | changes))).eval()
+    model = model_class(config_class(**(LLAMA | changes))).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -210,6 +221,84 @@ def test_import_of_what_transformers_saved(tokenizer, tmp_path):
         }
         assert our_error(tmp_path / name, model, **expected) <= TOLERANCE
     assert (tmp_path / "untied, plain, sharded" / "model.safetensors.index.json").is_file()
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}
+# With 8 pairs and an original context of 64 tokens, the scaling keeps some pairs, slows down
+# others, and mixes between them.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("rope", [LINEAR, LLAMA3], ids=["linear", "llama3"])
+def test_a_model_with_scaled_rope_comes_in_and_goes_out_in_both_layouts(rope, tokenizer, tmp_path):
+    model = random_llama(num_key_value_heads=2, rope_parameters=rope)
+    model.save_pretrained(tmp_path / "theirs")
+    copy_tokenizer(tokenizer, tmp_path / "theirs")
+    error = our_error(
+        tmp_path / "theirs", model, rope_scaling=rope["rope_type"], rope_factor=rope["factor"]
+    )
+    assert error <= TOLERANCE
+    found = read_huggingface(tmp_path / "theirs")
+    tokens_BT = torch.arange(128)[None]
+    with torch.no_grad():
+        expected_BTV = model(tokens_BT).logits
+        for layout in ("hf", "mobilellm"):
+            folder = tmp_path / layout
+            write_huggingface(found.config, found.params, tokenizer, folder, layout=layout)
+            again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+            torch.testing.assert_close(again(tokens_BT).logits, expected_BTV, atol=1e-4, rtol=1e-4)
+            assert read_huggingface(folder).config == found.config
+    # transformers 4 wrote the same model so:
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}
+    change_config(
+        tmp_path / "theirs",
+        rope_parameters=KEY_ABSENT,
+        rope_theta=rope["rope_theta"],
+        rope_scaling=scaling | {"type": rope["rope_type"]},
+    )
+    assert read_huggingface(tmp_path / "theirs").config == found.config
+
+
+def test_a_mistral_whose_window_covers_its_context_is_imported(tokenizer, tmp_path):
+    for name, window in (("none", None), ("covers", 512)):
+        model = random_model(
+            MistralForCausalLM, MistralConfig, num_key_value_heads=2, sliding_window=window
+        )
+        model.save_pretrained(tmp_path / name)
+        copy_tokenizer(tokenizer, tmp_path / name)
+        assert our_error(tmp_path / name, model, num_kv_heads=2) <= TOLERANCE
+    # transformers has 8 as the default of the key-value heads, and 4096 as that of the window.
+    change_config(tmp_path / "none", num_key_value_heads=KEY_ABSENT)
+    with pytest.raises(ValueError, match=r"model\.num_kv_heads=8"):
+        read_huggingface(tmp_path / "none")
+
+
+def test_a_config_that_other_programs_wrote_is_read(tokenizer, tmp_path):
+    model = random_llama(num_key_value_heads=2, rms_norm_eps=9.999999747378752e-06)
+    model.save_pretrained(tmp_path)
+    copy_tokenizer(tokenizer, tmp_path)
+    change_config(
+        tmp_path,
+        hidden_act="swish",
+        head_dim=None,
+        attention_bias=KEY_ABSENT,
+        mlp_bias=None,
+        pretraining_tp=1,
+        _name_or_path="/somewhere",
+        max_length=10**30,
+        rope_scaling=None,
+        quantization_config=None,
+        dtype=KEY_ABSENT,
+        torch_dtype="float32",
+    )
+    assert our_error(tmp_path, model, norm_eps=9.999999747378752e-06, head_dim=16) <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -287,18 +376,27 @@ def test_keys_of_the_papers_code(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "RoPE scaling 'llama3'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "RoPE scaling 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "scaling 'yarn' is not supp"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "'llama3' needs low_freq_factor",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "RoPE scaling 'linear' needs factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "only default, linear or llama3"),
         ({"attention_bias": True}, "attention_bias=true is not supported"),
         ({"mlp_bias": True}, "mlp_bias=true is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' must be silu"),
-        ({"sliding_window": 512}, "sliding_window=512 is not supported"),
+        ({"sliding_window": 256}, "sliding_window=256 is less than max_position_embeddings=512"),
+        (
+            {"model_type": "mistral", "max_position_embeddings": 8192},
+            "sliding_window=4096 is less than max_position_embeddings=8192",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention are not"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 must be 1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ({"model_type": KEY_ABSENT}, "has no model_type, so it does not describe a Hugging Face"),
-        ({"model_type": "qwen2"}, "model_type='qwen2' must be llama or mobilellm"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM or Mobile"),
+        ({"model_type": "qwen2"}, "model_type='qwen2' must be llama, mistral or mobilellm"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForCausalLM, Mistral"),
         ({"hidden_size": KEY_ABSENT}, "hidden_size=None must be a whole number above 0"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be a whole number above 0"),
         ({"num_key_value_heads": 3}, "must be a multiple of model.num_kv_heads=3"),
@@ -360,6 +458,15 @@ def test_head_beside_tied_embeddings_must_equal_them(folder):
     drop_tensors(folder, **{"lm_head.weight": embedding_VD})
     found = read_huggingface(folder)
     assert "head" not in found.params and found.config.tie_embeddings
+
+
+def test_a_head_that_the_papers_code_ignores_is_left_out_with_a_warning(folder, caplog):
+    expected = read_huggingface(folder).params["embedding"]["table"]
+    change_config(folder, model_type="mobilellm", share_embedding=True)
+    found = read_huggingface(folder)
+    np.testing.assert_array_equal(found.params["embedding"]["table"], expected)
+    assert "head" not in found.params and found.config.tie_embeddings
+    assert "lm_head.weight differs from model.embed_tokens.weight and is left out" in caplog.text
 
 
 def test_weights_of_several_dtypes_count_as_float32(folder):
