@@ -6,6 +6,7 @@ import http.server
 import itertools
 import json
 import lzma
+import multiprocessing.synchronize
 import os
 import re
 import shlex
@@ -513,3 +514,17 @@ def test_somebody_evaluates_rows_with_mixed_ids() -> None:
     write("rows/piqa/validation.jsonl", "".join(lines))
     made = tasks.local_rows("piqa", "rows", 0)["validation"]
     assert (made["id"], made["label"]) == (["1", "p-2"], [0, 0])
+
+
+def test_somebody_prepares_in_a_container_without_shared_memory(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", missing)
+    write("rows.jsonl", ROWS)
+    command = ["prepare", "--source=jsonl:rows.jsonl", f"--tokenizer={tokenizer}", "--output=out"]
+    assert main([*command, "--workers=2"]) == 2
+    assert "Function not implemented); use --workers=1" in capsys.readouterr().err
+    assert main([*command, "--workers=1"]) == 0

@@ -1,6 +1,7 @@
 """Encodes pieces in parallel processes and returns the parts in order."""
 
 import collections
+import contextlib
 import dataclasses
 import io
 import logging
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from mobilellm_jax.data.preparation.parts import Job, Part, PieceEncoder, Task
 from mobilellm_jax.data.shards import Counts
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.startup.messages import can_show_a_bar
 from mobilellm_jax.storage.file_lock import FileLock, HeldError
 
@@ -72,7 +74,8 @@ def encode_pieces(
     number. If `workers` is 1, a thread of this process encodes the pieces.
 
     Raises:
-      UserError: if the encoding of a piece raises it (see `PieceEncoder.encode`).
+      UserError: if the encoding of a piece raises it (see `PieceEncoder.encode`), or if several
+        workers have no memory to share.
       RuntimeError: if a worker process was killed.
     """
     if not tasks:
@@ -81,11 +84,19 @@ def encode_pieces(
     # The worker processes are not forked, because a fork would copy locks that other threads of
     # this process hold.
     context = multiprocessing.get_context("spawn")
-    counts: Any = context.Array("q", len(dataclasses.fields(Counts)))
+    counts: Any = [0] * len(dataclasses.fields(Counts))
     pool: Executor
     if workers == 1:
-        pool, encode, ahead = ThreadPoolExecutor(1), _counting(job, counts), 1
+        pool, ahead = ThreadPoolExecutor(1), 1
+        encode = _counting(job, counts, contextlib.nullcontext())
     else:
+        try:
+            counts = context.Array("q", counts)
+        except OSError as error:  # Some containers have no /dev/shm, or cannot write to it.
+            raise UserError(
+                f"--workers={workers} needs shared memory, and this system has none ({error}); "
+                "use --workers=1, or mount a writable /dev/shm."
+            ) from error
         pool = ProcessPoolExecutor(workers, context, _start_process, (job, counts))
         encode, ahead = _encode_in_process, _AHEAD * workers
     waiting: collections.deque[tuple[Task, Future[Part]]] = collections.deque()
@@ -124,12 +135,14 @@ def _result(job: Job, task: Task, future: "Future[Part]") -> Part:
         return PieceEncoder(job).encode(task, lambda _: None)
 
 
-def _counting(job: Job, counts: Any) -> Callable[[Task], Part]:
-    """Returns a function that encodes a piece and adds to `counts`, which all workers share."""
+def _counting(
+    job: Job, counts: Any, lock: contextlib.AbstractContextManager[Any]
+) -> Callable[[Task], Part]:
+    """Returns a function that encodes a piece and, with `lock`, adds its numbers to `counts`."""
     encoder = PieceEncoder(job)
 
     def count(batch: Counts) -> None:
-        with counts.get_lock():
+        with lock:
             for index, added in enumerate(dataclasses.astuple(batch)):
                 counts[index] += added
 
@@ -145,7 +158,7 @@ def _start_process(job: Job, counts: Any) -> None:
     # This worker process holds the lock until it ends. The next run of `prepare` waits for the lock
     # (`wait_for_workers`).
     FileLock(job.work / WORKERS_LOCK, shared=True, wait=True)
-    _encode = _counting(job, counts)
+    _encode = _counting(job, counts, counts.get_lock())
 
 
 def _end_with_parent() -> None:
