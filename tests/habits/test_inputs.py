@@ -23,7 +23,7 @@ import zstandard
 from mobilellm_jax.cli.config_flags import load_config
 from mobilellm_jax.cli.main import main
 from mobilellm_jax.data.shards import Manifest, open_tokens
-from mobilellm_jax.data.sources import finding
+from mobilellm_jax.data.sources import finding, source
 from mobilellm_jax.data.sources.opening import open_source
 from mobilellm_jax.data.sources.source import BadLineError
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
@@ -523,6 +523,7 @@ def test_somebody_prepares_in_a_container_without_shared_memory(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", missing)
+    monkeypatch.setattr(source, "PIECE_BYTES", 500)  # Two workers need two pieces.
     write("rows.jsonl", ROWS)
     command = ["prepare", "--source=jsonl:rows.jsonl", f"--tokenizer={tokenizer}", "--output=out"]
     assert main([*command, "--workers=2"]) == 2
