@@ -89,7 +89,10 @@ def test_bad_input_has_a_message_and_makes_nothing(
     new = tmp_path / "new"
     full = f"--output={tmp_path}"
     for args, message in (
-        (["import", f"--source={tmp_path / 'no'}", f"--output={new}"], "no Hugging Face directory"),
+        (
+            ["import", f"--source={tmp_path / 'no'}", f"--output={new}"],
+            "is not a Hugging Face directory",
+        ),
         (["import", f"--source={source}", full], "holds source; name a new folder"),
         (["export", f"--checkpoint={source}", full], "holds source; name a new folder"),
         (["export", f"--checkpoint={source}", "--format=pdf", f"--output={new}"], "hf|mobilellm"),
