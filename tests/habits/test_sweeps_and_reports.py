@@ -219,10 +219,21 @@ def test_a_sweep_goes_on_beside_an_entry_of_a_newer_version(
     (tmp_path / "sweep").mkdir()
     file = tmp_path / "sweep" / "sweep.json"
     file.write_text(json.dumps({"version": 1, "runs": [entry]}))
-    (tmp_path / "sweep" / "trials.json").write_text("{")  # Can be measured again.
     assert sweep() == 0
     entries = json.loads(file.read_text())["runs"]
     assert entries[0] == entry and len(entries) == 3
+
+
+def test_the_measured_speeds_of_a_sweep_are_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "trials.json"
+    file.write_text("{")
+    assert files.read_results(file, estimate.Speed) == {}
+    assert "will be measured again" in caplog.text
+    speed = estimate.Speed(step_sec=0.5, start_sec=2.0)
+    files.write_results(file, {"x": speed})
+    assert files.read_results(file, estimate.Speed) == {"x": speed}
 
 
 def test_a_sweep_names_the_run_that_cannot_be_read(
@@ -239,11 +250,14 @@ def test_a_notebook_or_matplotlibrc_chooses_a_backend(tmp_path: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; "
         "from mobilellm_jax.storage.picture import png; "
-        "draw = lambda figure: figure.suptitle('a $x_{ name'); "
+        "draw = lambda figure: figure.suptitle('a $x_{$ name'); "
         "Path(sys.argv[1]).write_bytes(png(draw, (2, 1), 50)); "
         "assert os.environ['MPLBACKEND'].startswith('module://')"
     )
-    notebook = {"MPLBACKEND": "module://a_notebook.backend", "MATPLOTLIBRC": str(tmp_path)}
+    notebook = {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": str(tmp_path),
+    }
     command = [sys.executable, "-c", program, str(tmp_path / "x.png")]
     subprocess.run(command, env={**os.environ, **notebook}, cwd=ROOT, check=True)
     header = (tmp_path / "x.png").read_bytes()[:24]
