@@ -5,6 +5,7 @@
   mobilellm evaluate --checkpoint=runs/mine --tasks=triviaqa --num_fewshot=5
   mobilellm evaluate --checkpoint=runs/quickstart --perplexity=README.md
   mobilellm evaluate --checkpoint=exported/hf --perplexity=wiki.txt --stride=512 --output=wiki.json
+  mobilellm evaluate --checkpoint=runs/smollm2 --perplexity=wiki.txt --window=1024
   mobilellm evaluate --checkpoint=runs/mine --tasks=mobilellm --quantize=w8a8
   mobilellm evaluate --artifact=exported/q8 --tasks=piqa --limit=100 --output=scores.json
 
@@ -25,9 +26,10 @@ killed, the same command continues with the answers in FILE.json.journal.
 --artifact evaluates an exported folder in its own runtime, which reads one sequence at a time. The
 scores show how much quality the export and its quantization lose.
 
---perplexity cuts the text into windows of model.max_seq_len tokens without overlap, and does not
-score the tokens after the last full window. With --stride=N, every token is scored: each window
-scores N tokens, and the model also reads as many earlier tokens as fit into the window.
+--perplexity cuts the text into windows of --window=N tokens, by default model.max_seq_len. They do
+not overlap, and the tokens after the last full window are not scored. A text that is shorter than a
+window is scored as it is, and the command says so. With --stride=N, every token is scored: each
+window scores N tokens, and the model also reads as many earlier tokens as fit into the window.
 
 --quantize=SCHEME quantizes the checkpoint before it is evaluated.
 """
@@ -43,7 +45,7 @@ from typing import TYPE_CHECKING, Any
 from mobilellm_jax.cli.errors import UsageError
 from mobilellm_jax.cli.flags import flag
 from mobilellm_jax.cli.shared import CHECKPOINT_HELP, PARTS_HELP, QUANTIZE_HELP, chosen_scheme
-from mobilellm_jax.errors import require
+from mobilellm_jax.errors import UserError, require
 from mobilellm_jax.quantize.schemes import Scheme
 from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.outputs import check_file
@@ -69,9 +71,10 @@ class Flags:
     limit: int | None = flag(None, "rows of each task, for a trial", lower_bound=1)
     data_dir: Path | None = flag(None, "folder with the tasks' rows; see above")
     perplexity: Path | None = flag(None, "text file in UTF-8")
-    stride: int | None = flag(
-        None, "tokens that each window scores; a window reads model.max_seq_len tokens"
+    window: int | None = flag(
+        None, "tokens of a window of --perplexity (default: model.max_seq_len)", lower_bound=2
     )
+    stride: int | None = flag(None, "tokens that each window scores, if windows overlap")
     quantize: str | None = flag(None, QUANTIZE_HELP)
     quantized_parts: str | None = flag(None, PARTS_HELP)
     output: Path | None = flag(None, "file that also gets the result")
@@ -98,12 +101,21 @@ def _measure_perplexity(flags: Flags, output: Path | None, scheme: Scheme | None
     assert file is not None, "`main` calls this function with --perplexity only"
     content = read_text("--perplexity", file)
     subject = _open(flags, scheme)
-    length = subject.engine.config.max_seq_len
+    longest = subject.engine.config.max_seq_len
+    length = flags.window or longest
+    if length > longest:
+        raise UserError(f"--window={length} must be at most model.max_seq_len={longest}.")
     text = CutText.cut(subject.tokenizer, content, length, flags.stride)
     _log.info(f"scoring {len(text.windows):,} windows; the first one compiles the model")
     record: dict[str, Any] = {**subject.record, "file": str(file)}
-    if flags.stride is not None:
-        record["stride"] = flags.stride
+    record |= {
+        name: getattr(flags, name)
+        for name in ("window", "stride")
+        if getattr(flags, name) is not None
+    }
+    if len(text.ids) < length:
+        record["note"] = f"the text has {len(text.ids)} tokens, fewer than a window of {length}"
+        _log.warning(f"{file}: {record['note']}; all of it is one window.")
     record |= dataclasses.asdict(perplexity(subject.engine, text))
     result = json.dumps(strict_json.with_null(record), indent=2) + "\n"
     print(result, end="", flush=True)
@@ -210,7 +222,7 @@ def _check_flags(flags: Flags) -> None:
             f"--quantize={flags.quantize} goes with --checkpoint only: an artifact was quantized "
             "when it was exported."
         )
-    given, others = "--tasks", ["stride"]
+    given, others = "--tasks", ["window", "stride"]
     if flags.tasks is None:
         given, others = "--perplexity", ["num_fewshot", "limit", "data_dir"]
     for name in others:

@@ -1,9 +1,9 @@
 """Measures the perplexity of a text, in the paper's windows or in overlapping windows.
 
-BOS is put before the text, and the tokens are cut into windows of T = `model.max_seq_len` tokens.
-Without a stride, windows do not overlap, as in the paper's evaluation script. In each window, T - 1
-tokens are scored, because the first token has no context. The tokens after the last full window are
-not scored.
+BOS is put before the text, and the tokens are cut into windows of T tokens, by default
+`model.max_seq_len`. Without a stride, windows do not overlap, as in the paper's evaluation script.
+In each window, T - 1 tokens are scored, because the first token has no context. The tokens after
+the last full window are not scored. A text that is shorter than a window is one short window.
 
 With a stride, windows overlap, and every token of the text is scored exactly once. In a window, the
 model reads T tokens and predicts the token after each of them. The first window scores all T
@@ -60,13 +60,12 @@ class CutText:
 
     @classmethod
     def cut(cls, tokenizer: Tokenizer, text: str, length: int, stride: int | None) -> Self:
-        """Cuts a text into windows of `length` tokens; `length` is `model.max_seq_len`.
+        """Cuts a text into windows of `length` tokens; a shorter text is one window.
 
         Each window scores `stride` tokens. If `stride` is None, the windows are the paper's.
 
         Raises:
-          UserError: if the text has fewer tokens than a window (with a stride: no token), or the
-            stride is not between 1 and `length`.
+          UserError: if the text has no token to score, or the stride is not between 1 and `length`.
         """
         ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
         windows = _apart(length, ids) if stride is None else _strided(length, ids, stride)
@@ -120,13 +119,9 @@ def _apart(length: int, ids: np.ndarray) -> list[Window]:
             f"model.max_seq_len={length} must be at least 2 to score a text, because the first "
             "token of a window is not scored."
         )
+    if len(ids) < length:
+        return [Window(0, 0, _last(ids))]
     count = len(ids) // length
-    if count == 0:
-        raise UserError(
-            f"The text has {len(ids)} tokens with BOS and must have at least "
-            f"model.max_seq_len={length} tokens; give a longer text, or use --stride, which "
-            "accepts every length."
-        )
     starts = range(0, count * length, length)
     return [Window(start, start, start + length - 1) for start in starts]
 
@@ -135,17 +130,22 @@ def _strided(length: int, ids: np.ndarray, stride: int) -> list[Window]:
     """Returns overlapping windows that score every token except BOS exactly once."""
     if not 1 <= stride <= length:
         raise UserError(
-            f"--stride={stride} must be at least 1 and at most model.max_seq_len={length}."
+            f"--stride={stride} must be at least 1 and at most {length}, the tokens of a window."
         )
-    last = len(ids) - 1  # Index of the last token, which is scored but never read.
-    if last < 1:
-        raise UserError("The text is empty; give a text with at least one token.")
+    last = _last(ids)
     windows = [Window(0, 0, min(length, last))]
     while windows[-1].stop < last:
         scored = windows[-1].stop
         stop = min(scored + stride, last)
         windows.append(Window(stop - length, scored, stop))
     return windows
+
+
+def _last(ids: np.ndarray) -> int:
+    """Returns the index of the last token, which is scored but never read."""
+    if len(ids) < 2:
+        raise UserError("The text is empty; give a text with at least one token.")
+    return len(ids) - 1
 
 
 def _byte_lengths(tokenizer: Tokenizer, ids: list[int]) -> list[int]:

@@ -100,13 +100,40 @@ def test_run_step_and_export_give_the_same_result(
         assert record["checkpoint"] == str(origin)
 
 
+def test_a_window_can_be_shorter_than_the_model_and_longer_than_the_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = open_model(folder / "run")
+    expected = perplexity(
+        jax_engine(model.config, model.params), CutText.cut(model.tokenizer, TEXT, 16, None)
+    )
+    args = [f"--checkpoint={folder / 'run'}", f"--perplexity={folder / 'text.txt'}"]
+    assert cli.main(["evaluate", *args, "--window=16"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["window"] == 16 and "note" not in record
+    assert (record["tokens"], record["windows"]) == (15 * expected.windows, expected.windows)
+    assert record["loss"] == pytest.approx(expected.loss, abs=1e-6)
+    (tmp_path / "short.txt").write_text("the cat")
+    count = len(model.tokenizer.encode("the cat"))
+    args = [args[0], f"--perplexity={tmp_path / 'short.txt'}"]
+    for flags in ([], ["--stride=8"]):
+        assert cli.main(["evaluate", *args, *flags]) == 0
+        printed = capsys.readouterr()
+        record = json.loads(printed.out)
+        assert record["note"] == f"the text has {count + 1} tokens, fewer than a window of 64"
+        assert (record["tokens"], record["windows"]) == (count, 1)
+        assert f"{record['note']}; all of it is one window" in printed.err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--perplexity=gone.txt"], "--perplexity=gone.txt does not exist"),
         (["--perplexity=."], "--perplexity=. is a folder"),
         (["--perplexity=latin.txt"], "latin.txt must be UTF-8, but byte 3 is 0xe9"),
-        (["--perplexity=short.txt"], "tokens with BOS and must have at least model.max_seq_len=64"),
+        (["--perplexity=empty.txt"], "--perplexity=empty.txt is empty"),
+        (["--perplexity=text.txt", "--window=65"], "--window=65 must be at most model.max_seq_len"),
+        (["--tasks=piqa", "--window=8"], "--window=8 does not go with --tasks"),
         (["--perplexity=text.txt", "--output=no/such/x.json"], "the folder no/such does not exist"),
         (["--perplexity=text.txt", "--output=."], "--output=. is a folder"),
         (["--perplexity=text.txt", "--checkpoint=rum"], "'rum' does not exist. Did you mean run?"),
@@ -134,7 +161,7 @@ def test_bad_input_ends_with_2_and_one_message(
 ) -> None:
     monkeypatch.chdir(folder)
     Path("latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    Path("short.txt").write_text("the cat")
+    Path("empty.txt").write_text("")
     before = sorted(folder.iterdir())
     assert cli.main(["evaluate", "--checkpoint=run", *args]) == 2
     out, err = capsys.readouterr()
