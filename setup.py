@@ -33,6 +33,8 @@ HF = [
 ]
 EVAL = "lm-eval>=0.4.13"  # lm-evaluation-harness: prompts, examples and metrics of tasks
 
+GGUF = "gguf>=0.19"  # reads and writes GGUF
+
 DATA = [
     "pyarrow>=20",  # parquet: sources
     "fsspec>=2025.3",  # sources behind a URL: s3://, gs://, ...
@@ -54,10 +56,11 @@ EXTRAS = {
     "tensorboard": [TENSORBOARD],  # event files of a run
     "beam": ["apache-beam>=2.70"],  # prepare --runner=beam; in an environment of its own
     "eval": [EVAL],  # evaluate --tasks
+    "gguf": [GGUF],  # import --source=FILE.gguf
     "hf": HF,  # export --format=hf: the check of the exported directory
     "export": [  # formats for devices: writers and runtimes
         *HF,  # ExecuTorch and LiteRT files are lowered from a PyTorch module
-        "gguf>=0.19",  # writes GGUF
+        GGUF,
         "llama-cpp-python>=0.3.36",  # runs GGUF; pip builds it
         "onnx>=1.23",  # writes ONNX
         "onnxruntime>=1.32",  # runs ONNX

@@ -5,7 +5,7 @@
   mobilellm evaluate --checkpoint=runs/mine --tasks=triviaqa --num_fewshot=5
   mobilellm evaluate --checkpoint=runs/quickstart --perplexity=README.md
   mobilellm evaluate --checkpoint=exported/hf --perplexity=wiki.txt --stride=512 --output=wiki.json
-  mobilellm evaluate --checkpoint=runs/smollm2 --perplexity=wiki.txt --window=1024
+  mobilellm evaluate --checkpoint=exported/hf --perplexity=wiki.txt --window=512
   mobilellm evaluate --checkpoint=runs/mine --tasks=mobilellm --quantize=w8a8
   mobilellm evaluate --artifact=exported/q8 --tasks=piqa --limit=100 --output=scores.json
 

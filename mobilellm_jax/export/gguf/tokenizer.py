@@ -30,7 +30,7 @@ _REMEDY = (
 # Maps llama.cpp's name of a rule for splitting text to the same rule in a tokenizer.json.
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|"
 _REST = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-_WORDS: dict[str, list[dict[str, Any]]] = {
+WORDS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [{"type": "ByteLevel", "use_regex": True}],
     "smollm": [
         {"type": "Digits", "individual_digits": True},
@@ -45,7 +45,7 @@ _WORDS: dict[str, list[dict[str, Any]]] = {
         {"type": "ByteLevel", "use_regex": False},
     ],
 }
-_WHOLE_WORDS = ("llama-bpe",)  # With these rules, no merges are applied to a word that is a token.
+WHOLE_WORDS = ("llama-bpe",)  # With these rules, no merges are applied to a word that is a token.
 
 
 class Vocabulary(NamedTuple):
@@ -161,7 +161,7 @@ def _byte_level(tokenizer: Tokenizer) -> Vocabulary:
 
 def _splitting_rule(steps: Sequence[Mapping[str, Any]]) -> str | None:
     """Returns llama.cpp's name of the rule that splits text as `steps` do, or None."""
-    for name, wanted in _WORDS.items():
+    for name, wanted in WORDS.items():
         if len(steps) == len(wanted) and all(
             given.get(key, True) == value  # The default of use_regex is true.
             for given, step in zip(steps, wanted, strict=True)
@@ -192,7 +192,7 @@ def _differences(
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             yield f"Its model.{key}={strict_json.shown(model[key])} must not be set."
-    whole = rule in _WHOLE_WORDS
+    whole = rule in WHOLE_WORDS
     if rule is not None and bool(model.get("ignore_merges")) != whole:
         yield f"Its model.ignore_merges must be {str(whole).lower()}, as {rule}'s is."
 

@@ -315,7 +315,9 @@ def _unsupported(values: Mapping[str, Any]) -> Iterator[str]:
     if odd:
         named = ", ".join(map(plain, odd[:_LIST_LIMIT]))
         yield f"layer_types {named} are not supported, only full_attention."
-    if values.get("quantization_config"):
+    # transformers leaves "gguf" behind when it turns a GGUF file into a directory of floats.
+    quantized = values.get("quantization_config") or {}
+    if quantized and quantized.get("quant_method") != "gguf":
         yield "quantization_config is not supported; give the unquantised weights."
 
 

@@ -294,7 +294,7 @@ def test_a_config_that_other_programs_wrote_is_read(tokenizer, tmp_path):
         _name_or_path="/somewhere",
         max_length=10**30,
         rope_scaling=None,
-        quantization_config=None,
+        quantization_config={"quant_method": "gguf", "dequantize": False},
         dtype=KEY_ABSENT,
         torch_dtype="float32",
     )
