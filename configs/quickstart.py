@@ -14,9 +14,9 @@ from mobilellm_jax.config import to_config_dict
 def get_config() -> ConfigDict:
     """Returns a config with two unique blocks, each applied twice, and with Muon.
 
-    Muon learns more than AdamW from a million tokens. The model has two wide heads, because on a
-    CPU two heads of 64 are faster than four heads of 32. The paper's `init_std` of 0.02 fits widths
-    from 576, and a model of width 128 learns faster from 0.06.
+    In a run of a million tokens, Muon reaches a lower loss than AdamW. The model has two wide
+    heads, because on a CPU two heads of 64 are faster than four heads of 32. The paper's `init_std`
+    of 0.02 fits widths of 576 and more. A model of width 128 learns faster with `init_std` = 0.06.
     """
     config = to_config_dict()
     config.model.update(

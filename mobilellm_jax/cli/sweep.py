@@ -44,7 +44,8 @@ from mobilellm_jax.paper.grids import GRIDS, SCALES, GridName
 T = TypeVar("T", bound=str)
 
 _log = logging.getLogger(__name__)
-# A value in quotes in front of a comma or the end, or a value without commas.
+# After a quoted value there must be a comma or the end of the text. Any other value ends before the
+# next comma.
 _VALUE = re.compile(r""" "[^"]*"(?=,|$) | '[^']*'(?=,|$) | [^,]* """, re.VERBOSE | re.DOTALL)
 
 

@@ -26,7 +26,7 @@ def comments() -> dict[str, str]:
 
 
 def _comments_above(lines: list[str], index: int) -> Iterator[str]:
-    """Yields the comment lines that end above a line, beginning with the last one."""
+    """Yields the lines of the comment directly above line `index`, from the last to the first."""
     while lines[index - 1].strip().startswith("#"):
         index -= 1
         yield lines[index].strip().lstrip("# ")

@@ -49,8 +49,10 @@ class Recipe:
                 fields[name].set(value, type_safe=False)
             else:
                 fields[name] = value
+        # Fields that are not computed are read first. If such a field has no value, the error names
+        # this field and not a field that is computed from it.
         for dotted, reference in _references(groups).items():
-            if not reference._ops:  # Read before computed fields: the error names the missing one.
+            if not reference._ops:
                 self._read(reference, dotted)
         return from_object({group: self._read(node, group) for group, node in groups.items()})
 

@@ -57,12 +57,12 @@ _FLAGS: dict[str, tuple[str, ...]] = {
 
 
 def field_hint(name: str, known: Collection[str]) -> str:
-    """Returns a sentence that names our field for the unknown field `name`, or ""."""
+    """Returns a sentence that suggests one of `known` for the unknown field `name`, or ""."""
     return translated(name, known) or near_miss(name, known)
 
 
 def translated(name: str, known: Collection[str], *, prefix: str = "") -> str:
-    """Returns a sentence that names our field for the word of another tool, or "".
+    """Returns a sentence that suggests one of `known` for the word of another tool, or "".
 
     Args:
       name: the word, with or without a group. It may be one of our fields in another group.
@@ -77,7 +77,7 @@ def translated(name: str, known: Collection[str], *, prefix: str = "") -> str:
 
 
 def flag_hint(name: str, flags: Collection[str]) -> str:
-    """Returns a sentence that names the flag of a command for an unknown flag `name`, or ""."""
+    """Returns a sentence that suggests one of `flags` for the unknown flag `name`, or ""."""
     own = [flag for flag in _FLAGS.get(_word(name), ()) if flag in flags]
     return f" This command calls it --{own[0]}." if own else ""
 

@@ -117,7 +117,10 @@ class Mixture:
 
 
 def mixture_of(dataset: Dataset) -> Mixture:
-    """Returns the mixture of a folder's sources, or of the folder alone if they have no weights."""
+    """Returns the mixture of a folder's sources.
+
+    If the sources have no weights, the whole folder is the only component.
+    """
     return _mixture(str(dataset.path), [(dataset, Fraction(1))])
 
 

@@ -59,8 +59,8 @@ class Verification:
     runtime: str
     positions: int
     largest_logit: float  # Largest absolute logit of the JAX model.
-    read_error: float  # Largest difference of a logit, if one `read` takes the whole text.
-    append_error: float  # Largest difference of a logit, if the text is read token by token.
+    read_error: float  # Largest difference from JAX's logits when one `read` takes the text.
+    append_error: float  # Largest difference from JAX's logits when tokens are read one by one.
     greedy_equal: int  # Number of equal greedy tokens before the first difference.
     greedy_tokens: int
     loss: float  # Loss of the export on the text, in nats per token.

@@ -68,7 +68,7 @@ def tokamax(
     Tokamax's private class `Mask` describes packed documents by one number per query instead of T
     booleans. The public `tokamax.dot_product_attention` takes dense masks only (0.0.12 and 0.0.17),
     so this function uses private names: https://github.com/openxla/tokamax. Use the public function
-    as soon as it accepts segments or the first key of each query.
+    as soon as it has an argument for segments, or for the first visible key of each query.
     """
     from tokamax._src.ops.attention import api, base
 
@@ -99,8 +99,9 @@ def splash(
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     length, num_heads, head_dim = q_BTNH.shape[1:]
-    # MaxText's default is 512 too. At length 2048, blocks of 512 compute a quarter of the masked
-    # scores, and blocks of 1024 compute half of them.
+    # Larger blocks waste more work. At length 2048, blocks of 512 compute a quarter of the scores
+    # that the causal mask discards, and blocks of 1024 compute half of them. MaxText's default is
+    # 512 too.
     block = next(b for b in range(min(_SPLASH_BLOCK, length), 0, -128) if length % b == 0)
     minor = library.QKVLayout.SEQ_MINOR
     kernel = library.make_splash_mha(

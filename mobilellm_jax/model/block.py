@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns x / sqrt(mean(x^2) + eps) * scale, computed in float32, in the type of x."""
+        """Computes x / sqrt(mean(x^2) + eps) * scale in float32; the result has the type of x."""
         init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
         scale_D: Any = self.param("scale", init, (x_BTD.shape[-1],), jnp.float32)
         wide_BTD = x_BTD.astype(jnp.float32)

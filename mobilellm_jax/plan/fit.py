@@ -29,7 +29,7 @@ Change = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A change of a config with which training fits the memory, and the compiled training step."""
+    """A changed config that fits the memory, the change itself, and the compiled training step."""
 
     change: Change
     config: Config

@@ -254,7 +254,8 @@ def _initialize(peer_timeout_sec: float, **known: Any) -> None:
     jax.distributed.initialize(
         **known,
         initialization_timeout=_START_SEC,
-        # This limit is longer than that of `Peers`, whose message names the process.
+        # jax waits longer than `Peers`, so that `Peers` reports a lost process first. The message
+        # of `Peers` names the process.
         heartbeat_timeout_seconds=max(_JAX_HEARTBEAT_SEC, math.ceil(2 * peer_timeout_sec)),
         shutdown_timeout_seconds=_SHUTDOWN_SEC,
     )

@@ -52,10 +52,11 @@ def to_rows(x: Float[Array, "*rows n"]) -> QuantizedRows:
 
 
 def on_levels(x: Float[Array, "..."], scale: Float[Array, "..."], bits: int) -> Float[Array, "..."]:
-    """Rounds x to the nearest value * scale; the result has the type of x.
+    """Rounds each number of x to the nearest level; the result has the type of x.
 
-    The gradient is that of a straight-through estimator (Bengio et al. 2013, arXiv:1308.3432): 1
-    for every number within the range of the levels, and 0 beyond. The scale gets no gradient.
+    The levels are `scale` times the integers from -LEVELS[bits] to LEVELS[bits]. The gradient is
+    that of a straight-through estimator (Bengio et al. 2013, arXiv:1308.3432): 1 for every number
+    within the range of the levels, and 0 beyond. The scale gets no gradient.
     """
     wide, scale = x.astype(jnp.float32), jax.lax.stop_gradient(scale)
     highest = LEVELS[bits] + 0.5  # Numbers up to here round to the last level.
@@ -67,7 +68,10 @@ def on_levels(x: Float[Array, "..."], scale: Float[Array, "..."], bits: int) -> 
 def tokens_on_levels(
     x: Float[Array, "..."], axes: int | tuple[int, ...] = -1
 ) -> Float[Array, "..."]:
-    """Rounds x like `to_rows`, with one scale for each row along these axes; differentiable."""
+    """Rounds x like `to_rows`, with one scale for each row along these axes.
+
+    The gradient is that of `on_levels`.
+    """
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True, initial=0.0)
     return on_levels(x, scale_of(largest, 8), 8)
 

@@ -114,7 +114,7 @@ def to_trained_kernel(
     group_size: int,
     integer_products: bool = True,
 ) -> TrainedKernel:
-    """Rounds a matrix to the levels and scales of `to_kernel`; differentiable (`on_levels`)."""
+    """Rounds a matrix as `to_kernel` does; the gradient is that of `on_levels`."""
     groups, scale = _groups_and_scale(kernel, num_inputs, bits, group_size)
     values = _ungrouped(on_levels(groups, scale, bits), kernel.shape, num_inputs)
     return TrainedKernel(values, integer_products)

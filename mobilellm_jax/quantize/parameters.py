@@ -42,7 +42,7 @@ def quantize_model(config: ModelConfig, params: Params, scheme: Scheme) -> Param
 
 
 def on_levels(params: Params, scheme: Scheme) -> Params:
-    """Returns the parameters that a training step computes with, differentiable in `params`."""
+    """Rounds the matrices that `scheme` quantizes; the gradient is that of `integers.on_levels`."""
     return _replaced(params, scheme, to_trained_kernel)
 
 

@@ -42,7 +42,7 @@ class Scheme:
 
     name: str
     weight_bits: int  # Bits per weight of the blocks.
-    group_size: int  # Inputs that share a scale; 0 means all inputs of an output channel.
+    group_size: int  # Number of inputs that share a scale; 0: all inputs of an output channel.
     integer_products: bool  # Whether activations are quantized to 8 bits too.
     parts: tuple[str, ...] = ()
 

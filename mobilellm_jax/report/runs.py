@@ -132,7 +132,7 @@ def _with_names_of_data(runs: Sequence[Measured]) -> list[Measured]:
     Two paths can lead to the same data, and a folder can be prepared again between two runs. A run
     without checkpoints keeps its path, because nothing else is known about its data.
     """
-    names: dict[str, str] = {}  # The path to show for the data with each fingerprint.
+    names: dict[str, str] = {}  # Maps a fingerprint of data to the path that is shown for it.
     for run in runs:
         if run.data is not None and run.data not in names:
             path = run.config.data.path

@@ -21,7 +21,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def share_one_heap() -> bool:
-    """Makes threads that start later use glibc's main heap; returns whether that worked.
+    """Tells glibc to use its main heap for all later threads; returns whether that worked.
 
     Call this function before XLA starts its threads. Otherwise each thread gets a separate heap of
     at most 64 MB. glibc then asks the kernel for larger blocks, in spite of `keep_freed_memory`.

@@ -61,7 +61,7 @@ def show_messages() -> None:
 
 @contextlib.contextmanager
 def keep_messages(file: Callable[[], Path]) -> Iterator[None]:
-    """During the block, appends each message that standard error cannot take to this file.
+    """During the block, appends messages that cannot be written to standard error to this file.
 
     The function is called for every such message, because the file's folder may be renamed.
     """

@@ -23,7 +23,7 @@ LOSS_PLOT = "loss.png"
 PROFILE = "profile"
 SAMPLES = "samples.txt"
 CHANGES = "changes.jsonl"  # Settings that a resumed run changed: the step, old and new values.
-MESSAGES = "messages.txt"  # Messages of `train` that standard error could not take.
+MESSAGES = "messages.txt"  # Messages of `train` that could not be written to stderr.
 OUTCOME = "outcome.json"  # Result and resources of a run; only `sweep` writes it.
 SENTENCEPIECE_MODEL = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
@@ -31,7 +31,7 @@ TOKENIZER_FILES = (SENTENCEPIECE_MODEL, TOKENIZER_JSON)
 
 
 def is_run(folder: Path) -> bool:
-    """Returns whether the `config.json` in a folder is the config of a run, also an older one."""
+    """Returns whether a folder has a run's `config.json`; an older version may have written it."""
     try:
         groups = strict_json.read(folder / CONFIG)
     except UserError:

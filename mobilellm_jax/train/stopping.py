@@ -69,7 +69,7 @@ class Walltime:
 
     @property
     def needs_a_save(self) -> bool:
-        """Whether the run has a time limit, and the time of a save has not been measured yet."""
+        """Whether the run has a time limit but has not measured yet how long a save takes."""
         return math.isfinite(self.limit_sec) and "save" not in self._taken
 
     def measured(self, what: Literal["step", "save", "look"], seconds: float) -> None:

@@ -27,9 +27,9 @@ from mobilellm_jax.errors import UserError
 # This much text is enough to learn the merges of any vocabulary, and SentencePiece trains on it in
 # minutes.
 TOKENIZER_TRAINING_CHARACTERS = 50_000_000
-# Only the end of a document is held out if its length exceeds each of three limits: `_LONG`
-# characters, the share `_LARGE_SHARE` of all text, and `_MOST_TIMES_TOO_MUCH` times the wanted
-# length of the validation text.
+# If the document to hold out is longer than three limits, only its end is held out. The limits are
+# `_LONG` characters, the share `_LARGE_SHARE` of all text, and `_MOST_TIMES_TOO_MUCH` times the
+# wanted length of the validation text.
 _LONG = 10_000
 _LARGE_SHARE = 0.1
 _MOST_TIMES_TOO_MUCH = 3

@@ -61,7 +61,7 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
-    """Returns the description of a tokenizer, with unused tokens up to `vocab_size` tokens."""
+    """Returns the description of a tokenizer, padded with unused tokens to `vocab_size` tokens."""
     expressed = _sentencepiece if tokenizer.kind == SENTENCEPIECE else _byte_level
     vocabulary = expressed(tokenizer)
     tokens, types = vocabulary.tokens, vocabulary.types

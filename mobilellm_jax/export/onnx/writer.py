@@ -65,7 +65,7 @@ class _Matrix(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """The weights of a block; a norm is given by the name of its initializer."""
+    """The weights of a block. The two norms are names of initializers in the graph."""
 
     attention_norm: str
     input: _Matrix  # The matrices of queries, keys and values, side by side.
