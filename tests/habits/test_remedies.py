@@ -12,7 +12,7 @@ import pytest
 from mobilellm_jax import announce, preflight, pretrain
 from mobilellm_jax.checkpoint import save_model
 from mobilellm_jax.cli.main import main
-from mobilellm_jax.config import Config, EvaluateConfig, changed, to_json
+from mobilellm_jax.config import Config, ConfigError, EvaluateConfig, changed, rules, to_json
 from mobilellm_jax.data.preparation.prepare import prepare
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.storage import rundir
@@ -115,3 +115,58 @@ def test_somebody_copies_the_commands_at_the_end_of_a_run(
     assert len(commands) == 2
     for command in commands:
         assert main([*shlex.split(command), *["--max_new_tokens=2"][: "generate" in command]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        ({"model.num_heads": 6, "model.num_kv_heads": 4}, ("model.num_kv_heads", "from (.*)")),
+        ({"model.head_dim": 7}, ("model.head_dim", r"choose (\d+) or (\d+)")),
+        (
+            {"model.attention": "cudnn", "model.head_dim": 12},
+            ("model.attention", r"12 must be .*choose (\w+) or (\w+)"),
+        ),
+        ({"model.attention": "splash"}, ("model.attention", r"choose (\w+) or (\w+), or other")),
+        (
+            {"model.attention": "cudnn", "data.boundaries": "document_mask"},
+            ("model.attention", "documents apart, .*choose (.*) or (auto)"),
+        ),
+        (
+            {"model.attention": "cudnn", "data.boundaries": "document_mask"},
+            ("data.boundaries", r"--config.data.boundaries=(\w+)"),
+        ),
+        (
+            {"model.attention": "cudnn", "model.compute_dtype": "float32"},
+            ("model.compute_dtype", r"--config.model.compute_dtype=(\w+)"),
+        ),
+        (
+            {"model.attention": "tokamax", "mesh.sequence": 2},
+            ("model.attention", "over devices, .*choose (.*) or (auto)"),
+        ),
+        (
+            {"model.attention": "tokamax", "mesh.sequence": 2},
+            ("mesh.sequence", r"--config.mesh.sequence=(\d+)"),
+        ),
+        ({"model.rope_factor": 2.0}, ("model.rope_scaling", "set it to (.*) or (.*)\\.")),
+        ({"evaluate.tasks": "piqa"}, ("evaluate.every", "a (number) of steps")),
+    ],
+)
+def test_somebody_takes_a_value_that_a_rule_offers(
+    change: dict[str, Any], advice: tuple[str, str], config: Config
+) -> None:
+    """The value ends this complaint; another rule may still complain about another setting."""
+    field, pattern = advice
+
+    def complaints(more: dict[str, Any]) -> str:
+        try:
+            changed_config = changed(config, {**change, **more})
+        except ConfigError as error:
+            return str(error)
+        return "\n".join(rules.attention_violations(changed_config, changed_config.model.attention))
+
+    found = re.search(pattern, complaints({}))
+    assert found is not None, complaints({})
+    offered = ", ".join(group for group in found.groups() if group).strip(".").split(", ")
+    for text in offered:
+        value: Any = int(text) if text.isdecimal() else 4 if text == "number" else text
+        assert re.search(pattern, complaints({field: value})) is None
