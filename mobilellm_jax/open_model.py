@@ -16,11 +16,12 @@ from mobilellm_jax.checkpoint import (
     step_folder,
     steps,
 )
-from mobilellm_jax.config import ModelConfig, near_miss
+from mobilellm_jax.config import ComputeDtype, ModelConfig, near_miss
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.export.huggingface.directory import CONFIG as HUGGINGFACE_CONFIG
 from mobilellm_jax.export.huggingface.directory import check_vocabulary, read_huggingface
 from mobilellm_jax.export.huggingface.directory import read_model_config as read_huggingface_config
+from mobilellm_jax.generation.loaded import LoadedModel
 from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.quantize.parameters import bits_per_weight, quantize_model, stored_bytes
 from mobilellm_jax.quantize.schemes import Scheme
@@ -58,6 +59,26 @@ def open_model(ckpt: str | Path, scheme: Scheme | None = None) -> OpenedModel:
         f"{bits_per_weight(params):.2f} bits per weight"
     )
     return dataclasses.replace(opened, params=params)
+
+
+def load(path: str | Path, *, compute_dtype: ComputeDtype = "auto") -> LoadedModel:
+    """Opens a checkpoint for a Python program or a notebook.
+
+      model = mobilellm_jax.load("runs/quickstart")
+      print(model.generate("Return a list of", temperature=0))
+      logits_TV = model.logits("Return a list of")
+
+    Args:
+      path: a run folder, a step folder or a Hugging Face directory.
+      compute_dtype: data type of the activations; "auto" is bfloat16 where the device has it, and
+        float32 on CPUs.
+
+    Raises:
+      MissingFileError, UserError: as `open_model` does.
+    """
+    opened = open_model(path)
+    config = dataclasses.replace(opened.config, compute_dtype=compute_dtype)
+    return LoadedModel(config, opened.params, opened.tokenizer)
 
 
 def _open(folder: Path) -> OpenedModel:
