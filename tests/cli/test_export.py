@@ -109,6 +109,18 @@ def test_bad_input_has_a_message_and_makes_nothing(
     assert not new.exists()
 
 
+def test_import_of_a_gguf_file_names_the_extra_that_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mobilellm_jax.errors.importlib.util.find_spec", lambda name: None)
+    file, run = tmp_path / "model.gguf", tmp_path / "run"
+    assert cli.main(["import", f"--source={file}", f"--output={run}"]) == 2
+    assert "needs the package gguf, which is not installed; pip install 'mobilellm-jax[gguf]'" in (
+        capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_import_refuses_a_tokenizer_larger_than_the_model(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
