@@ -24,7 +24,7 @@ from mobilellm_jax.data.mixture import Mixture, is_mixture, open_mixture
 from mobilellm_jax.data.preparation.prepare import prepare
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, same_vocabulary
 from mobilellm_jax.data.verification import verify_files
 from mobilellm_jax.data.windows import count_targets, has_targets
 from mobilellm_jax.errors import MissingFileError, UserError
@@ -189,17 +189,24 @@ def settle(
 def open_data(config: Config) -> tuple[Mixture, Tokenizer]:
     """Opens `data.path` and its tokenizer; prepares a missing folder from `data.source` first.
 
-    The vocabularies of the tokenizer and the model must have the same size.
+    The vocabulary of the model must be at least as large as that of the tokenizer.
     """
     if not config.data.path:
         raise ConfigError("data.path is empty; name a folder that `mobilellm prepare` wrote.")
     distributed.from_first("preparing the data", lambda: _prepare(config), _DATA_SEC)
     mixture = open_mixture(config.data.path)
-    tokenizer = load_tokenizer(mixture.tokenizer)
-    if config.model.vocab_size != tokenizer.vocab_size:
+    tokenizer = load_tokenizer(mixture.tokenizer, ours=True)
+    manifest = mixture.components[0].dataset.manifest
+    if (tokenizer.vocab_size, tokenizer.eos_id) != (manifest.vocab_size, manifest.eos_id):
+        raise UserError(
+            f"{mixture.tokenizer.parent}: its tokens were made with {manifest.vocab_size} ids and "
+            f"EOS {manifest.eos_id}, but its tokenizer has {tokenizer.vocab_size} ids and EOS "
+            f"{tokenizer.eos_id}; prepare the data again."
+        )
+    if config.model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} must equal the vocabulary of the data in "
-            f"data.path={config.data.path!r}, which is {tokenizer.vocab_size}; set "
+            f"model.vocab_size={config.model.vocab_size} must be at least the vocabulary of the "
+            f"data in data.path={config.data.path!r}, which is {tokenizer.vocab_size}; set "
             f"--config.model.vocab_size={tokenizer.vocab_size} or prepare the data again."
         )
     return mixture, tokenizer
@@ -360,7 +367,7 @@ def _initial_params(config: Config, tokenizer: Tokenizer) -> Params | None:
     }
     take = f"\nTo take the model from it, write --config.model={config.train.init_from}."
     remedy = take if different else ""
-    if opened.tokenizer.sha256 != tokenizer.sha256:
+    if not same_vocabulary(opened.tokenizer, tokenizer):
         different["tokenizer"] = (str(opened.tokenizer.file), str(tokenizer.file))
     if different:
         raise ConfigError(

@@ -21,6 +21,7 @@ from mobilellm_jax import announce, checkpoint, preflight
 from mobilellm_jax.checkpoint import CheckpointWriter, DataState
 from mobilellm_jax.config import Config
 from mobilellm_jax.data.loader import train_batches
+from mobilellm_jax.data.tokenizers.tokenizer import prompt_ids
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.in_training import make_validator
 from mobilellm_jax.generation.generate import Request, generate
@@ -283,10 +284,10 @@ class _Run:
         key = jax.random.fold_in(jax.random.wrap_key_data(key_data), step)
         seed = int(jax.random.randint(key, (), 0, np.iinfo(np.int32).max))
         request = Request(
-            [[tokenizer.bos_id]] * self._config.evaluate.samples,
+            [prompt_ids(tokenizer, "")] * self._config.evaluate.samples,
             max_new_tokens=min(_SAMPLE_TOKENS, model.max_seq_len - 1),
             sampling=Sampling(seed=seed),
-            eos_id=tokenizer.eos_id,
+            end_ids=tokenizer.convention.end_ids,
         )
         texts = generate(model, params, request)
         if not distributed.is_first():

@@ -196,7 +196,7 @@ def _open(request: Request) -> OpenedModel:
 
 def _prompt(tokenizer: Tokenizer, text: str, count: int) -> list[int]:
     ids = tokenizer.encode(text)
-    return [tokenizer.bos_id, *(ids * (count // len(ids) + 1))][:count]
+    return [*tokenizer.convention.before, *(ids * (count // len(ids) + 1))][:count]
 
 
 def _seconds(write: Writer, prompt: list[int], count: int) -> tuple[float, float]:

@@ -262,7 +262,7 @@ def _tokenizer(folder: epath.Path) -> Tokenizer:
         raise CheckpointError(
             f"{place} holds no tokenizer ({' or '.join(rundir.TOKENIZER_FILES)})."
         )
-    return load_tokenizer(found)
+    return load_tokenizer(found, ours=True)
 
 
 def _other_version(folder: epath.Path, version: object) -> CheckpointError:

@@ -182,11 +182,11 @@ class _Speaker:
 
     def prompt(self, text: str, number: int, place: str) -> _Prompt:
         """Returns a prompt that fits the model; an error message begins with `place`."""
+        from mobilellm_jax.data.tokenizers.tokenizer import prompt_ids
         from mobilellm_jax.generation.generate import new_tokens_for
-        from mobilellm_jax.generation.text_stream import encode_prompt
 
         try:
-            ids = encode_prompt(self.model.tokenizer, text)
+            ids = prompt_ids(self.model.tokenizer, text)
             limit = new_tokens_for(self.model.config, ids, self.max_new_tokens, _DEFAULT_NEW_TOKENS)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
@@ -224,7 +224,7 @@ class _Speaker:
             [prompt.ids for prompt in batch],
             max_new_tokens=[prompt.limit for prompt in batch],
             sampling=self.sampling,
-            eos_id=self.model.tokenizer.eos_id,
+            end_ids=self.model.tokenizer.convention.end_ids,
             streams=[prompt.number for prompt in batch],
         )
         shape = shape_of(self.model.config, self.prepared, request)

@@ -144,7 +144,20 @@ def open_mixture(path: str) -> Mixture:
                 "but all folders of a mixture must have the same tokenizer; prepare one of them "
                 "again with --tokenizer=FILE of the other."
             )
+        if first.manifest.encoding != other.manifest.encoding:
+            raise ConfigError(
+                f"data.path={path!r}: {first.path} and {other.path} hold other tokens before or "
+                "after their documents, or the same tokenizer.json with other tokens added: "
+                f"{_framing(first)} and {_framing(other)}. Prepare one of them again with "
+                "--tokenizer=FOLDER of the other."
+            )
     return _mixture(path, opened)
+
+
+def _framing(dataset: Dataset) -> str:
+    manifest = dataset.manifest
+    start = " ".join(map(str, manifest.start)) or "none"
+    return f"{manifest.vocab_size} ids, {start} before and {manifest.eos_id} after a document"
 
 
 def split_path(path: str) -> list[tuple[Path, Fraction]]:

@@ -100,6 +100,18 @@ class Manifest:
     splits: Mapping[str, Split]
     sources: tuple[SourceRecord, ...]
     settings: Mapping[str, Any]
+    # The tokens before every document. Older versions did not write this field, and stored BOS.
+    document_start: tuple[int, ...] | None = None
+
+    @property
+    def encoding(self) -> tuple[Any, ...]:
+        """What decides the tokens of a document; it must be equal for data that are mixed."""
+        return self.tokenizer_sha256, self.vocab_size, self.eos_id, self.start
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """The tokens before every document."""
+        return (self.bos_id,) if self.document_start is None else self.document_start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,6 +293,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     elif manifest.dtype != token_dtype(manifest.vocab_size).name:
         wanted = token_dtype(manifest.vocab_size).name
         yield f"dtype={shown(manifest.dtype)} is not {wanted}, as vocab_size demands"
+    if any(not 0 <= token < manifest.vocab_size for token in manifest.document_start or ()):
+        yield f"document_start={shown(manifest.document_start)} has an id beyond vocab_size"
     for name in ("bos_id", "eos_id"):
         if not 0 <= getattr(manifest, name) < manifest.vocab_size:
             yield f"{name}={getattr(manifest, name)} is not an id below vocab_size"

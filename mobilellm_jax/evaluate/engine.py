@@ -105,7 +105,7 @@ class RuntimeEngine:
             raise UserError("An exported model only writes the likeliest tokens.")
         [prompt], [limit] = request.prompts, request.limits
         for token in greedy(self.runtime, prompt, limit, finite=True):
-            if token == request.eos_id:
+            if token in request.end_ids:
                 return
             yield [[token]]
 

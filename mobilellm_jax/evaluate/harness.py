@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import tokenizers
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -21,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizers.tokenizer import SENTENCEPIECE, Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, text_ids
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.engine import Engine, RuntimeEngine, Writer
 from mobilellm_jax.evaluate.journal import Journal, key
@@ -69,7 +68,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self._journal = journal
         self._origin = origin
         self._show = show
-        self._beginning = beginning(tokenizer)
 
     @property
     def config(self) -> ModelConfig:
@@ -107,8 +105,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: object
     ) -> list[int]:
-        ids = self._tokens.encode(string)
-        return ids if add_special_tokens is False else [*self._beginning, *ids]
+        if add_special_tokens is False:
+            return self._tokens.encode(string)
+        return text_ids(self._tokens, string)
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = True
@@ -210,7 +209,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             [prompt.ids for prompt in prompts],
             max_new_tokens=how["max_gen_toks"],
             sampling=_sampling(how),
-            eos_id=self.eot_token_id,
+            end_ids=self._tokens.convention.end_ids,
             streams=[prompt.stream for prompt in prompts],
         )
         for part in write(request):
@@ -280,20 +279,6 @@ def _streams(requests: Iterable[Instance]) -> Iterator[int]:
         document = key("document", request.task_name, request.doc_id, request.idx)
         yield (int(document[:8], 16) + repeats[document]) % 2**32
         repeats[document] += 1
-
-
-def beginning(tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens that transformers and similar programs put before every text.
-
-    For a SentencePiece model, this is BOS, as in LLaMA. A tokenizer.json defines these tokens
-    itself.
-    """
-    if tokenizer.kind == SENTENCEPIECE:
-        return [tokenizer.bos_id]
-    model = tokenizers.Tokenizer.from_file(str(tokenizer.file))
-    plain: list[int] = model.encode("a", add_special_tokens=False).ids
-    whole: list[int] = model.encode("a").ids
-    return whole[: len(whole) - len(plain)] if whole[-len(plain) :] == plain else []
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

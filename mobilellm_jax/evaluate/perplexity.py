@@ -1,15 +1,16 @@
 """Measures the perplexity of a text, in the paper's windows or in overlapping windows.
 
-BOS is put before the text, and the tokens are cut into windows of T tokens, by default
-`model.max_seq_len`. Without a stride, windows do not overlap, as in the paper's evaluation script.
-In each window, T - 1 tokens are scored, because the first token has no context. The tokens after
-the last full window are not scored. A text that is shorter than a window is one short window.
+If the tokenizer puts BOS before every text, it is put before this text too. The tokens are cut into
+windows of T tokens, by default `model.max_seq_len`. Without a stride, windows do not overlap, as in
+the paper's evaluation script. In each window, T - 1 tokens are scored, because the first token has
+no context. The tokens after the last full window are not scored. A text that is shorter than a
+window is one short window.
 
-With a stride, windows overlap, and every token of the text is scored exactly once. In a window, the
-model reads T tokens and predicts the token after each of them. The first window scores all T
-predictions. Each later window scores its last `stride` predictions, and the last window only the
-predictions that are left. For each scored token, the model sees at least T - stride earlier tokens,
-or all earlier tokens.
+With a stride, windows overlap, and every token except the first is scored exactly once. In a
+window, the model reads T tokens and predicts the token after each of them. The first window scores
+all T predictions. Each later window scores its last `stride` predictions, and the last window only
+the predictions that are left. For each scored token, the model sees at least T - stride earlier
+tokens, or all earlier tokens.
 
 The loss is the mean over all scored tokens, and the perplexity is exp(loss). The bits per byte are
 loss * tokens / (ln 2 * bytes of the scored tokens). They compare models with different tokenizers.
@@ -22,7 +23,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from tqdm import tqdm
 
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, text_ids
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate.engine import Engine
 from mobilellm_jax.evaluate.prefix_trees import Query
@@ -51,7 +52,7 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CutText:
-    """The token ids of a text, which begin with BOS, and the windows into which they are cut."""
+    """The token ids of a text, and the windows into which they are cut."""
 
     ids: np.ndarray
     windows: list[Window]
@@ -67,7 +68,7 @@ class CutText:
         Raises:
           UserError: if the text has no token to score, or the stride is not between 1 and `length`.
         """
-        ids = np.asarray([tokenizer.bos_id, *tokenizer.encode(text)], np.int32)
+        ids = np.asarray(text_ids(tokenizer, text), np.int32)
         windows = _apart(length, ids) if stride is None else _strided(length, ids, stride)
         scored = np.zeros(len(ids), bool)
         for window in windows:
@@ -127,7 +128,7 @@ def _apart(length: int, ids: np.ndarray) -> list[Window]:
 
 
 def _strided(length: int, ids: np.ndarray, stride: int) -> list[Window]:
-    """Returns overlapping windows that score every token except BOS exactly once."""
+    """Returns overlapping windows that score every token except the first exactly once."""
     if not 1 <= stride <= length:
         raise UserError(
             f"--stride={stride} must be at least 1 and at most {length}, the tokens of a window."
@@ -144,7 +145,7 @@ def _strided(length: int, ids: np.ndarray, stride: int) -> list[Window]:
 def _last(ids: np.ndarray) -> int:
     """Returns the index of the last token, which is scored but never read."""
     if len(ids) < 2:
-        raise UserError("The text is empty; give a text with at least one token.")
+        raise UserError("The text has no token to score; give a longer text.")
     return len(ids) - 1
 
 

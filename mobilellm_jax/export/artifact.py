@@ -40,7 +40,7 @@ class Artifact:
         return model_bytes(self.folder)
 
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, ours=True)
 
     def load(self) -> Runtime:
         """Loads the model in its runtime; raises a `UserError` if this fails."""

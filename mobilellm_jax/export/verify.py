@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.tokenizers.tokenizer import text_ids
 from mobilellm_jax.export.formats import Precision
 from mobilellm_jax.export.runtime import Runtime, greedy
 from mobilellm_jax.generation.generate import Request, generate
@@ -106,7 +107,7 @@ def verify(runtime: Runtime, source: OpenedModel) -> Verification:
     config = dataclasses.replace(source.config, compute_dtype="float32", attention="xla")
     room = min(config.max_seq_len, runtime.max_seq_len)
     tokenizer = source.tokenizer
-    tokens = [tokenizer.bos_id, *tokenizer.encode(TEXT)][: min(POSITIONS, room)]
+    tokens = text_ids(tokenizer, TEXT)[: min(POSITIONS, room)]
     params = jax.device_put(dict(source.params))
     ours_TV = np.asarray(_logits(params, np.asarray([tokens], np.int32), config))[0]
     read_TV = runtime.read(tokens)

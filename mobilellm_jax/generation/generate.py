@@ -47,7 +47,7 @@ class Request:
     # A text without EOS ends after this number of new tokens: one number for all, or one for each.
     max_new_tokens: int | Sequence[int]
     sampling: Sampling = DEFAULT
-    eos_id: int | None = None  # The token that ends a row; with None, no token ends a row.
+    end_ids: Sequence[int] = ()  # Each of these tokens ends a row.
     # The number of each text, in [0, 2^32). The seed and this number give the random key of the
     # text, so its place in the batch has no effect. With None, the numbers are 0, 1, 2 ...
     streams: Sequence[int] | None = None
@@ -80,7 +80,7 @@ def prepare(config: ModelConfig, params: Params) -> Prepared:
 
 
 def generate(config: ModelConfig, params: Params | Prepared, request: Request) -> list[list[int]]:
-    """Continues each prompt; returns the new tokens, without the prompt and without EOS.
+    """Continues each prompt; returns the new tokens, without the prompt and the token that ends it.
 
     A greedy continuation depends only on its prompt. A sampled continuation also depends on the
     seed and on its number in `Request.streams`. No row depends on the other rows.
@@ -110,11 +110,15 @@ def stream(
         for b, drawn in enumerate(new_BT.tolist()):
             ids: list[int] = drawn[: left[b]]
             left[b] -= len(ids)
-            if request.eos_id in ids:
+            if (end := _first_of(request.end_ids, ids)) is not None:
                 left[b] = 0
-                ids = ids[: ids.index(request.eos_id)]
+                ids = ids[:end]
             parts.append(ids)
         yield parts
+
+
+def _first_of(end_ids: Sequence[int], ids: Sequence[int]) -> int | None:
+    return next((i for i, token in enumerate(ids) if token in end_ids), None)
 
 
 @struct.dataclass
@@ -128,9 +132,9 @@ class _State:
 
 @struct.dataclass
 class _Ends:
-    """The conditions that end a row: it gets the token `stop`, or it has `limit_B` tokens."""
+    """The conditions that end a row: it gets a token of `stop_S`, or it has `limit_B` tokens."""
 
-    stop: Int[Array, ""]
+    stop_S: Int[Array, "S"]
     limit_B: Int[Array, "B"]
 
 
@@ -166,7 +170,7 @@ def new_tokens_for(
     if chosen > room:
         remedy = "shorten the prompt" + (f", or ask for at most {room} new tokens" * (room > 0))
         raise UserError(
-            f"A prompt of {len(prompt)} tokens (BOS included) and max_new_tokens={chosen} "
+            f"A prompt of {len(prompt)} tokens and max_new_tokens={chosen} "
             f"exceed model.max_seq_len={limit}; {remedy}."
         )
     return chosen
@@ -194,8 +198,8 @@ def _chunks(
         tokens_BT[b, : len(prompt)] = prompt
         lengths_B[b], limit_B[b] = len(prompt), limits[b]
         streams_B[b] = b if request.streams is None else request.streams[b]
-    stop = np.int32(-1 if request.eos_id is None else request.eos_id)  # No token has the id -1.
-    ends = _Ends(jnp.asarray(stop), jnp.asarray(limit_B))
+    stop_S = np.asarray([*request.end_ids] or [-1], np.int32)  # No token has the id -1.
+    ends = _Ends(jnp.asarray(stop_S), jnp.asarray(limit_B))
     done_B = np.arange(batch) >= count  # The rows after `count` are padding.
     draw = draw_of(request.sampling, config.vocab_size, streams_B)
     reading = prepared.params, tokens_BT, lengths_B, done_B, ends, draw
@@ -285,7 +289,7 @@ def _decode(
 ) -> tuple[_State, Int[Array, "B T"]]:
     """Draws up to `steps` more tokens per row; returns the new state and the tokens.
 
-    The loop ends early if all rows are done. Columns without drawn tokens contain `ends.stop`.
+    The loop ends early if all rows are done. Columns without drawn tokens contain an end token.
     """
     first = state.drawn
 
@@ -307,14 +311,14 @@ def _decode(
         )
         return state, new_BT
 
-    buffer_BT = jnp.full((state.token_B.shape[0], _CHUNK), ends.stop, jnp.int32)
+    buffer_BT = jnp.full((state.token_B.shape[0], _CHUNK), ends.stop_S[0], jnp.int32)
     return jax.lax.while_loop(unfinished, one_token, (state, buffer_BT))
 
 
 def _done(
     done_B: Bool[Array, "B"], token_B: Int[Array, "B"], drawn: Int[Array, ""], ends: _Ends
 ) -> Bool[Array, "B"]:
-    return done_B | (token_B == ends.stop) | (drawn >= ends.limit_B)
+    return done_B | jnp.isin(token_B, ends.stop_S) | (drawn >= ends.limit_B)
 
 
 def _lost(logits_BV: Float[Array, "B V"], done_B: Bool[Array, "B"]) -> Bool[Array, "B"]:

@@ -7,11 +7,6 @@ from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, common_prefix
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Returns BOS and the tokens of `prompt`, because training documents begin with BOS too."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
-
-
 def decode_stream(
     tokenizer: Tokenizer, prompt: Sequence[int], chunks: Iterable[Sequence[int]]
 ) -> Iterator[str]:

@@ -105,5 +105,6 @@ def read_outcome(folder: Path) -> dict[str, Any]:
 
 
 def tokenizer_file(folder: Path) -> Path | None:
-    """Returns the tokenizer file in `folder` or None; prefers a SentencePiece file."""
-    return next((folder / n for n in TOKENIZER_FILES if file_kind.is_there(folder / n)), None)
+    """Returns the tokenizer file in `folder` or None; prefers tokenizer.json."""
+    names = (TOKENIZER_JSON, SENTENCEPIECE_MODEL)
+    return next((folder / n for n in names if file_kind.is_there(folder / n)), None)

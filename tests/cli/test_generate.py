@@ -8,9 +8,10 @@ import pytest
 
 from mobilellm_jax.cli import main as cli
 from mobilellm_jax.cli.flags import define
+from mobilellm_jax.data.tokenizers.tokenizer import prompt_ids
 from mobilellm_jax.generation.generate import Request, generate, stream
 from mobilellm_jax.generation.sampling import GREEDY, Sampling
-from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
+from mobilellm_jax.generation.text_stream import decode_stream
 from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.open_model import open_model
 from mobilellm_jax.quantize.parameters import quantized
@@ -37,7 +38,9 @@ def continuation(
 ) -> str:
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]
     eos = model.tokenizer.eos_id
-    request = Request([ids], max_new_tokens=count, sampling=sampling, eos_id=eos, streams=[number])
+    request = Request(
+        [ids], max_new_tokens=count, sampling=sampling, end_ids=[eos], streams=[number]
+    )
     [new] = generate(model.config, model.params, request)
     return model.tokenizer.decode([*ids, *new])
 
@@ -206,8 +209,8 @@ def test_text_appears_while_it_is_drawn(
     monkeypatch.setattr(command, "_show", shown.append)
     args = ["generate", f"--checkpoint={run}", "--prompt=the", "--max_new_tokens=40"]
     assert cli.main(args) == 0
-    ids = encode_prompt(model.tokenizer, "the")
-    request = Request([ids], max_new_tokens=40, eos_id=model.tokenizer.eos_id)
+    ids = prompt_ids(model.tokenizer, "the")
+    request = Request([ids], max_new_tokens=40, end_ids=[model.tokenizer.eos_id])
     chunks = (part for [part] in stream(model.config, model.params, request))
     pieces = decode_stream(model.tokenizer, ids, chunks)
     assert shown == ["the", *pieces]

@@ -204,18 +204,28 @@ def test_row_ends_before_its_eos_and_others_go_on(params: Params) -> None:
     cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in free]
     assert len(cut[0]) <= 10 < len(cut[1])
     stopped = generate(
-        TINY, params, Request(prompts, max_new_tokens=100, sampling=GREEDY, eos_id=eos)
+        TINY, params, Request(prompts, max_new_tokens=100, sampling=GREEDY, end_ids=[eos])
     )
     assert stopped == cut
     pieces = stream(
-        TINY, params, Request(prompts[:1], max_new_tokens=100, sampling=GREEDY, eos_id=eos)
+        TINY, params, Request(prompts[:1], max_new_tokens=100, sampling=GREEDY, end_ids=[eos])
     )
     assert joined(pieces) == cut[:1]
 
 
+def test_each_of_several_tokens_ends_a_row(params: Params) -> None:
+    prompts = [[1, 5, 7, 200, 31], [1, 2, 3]]
+    free = generate(TINY, params, Request(prompts, max_new_tokens=40, sampling=GREEDY))
+    ends = [free[0][10], free[1][20]]
+    cut = [ids[: min(ids.index(end) for end in ends if end in ids)] for ids in free]
+    request = Request(prompts, max_new_tokens=40, sampling=GREEDY, end_ids=ends)
+    assert generate(TINY, params, request) == cut
+    assert joined(stream(TINY, params, request)) == cut
+
+
 def test_eos_as_first_token_gives_no_tokens(params: Params) -> None:
     [[first, *_]] = generate(TINY, params, Request([[1, 2, 3]], max_new_tokens=70, sampling=GREEDY))
-    request = Request([[1, 2, 3]], max_new_tokens=70, sampling=GREEDY, eos_id=first)
+    request = Request([[1, 2, 3]], max_new_tokens=70, sampling=GREEDY, end_ids=[first])
     assert generate(TINY, params, request) == [[]]
     assert joined(stream(TINY, params, request)) == [[]]
 
@@ -235,7 +245,7 @@ def test_decoding_stops_early_when_all_rows_are_done(
 
     monkeypatch.setattr(generate_module, "_decode", counted)
     eos = ids[10]
-    generate(TINY, params, Request([prompt], max_new_tokens=100, sampling=GREEDY, eos_id=eos))
+    generate(TINY, params, Request([prompt], max_new_tokens=100, sampling=GREEDY, end_ids=[eos]))
     assert calls == [ids.index(eos) + 1]
 
 
@@ -245,7 +255,7 @@ def test_stream_of_a_batch_equals_generate_and_computes_what_is_asked_for(
     prompts = [[1, 5, 7, 200, 31], [1, 2, 3], [1, 4]]
     endless = Request(prompts, max_new_tokens=60, sampling=GREEDY)
     eos = generate(TINY, params, endless)[0][12]
-    request = dataclasses.replace(endless, eos_id=eos)
+    request = dataclasses.replace(endless, end_ids=[eos])
     whole = generate(TINY, params, request)
     assert len(whole[0]) <= 12 < max(map(len, whole))
     parts = list(stream(TINY, params, request))

@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from mobilellm_jax.generation.generate import Request, generate, stream
 from mobilellm_jax.generation.sampling import Sampling
-from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
+from mobilellm_jax.generation.text_stream import decode_stream
 from mobilellm_jax.model.transformer import Params
 from tests import tiny
 
@@ -104,7 +104,7 @@ def test_streamed_text_is_whole_characters_and_the_whole_text(
     text: str, size: int, any_tokenizer: Tokenizer
 ) -> None:
     for prompt in ("", "a b", "日"):
-        before = encode_prompt(any_tokenizer, prompt)
+        before = prompt_ids(any_tokenizer, prompt)
         new = any_tokenizer.encode(prompt + text)[len(before) - 1 :]
         pieces = list(decode_stream(any_tokenizer, before, cut(new, size)))
         assert prompt + "".join(pieces) == any_tokenizer.decode([*before, *new])
@@ -128,7 +128,7 @@ def test_streamed_text_of_random_tokens_adds_up(seed: int, any_tokenizer: Tokeni
     rng = np.random.default_rng(seed)
     bytes_first = min(262, any_tokenizer.vocab_size)
     new = rng.integers(3, bytes_first if seed % 2 else any_tokenizer.vocab_size, 60).tolist()
-    before = encode_prompt(any_tokenizer, "a")
+    before = prompt_ids(any_tokenizer, "a")
     pieces = list(decode_stream(any_tokenizer, before, cut(new, 1 + seed % 4)))
     assert "a" + "".join(pieces) == any_tokenizer.decode([*before, *new])
 
@@ -141,17 +141,17 @@ def test_streaming_keeps_real_replacement_characters(any_tokenizer: Tokenizer) -
 
 
 def test_a_prompt_starts_with_bos(tokenizer: Tokenizer) -> None:
-    assert encode_prompt(tokenizer, "the cat") == [tokenizer.bos_id, *tokenizer.encode("the cat")]
-    assert encode_prompt(tokenizer, "") == [tokenizer.bos_id]
+    assert prompt_ids(tokenizer, "the cat") == [tokenizer.bos_id, *tokenizer.encode("the cat")]
+    assert prompt_ids(tokenizer, "") == [tokenizer.bos_id]
 
 
 def test_streamed_text_of_a_model_is_the_text_of_generate(
     params: Params, tokenizer: Tokenizer
 ) -> None:
     for prompt in ("the cat", ""):
-        ids = encode_prompt(tokenizer, prompt)
+        ids = prompt_ids(tokenizer, prompt)
         sampling = Sampling(seed=1, temperature=1.0)
-        request = Request([ids], max_new_tokens=70, sampling=sampling, eos_id=tokenizer.eos_id)
+        request = Request([ids], max_new_tokens=70, sampling=sampling, end_ids=[tokenizer.eos_id])
         [new] = generate(TINY, params, request)
         chunks = (part for [part] in stream(TINY, params, request))
         pieces = decode_stream(tokenizer, ids, chunks)

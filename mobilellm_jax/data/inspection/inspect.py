@@ -38,7 +38,7 @@ def inspect(
       UserError: if a file is damaged, or there is no window to show.
     """
     mixture = open_mixture(data.path)
-    tokenizer = load_tokenizer(mixture.tokenizer)
+    tokenizer = load_tokenizer(mixture.tokenizer, ours=True)
     for dataset in mixture.datasets:
         verify_files(dataset)
         for line in _dataset_lines(dataset, tokenizer, count_sources(dataset)):

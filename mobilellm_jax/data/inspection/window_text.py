@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mobilellm_jax.config import DataConfig
 from mobilellm_jax.data.loader import train_batches
 from mobilellm_jax.data.mixture import Mixture
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, common_prefix
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, common_prefix, document_start
 from mobilellm_jax.data.windows import Batch
 
 LEGEND = (
@@ -86,7 +86,8 @@ def _documents(segments_T: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
 
 def _heading(tokens: list[int], first: int, tokenizer: Tokenizer, columns: int) -> str:
     positions = f"-- positions {first:,} to {first + len(tokens) - 1:,}"
-    begun = "" if tokens[0] == tokenizer.bos_id else ", begun before"
+    start = document_start(tokenizer)  # If it is empty, no token tells where a document begins.
+    begun = "" if tokens[0] in start or not start else ", begun before"
     ends = "" if tokens[-1] == tokenizer.eos_id else ", to be continued"
     return f"{positions}{begun}{ends} ".ljust(columns, "-")
 

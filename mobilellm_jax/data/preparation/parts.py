@@ -31,7 +31,7 @@ from mobilellm_jax.data.sources.source import (
     stop,
 )
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, join_documents
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, document_start, join_documents
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.storage import rundir, strict_json
 
@@ -256,15 +256,19 @@ def _with_bos_and_eos(
         )
     given = document.loss_mask
     mask = np.ones(len(ids), np.uint8) if given is None else np.asarray(given, np.uint8)
-    begun = len(ids) > 0 and ids[0] == tokenizer.bos_id
-    if not (len(ids) > begun and ids[-1] == tokenizer.eos_id):
+    start = document_start(tokenizer)
+    given_bos = len(ids) > 0 and ids[0] == tokenizer.bos_id
+    if given_bos and tokenizer.bos_id == tokenizer.eos_id and len(ids) > 1:
+        ids, mask = ids[1:], mask[1:]  # The EOS of the document before is the separator.
+    begun = not start or (len(ids) >= len(start) and tuple(ids[: len(start)]) == start)
+    if not (len(ids) > len(start) * begun and ids[-1] == tokenizer.eos_id):
         # An added EOS is a target if the token before it is a target.
         ids = np.append(ids, tokenizer.eos_id)
         mask = np.append(mask, mask[-1:] if len(mask) else np.uint8(1))
     if not begun:
         # An added BOS is a target if the document has no loss mask.
-        ids = np.insert(ids, 0, tokenizer.bos_id)
-        mask = np.insert(mask, 0, given is None)
+        ids = np.insert(ids, 0, start)
+        mask = np.insert(mask, 0, [given is None] * len(start))
     return ids, mask
 
 

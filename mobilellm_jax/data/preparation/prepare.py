@@ -35,7 +35,12 @@ from mobilellm_jax.data.shards import Counts, Manifest, SourceRecord, Split
 from mobilellm_jax.data.sources.opening import open_source
 from mobilellm_jax.data.sources.source import TRAIN, VALIDATION, BadLine, Source, stop
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer, load_tokenizer
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, changes_text
+from mobilellm_jax.data.tokenizers.tokenizer import (
+    Convention,
+    Tokenizer,
+    changes_text,
+    document_start,
+)
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.startup.cpu import available_cores
@@ -141,7 +146,7 @@ class _Preparation:
             )
         output = self.work / "output"
         if given is not None:
-            copy = copy_tokenizer(given, output)
+            copy = copy_tokenizer(given, output, _for_documents(given))
             if changes_text(given):
                 _log.info(f"{given.file} normalises text, so decoding will not restore it exactly.")
         else:
@@ -228,10 +233,11 @@ class _Preparation:
         manifest = Manifest(
             format_version=shards.FORMAT_VERSION,
             tokenizer=tokenizer.file.name,
-            tokenizer_sha256=tokenizer.sha256,
+            tokenizer_sha256=hashlib.sha256(tokenizer.file.read_bytes()).hexdigest(),
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
+            document_start=document_start(tokenizer),
             dtype=job.dtype.name,
             splits=splits,
             sources=tuple(totals),
@@ -318,6 +324,13 @@ def _log_summary(output: Path, manifest: Manifest) -> None:
         _log.warning(
             f"WARNING: {skipped:,} bad lines were left out; {output / shards.MANIFEST} lists them."
         )
+
+
+def _for_documents(tokenizer: Tokenizer) -> Convention:
+    """Returns the tokenizer's convention; a model of these documents writes EOS at their ends."""
+    convention = tokenizer.convention
+    ends = dict.fromkeys([*convention.end_ids, tokenizer.eos_id])
+    return dataclasses.replace(convention, end_ids=tuple(ends))
 
 
 def _check_settings(

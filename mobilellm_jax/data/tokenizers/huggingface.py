@@ -9,16 +9,19 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from mobilellm_jax.data.tokenizers.folder import Folder, identity
 from mobilellm_jax.data.tokenizers.tokenizer import (
     BYTE_PIECES,
     MAX_VOCABULARY,
     SPACE_MARK,
     TOKENIZER_CONFIG,
+    Convention,
     check_unicode,
+    document_start,
     join_documents,
 )
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage import file_kind, strict_json
+from mobilellm_jax.storage import strict_json
 from mobilellm_jax.storage.strict_json import plain, shown
 
 _SHOWN_TOKENS = 20
@@ -62,27 +65,15 @@ class _Description(NamedTuple):
 class HuggingFaceTokenizer:
     """The tokenizer of a `tokenizer.json` file, without its truncation and padding."""
 
-    def __init__(self, file: Path) -> None:
-        try:
-            content = strict_json.content_of(file)
-            parsed = strict_json.parse(content)
-            if not isinstance(parsed, dict) or not {"model", "added_tokens"} <= parsed.keys():
-                raise strict_json.JsonError(
-                    "has no `model` and `added_tokens`, so it is not a tokenizer.json of the "
-                    "`tokenizers` library; give a tokenizer.json (not tokenizer_config.json or "
-                    "vocab.json)."
-                )
-            described = _Description.of(parsed)
-            self._model: Any = _refused(tokenizers.Tokenizer.from_str, content.decode())
-        except strict_json.JsonError as error:
-            raise UserError(f"{file}: {error}") from error
-        self._model.no_truncation()
-        self._model.no_padding()
-        # With this setting, "<s>" in a text is encoded as plain text and not as the BOS token.
-        self._model.encode_special_tokens = True
+    def __init__(self, file: Path, *, ours: bool = False) -> None:
+        content, described, self._model = _open(file)
         self.file = file
         self.kind = f"Hugging Face {described.kind}".rstrip()
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        folder = Folder(file, ours=ours)
+        added = _add_tokens(self._model, folder)
+        stated = around_texts(self._model)
+        # With this setting, "<s>" in a text is encoded as plain text and not as the BOS token.
+        self._model.encode_special_tokens = True
         vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 1 <= self.vocab_size <= MAX_VOCABULARY:
@@ -100,13 +91,17 @@ class HuggingFaceTokenizer:
             )
         falls_back = described.byte_fallback and vocabulary.keys() >= {*BYTE_PIECES}
         self.byte_ids = [vocabulary[piece] for piece in BYTE_PIECES] if falls_back else []
-        bos, eos = _bos_eos(file, described.special)
-        missing = [token for token in (bos, eos) if token not in vocabulary]
-        if missing:
-            raise UserError(
-                f"{file} has no token {shown(missing[0])}, which {TOKENIZER_CONFIG} names."
-            )
-        self.bos_id, self.eos_id = vocabulary[bos], vocabulary[eos]
+        bos, self.eos_id = _bos_eos(file, folder, vocabulary, described.special)
+        # Qwen and some other models have no BOS, and separate documents by EOS.
+        self.has_bos, self.bos_id = bos is not None, self.eos_id if bos is None else bos
+        default = Convention(before=(self.bos_id,), after=(), end_ids=(self.eos_id,))
+        self.convention = folder.convention(self.eos_id, stated, default)
+        self.sha256 = _identity(content, self, folder, added)
+
+    @property
+    def pieces(self) -> list[str]:
+        known = {token: text for text, token in self._model.get_vocab().items()}
+        return [known.get(token, "") for token in range(self.vocab_size)]
 
     def encode(self, text: str) -> list[int]:
         check_unicode(text)
@@ -124,12 +119,14 @@ class HuggingFaceTokenizer:
     def encode_documents(
         self, texts: Sequence[str], dtype: np.dtype[Any]
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        rows = [np.array([self.bos_id, *self.encode(text), self.eos_id]) for text in texts]
+        start = document_start(self)
+        rows = [np.array([*start, *self.encode(text), self.eos_id]) for text in texts]
         return join_documents(rows, dtype, self.vocab_size)
 
     def decode(self, ids: Iterable[int]) -> str:
         outer = (self.bos_id, self.eos_id)
-        kept = [int(i) for i in ids if i not in outer]
+        # The vocabulary of a model may be larger than that of its tokenizer.
+        kept = [int(i) for i in ids if i not in outer and i < self.vocab_size]
         text: str = self._model.decode(kept, skip_special_tokens=False)
         return text
 
@@ -160,22 +157,79 @@ def _refused(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         raise strict_json.JsonError(f"the `tokenizers` library says: {error}") from error
 
 
-def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
-    """Returns the texts of BOS and EOS: from tokenizer_config.json, otherwise the usual names."""
-    config = file.parent / TOKENIZER_CONFIG
-    if file_kind.is_there(config):
-        try:
-            named = strict_json.parse(strict_json.content_of(config))
-            bos, eos = _token_text(named, "bos_token"), _token_text(named, "eos_token")
-        except strict_json.JsonError as error:
-            raise UserError(f"{config}: {error}") from error
-        if eos:
-            # Qwen and some other models have no BOS, and separate documents by EOS. They
-            # also use EOS as BOS.
-            return bos or eos, eos
-    for bos, eos in _USUAL_BOS_EOS:
-        if bos in special and eos in special:
-            return bos, eos
+def _open(file: Path) -> tuple[bytes, _Description, Any]:
+    """Returns the content of a tokenizer.json, its description, and the library's tokenizer."""
+    try:
+        content = strict_json.content_of(file)
+        parsed = strict_json.parse(content)
+        if not isinstance(parsed, dict) or not {"model", "added_tokens"} <= parsed.keys():
+            raise strict_json.JsonError(
+                "has no `model` and `added_tokens`, so it is not a tokenizer.json of the "
+                "`tokenizers` library; give a tokenizer.json (not tokenizer_config.json or "
+                "vocab.json)."
+            )
+        described = _Description.of(parsed)
+        model: Any = _refused(tokenizers.Tokenizer.from_str, content.decode())
+    except strict_json.JsonError as error:
+        raise UserError(f"{file}: {error}") from error
+    model.no_truncation()
+    model.no_padding()
+    return content, described, model
+
+
+def _add_tokens(model: Any, folder: Folder) -> list[str]:
+    """Adds the tokens that only the companions of the file have, and returns their texts."""
+    new: list[str] = []
+    for token, fields in folder.added_tokens().items():
+        text = fields["content"]
+        if model.token_to_id(text) is not None:
+            continue
+        flags = {
+            name: bool(fields[name])
+            for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+            if name in fields
+        }
+        model.add_tokens([tokenizers.AddedToken(text, **flags)])
+        found = model.token_to_id(text)
+        if found != token:
+            raise UserError(
+                f"{folder.path}: the added token {shown(text)} has the id {token}, but it would "
+                f"get {found}, the next free id of tokenizer.json; save the tokenizer again with "
+                "transformers, which writes all tokens into tokenizer.json."
+            )
+        new.append(text)
+    return new
+
+
+def around_texts(model: Any) -> Convention:
+    """Returns what the post-processor puts around a text; transformers puts the same there."""
+    encoding = model.encode("a")
+    added = [bool(each) for each in encoding.special_tokens_mask]
+    first = added.index(False) if False in added else len(added)
+    last = len(added) - (added[::-1].index(False) if False in added else 0)
+    ids = encoding.ids
+    return Convention(before=tuple(ids[:first]), after=tuple(ids[last:]), end_ids=())
+
+
+def _bos_eos(
+    file: Path, folder: Folder, vocabulary: dict[str, int], special: Sequence[str]
+) -> tuple[int | None, int]:
+    """Returns the ids of BOS and EOS: those that the folder names, otherwise of the usual names.
+
+    BOS is None if the folder says that there is none.
+    """
+    bos, eos = folder.token("bos_token"), folder.token("eos_token")
+    for token in filter(None, (bos, eos)):
+        if token not in vocabulary:
+            raise UserError(f"{file} has no token {shown(token)}, which {TOKENIZER_CONFIG} names.")
+    if eos:
+        return vocabulary.get(bos), vocabulary[eos]
+    for usual_bos, usual_eos in _USUAL_BOS_EOS:
+        if usual_bos in special and usual_eos in special:
+            has_bos = not folder.names_no("bos_token")
+            return vocabulary[bos or usual_bos] if has_bos else None, vocabulary[usual_eos]
+    if stated := [token for token in folder.stated_ids("eos_token_id") if token < len(vocabulary)]:
+        return vocabulary.get(bos), stated[0]
     shown_tokens = ", ".join(map(plain, special[:_SHOWN_TOKENS]))
     raise UserError(
         f"{file} does not say which tokens are BOS and EOS; its special tokens are "
@@ -184,9 +238,23 @@ def _bos_eos(file: Path, special: Sequence[str]) -> tuple[str, str]:
     )
 
 
-def _token_text(config: Any, key: str) -> str:
-    """Returns the text of a token, which `config` stores as a string or as an object."""
-    token = strict_json.get(config, key, Any, "")
-    if isinstance(token, dict):
-        return str(strict_json.get(token, "content", str, name=key))
-    return str(strict_json.get(config, key, str, ""))
+def _identity(
+    content: bytes, tokenizer: HuggingFaceTokenizer, folder: Folder, added: Sequence[str]
+) -> str:
+    convention = tokenizer.convention
+    facts = {
+        "bos": tokenizer.bos_id if tokenizer.has_bos else None,
+        "eos": tokenizer.eos_id,
+        "before": convention.before,
+        "end_ids": sorted(convention.end_ids),
+        "added": added,
+        "chat_template": folder.chat_template(),
+    }
+    bare = {
+        "before": (tokenizer.bos_id,),
+        "end_ids": [tokenizer.eos_id],
+        "added": [],
+        "chat_template": None,
+    }
+    file_sha256 = hashlib.sha256(content).hexdigest()
+    return identity(file_sha256, facts, facts | bare)

@@ -8,7 +8,8 @@ imports each library only when it opens such a file.
 import shutil
 from pathlib import Path
 
-from mobilellm_jax.data.tokenizers.tokenizer import SENTENCEPIECE, TOKENIZER_CONFIG, Tokenizer
+from mobilellm_jax.data.tokenizers.folder import COMPANIONS, write_convention
+from mobilellm_jax.data.tokenizers.tokenizer import SENTENCEPIECE, Convention, Tokenizer
 from mobilellm_jax.errors import MissingFileError, UserError
 from mobilellm_jax.storage import file_kind, rundir
 
@@ -16,8 +17,11 @@ from mobilellm_jax.storage import file_kind, rundir
 _SENTENCEPIECE = b"\n"
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, *, ours: bool = False) -> Tokenizer:
     """Opens a SentencePiece `*.model`, a `tokenizer.json`, or a folder that contains one of them.
+
+    In a folder with both, the function opens `tokenizer.json`, as transformers does. `ours` says
+    that this program wrote the folder; without it, the function looks for signs of this.
 
     Raises:
       MissingFileError: if there is no such file.
@@ -31,27 +35,44 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if file.suffix == ".json" or first.lstrip().startswith(b"{"):
         from mobilellm_jax.data.tokenizers.huggingface import HuggingFaceTokenizer
 
-        return HuggingFaceTokenizer(file)
+        return HuggingFaceTokenizer(file, ours=ours)
     if file.suffix == ".model" or first.startswith(_SENTENCEPIECE):
         from mobilellm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
-        return SentencePieceTokenizer(file)
+        return SentencePieceTokenizer(file, ours=ours)
     raise UserError(
         f"tokenizer={str(path)!r} must be a SentencePiece *.model or a Hugging Face tokenizer.json"
         f"{file_kind.explanation(first)}."
     )
 
 
-def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
-    """Copies the tokenizer file into `folder` under the usual file name, and returns the copy.
+def copy_tokenizer(
+    tokenizer: Tokenizer, folder: Path, convention: Convention | None = None
+) -> Path:
+    """Copies a tokenizer and its companions into a folder of this program; returns the file's copy.
 
-    If the folder also has a `tokenizer_config.json`, it is copied too, because it may name
-    BOS and EOS.
+    The file gets its usual name. The folder also gets a record of `convention`, by default the
+    tokenizer's own.
     """
+    copy = copy_files(tokenizer, folder)
+    recorded = convention or tokenizer.convention
+    bare = Convention(before=(tokenizer.bos_id,), after=(), end_ids=(tokenizer.eos_id,))
+    alone = not any((folder / name).exists() for name in COMPANIONS)
+    # A lone tokenizer.model without a record means this convention.
+    if not (copy.name == rundir.SENTENCEPIECE_MODEL and alone and recorded == bare):
+        write_convention(folder, recorded)
+    return copy
+
+
+def copy_files(tokenizer: Tokenizer, folder: Path) -> Path:
+    """Copies a tokenizer's file, under its usual name, and its companions; returns the copy."""
     model = tokenizer.kind == SENTENCEPIECE
     copy = folder / (rundir.SENTENCEPIECE_MODEL if model else rundir.TOKENIZER_JSON)
-    shutil.copyfile(tokenizer.file, copy)
-    config = tokenizer.file.parent / TOKENIZER_CONFIG
-    if not model and file_kind.is_there(config):
-        shutil.copyfile(config, folder / TOKENIZER_CONFIG)
+    if not (copy.exists() and copy.samefile(tokenizer.file)):
+        shutil.copyfile(tokenizer.file, copy)
+    others = COMPANIONS if model else (*COMPANIONS, rundir.SENTENCEPIECE_MODEL)
+    for name in others:
+        source = tokenizer.file.parent / name
+        if file_kind.is_there(source) and source.resolve() != (folder / name).resolve():
+            shutil.copyfile(source, folder / name)
     return copy

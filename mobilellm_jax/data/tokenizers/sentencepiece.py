@@ -15,11 +15,14 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from mobilellm_jax.data.tokenizers.folder import Folder, identity
 from mobilellm_jax.data.tokenizers.tokenizer import (
     BYTE_PIECES,
     SENTENCEPIECE,
     SPACE_MARK,
+    Convention,
     check_unicode,
+    document_start,
     join_documents,
 )
 from mobilellm_jax.errors import UserError
@@ -31,7 +34,7 @@ _PRIVATE_USE = range(0xE000, 0xF900)  # Each has three bytes in UTF-8, as U+2581
 class SentencePieceTokenizer:
     """The tokenizer of a SentencePiece model."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, ours: bool = False) -> None:
         content = file.read_bytes()
         if not content:
             # SentencePiece would accept an empty file as a model without pieces and use default
@@ -44,7 +47,6 @@ class SentencePieceTokenizer:
             raise UserError(f"{file} is not a SentencePiece model: {error}{kind}") from error
         self.file = file
         self.kind = SENTENCEPIECE
-        self.sha256 = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._model.get_piece_size()
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
@@ -58,6 +60,7 @@ class SentencePieceTokenizer:
             pieces = [self._model.id_to_piece(i) for i in range(self.vocab_size)]
         except UnicodeDecodeError as error:
             raise UserError(f"{file} has a piece that is not UTF-8: {error.reason}.") from error
+        self.pieces = pieces
         self.unknown_id: int | None = self._model.unk_id()
         byte_ids = {piece: i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
         if byte_ids and byte_ids.keys() != {*BYTE_PIECES}:
@@ -70,6 +73,33 @@ class SentencePieceTokenizer:
         # SentencePiece encodes it as its three bytes.
         used = frozenset("".join(pieces))
         self._stand_in = next((chr(c) for c in _PRIVATE_USE if chr(c) not in used), None)
+        self._take_roles(Folder(file, ours=ours), hashlib.sha256(content).hexdigest())
+
+    def _take_roles(self, folder: Folder, file_sha256: str) -> None:
+        """Takes BOS, EOS and the convention from the companions of the file, if they say more."""
+        own = {"bos": self.bos_id, "eos": self.eos_id}
+        if folder.token("bos_token") in self.pieces:
+            self.bos_id = self.pieces.index(folder.token("bos_token"))
+        if folder.token("eos_token") in self.pieces:
+            self.eos_id = self.pieces.index(folder.token("eos_token"))
+        self.has_bos = True
+        default = Convention(before=(self.bos_id,), after=(), end_ids=(self.eos_id,))
+        # LLaMA's tokenizer in transformers has these defaults.
+        stated = Convention(
+            before=(self.bos_id,) * (folder.config.get("add_bos_token") is not False),
+            after=(self.eos_id,) * (folder.config.get("add_eos_token") is True),
+            end_ids=(),
+        )
+        self.convention = folder.convention(self.eos_id, stated, default)
+        facts = {
+            "bos": self.bos_id,
+            "eos": self.eos_id,
+            "before": self.convention.before,
+            "end_ids": sorted(self.convention.end_ids),
+            "chat_template": folder.chat_template(),
+        }
+        bare = {"before": (own["bos"],), "end_ids": [own["eos"]], "chat_template": None}
+        self.sha256 = identity(file_sha256, facts, own | bare)
 
     def encode(self, text: str) -> list[int]:
         [row] = self._encode([text])
@@ -79,23 +109,24 @@ class SentencePieceTokenizer:
     def encode_documents(
         self, texts: Sequence[str], dtype: np.dtype[Any]
     ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        rows = self._encode(texts, outer=True)
+        start, end = np.array(document_start(self), np.int32), np.array([self.eos_id], np.int32)
+        rows = [np.concatenate([start, row, end]) for row in self._encode(texts)]
         return join_documents(rows, dtype, self.vocab_size)
 
     def decode(self, ids: Iterable[int]) -> str:
         outer = (self.bos_id, self.eos_id)
-        text: str = self._model.decode([int(i) for i in ids if i not in outer])
+        # The vocabulary of a model may be larger than that of its tokenizer.
+        kept = [int(i) for i in ids if i not in outer and i < self.vocab_size]
+        text: str = self._model.decode(kept)
         return text
 
-    def _encode(self, texts: Sequence[str], *, outer: bool = False) -> list[NDArray[np.int32]]:
+    def _encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         for text in texts:
             check_unicode(text)
         # NumPy arrays need no Python object for each token.
         rows: list[NDArray[np.int32]] = self._model.encode(
             [self._without_space_mark(text) for text in texts],
             out_type="numpy",
-            add_bos=outer,
-            add_eos=outer,
             num_threads=1,
         )
         for index, text in enumerate(texts):

@@ -84,7 +84,7 @@ def check_header(file: Path, info: ArtifactInfo) -> None:
     """Checks that `file` has the header and the size that our writer gives it."""
     with tempfile.TemporaryDirectory() as folder:
         ours = Path(folder) / file.name
-        tokenizer = load_tokenizer(file.parent)
+        tokenizer = load_tokenizer(file.parent, ours=True)
         weight_bytes = write_header(ours, info.model, tokenizer, info.precision)
         header = ours.read_bytes()
     with file.open("rb") as theirs:
@@ -126,11 +126,12 @@ def _describe_tokenizer(writer: Any, tokenizer: Tokenizer, vocabulary: Vocabular
     writer.add_token_types(vocabulary.types)
     writer.add_token_scores(vocabulary.scores)
     writer.add_token_merges([merge.encode() for merge in vocabulary.merges])
-    writer.add_bos_token_id(tokenizer.bos_id)
+    if tokenizer.has_bos:
+        writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     if tokenizer.unknown_id is not None:
         writer.add_unk_token_id(tokenizer.unknown_id)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(bool(tokenizer.convention.before))
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.space_prefix)
 

@@ -16,10 +16,11 @@ import tokenizers
 from gguf import TokenType
 from sentencepiece import sentencepiece_model_pb2
 
-from mobilellm_jax.data.tokenizers.tokenizer import SENTENCEPIECE, Tokenizer
+from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import SENTENCEPIECE, SPACE_MARK, Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.export.huggingface.tokenizer_files import inexpressible
-from mobilellm_jax.storage import strict_json
+from mobilellm_jax.export.huggingface.tokenizer_files import PROBES, inexpressible
+from mobilellm_jax.storage import rundir, strict_json
 
 _proto: Any = sentencepiece_model_pb2  # The library creates its classes at run time.
 _REMEDY = (
@@ -62,6 +63,7 @@ class Vocabulary(NamedTuple):
 
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     """Returns the description of a tokenizer, padded with unused tokens to `vocab_size` tokens."""
+    tokenizer = _sentencepiece_beside(tokenizer) or tokenizer
     expressed = _sentencepiece if tokenizer.kind == SENTENCEPIECE else _byte_level
     vocabulary = expressed(tokenizer)
     tokens, types = vocabulary.tokens, vocabulary.types
@@ -76,6 +78,22 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     if cut := next((text for text in tokens if "\0" in text), None):
         raise refused(tokenizer, [f"llama.cpp would cut its token {cut!r} at the zero."])
     return vocabulary
+
+
+def _sentencepiece_beside(tokenizer: Tokenizer) -> Tokenizer | None:
+    """Returns the SentencePiece model beside a tokenizer.json that gives the same ids, or None."""
+    file = tokenizer.file.with_name(rundir.SENTENCEPIECE_MODEL)
+    if tokenizer.kind == SENTENCEPIECE or not file.is_file():
+        return None
+    try:
+        other = load_tokenizer(file)
+        texts = (*PROBES, *(piece.replace(SPACE_MARK, " ") for piece in other.pieces))
+        equal = other.pieces == tokenizer.pieces and all(
+            SPACE_MARK in text or other.encode(text) == tokenizer.encode(text) for text in texts
+        )
+    except UserError:
+        return None  # It is a file of tiktoken, or lacks byte fallback.
+    return other if equal else None
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> Vocabulary:

@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, Tokenizer, text_ids
 from mobilellm_jax.export.gguf.header import ALIGNMENT, rope_divisors, stored_type, write_header
 from mobilellm_jax.export.gguf.tokenizer import refused
 from mobilellm_jax.export.huggingface.layout import their_tensors
@@ -65,7 +65,7 @@ def _check_in_llama_cpp(file: Path, tokenizer: Tokenizer) -> None:
     for text in (*PROBES, *pieces):
         if SPACE_MARK in text:
             continue
-        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        ids = text_ids(tokenizer, text)
         found = vocabulary.encode(text)
         if ids != found:
             problem = f"{text!r} is {ids} in it, but would be {found} in llama.cpp."

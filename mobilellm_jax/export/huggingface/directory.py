@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.tokenizers.folder import GENERATION_CONFIG
 from mobilellm_jax.data.tokenizers.opening import load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
 from mobilellm_jax.errors import MissingFileError, UserError
@@ -43,7 +44,12 @@ from mobilellm_jax.export.source import narrowed
 from mobilellm_jax.model.layer_sharing import application_order
 from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.storage import file_kind, strict_json
-from mobilellm_jax.storage.rundir import TOKENIZER_FILES, write_whole
+from mobilellm_jax.storage.rundir import (
+    SENTENCEPIECE_MODEL,
+    TOKENIZER_FILES,
+    tokenizer_file,
+    write_whole,
+)
 
 _log = logging.getLogger(__name__)
 CONFIG = "config.json"
@@ -117,15 +123,22 @@ def _write_files(
 ) -> int:
     """Writes all files of a model whose layer i is block `blocks[i]`."""
     config, tokenizer = source.config, source.tokenizer
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ends = {
+        "bos_token_id": tokenizer.bos_id if tokenizer.has_bos else None,
+        "eos_token_id": _one_or_all(tokenizer.convention.end_ids),
+    }
     # transformers 4 reads torch_dtype.
     dtypes = {"dtype": dtype, "torch_dtype": dtype}
     write_tokenizer_files(tokenizer, folder, config.max_seq_len)
     tensors = their_tensors(config, source.params, blocks)
     write_tensors(((name, narrowed(name, array, dtype)) for name, array in tensors), folder)
-    _write_json(folder / "generation_config.json", ends)
+    _write_generation_config(folder / GENERATION_CONFIG, ends)
     _write_json(folder / CONFIG, to_config_json(config, len(blocks), layout) | ends | dtypes)
     return len(blocks)
+
+
+def _one_or_all(ids: Sequence[int]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else list(ids)
 
 
 def _drop_head(
@@ -186,25 +199,23 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> 
 
 
 def _open_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
-    """Opens the tokenizer file that has as many tokens as the model.
-
-    If both files have as many tokens, or if none has, the function chooses the SentencePiece model.
-    The two sizes differ if tokens were added to the tokenizer, because only tokenizer.json contains
-    them.
-    """
-    found = [
-        load_tokenizer(directory / name)
-        for name in TOKENIZER_FILES
-        if file_kind.is_there(directory / name)
-    ]
-    if not found:
+    if tokenizer_file(directory) is None:
         raise MissingFileError(
             f"{directory} holds no tokenizer; put its {' or '.join(TOKENIZER_FILES)} there."
         )
-    fitting = (tokenizer for tokenizer in found if tokenizer.vocab_size == config.vocab_size)
-    tokenizer = next(fitting, found[0])
+    tokenizer = load_tokenizer(directory)
+    other = directory / SENTENCEPIECE_MODEL
+    if tokenizer.vocab_size > config.vocab_size and file_kind.is_there(other):
+        # Tokens were added to tokenizer.json, but not to the model.
+        tokenizer = load_tokenizer(other)
     check_vocabulary(tokenizer, config, directory)
     return tokenizer
+
+
+def _write_generation_config(file: Path, ends: Mapping[str, Any]) -> None:
+    """Writes the tokens that begin and end a text; keeps the other settings of an imported file."""
+    given = strict_json.read(file) if file.is_file() else {}
+    _write_json(file, given | {key: value for key, value in ends.items() if value is not None})
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -20,10 +20,11 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, processors
 
-from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
+from mobilellm_jax.data.tokenizers.huggingface import around_texts
+from mobilellm_jax.data.tokenizers.opening import copy_files
 from mobilellm_jax.data.tokenizers.tokenizer import SPACE_MARK, TOKENIZER_CONFIG, Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.storage import rundir
+from mobilellm_jax.storage import rundir, strict_json
 
 _ALL = 1_000_000
 _proto: Any = sentencepiece_model_pb2  # The library creates its classes at run time.
@@ -47,31 +48,59 @@ PROBES = (
 def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, max_length: int) -> None:
     """Writes the files that `AutoTokenizer.from_pretrained(directory)` reads.
 
-    If the run's tokenizer has a tokenizer_config.json, it is copied; a new one contains
-    `max_length`. `convert_sentencepiece` may raise its errors.
+    The files of the run's tokenizer are copied. If tokenizer.json would not put the tokens around a
+    text that the model was trained with, it gets another post-processor. A new
+    tokenizer_config.json contains `max_length`. `convert_sentencepiece` may raise its errors.
     """
-    copy = copy_tokenizer(tokenizer, directory)
+    copy = copy_files(tokenizer, directory)
+    file = directory / TOKENIZER_CONFIG
+    given = strict_json.read(file) if file.is_file() else {}
     if copy.name == rundir.SENTENCEPIECE_MODEL:
         fast = convert_sentencepiece(tokenizer.file)
+        _put_around_texts(fast, tokenizer)
         rundir.write_whole(directory / rundir.TOKENIZER_JSON, fast.to_str(pretty=True))
     else:
-        if (directory / TOKENIZER_CONFIG).is_file():
-            return
         fast = tokenizers.Tokenizer.from_file(str(copy))
+        wanted = tokenizer.convention
+        found = around_texts(fast)
+        if (found.before, found.after) != (wanted.before, wanted.after):
+            _put_around_texts(fast, tokenizer)
+            rundir.write_whole(copy, fast.to_str(pretty=True))
+        if given:
+            return
     config: dict[str, Any] = {
         # With a class such as LlamaTokenizer, transformers would not use tokenizer.json as it is.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": fast.id_to_token(tokenizer.bos_id),
         "eos_token": fast.id_to_token(tokenizer.eos_id),
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         # A literal "<s>" in a text is not the BOS token.
         "split_special_tokens": True,
     }
+    if tokenizer.has_bos:
+        config["bos_token"] = fast.id_to_token(tokenizer.bos_id)
     unknown = getattr(fast.model, "unk_token", None)
     if unknown is not None:
         config["unk_token"] = unknown
-    rundir.write_whole(directory / TOKENIZER_CONFIG, json.dumps(config, indent=2) + "\n")
+    rundir.write_whole(file, json.dumps(given | config, indent=2) + "\n")
+
+
+def _put_around_texts(fast: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
+    """Makes the library put the tokens around a text that the tokenizer's convention names."""
+    convention = tokenizer.convention
+    names = {token: str(fast.id_to_token(token)) for token in convention.before + convention.after}
+
+    def around(sequence: str, number: int) -> list[str]:
+        outer = ([names[token] for token in ids] for ids in (convention.before, convention.after))
+        before, after = outer
+        return [f"{name}:{number}" for name in (*before, sequence, *after)]
+
+    template: Any = processors.TemplateProcessing
+    fast.post_processor = template(
+        single=around("$A", 0),
+        pair=[*around("$A", 0), *around("$B", 1)],
+        special_tokens=[(name, token) for token, name in names.items()],
+    )
 
 
 def convert_sentencepiece(file: Path) -> tokenizers.Tokenizer:
@@ -119,13 +148,7 @@ def convert_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     )
     special = [p.piece for p in proto.pieces if p.type in (_Piece.UNKNOWN, _Piece.CONTROL)]
     fast.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in special])
-    bos = pieces[trainer.bos_id]
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
-        special_tokens=[(bos, trainer.bos_id)],
-    )
-    _compare(file, fast, trainer.bos_id)
+    _compare(file, fast)
     return fast
 
 
@@ -170,7 +193,7 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
     ]
 
 
-def _compare(file: Path, fast: tokenizers.Tokenizer, bos_id: int) -> None:
+def _compare(file: Path, fast: tokenizers.Tokenizer) -> None:
     model: Any = sentencepiece.SentencePieceProcessor(model_file=str(file))
     surfaces = [
         model.id_to_piece(i).replace(SPACE_MARK, " ") for i in range(model.get_piece_size())
@@ -180,9 +203,9 @@ def _compare(file: Path, fast: tokenizers.Tokenizer, bos_id: int) -> None:
     expected: Sequence[Sequence[int]] = model.encode(texts)
     found = [encoding.ids for encoding in fast.encode_batch(texts)]
     for text, ids, fast_ids in zip(texts, expected, found, strict=True):
-        if [bos_id, *ids] != fast_ids:
+        if ids != fast_ids:
             raise UserError(
                 f"{file} cannot be written as tokenizer.json: {text!r} is {list(ids)} in "
-                f"SentencePiece, but would be {fast_ids[1:]}. {_REMEDY}"
+                f"SentencePiece, but would be {fast_ids}. {_REMEDY}"
             )
     fast.encode_special_tokens = False

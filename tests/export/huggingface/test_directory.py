@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import same_vocabulary
 from mobilellm_jax.export.huggingface.directory import read_huggingface
 from mobilellm_jax.export.huggingface.weight_files import write_tensors
 from mobilellm_jax.model.size import parameter_count
@@ -149,7 +150,8 @@ def test_mobilellm_layout_comes_back(fields, tiny_config, tiny_params, tokenizer
     found = read_huggingface(output)
     assert found.config == config
     assert_trees_equal(found.params, params)
-    assert found.tokenizer.file == output / "tokenizer.model"
+    assert found.tokenizer.file == output / "tokenizer.json"
+    assert same_vocabulary(found.tokenizer, tokenizer)
 
 
 LLAMA = {
@@ -492,8 +494,8 @@ def test_what_is_no_directory_of_a_model_is_refused(folder, tmp_path):
             read_huggingface(folder)
 
 
-def test_tokenizer_is_the_one_that_fits_the_vocabulary(folder):
-    assert read_huggingface(folder).tokenizer.file.name == "tokenizer.model"
+def test_tokenizer_is_the_one_that_transformers_takes_if_it_fits_the_model(folder):
+    assert read_huggingface(folder).tokenizer.file.name == "tokenizer.json"
     tokenizer_json = json.loads((folder / "tokenizer.json").read_text())
     tokenizer_json["added_tokens"].append({
         "id": 320, "content": "<call>", "single_word": False, "lstrip": False, "rstrip": False,
@@ -501,9 +503,9 @@ def test_tokenizer_is_the_one_that_fits_the_vocabulary(folder):
     })  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json))
     assert read_huggingface(folder).tokenizer.file.name == "tokenizer.model"
-    change_config(folder, vocab_size=321)
+    change_config(folder, vocab_size=384)  # More than the tokenizer has.
     larger = {
-        name: np.zeros((321, 64), np.float32)
+        name: np.zeros((384, 64), np.float32)
         for name in ("model.embed_tokens.weight", "lm_head.weight")
     }
     drop_tensors(folder, **larger)

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from mobilellm_jax.data.tokenizers.opening import load_tokenizer
+from mobilellm_jax.data.tokenizers.opening import copy_tokenizer, load_tokenizer
 from mobilellm_jax.export.huggingface.tokenizer_files import (
     convert_sentencepiece,
     write_tokenizer_files,
@@ -124,7 +124,9 @@ def test_ids_are_the_same_after_transformers_saved_it(tmp_path):
 
 
 def test_pair_has_a_bos_each(tmp_path):
-    fast = convert_sentencepiece(train(tmp_path))
+    (tmp_path / "out").mkdir()
+    write_tokenizer_files(load_tokenizer(train(tmp_path)), tmp_path / "out", 512)
+    fast = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     first, second = fast.encode("The dog").ids, fast.encode("and").ids
     assert fast.encode("The dog", "and").ids == first + second
     assert first[0] == second[0] == 1
@@ -148,7 +150,7 @@ def test_other_settings_of_sentencepiece(changes, tmp_path):
     fast.encode_special_tokens = True
     for text in HOSTILE:
         ids = fast.encode(text).ids
-        assert ids == [model.bos_id(), *model.encode(text)], repr(text)
+        assert ids == model.encode(text), repr(text)
         if model.unk_id() not in ids:  # SentencePiece writes " ?? " for an unknown token
             assert fast.decode(ids) == model.decode(ids), repr(text)
 
@@ -199,14 +201,13 @@ def test_tokenizer_json_is_copied_and_gets_a_config(byte_level_file, tmp_path):
     (tmp_path / "out").mkdir()
     ours = load_tokenizer(byte_level_file)
     write_tokenizer_files(ours, tmp_path / "out", 512)
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == byte_level_file.read_bytes()
     assert not (tmp_path / "out" / "tokenizer.model").exists()
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
     for text in HOSTILE:
-        ids = theirs(text, add_special_tokens=False)["input_ids"]
-        assert ids == ours.encode(text), repr(text)
-        assert theirs.decode(ids) == text
+        ids = theirs(text)["input_ids"]
+        assert ids == [ours.bos_id, *ours.encode(text)], repr(text)  # as the model was trained
+        assert theirs.decode(ids, skip_special_tokens=True) == text
 
 
 def test_config_of_a_tokenizer_json_goes_along_unchanged(byte_level_file, tmp_path):
@@ -217,3 +218,32 @@ def test_config_of_a_tokenizer_json_goes_along_unchanged(byte_level_file, tmp_pa
     write_tokenizer_files(load_tokenizer(byte_level_file), tmp_path / "out", 512)
     assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == given.read_bytes()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").bos_token == "</s>"
+
+
+def test_the_files_of_a_tokenizer_that_frames_texts_go_along_unchanged(byte_level_file, tmp_path):
+    source = byte_level_file.parent
+    model = tokenizers.Tokenizer.from_file(str(byte_level_file))
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    model.save(str(byte_level_file))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ messages }}"}
+    (source / "tokenizer_config.json").write_text(json.dumps(named))
+    (source / "chat_template.jinja").write_text("{{ messages }}!")
+    for name in ("run", "out"):
+        (tmp_path / name).mkdir()
+    copy_tokenizer(load_tokenizer(source), tmp_path / "run")
+    write_tokenizer_files(load_tokenizer(tmp_path / "run"), tmp_path / "out", 512)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_chat_template_goes_along_with_a_sentencepiece_model(tmp_path):
+    file = train(tmp_path)
+    config = {"add_bos_token": False, "chat_template": "{{ messages }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "out").mkdir()
+    write_tokenizer_files(load_tokenizer(file), tmp_path / "out", 512)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.chat_template == "{{ messages }}"
+    assert theirs("The dog")["input_ids"] == load_tokenizer(file).encode("The dog")
