@@ -43,17 +43,22 @@ class _Description(NamedTuple):
     unknown: str | None
     unknown_id: int | None
     byte_fallback: bool
+    drops_unknown: bool  # The library drops a character without a token, and says nothing.
     special: list[str]
 
     @classmethod
     def of(cls, parsed: Any) -> "_Description":
         model = strict_json.get(parsed, "model", dict[str, Any])
+        marks = ("continuing_subword_prefix", "end_of_word_suffix")
         tokens = strict_json.get(parsed, "added_tokens", list[dict[str, Any]])
         return cls(
             kind=strict_json.get(model, "type", str, "", "model"),
             unknown=strict_json.get(model, "unk_token", str, None, "model"),
             unknown_id=strict_json.get(model, "unk_id", int, None, "model"),
             byte_fallback=strict_json.get(model, "byte_fallback", bool, False, "model"),
+            drops_unknown=model.get("type") == "BPE"
+            and model.get("unk_token") is None
+            and not any(model.get(mark) for mark in marks),
             special=[
                 strict_json.get(token, "content", str, name=f"added_tokens[{i}]")
                 for i, token in enumerate(tokens)
@@ -72,6 +77,8 @@ class HuggingFaceTokenizer:
         folder = Folder(file, ours=ours)
         added = _add_tokens(self._model, folder)
         stated = around_texts(self._model)
+        self._drops_unknown = described.drops_unknown and not described.byte_fallback
+        self._kept: set[str] = set()  # Characters of texts that `encode` does not drop.
         # With this setting, "<s>" in a text is encoded as plain text and not as the BOS token.
         self._model.encode_special_tokens = True
         vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
@@ -105,6 +112,8 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         check_unicode(text)
+        if self._drops_unknown:
+            self._check_characters(text)
         # Texts are encoded one by one, because the library would use several threads for a batch.
         ids: list[int] = self._encoding(text).ids
         if self.unknown_id is not None and self.unknown_id in ids:
@@ -136,11 +145,34 @@ class HuggingFaceTokenizer:
         except strict_json.JsonError as error:
             raise UserError(f"{self.file} cannot encode a text: {error}") from error
 
+    def _check_characters(self, text: str) -> None:
+        """Raises a `UserError` that names a character of `text` without a token."""
+        new = set(text) - self._kept
+        lost = {character for character in new if self._is_dropped(character)}
+        self._kept |= new - lost
+        # A normalizer may join a character with its neighbour, so the whole text decides.
+        if lost and self._is_dropped(text):
+            raise self._no_token(min(lost, key=text.index))
+
+    def _is_dropped(self, text: str) -> bool:
+        """Returns whether a part of `text` that reaches the model has no token."""
+        model = self._model
+        if model.normalizer is not None:
+            text = model.normalizer.normalize_str(text)
+        words = [(text, (0, len(text)))]
+        if model.pre_tokenizer is not None:
+            words = model.pre_tokenizer.pre_tokenize_str(text)
+        parts = {character for word, _ in words for character in word}
+        return any(model.token_to_id(part) is None for part in parts)
+
     def _unknown(self, text: str) -> UserError:
         encoding = self._encoding(text)
         start, stop = encoding.offsets[encoding.ids.index(self.unknown_id)]
+        return self._no_token(text[start:stop])
+
+    def _no_token(self, characters: str) -> UserError:
         return UserError(
-            f"{self.file} has no token for {text[start:stop]!r}, so the text would be lost; use a "
+            f"{self.file} has no token for {characters!r}, so the text would be lost; use a "
             "tokenizer with byte fallback, or a byte-level one."
         )
 

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,16 +67,34 @@ def test_unknown_characters_are_refused(kind: str, tmp_path: Path) -> None:
         tokenizer.encode("ab é b")
 
 
-def test_a_tokenizer_that_drops_unknown_characters_changes_text(tmp_path: Path) -> None:
-    pieces = ["<s>", "</s>", *"\t\n\r abe\u0301\ufb01\uff21"]
+def test_a_character_that_the_library_would_drop_is_named(tmp_path: Path) -> None:
+    pieces = ["<s>", "</s>", *"\t\n\r abé\ufb01\uff21"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    model.normalizer = tokenizers.normalizers.NFC()
     model.add_special_tokens(pieces[:2])
     model.decoder = tokenizers.decoders.Fuse()
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.decode(tokenizer.encode("aéb")) == "ab"
+    # The mark alone has no token, but the normalizer joins it with its letter.
+    assert tokenizer.encode("ae\u0301b") == tokenizer.encode("aéb") == [6, 8, 7]
     assert changes_text(tokenizer)
+    with pytest.raises(ValueError, match="has no token for '日', so the text would be lost"):
+        tokenizer.encode("ab日b本")
+
+
+def test_a_byte_level_tokenizer_without_some_bytes_names_the_character(tmp_path: Path) -> None:
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<s>", "</s>"], show_progress=False)
+    model.train_from_iterator(["the lazy dog and the café"], trainer)
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("a café")) == "a café"
+    for text, lost in (("the 7 dogs", "7"), ("a\n", "\\n"), ("day 日", "日"), ("día", "í")):
+        with pytest.raises(ValueError, match=f"has no token for '{re.escape(lost)}'"):
+            tokenizer.encode(text)
 
 
 def test_a_tokenizer_json_that_loses_the_space_mark_refuses_it(tmp_path: Path) -> None:
