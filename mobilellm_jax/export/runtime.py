@@ -62,6 +62,11 @@ class Runtime(abc.ABC):
         last_V: NDArray[np.float32] = self._read_on([token])[-1]
         return last_V
 
+    def encode(self, text: str) -> list[int] | None:
+        """Returns the ids of a text in the export's own tokenizer; None if it runs no tokenizer."""
+        del text
+        return None
+
     @abc.abstractmethod
     def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Reads `tokens`, which follow the `_length` cached tokens; 0 means a new sequence.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizers.tokenizer import text_ids
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, text_ids
 from mobilellm_jax.export.formats import Precision
 from mobilellm_jax.export.runtime import Runtime, greedy
 from mobilellm_jax.generation.generate import Request, generate
@@ -66,6 +66,7 @@ class Verification:
     greedy_tokens: int
     loss: float  # Loss of the export on the text, in nats per token.
     loss_jax: float
+    same_ids: bool = True  # Whether the export's own tokenizer gives the text the same ids.
 
     @property
     def scale(self) -> float:
@@ -85,7 +86,7 @@ class Verification:
 
     def problems(self, allowed: Precision) -> list[str]:
         """Returns a message for each difference that exceeds the bound in `allowed`."""
-        found = []
+        found = [] if self.same_ids else ["its tokenizer gives a text other ids"]
         if allowed.logits is not None:
             for kind, error in (("at once", self.read_error), ("by the cache", self.append_error)):
                 if not error <= allowed.logits * self.scale:
@@ -135,7 +136,13 @@ def verify(runtime: Runtime, source: OpenedModel) -> Verification:
         greedy_tokens=count,
         loss=_loss(append_TV, tokens),
         loss_jax=_loss(ours_TV, tokens),
+        same_ids=_same_ids(runtime, tokenizer),
     )
+
+
+def _same_ids(runtime: Runtime, tokenizer: Tokenizer) -> bool:
+    found = runtime.encode(TEXT)
+    return found is None or found == [*text_ids(tokenizer, TEXT), *tokenizer.convention.after]
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -1,7 +1,9 @@
 """Small tokenizers of both kinds, trained where a test needs them."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -35,3 +37,34 @@ def train_byte_level(texts: Iterable[str], vocab_size: int, folder: Path) -> Tok
     file = folder / "tokenizer.json"
     model.save(str(file))
     return load_tokenizer(file)
+
+
+def write_folder(
+    folder: Path,
+    config: Mapping[str, Any] | None = None,
+    around: str = "$A",
+    special: tuple[str, ...] = ("<s>", "</s>"),
+    **companions: Any,
+) -> Path:
+    """Writes a byte-level tokenizer.json and its companions; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=list(special),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(TEXTS, trainer)
+    if around != "$A":
+        model.post_processor = tokenizers.processors.TemplateProcessing(
+            single=around, special_tokens=[(text, i) for i, text in enumerate(special)]
+        )
+    model.save(str(folder / "tokenizer.json"))
+    if config is not None:
+        companions["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    for name, content in companions.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder

@@ -20,12 +20,15 @@ def source(tiny_config, tiny_params, tokenizer) -> OpenedModel:
 class Wrong:
     """A runtime that changes one answer."""
 
-    def __init__(self, inner: JaxRuntime, at_once=lambda x: x, by_cache=lambda x: x) -> None:
-        self._inner, self._at_once, self._by_cache = inner, at_once, by_cache
+    def __init__(self, inner: JaxRuntime, at_once=lambda x: x, by_cache=lambda x: x, ids=None):
+        self._inner, self._at_once, self._by_cache, self._ids = inner, at_once, by_cache, ids
         self.name, self.max_seq_len = "wrong", inner.max_seq_len
 
     def read(self, tokens):
         return self._at_once(self._inner.read(tokens))
+
+    def encode(self, text):
+        return self._ids
 
     def append(self, token):
         return self._by_cache(self._inner.append(token))
@@ -54,6 +57,7 @@ def changed(logits):
         ({"by_cache": changed}, "logits read by the cache are off by 0.1"),
         ({"by_cache": lambda x: x * np.nan}, "logits read by the cache are off by inf"),
         ({"by_cache": lambda x: -x}, "greedy token 2 differs"),
+        ({"ids": [3, 4, 5]}, "its tokenizer gives a text other ids"),
     ],
 )
 def test_what_is_wrong_is_named(source: OpenedModel, wrong, problem: str) -> None:

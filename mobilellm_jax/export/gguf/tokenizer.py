@@ -66,6 +66,10 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     tokenizer = _sentencepiece_beside(tokenizer) or tokenizer
     expressed = _sentencepiece if tokenizer.kind == SENTENCEPIECE else _byte_level
     vocabulary = expressed(tokenizer)
+    before = tokenizer.convention.before
+    if before not in ((), (tokenizer.bos_id,)):
+        problem = f"It puts the tokens {list(before)} before a text, and llama.cpp only BOS."
+        raise refused(tokenizer, [problem])
     tokens, types = vocabulary.tokens, vocabulary.types
     for token in range(len(tokens), vocab_size):
         tokens.append(f"[PAD{token}]")

@@ -29,7 +29,14 @@ class HuggingFaceRuntime(Runtime):
             folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True
         )
         self._model = model.eval()
+        self._folder = folder
         self._cache: Any = None
+
+    def encode(self, text: str) -> list[int]:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            self._folder, trust_remote_code=True, local_files_only=True
+        )
+        return list(tokenizer(text).input_ids)
 
     def _extend(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         if self._length == 0:

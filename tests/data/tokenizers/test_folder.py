@@ -1,13 +1,10 @@
 """Folders as transformers and its users write them; transformers says what is right."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 from transformers import AutoTokenizer
 
 from mobilellm_jax.data.preparation.prepare import prepare
@@ -15,41 +12,10 @@ from mobilellm_jax.data.shards import open_tokens
 from mobilellm_jax.data.tokenizers.opening import copy_tokenizer, load_tokenizer
 from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, prompt_ids, text_ids
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
-from tests.data.example_tokenizers import TEXTS
+from tests.data.example_tokenizers import TEXTS, write_folder
 
 PROBES = ["heron 12", " two  spaces\n", "日本 🙂", "don't"]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
-
-
-def write_folder(
-    folder: Path,
-    config: Mapping[str, Any] | None = None,
-    around: str = "$A",
-    special: tuple[str, ...] = ("<s>", "</s>"),
-    **companions: Any,
-) -> Path:
-    """Writes a byte-level tokenizer.json and its companions; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=list(special),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(TEXTS, trainer)
-    if around != "$A":
-        model.post_processor = tokenizers.processors.TemplateProcessing(
-            single=around, special_tokens=[(text, i) for i, text in enumerate(special)]
-        )
-    model.save(str(folder / "tokenizer.json"))
-    if config is not None:
-        companions["tokenizer_config"] = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
-    for name, content in companions.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
 
 
 def copied(folder: Path, to: Path) -> Tokenizer:

@@ -7,13 +7,17 @@ import pytest
 
 pytest.importorskip("gguf", reason="needs the extra 'export': gguf")
 
+import gguf
+
 from mobilellm_jax.config import ModelConfig
+from mobilellm_jax.data.tokenizers.opening import copy_tokenizer, load_tokenizer
 from mobilellm_jax.data.tokenizers.training import train_tokenizer
 from mobilellm_jax.export.gguf.header import check_header
 from mobilellm_jax.export.gguf.writer import write
 from mobilellm_jax.export.runtime import ArtifactInfo
 from mobilellm_jax.model.opened import OpenedModel
 from mobilellm_jax.model.transformer import init_params
+from tests.data.example_tokenizers import write_folder
 
 CONFIG = ModelConfig(
     vocab_size=300,
@@ -54,6 +58,31 @@ def check(folder):
         check_header(file, info)
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("around", "named", "bos", "adds"),
+    [
+        ("$A", {"bos_token": None}, None, False),
+        ("$A", {"bos_token": "<s>"}, 0, False),
+        ("<s> $A", {"bos_token": "<s>"}, 0, True),
+    ],
+)
+def test_the_header_says_what_the_tokenizer_puts_before_a_text(around, named, bos, adds, tmp_path):
+    source = write_folder(tmp_path / "theirs", named | {"eos_token": "</s>"}, around)
+    (tmp_path / "run").mkdir()
+    copy_tokenizer(load_tokenizer(source), tmp_path / "run")
+    params = init_params(CONFIG, jax.random.key(0))
+    source = OpenedModel(CONFIG, params, load_tokenizer(tmp_path / "run"), "a test")
+    write(source, tmp_path, "float32")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+
+    def value(name: str):
+        field = fields.get(f"tokenizer.ggml.{name}")
+        return None if field is None else field.contents()
+
+    assert (value("bos_token_id"), value("add_bos_token")) == (bos, adds)
+    assert (value("eos_token_id"), value("add_eos_token")) == (1, False)
 
 
 def number(value: int, length: int = 4) -> bytes:
