@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilellm_jax.config import ModelConfig
-from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer
+from mobilellm_jax.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.generation.generate import Prepared, Request, generate, new_tokens_for, prepare
 from mobilellm_jax.generation.sampling import Sampling
-from mobilellm_jax.generation.text_stream import decode_stream, encode_prompt
+from mobilellm_jax.generation.text_stream import decode_stream
 from mobilellm_jax.model.transformer import Transformer
 
 _SMALLEST_BUCKET = 64  # In tokens; a program is compiled for each power of two from here.
@@ -31,7 +31,7 @@ class LoadedModel:
 
     def tokens(self, text: str) -> list[int]:
         """Returns the tokens that the model reads for a text, with those around the text."""
-        return encode_prompt(self.tokenizer, text)
+        return prompt_ids(self.tokenizer, text)
 
     def logits(self, text: str | Sequence[int]) -> NDArray[np.float32]:
         """Returns the logits [T, V] after each of the T tokens of a text.
@@ -77,7 +77,10 @@ class LoadedModel:
         ids = self.tokens(prompt)
         limit = new_tokens_for(self.config, ids, max_new_tokens, 128)
         request = Request(
-            [ids], max_new_tokens=limit, sampling=sampling, eos_id=self.tokenizer.eos_id
+            [ids],
+            max_new_tokens=limit,
+            sampling=sampling,
+            end_ids=self.tokenizer.convention.end_ids,
         )
         [new] = generate(self.config, self._prepared, request)
         return "".join(decode_stream(self.tokenizer, ids, [new]))

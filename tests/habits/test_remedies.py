@@ -77,7 +77,7 @@ def has_no_held_out_text(_: Config) -> None:
 @pytest.mark.parametrize(
     ("before", "change", "says"),
     [
-        (None, {"model.vocab_size": 512}, "must equal the vocabulary of the data"),
+        (None, {"model.vocab_size": 256}, "must be at least the vocabulary"),
         (has_no_held_out_text, {"data.path": "all"}, "needs a validation split with targets"),
         (has_a_run, {}, "holds a model without optimizer state"),
         (has_a_run, {"model.embed_dim": 32}, "holds a run with another config"),
