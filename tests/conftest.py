@@ -31,10 +31,12 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {_quick_com
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # The tests of one session, their workers and subprocesses compile each program once. Nothing is
 # written to the developer's home, and nothing is found from an earlier session. jax locks the cache
-# only if its size is bounded.
+# only if its size is bounded. The subprocesses have a cache of their own: if one of them is killed
+# while it writes, jax warns at every later write, and a warning fails a test.
 if "MOBILELLM_TEST_CACHE" not in os.environ:
     os.environ["MOBILELLM_TEST_CACHE"] = tempfile.mkdtemp(prefix="mobilellm-test-cache-")
     atexit.register(shutil.rmtree, os.environ["MOBILELLM_TEST_CACHE"], ignore_errors=True)
+_cache_of_workers = str(Path(os.environ["MOBILELLM_TEST_CACHE"]) / "workers")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["MOBILELLM_TEST_CACHE"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
@@ -70,6 +72,15 @@ def _is_local(host: Any) -> bool:
 # Tracing makes millions of objects that live until a test ends. Python would look for garbage among
 # them thousands of times, which took a seventh of the suite's time.
 gc.set_threshold(200_000, 50, 1000)
+
+
+def pytest_collection_finish() -> None:
+    """Gives this process the cache of the workers, now that the files of the tests are imported."""
+    if "jax" in sys.modules:
+        from jax.experimental.compilation_cache import compilation_cache
+
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", _cache_of_workers)
+        compilation_cache.reset_cache()  # A module may have compiled something.
 
 
 @pytest.fixture(autouse=True, scope="module")
