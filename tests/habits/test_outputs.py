@@ -231,7 +231,8 @@ def test_somebody_mounts_the_output_folder_into_a_container(
     (mounted / "lost+found").mkdir()
     imported(model, mounted)
     assert {path.name for path in mounted.iterdir()} == {
-        *("lost+found", "checkpoints", "config.json", "tokenizer.model")
+        *("lost+found", "checkpoints", "config.json", "tokenizer.model", "tokenizer.json"),
+        *("tokenizer_config.json", "generation_config.json", "tokenizer_convention.json"),
     }
     for path in mounted.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -43,7 +43,7 @@ class Folder:
     def __init__(self, file: Path, *, ours: bool = False) -> None:
         self.path = file.parent
         self.ours = ours or _is_ours(self.path)
-        self.config = self._read(TOKENIZER_CONFIG)
+        self.facts = self._read(TOKENIZER_CONFIG)
         self._special = self._read(SPECIAL_TOKENS_MAP)
         self._generation = self._read(GENERATION_CONFIG)
         # The config.json of a run is not the config of a Hugging Face model.
@@ -57,7 +57,7 @@ class Folder:
 
     def token(self, role: str) -> str:
         """Returns the text of the token with a role, such as `eos_token`; "" if none is named."""
-        for name, holder in ((TOKENIZER_CONFIG, self.config), (SPECIAL_TOKENS_MAP, self._special)):
+        for name, holder in ((TOKENIZER_CONFIG, self.facts), (SPECIAL_TOKENS_MAP, self._special)):
             try:
                 if role in holder:
                     return _text(holder, role)
@@ -67,7 +67,7 @@ class Folder:
 
     def names_no(self, role: str) -> bool:
         """Returns whether the folder says that no token has this role (null or an empty text)."""
-        return (role in self.config or role in self._special) and not self.token(role)
+        return (role in self.facts or role in self._special) and not self.token(role)
 
     def stated_ids(self, role: str) -> tuple[int, ...]:
         """Returns the ids that generation_config.json or config.json gives to a role."""
@@ -84,7 +84,7 @@ class Folder:
         try:
             texts = strict_json.as_type(self._read(ADDED_TOKENS), dict[str, int], ADDED_TOKENS)
             found = {token: {"content": text, "special": False} for text, token in texts.items()}
-            decoder = strict_json.get(self.config, "added_tokens_decoder", dict[str, Any], {})
+            decoder = strict_json.get(self.facts, "added_tokens_decoder", dict[str, Any], {})
             for token, fields in decoder.items():
                 if not token.isdecimal():
                     raise strict_json.JsonError(
@@ -116,7 +116,7 @@ class Folder:
         file = self.path / CHAT_TEMPLATE
         if file_kind.is_there(file):
             return file.read_text("utf-8", errors="replace")
-        return self.config.get("chat_template")
+        return self.facts.get("chat_template")
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self.path / name

@@ -86,8 +86,8 @@ class SentencePieceTokenizer:
         default = Convention(before=(self.bos_id,), after=(), end_ids=(self.eos_id,))
         # LLaMA's tokenizer in transformers has these defaults.
         stated = Convention(
-            before=(self.bos_id,) * (folder.config.get("add_bos_token") is not False),
-            after=(self.eos_id,) * (folder.config.get("add_eos_token") is True),
+            before=(self.bos_id,) * (folder.facts.get("add_bos_token") is not False),
+            after=(self.eos_id,) * (folder.facts.get("add_eos_token") is True),
             end_ids=(),
         )
         self.convention = folder.convention(self.eos_id, stated, default)
