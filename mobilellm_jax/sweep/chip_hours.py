@@ -121,10 +121,11 @@ def _table(models: Models, topology: Topology, utilization: float) -> str:
     lines += [
         f"| all | {all_runs} | | | | | | {all_stated:,.0f} | {all_predicted:,.0f} |",
         "",
-        f"For {topology.name} ({topology.num_devices} chips), which is not here: nothing was "
-        f"measured. {utilization:.0%} of the dense bfloat16 peak is an assumption (--mfu); the "
-        "prediction is libtpu's estimate of the compiled step with no communication hidden. Model "
-        "FLOPs as everywhere in this project; evaluation, saving and restarts are not counted.",
+        f"Nothing was measured, because we have no {topology.name} ({topology.num_devices} chips). "
+        f"{utilization:.0%} of the dense bfloat16 peak is an assumption (--mfu). The prediction is "
+        "libtpu's estimate of the compiled step, and assumes that communication does not overlap "
+        "with computation. Only the model's FLOPs are counted, as everywhere in this project. "
+        "Evaluation, saving and restarts are not counted.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -104,7 +104,7 @@ def test_a_grid_is_priced_for_a_slice_that_is_not_there(
     )
     assert f"{row} | {predicted:,.0f} |" in out
     assert f"| all | 6 | | | | | | {3 * hours:,.0f} | {3 * predicted:,.0f} |" in out
-    assert "nothing was measured" in out
+    assert "Nothing was measured" in out
     assert (tmp_path / "chip-hours-v5e-2x2.md").read_text() == out
     assert main(command) == 0
     assert len(compiled) == 3, "what was compiled is kept"
