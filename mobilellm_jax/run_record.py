@@ -53,7 +53,7 @@ _SAME_RATE = 1e-4  # The recorded rates are float32 numbers, which other version
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What the files of a run folder say; `read_record` reads it."""
+    """The contents of the files in a run folder; `read_record` reads them."""
 
     folder: Path
     config: Config | None  # None if the folder has no config.json, as before the first start.

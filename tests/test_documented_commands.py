@@ -44,7 +44,8 @@ def test_every_command_has_an_example_in_its_help() -> None:
 @pytest.mark.parametrize(("place", "args"), ALL, ids=lambda value: shown(value)[:60])
 def test_flags_of_a_documented_command(place: str, args: list[str]) -> None:
     name, *rest = args
-    parse(name, import_command(name).Flags, rest)
+    values, _ = parse(name, import_command(name).Flags, rest)
+    assert isinstance(values, import_command(name).Flags)
 
 
 @pytest.mark.parametrize("args", args_of("train"), ids=shown)

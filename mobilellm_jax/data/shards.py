@@ -105,7 +105,7 @@ class Manifest:
 
     @property
     def encoding(self) -> tuple[Any, ...]:
-        """What decides the tokens of a document; it must be equal for data that are mixed."""
+        """The facts that decide the tokens of a document. Mixed data must have equal facts."""
         return self.tokenizer_sha256, self.vocab_size, self.eos_id, self.start
 
     @property

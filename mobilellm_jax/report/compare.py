@@ -67,7 +67,7 @@ class Model:
 
     @property
     def history(self) -> str:
-        """What else distinguishes the model from others with the same config, or ""."""
+        """A difference in the history of the runs that the config does not show, or ""."""
         step = self.runs[0].other_schedule_until
         return f"other schedule until step {step}" if step else ""
 

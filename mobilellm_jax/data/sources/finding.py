@@ -238,7 +238,8 @@ class _LocalSearch:
         if known is None or known.path == file.path:
             self._found[real] = file
             return
-        # Of two paths to the same file, the path without links is kept, or else the smaller string.
+        # If two paths lead to one file, the list gets the path without links. If both paths have
+        # links, the list gets the path that sorts first.
         ordered = sorted((known, file), key=lambda f: (os.path.abspath(f.path) != real, f.path))
         self._found[real] = ordered[0]
         self._copies.append(ordered[1].path)

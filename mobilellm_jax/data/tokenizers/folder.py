@@ -34,7 +34,7 @@ COMPANIONS = (
 """The files that belong to the tokenizer in their folder."""
 
 _VERSION = 1
-_MODEL_CONFIG = "config.json"  # Of a Hugging Face directory.
+_MODEL_CONFIG = "config.json"  # A Hugging Face directory has this file.
 
 
 class Folder:

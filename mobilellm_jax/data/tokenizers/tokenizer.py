@@ -28,7 +28,7 @@ _PROBES = ("  a  b  ", "a\t\r\n\nb", "e\u0301", "\ufb01", "\uff21", "\x00", "\U0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convention:
-    """What a tokenizer puts around a text, and which tokens end a generated text."""
+    """The tokens that a tokenizer adds to a text, and the tokens that end a generated text."""
 
     before: tuple[int, ...]  # Tokens before every text.
     after: tuple[int, ...]  # Tokens that transformers puts after every text, but we never do.

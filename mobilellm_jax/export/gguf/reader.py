@@ -31,7 +31,7 @@ from mobilellm_jax.storage.strict_json import shown
 
 _ARCHITECTURE = "llama"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_LLAMA3_ORIGINAL_LEN = 8192  # Of all published models with this scaling.
+_LLAMA3_ORIGINAL_LEN = 8192  # All published models with this scaling have this length.
 
 
 def read_gguf(file: Path, folder: Path) -> Imported:
