@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -107,13 +108,13 @@ def _live(
     try:
         before()
         code = main(arguments)
+    except BaseException as error:
+        # The interpreter does the same before it calls the functions at exit, and one of ours reads
+        # `last_value`.
+        sys.last_value = error
+        traceback.print_exc()
     finally:
         atexit._run_exitfuncs()  # multiprocessing does not call these functions
         sys.stdout.flush()
         sys.stderr.flush()
-        if code == 1:
-            import traceback
-
-            traceback.print_exc()
-            sys.stderr.flush()
         os._exit(code)

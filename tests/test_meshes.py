@@ -29,7 +29,7 @@ from mobilellm_jax.config import (
     to_json,
 )
 from mobilellm_jax.data.preparation.prepare import prepare
-from mobilellm_jax.errors import SAVED_REQUEUE_ME
+from mobilellm_jax.errors import FAILED, SAVED_REQUEUE_ME
 from mobilellm_jax.sharding import make_mesh
 from mobilellm_jax.train import side_records
 from tests import lives
@@ -242,7 +242,7 @@ def test_an_evaluation_fails_in_a_run_of_two_processes(
     commands = commands_of([two, two], [workdir, workdir], tmp_path)
     commands = [[*command, "--peer_timeout=5"] for command in commands]
     results = lives.run_as_two(commands, tmp_path, befores)
-    assert [result.returncode == 0 for result in results] == [goes_on, goes_on], results
+    assert [result.returncode for result in results] == [0 if goes_on else FAILED] * 2, results
     assert checkpoint.latest_step(workdir) == (12 if goes_on else None)
     said = "".join(result.stderr for result in results)
     assert "KeyError: 'no such field'" in said
