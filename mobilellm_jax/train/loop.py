@@ -127,9 +127,8 @@ class _Watch:
     walltime: Walltime
     newest: TrainState | None = None  # State after the last step; None before the first step.
     is_saving: bool = False  # Whether a save has begun and not returned.
-    compiled: set[str] = dataclasses.field(
-        default_factory=set
-    )  # Programs that a "compiling" message has named.
+    # Programs that a "compiling" message has named.
+    compiled: set[str] = dataclasses.field(default_factory=set)
 
     def reason_to_stop(self, step: int, stop: StopRequest) -> str:
         if stop.signal is not None:

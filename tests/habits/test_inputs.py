@@ -15,6 +15,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -22,6 +23,7 @@ import zstandard
 
 from mobilellm_jax.cli.config_flags import load_config
 from mobilellm_jax.cli.main import main
+from mobilellm_jax.data.preparation.prepare import prepare
 from mobilellm_jax.data.shards import Manifest, open_tokens
 from mobilellm_jax.data.sources import finding, source
 from mobilellm_jax.data.sources.opening import open_source
@@ -529,3 +531,12 @@ def test_somebody_prepares_in_a_container_without_shared_memory(
     assert main([*command, "--workers=2"]) == 2
     assert "Function not implemented); use --workers=1" in capsys.readouterr().err
     assert main([*command, "--workers=1"]) == 0
+
+
+@pytest.mark.parametrize("choice", [{"on_bad_line": "ignore"}, {"runner": "Beam"}])
+def test_somebody_mistypes_a_choice_in_a_notebook(choice: dict[str, Any], tokenizer: Path) -> None:
+    [(name, value)] = choice.items()
+    write("rows.jsonl", ROWS)
+    with pytest.raises(UserError, match=f"{name}={value!r} must be one of "):
+        prepare(["jsonl:rows.jsonl"], Path("out"), tokenizer=tokenizer, **choice)
+    assert not Path("out").exists()

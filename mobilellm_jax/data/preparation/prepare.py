@@ -18,7 +18,7 @@ import math
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mobilellm_jax.data import shards
 from mobilellm_jax.data.preparation import assembly, beam_runner
@@ -93,6 +93,8 @@ def prepare(
       MissingFileError: if the tokenizer file is missing, or a pattern matches nothing.
     """
     _check_settings(sources, weights, tokenizer, vocab_size, validation_fraction, workers)
+    _check_choice("on_bad_line", on_bad_line, BadLinePolicy)
+    _check_choice("runner", runner, Runner)
     given = load_tokenizer(tokenizer) if tokenizer else None
     final = real_folder("--output", output)
     work = (final if final.exists() else final.parent) / f".{final.name}.preparing"
@@ -331,6 +333,11 @@ def _for_documents(tokenizer: Tokenizer) -> Convention:
     convention = tokenizer.convention
     ends = dict.fromkeys([*convention.end_ids, tokenizer.eos_id])
     return dataclasses.replace(convention, end_ids=tuple(ends))
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise UserError(f"{name}={value!r} must be one of {', '.join(get_args(choices))}.")
 
 
 def _check_settings(
