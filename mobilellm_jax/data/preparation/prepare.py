@@ -14,11 +14,10 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import math
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from mobilellm_jax.data import shards
 from mobilellm_jax.data.preparation import assembly, beam_runner
@@ -28,6 +27,12 @@ from mobilellm_jax.data.preparation.held_out import (
     tokenizer_sample,
 )
 from mobilellm_jax.data.preparation.parts import Job, Part, Task, read_part
+from mobilellm_jax.data.preparation.settings import (
+    BadLinePolicy,
+    Runner,
+    check_choices,
+    check_settings,
+)
 from mobilellm_jax.data.preparation.source_files import changed_files
 from mobilellm_jax.data.preparation.workers import encode_pieces
 from mobilellm_jax.data.preparation.working_folder import settings_difference, working_folder
@@ -50,10 +55,6 @@ from mobilellm_jax.storage.outputs import give_name, is_empty, real_folder
 SHARD_TOKENS = 64_000_000
 # With more bad lines than this, a source probably does not have the format that the user named.
 MOST_BAD_LINES = 10_000
-
-BadLinePolicy = Literal["stop", "skip"]
-Runner = Literal["local", "beam"]
-
 # The size of two pieces. A second process would take longer to start than one process takes to
 # encode smaller sources.
 _TOO_SMALL_TO_SHARE_BYTES = 16_000_000
@@ -92,9 +93,8 @@ def prepare(
         `output` contains other data.
       MissingFileError: if the tokenizer file is missing, or a pattern matches nothing.
     """
-    _check_settings(sources, weights, tokenizer, vocab_size, validation_fraction, workers)
-    _check_choice("on_bad_line", on_bad_line, BadLinePolicy)
-    _check_choice("runner", runner, Runner)
+    check_settings(sources, weights, tokenizer, vocab_size, validation_fraction, workers)
+    check_choices(on_bad_line, runner)
     given = load_tokenizer(tokenizer) if tokenizer else None
     final = real_folder("--output", output)
     work = (final if final.exists() else final.parent) / f".{final.name}.preparing"
@@ -333,48 +333,6 @@ def _for_documents(tokenizer: Tokenizer) -> Convention:
     convention = tokenizer.convention
     ends = dict.fromkeys([*convention.end_ids, tokenizer.eos_id])
     return dataclasses.replace(convention, end_ids=tuple(ends))
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise UserError(f"{name}={value!r} must be one of {', '.join(get_args(choices))}.")
-
-
-def _check_settings(
-    sources: Sequence[str],
-    weights: Sequence[float] | None,
-    tokenizer: Path | None,
-    vocab_size: int | None,
-    validation_fraction: float,
-    workers: int | None,
-) -> None:
-    if not sources:
-        raise UserError("source is empty; give at least one, for example --source=python_docs.")
-    if (tokenizer is None) == (vocab_size is None):
-        raise UserError(
-            f"tokenizer={str(tokenizer) if tokenizer else None!r} and vocab_size={vocab_size}: "
-            "give exactly one, a tokenizer file to use or the size of one to train."
-        )
-    if tokenizer is None and (ids := [s for s in sources if s.startswith("tokens:")]):
-        raise UserError(
-            f"source={ids[0]!r} holds token ids, not text to train a tokenizer on; give the "
-            "--tokenizer that made them instead of --vocab_size."
-        )
-    if not 0 <= validation_fraction < 1:
-        raise UserError(
-            f"validation_fraction={validation_fraction} must be at least 0 and less than 1."
-        )
-    if weights and len(weights) != len(sources):
-        raise UserError(
-            f"weight={list(weights)} must be given once for each of the {len(sources)} sources, in "
-            "their order, or not at all."
-        )
-    if weights and not all(weight > 0 and math.isfinite(weight) for weight in weights):
-        raise UserError(
-            f"weight={list(weights)} must be greater than 0; leave out a source that is not wanted."
-        )
-    if workers is not None and workers < 1:
-        raise UserError(f"workers={workers} must be at least 1.")
 
 
 def _complete_output(
